@@ -1,0 +1,1 @@
+"""Energy-based models learned by diffusion recovery likelihood."""

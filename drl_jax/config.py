@@ -1,0 +1,160 @@
+"""Every knob of a run, in one screen, and what makes a setting impossible.
+
+A file in `configs/` starts from `default()` and changes what it needs. The configuration
+travels inside each checkpoint as JSON, so that a work directory explains itself.
+"""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from drl_jax.errors import UserError
+
+
+def default() -> ConfigDict:
+    """Returns the paper's settings for CIFAR-10 (Gao et al. 2021, appendix B)."""
+    return ConfigDict(
+        {
+            "seed": 0,
+            "data": {
+                "name": "cifar10",  # 'digits', a TFDS name, or 'folder:/path/to/images'
+                "split": "train",  # of a TFDS data set
+                "data_dir": "",  # where TFDS data lie; '' is TFDS's own place
+                "image_size": 32,
+                "channels": 3,
+                "crop": "centre",  # before resizing: 'centre' square or 'none'
+                "flip": True,  # random horizontal flips
+            },
+            "diffusion": {
+                "T": 6,  # number of energies; noise levels are 0..T
+            },
+            "energy": {
+                "ch": 128,  # width of the first resolution
+                "mult": (1, 2, 2, 2),  # width of each resolution, in units of ch
+                "N": 8,  # residual blocks a resolution
+            },
+            "mcmc": {
+                "K": 30,  # Langevin steps a level
+                "b_squared": 2e-4,  # b²: sets every level's step size
+                "noise_scale": 1.0,  # of the Langevin noise when generating
+            },
+            "optim": {
+                "learning_rate": 1e-4,
+                "warmup_steps": 1000,
+                "beta1": 0.9,
+                "ema_decay": 0.999,
+            },
+            "train": {
+                "batch_size": 256,
+                "num_steps": 240_000,
+                "loss_limit": 100.0,  # |loss| above it is divergence
+            },
+            "log": {
+                "every_steps": 100,
+                "sample_every_steps": 5000,
+            },
+            "checkpoint": {
+                "every_steps": 1000,
+                "keep_last": 3,
+                "keep_every_steps": 50_000,
+            },
+            "evaluation": {
+                "num_samples": 1000,
+                "batch_size": 256,
+            },
+        }
+    )
+
+
+# Changing these between two starts on one work directory cannot change what any
+# training step computes.
+FREE_ON_RESUME = ("train.num_steps", "train.loss_limit", "log.", "checkpoint.", "evaluation.")
+
+
+def validate(config: ConfigDict) -> None:
+    """Refuses values that no run can use.
+
+    Raises:
+      UserError: naming the field, its value, and what it must be.
+    """
+    positive = (
+        "data.image_size",
+        "data.channels",
+        "diffusion.T",
+        "energy.ch",
+        "energy.N",
+        "mcmc.K",
+        "mcmc.b_squared",
+        "optim.learning_rate",
+        "train.batch_size",
+        "train.num_steps",
+        "train.loss_limit",
+        "log.every_steps",
+        "log.sample_every_steps",
+        "checkpoint.every_steps",
+        "checkpoint.keep_last",
+        "checkpoint.keep_every_steps",
+        "evaluation.num_samples",
+        "evaluation.batch_size",
+    )
+    fields = dict(flatten(config))
+    for name in positive:
+        if not fields[name] > 0:
+            raise UserError(f"config.{name} is {fields[name]}: it must be positive")
+    if not all(m > 0 for m in config.energy.mult) or not config.energy.mult:
+        raise UserError(f"config.energy.mult is {config.energy.mult}: give positive multipliers")
+    for name in ("optim.beta1", "optim.ema_decay"):
+        if not 0 <= fields[name] < 1:
+            raise UserError(f"config.{name} is {fields[name]}: it must lie in [0, 1)")
+    for name in ("optim.warmup_steps", "mcmc.noise_scale"):
+        if fields[name] < 0:
+            raise UserError(f"config.{name} is {fields[name]}: it must not be negative")
+    if config.data.crop not in ("centre", "none"):
+        raise UserError(f"config.data.crop is {config.data.crop!r}: use 'centre' or 'none'")
+
+
+def flatten(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields each leaf as (dotted name, value), in order."""
+    for name, value in config.items():
+        if isinstance(value, ConfigDict):
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def to_json(config: ConfigDict) -> dict[str, Any]:
+    """Returns the configuration as plain JSON values (tuples become lists)."""
+    return json.loads(config.to_json())
+
+
+def from_json(values: dict[str, Any]) -> ConfigDict:
+    """Inverse of `to_json`: lists become tuples again."""
+
+    def restore(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: restore(v) for name, v in value.items()}
+        return tuple(value) if isinstance(value, list) else value
+
+    return ConfigDict(restore(values))
+
+
+def require_resumable(saved: ConfigDict, wanted: ConfigDict) -> None:
+    """Refuses to go on with a run under a configuration that would change it.
+
+    Raises:
+      UserError: naming every field that differs, with both values.
+    """
+    old, new = dict(flatten(saved)), dict(flatten(wanted))
+    differences = [
+        f"{name} was {old.get(name)!r}, now {new.get(name)!r}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name) and not name.startswith(FREE_ON_RESUME)
+    ]
+    if differences:
+        raise UserError(
+            "the work directory was made with another config ("
+            + "; ".join(differences)
+            + "): give another --workdir or the old values"
+        )

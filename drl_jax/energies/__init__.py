@@ -1,0 +1,70 @@
+"""Networks f(x, t), as pure functions of their parameters.
+
+The sign: f is the negative energy, so p ∝ exp(F) with F = f / s_t² (`recovery`), and higher
+means more probable.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key, PyTree
+
+from drl_jax.energies import mlp as mlp_module
+from drl_jax.energies import resnet as resnet_module
+from drl_jax.energies import spectral
+
+Params = PyTree[Float[Array, "..."]]
+Vectors = dict[str, Float[Array, "_"]]
+
+
+class Energy(NamedTuple):
+    """A network without its parameters.
+
+    Attributes:
+      init: key -> (params, vectors), the vectors of the power iterations.
+      normalise: (params, vectors) -> (params, vectors): spectral normalisation, once a
+        training step; f takes the normalised parameters.
+      f: (params, x [B, ...], t [B]) -> [B].
+      shape: of one example.
+    """
+
+    init: Callable[[Key[Array, ""]], tuple[Params, Vectors]]
+    normalise: Callable[[Params, Vectors], tuple[Params, Vectors]]
+    f: Callable[[Params, Float[Array, "B *D"], Int[Array, "B"]], Float[Array, "B"]]
+    shape: tuple[int, ...]
+
+
+def resnet(
+    image_size: int, channels: int, ch: int, mult: tuple[int, ...], N: int
+) -> Energy:
+    """Returns the paper's image network (`resnet.ResNet`), spectrally normalised.
+
+    Raises:
+      UserError: if the image size cannot be halved len(mult) - 1 times.
+    """
+    resnet_module.require_divisible(image_size, mult)
+    network = resnet_module.ResNet(ch=ch, mult=tuple(mult), N=N)
+    return _build(network, (image_size, image_size, channels), resnet_module.spectral_rule)
+
+
+def mlp(dimension: int, width: int = 128, depth: int = 3) -> Energy:
+    """Returns a network for vectors (`mlp.MLP`), not normalised."""
+    return _build(mlp_module.MLP(width, depth), (dimension,), lambda path: None)
+
+
+def _build(network, shape: tuple[int, ...], rule: spectral.Rule) -> Energy:
+    def init(key):
+        params_key, vectors_key = jax.random.split(key)
+        example = jnp.zeros((1, *shape)), jnp.zeros((1,), jnp.int32)
+        params = network.init(params_key, *example)["params"]
+        return params, spectral.init_vectors(vectors_key, params, rule)
+
+    def normalise(params, vectors):
+        return spectral.normalise(params, vectors, rule)
+
+    def f(params, x, t):
+        return network.apply({"params": params}, x, t)
+
+    return Energy(init, normalise, f, shape)

@@ -1,0 +1,63 @@
+"""Devices: one mesh, its shardings, and the per-device map of the chains.
+
+Looking for `pmap`? JAX now implements it as `jit` of `shard_map` and asks new code to use
+those: `over_examples` is the per-device map (of the Langevin chains), and the training
+step around it is one `jax.jit` with shardings, which is what pjit has become.
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from drl_jax.errors import UserError
+
+DATA = "data"
+
+
+def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Returns a mesh of all devices (or those given) along the one axis `data`."""
+    devices = jax.devices() if devices is None else devices
+    return jax.make_mesh(
+        (len(devices),), (DATA,), devices=devices, axis_types=(jax.sharding.AxisType.Auto,)
+    )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of what every device holds whole: parameters, scalars."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def by_example(mesh: Mesh) -> NamedSharding:
+    """The sharding of batches: the first axis is split over the devices."""
+    return NamedSharding(mesh, PartitionSpec(DATA))
+
+
+def over_examples(fn: Callable, mesh: Mesh) -> Callable:
+    """Maps fn(shared, batched) over the devices, each on its block of examples.
+
+    The first argument is whole on every device; every array of the second, and of the
+    result, is split along its first axis. No device waits for another: fn must treat its
+    examples one by one.
+    """
+    return jax.shard_map(
+        fn,
+        mesh=mesh,
+        in_specs=(PartitionSpec(), PartitionSpec(DATA)),
+        out_specs=PartitionSpec(DATA),
+    )
+
+
+def require_divisible(batch_size: int, mesh: Mesh, field: str) -> None:
+    """Refuses a batch that the devices cannot share equally.
+
+    Raises:
+      UserError: with the batch, the number of devices and the nearest sizes that work.
+    """
+    n = mesh.size
+    if batch_size % n:
+        lower = batch_size // n * n
+        nearest = " or ".join(str(b) for b in (lower, lower + n) if b)
+        raise UserError(
+            f"config.{field} is {batch_size}, not divisible by {n} devices: use {nearest}"
+        )

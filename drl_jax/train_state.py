@@ -1,0 +1,52 @@
+"""Everything that training carries from one step to the next."""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int, Key
+
+from drl_jax.energies import Energy, Params, Vectors
+
+
+@flax.struct.dataclass
+class TrainState:
+    """The state of a run: what a checkpoint holds.
+
+    Attributes:
+      step: training steps done.
+      params: the network's raw parameters (before spectral normalisation).
+      ema: their exponential moving average, used to generate.
+      vectors: u of every spectral power iteration.
+      opt_state: of the optimiser.
+    """
+
+    step: Int[Array, ""]
+    params: Params
+    ema: Params
+    vectors: Vectors
+    opt_state: optax.OptState
+
+
+def adam(learning_rate: float, warmup_steps: int, beta1: float) -> optax.GradientTransformation:
+    """Returns Adam with a linear warm-up (Gao et al. 2021, appendix B)."""
+    warmup = optax.linear_schedule(0.0, learning_rate, warmup_steps)
+    return optax.adam(lambda count: warmup(count + 1), b1=beta1)
+
+
+def create(
+    key: Key[Array, ""], energy: Energy, optimiser: optax.GradientTransformation
+) -> TrainState:
+    """Returns the state before the first step."""
+    params, vectors = energy.init(key)
+    # Copied: the step donates its state, and one buffer cannot be donated twice.
+    ema = jax.tree.map(jnp.copy, params)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        ema=ema,
+        vectors=vectors,
+        opt_state=optimiser.init(params),
+    )
+
+

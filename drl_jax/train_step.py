@@ -1,0 +1,141 @@
+"""One training step: a pure function, and the one compiled program made of it."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Key
+
+from drl_jax import diffusion, noise, parallel, recovery, sampling
+from drl_jax.diffusion import NoiseSchedule
+from drl_jax.energies import Energy
+from drl_jax.train_state import TrainState
+
+
+class Method(NamedTuple):
+    """What is learned and how its negatives are drawn.
+
+    Attributes:
+      energy: the network.
+      schedule: the noise levels.
+      s: the Langevin step of every level.
+      K: chain steps of a negative example.
+    """
+
+    energy: Energy
+    schedule: NoiseSchedule
+    s: Float[Array, "T"]
+    K: int
+
+
+class Metrics(NamedTuple):
+    """What a step reports. Levels that no example of the batch met are NaN.
+
+    Attributes:
+      loss: mean over the batch.
+      grad_norm: of the loss's gradient, all parameters together.
+      f_pos, f_neg: mean output of the network, on data and on the chains' ends, a level.
+      displacement: mean distance from a chain's start to its end, a level.
+    """
+
+    loss: Float[Array, ""]
+    grad_norm: Float[Array, ""]
+    f_pos: Float[Array, "T"]
+    f_neg: Float[Array, "T"]
+    displacement: Float[Array, "T"]
+
+
+def train_step(
+    state: TrainState,
+    x: Float[Array, "B *D"],
+    key: Key[Array, ""],
+    method: Method,
+    optimiser: optax.GradientTransformation,
+    ema_decay: float,
+    mesh: Mesh,
+) -> tuple[TrainState, Metrics]:
+    """Makes one step of maximum recovery likelihood (Gao et al. 2021, algorithm 1).
+
+    Args:
+      state: before the step.
+      x: data in [-1, 1].
+      key: the run's; the step and the example are folded into it here.
+      method: the network and the way of its negatives.
+      optimiser: makes an update of the gradient.
+      ema_decay: of the moving average of the parameters.
+      mesh: the devices that share the batch.
+    """
+    energy, schedule, s, K = method
+    B, T = x.shape[0], schedule.T
+    keys = noise.example_keys(jax.random.fold_in(key, state.step), jnp.arange(B))
+    t = jax.vmap(lambda key: jax.random.randint(key, (), 0, T))(noise.fold(keys, 0))
+    x_t, x_tilde = diffusion.diffuse_pair(noise.fold(keys, 1), x, t, schedule)
+    y_pos = noise.per_example(schedule.a_y(t), x) * x_t
+
+    params, vectors = energy.normalise(state.params, state.vectors)
+
+    def negatives(params, examples):
+        keys, x_tilde, t = examples
+
+        def f(y, t):
+            return energy.f(params, y, t)
+
+        return sampling.sample_conditional(keys, f, x_tilde, t, schedule, s, K)
+
+    y_neg = parallel.over_examples(negatives, mesh)(params, (noise.fold(keys, 2), x_tilde, t))
+
+    def mean_loss(raw_params):
+        params, _ = energy.normalise(raw_params, state.vectors)
+        losses, f_both = recovery.loss(
+            lambda y, t: energy.f(params, y, t), y_pos, y_neg, t, schedule
+        )
+        return jnp.mean(losses), f_both
+
+    (loss, (f_pos, f_neg)), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
+    updates, opt_state = optimiser.update(grads, state.opt_state, state.params)
+    new_params = optax.apply_updates(state.params, updates)
+    new_state = TrainState(
+        step=state.step + 1,
+        params=new_params,
+        ema=optax.incremental_update(new_params, state.ema, 1 - ema_decay),
+        vectors=vectors,
+        opt_state=opt_state,
+    )
+
+    at_level = jax.nn.one_hot(t, T, dtype=x.dtype)
+    count = jnp.sum(at_level, axis=0)
+
+    def level_mean(values):
+        return jnp.where(count > 0, values @ at_level / count, jnp.nan)
+
+    metrics = Metrics(
+        loss=loss,
+        grad_norm=optax.global_norm(grads),
+        f_pos=level_mean(f_pos),
+        f_neg=level_mean(f_neg),
+        displacement=level_mean(recovery.displacement(y_neg, x_tilde)),
+    )
+    return new_state, metrics
+
+
+def compile_for(
+    mesh: Mesh,
+    method: Method,
+    optimiser: optax.GradientTransformation,
+    ema_decay: float,
+) -> Callable[[TrainState, Array, Key[Array, ""]], tuple[TrainState, Metrics]]:
+    """Returns the step as one jitted, sharded program; the state passed in is donated."""
+
+    def step(state, x, key):
+        return train_step(state, x, key, method, optimiser, ema_decay, mesh)
+
+    whole, split = parallel.replicated(mesh), parallel.by_example(mesh)
+    return jax.jit(
+        step,
+        in_shardings=(whole, split, whole),
+        out_shardings=whole,
+        donate_argnums=0,
+    )
