@@ -62,6 +62,7 @@ def default() -> ConfigDict:
             },
             "evaluation": {
                 "num_samples": 1000,
+                "num_data": 10_000,  # at most so many images stand for the data
                 "batch_size": 256,
             },
         }
@@ -97,6 +98,7 @@ def validate(config: ConfigDict) -> None:
         "checkpoint.keep_last",
         "checkpoint.keep_every_steps",
         "evaluation.num_samples",
+        "evaluation.num_data",
         "evaluation.batch_size",
     )
     fields = dict(flatten(config))
@@ -104,7 +106,9 @@ def validate(config: ConfigDict) -> None:
         if not fields[name] > 0:
             raise UserError(f"config.{name} is {fields[name]}: it must be positive")
     if not all(m > 0 for m in config.energy.mult) or not config.energy.mult:
-        raise UserError(f"config.energy.mult is {config.energy.mult}: give positive multipliers")
+        raise UserError(
+            f"config.energy.mult is {config.energy.mult}: give positive multipliers"
+        )
     for name in ("optim.beta1", "optim.ema_decay"):
         if not 0 <= fields[name] < 1:
             raise UserError(f"config.{name} is {fields[name]}: it must lie in [0, 1)")

@@ -84,7 +84,7 @@ def diffuse(
     schedule: NoiseSchedule,
 ) -> Float[Array, "B *D"]:
     """Draws x_t ~ q(x_t | x) = N(a_bar_t x, sigma_bar_t² I) for data x."""
-    eps = noise.normal_like(keys, x)
+    eps = noise.normal(keys, x.shape[1:])
     return (
         noise.per_example(schedule.a_bar[t], x) * x
         + noise.per_example(schedule.sigma_bar[t], x) * eps
@@ -99,7 +99,7 @@ def diffuse_pair(
 ) -> tuple[Float[Array, "B *D"], Float[Array, "B *D"]]:
     """Draws (x_t, x_{t+1}) jointly from q for data x, levels t in 0..T-1."""
     x_t = diffuse(noise.fold(keys, 0), x, t, schedule)
-    eps = noise.normal_like(noise.fold(keys, 1), x)
+    eps = noise.normal(noise.fold(keys, 1), x.shape[1:])
     x_tilde = (
         noise.per_example(schedule.a[t + 1], x) * x_t
         + noise.per_example(schedule.sigma[t + 1], x) * eps

@@ -19,9 +19,9 @@ def fold(keys: Key[Array, "B"], data: int | Int[Array, ""]) -> Key[Array, "B"]:
     return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, data)
 
 
-def normal_like(keys: Key[Array, "B"], x: Float[Array, "B *D"]) -> Float[Array, "B *D"]:
-    """Returns standard normal noise of x's shape and dtype, one key an example."""
-    return jax.vmap(lambda key: jax.random.normal(key, x.shape[1:], x.dtype))(keys)
+def normal(keys: Key[Array, "B"], shape: tuple[int, ...]) -> Float[Array, "B *D"]:
+    """Returns standard normal noise, an array of this shape for each key."""
+    return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
 
 
 def per_example(values: Shaped[Array, "B"], x: Float[Array, "B *D"]) -> Shaped[Array, "B *D"]:

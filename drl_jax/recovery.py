@@ -80,8 +80,8 @@ def loss(
     return -weight * (f_pos - f_neg), (f_pos, f_neg)
 
 
-def displacement(y_neg: Float[Array, "B *D"], x_tilde: Float[Array, "B *D"]) -> Float[Array, "B"]:
+def displacement(
+    y_neg: Float[Array, "B *D"], x_tilde: Float[Array, "B *D"]
+) -> Float[Array, "B"]:
     """Returns the distance a chain has come from its start, |y_neg - x_tilde|."""
     return jnp.sqrt(jnp.sum(jnp.square(y_neg - x_tilde), axis=range(1, y_neg.ndim)))
-
-

@@ -64,8 +64,7 @@ def generate(
     """
     B = keys.shape[0]
     T = schedule.T
-    like = jax.ShapeDtypeStruct((B, *shape), schedule.a.dtype)
-    x_T = noise.normal_like(noise.fold(keys, T), like)
+    x_T = noise.normal(noise.fold(keys, T), shape)
 
     def recover(x_tilde, level):
         t = jnp.full((B,), level)

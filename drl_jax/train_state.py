@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, Key
+from ml_collections import ConfigDict
 
 from drl_jax.energies import Energy, Params, Vectors
 
@@ -28,10 +29,11 @@ class TrainState:
     opt_state: optax.OptState
 
 
-def adam(learning_rate: float, warmup_steps: int, beta1: float) -> optax.GradientTransformation:
+def optimiser(config: ConfigDict) -> optax.GradientTransformation:
     """Returns Adam with a linear warm-up (Gao et al. 2021, appendix B)."""
-    warmup = optax.linear_schedule(0.0, learning_rate, warmup_steps)
-    return optax.adam(lambda count: warmup(count + 1), b1=beta1)
+    settings = config.optim
+    warmup = optax.linear_schedule(0.0, settings.learning_rate, settings.warmup_steps)
+    return optax.adam(lambda count: warmup(count + 1), b1=settings.beta1)
 
 
 def create(
@@ -48,5 +50,3 @@ def create(
         vectors=vectors,
         opt_state=optimiser.init(params),
     )
-
-

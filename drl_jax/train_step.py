@@ -7,28 +7,13 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from drl_jax import diffusion, noise, parallel, recovery, sampling
 from drl_jax.diffusion import NoiseSchedule
-from drl_jax.energies import Energy
+from drl_jax.energies import Params
+from drl_jax.method import Method
 from drl_jax.train_state import TrainState
-
-
-class Method(NamedTuple):
-    """What is learned and how its negatives are drawn.
-
-    Attributes:
-      energy: the network.
-      schedule: the noise levels.
-      s: the Langevin step of every level.
-      K: chain steps of a negative example.
-    """
-
-    energy: Energy
-    schedule: NoiseSchedule
-    s: Float[Array, "T"]
-    K: int
 
 
 class Metrics(NamedTuple):
@@ -68,24 +53,13 @@ def train_step(
       ema_decay: of the moving average of the parameters.
       mesh: the devices that share the batch.
     """
-    energy, schedule, s, K = method
+    energy, schedule = method.energy, method.schedule
     B, T = x.shape[0], schedule.T
     keys = noise.example_keys(jax.random.fold_in(key, state.step), jnp.arange(B))
     t = jax.vmap(lambda key: jax.random.randint(key, (), 0, T))(noise.fold(keys, 0))
-    x_t, x_tilde = diffusion.diffuse_pair(noise.fold(keys, 1), x, t, schedule)
-    y_pos = noise.per_example(schedule.a_y(t), x) * x_t
-
+    y_pos, x_tilde = positives(noise.fold(keys, 1), x, t, schedule)
     params, vectors = energy.normalise(state.params, state.vectors)
-
-    def negatives(params, examples):
-        keys, x_tilde, t = examples
-
-        def f(y, t):
-            return energy.f(params, y, t)
-
-        return sampling.sample_conditional(keys, f, x_tilde, t, schedule, s, K)
-
-    y_neg = parallel.over_examples(negatives, mesh)(params, (noise.fold(keys, 2), x_tilde, t))
+    y_neg = negatives(noise.fold(keys, 2), params, x_tilde, t, method, mesh)
 
     def mean_loss(raw_params):
         params, _ = energy.normalise(raw_params, state.vectors)
@@ -119,6 +93,42 @@ def train_step(
         displacement=level_mean(recovery.displacement(y_neg, x_tilde)),
     )
     return new_state, metrics
+
+
+def positives(
+    keys: Key[Array, "B"],
+    x: Float[Array, "B *D"],
+    t: Int[Array, "B"],
+    schedule: NoiseSchedule,
+) -> tuple[Float[Array, "B *D"], Float[Array, "B *D"]]:
+    """Draws (y, x_tilde) of the data x at level t: what to recover, and from what."""
+    x_t, x_tilde = diffusion.diffuse_pair(keys, x, t, schedule)
+    return noise.per_example(schedule.a_y(t), x) * x_t, x_tilde
+
+
+def negatives(
+    keys: Key[Array, "B"],
+    params: Params,
+    x_tilde: Float[Array, "B *D"],
+    t: Int[Array, "B"],
+    method: Method,
+    mesh: Mesh,
+) -> Float[Array, "B *D"]:
+    """Draws y ~ p(y | x_tilde) of the model, each device its own examples' chains.
+
+    `params` are spectrally normalised.
+    """
+    energy, schedule, s, K = method
+
+    def chains(params, examples):
+        keys, x_tilde, t = examples
+
+        def f(y, t):
+            return energy.f(params, y, t)
+
+        return sampling.sample_conditional(keys, f, x_tilde, t, schedule, s, K)
+
+    return parallel.over_examples(chains, mesh)(params, (keys, x_tilde, t))
 
 
 def compile_for(

@@ -5,18 +5,18 @@ means more probable.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key, PyTree
+from jaxtyping import Array, Float, Int, Key
 
 from drl_jax.energies import mlp as mlp_module
 from drl_jax.energies import resnet as resnet_module
 from drl_jax.energies import spectral
 
-Params = PyTree[Float[Array, "..."]]
-Vectors = dict[str, Float[Array, "_"]]
+Params = dict[str, Any]  # nested by module; leaves are arrays
+Vectors = dict[str, Float[Array, "_"]]  # by the path of the kernel they belong to
 
 
 class Energy(NamedTuple):
@@ -36,9 +36,7 @@ class Energy(NamedTuple):
     shape: tuple[int, ...]
 
 
-def resnet(
-    image_size: int, channels: int, ch: int, mult: tuple[int, ...], N: int
-) -> Energy:
+def resnet(image_size: int, channels: int, ch: int, mult: tuple[int, ...], N: int) -> Energy:
     """Returns the paper's image network (`resnet.ResNet`), spectrally normalised.
 
     Raises:

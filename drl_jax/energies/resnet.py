@@ -43,7 +43,11 @@ class Conv(nn.Module):
 
 
 class Block(nn.Module):
-    """Residual block: skip(x) + g · (conv(lrelu(conv(lrelu(x)) + dense(lrelu(temb)))) + bias)."""
+    """Residual block with time.
+
+    skip(x) + g · (conv(lrelu(h)) + bias),   h = conv(lrelu(x)) + dense(lrelu(temb)),
+    where skip is a 3x3 convolution if the width changes and the identity if not.
+    """
 
     features: int
 
@@ -74,9 +78,7 @@ class ResNet(nn.Module):
     N: int
 
     @nn.compact
-    def __call__(
-        self, x: Float[Array, "B H W C"], t: Int[Array, "B"]
-    ) -> Float[Array, "B"]:
+    def __call__(self, x: Float[Array, "B H W C"], t: Int[Array, "B"]) -> Float[Array, "B"]:
         dense = functools.partial(nn.Dense, kernel_init=fan_avg)
         temb = time_embedding(t, self.ch)
         temb = dense(4 * self.ch, name="temb_0")(temb)
@@ -122,5 +124,3 @@ def require_divisible(size: int, mult: tuple[int, ...]) -> None:
             f"images of {size}x{size} cannot be halved {len(mult) - 1} times for "
             f"mult = {mult}: use a multiple of {factor}, or fewer multipliers"
         )
-
-

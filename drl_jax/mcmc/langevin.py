@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from drl_jax import noise
@@ -60,7 +61,7 @@ def kernel(
     """
     y = state.position
     log_p, vjp = jax.vjp(log_density_fn, y)
-    (gradient,) = vjp(jax.numpy.ones_like(log_p))
+    (gradient,) = vjp(jnp.ones_like(log_p))
     s = noise.per_example(step_size, y)
-    y = y + s**2 / 2 * gradient + s * noise_scale * noise.normal_like(keys, y)
+    y = y + s**2 / 2 * gradient + s * noise_scale * noise.normal(keys, y.shape[1:])
     return State(y), Info(log_p, gradient)

@@ -1,0 +1,323 @@
+"""Images: where they lie, how they are prepared, and in which order training sees them.
+
+`config.data.name` names the source: 'digits' (8x8 grey, inside scikit-learn),
+'folder:/path' (PNG and JPEG), or a TFDS data set that was prepared beforehand in its
+ArrayRecord format. TensorFlow is not imported, unless the images lie in a bucket and
+etils reads that through it.
+
+Every fault that a user can mend (no such folder, a damaged image, data that are not
+prepared) is a `UserError`, also where a prefetching thread meets it.
+"""
+
+import difflib
+import io
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import grain
+import numpy as np
+from etils import epath
+from jaxtyping import Float, Num, UInt8
+from ml_collections import ConfigDict
+from PIL import Image, UnidentifiedImageError
+
+from drl_jax.errors import UserError
+
+_PILLOW_MODES = {1: "L", 3: "RGB"}
+
+# Each thread makes whole batches. A process that ends waits for those begun or buffered,
+# so there are only as many as keep a training step from waiting.
+_READ_OPTIONS = grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)
+
+# For ever. `repeat()` without a number makes grain's length overflow in batches of one.
+_EPOCHS = 2**31
+
+
+class Source(Protocol):
+    """Images at random access.
+
+    Attributes:
+      white: the greatest value a pixel can have; black is 0.
+    """
+
+    white: float
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Num[np.ndarray, "H W C"]: ...
+
+
+class Digits:
+    """The 1797 handwritten digits that come with scikit-learn, 8x8 grey."""
+
+    white = 16.0
+
+    def __init__(self, channels: int):
+        from sklearn.datasets import load_digits  # a second, which only this source needs
+
+        _require_channels("'digits'", 1, channels)
+        self._images = load_digits().images[..., np.newaxis]
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> Num[np.ndarray, "8 8 1"]:
+        return self._images[index]
+
+
+class Folder:
+    """The PNG and JPEG files anywhere below a folder, by path; a bucket's, too.
+
+    They become RGB or grey as `channels` (3 or 1) says, and are read when asked for.
+    """
+
+    white = 255.0
+
+    def __init__(self, path: str, channels: int):
+        if not path:
+            raise UserError("config.data.name is 'folder:': give a path, as in 'folder:/path'")
+        if channels not in _PILLOW_MODES:
+            raise UserError(
+                f"config.data.channels is {channels}: a folder's images are read as grey or "
+                "RGB, set --config.data.channels to 1 or 3"
+            )
+        folder = epath.Path(path).expanduser()
+        if not folder.is_dir():
+            raise UserError(f"config.data.name is 'folder:{path}': there is no such folder")
+        self._channels = channels
+        self._files = sorted(
+            parent / file
+            for parent, _, files in folder.walk()
+            for file in files
+            if file.lower().endswith((".png", ".jpg", ".jpeg"))
+        )
+        if not self._files:
+            raise UserError(
+                f"config.data.name is 'folder:{path}': there is no .png, .jpg or .jpeg below it"
+            )
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: int) -> UInt8[np.ndarray, "H W C"]:
+        file = self._files[index]
+        return _decode(str(file), file.read_bytes, self._channels)
+
+
+class Tfds:
+    """The images of one split of a TFDS data set that lies prepared as ArrayRecord.
+
+    TFDS need not know the data set: what is found in `data_dir` is enough.
+    """
+
+    white = 255.0
+
+    def __init__(self, name: str, split: str, data_dir: str, channels: int):
+        import tensorflow_datasets as tfds  # only this source needs it
+
+        try:
+            builder = tfds.builder(name, data_dir=data_dir or None)
+        except Exception as error:  # of many classes, and many lines
+            reason = str(error).strip().partition("\n")[0].removesuffix(".")
+            known = tfds.list_builders(with_community_datasets=False)
+            near = " or ".join(map(repr, difflib.get_close_matches(name.lower(), known)))
+            raise UserError(
+                f"config.data.name is {name!r}, which TFDS cannot open in "
+                f"{data_dir or 'its default data_dir'}: {reason}; "
+                + (f"did you mean {near}? " if near else "")
+                + "other sources are 'digits' and 'folder:/path'"
+            ) from error
+        title = f"TFDS data set {name!r}"
+        info = builder.info
+        if not info.splits:
+            raise UserError(
+                f"{title} is not prepared in {builder.data_dir}: "
+                f"run {_prepare_command(name, data_dir)}"
+            )
+        array_record = tfds.core.FileFormat.ARRAY_RECORD
+        if array_record not in info.available_file_formats():
+            raise UserError(
+                f"{title} lies in {builder.data_dir} as {info.file_format.value}, which cannot "
+                "be read at random: set --config.data.data_dir to another place and prepare it "
+                f"there, {_prepare_command(name, 'ANOTHER_PLACE')}"
+            )
+        features = dict(info.features.items())
+        image = features.get("image")
+        if not isinstance(image, tfds.features.Image) or image.np_dtype != np.uint8:
+            raise UserError(
+                f"{title} has no 8-bit image called 'image'; its features are "
+                + ", ".join(f"{name}: {type(kind).__name__}" for name, kind in features.items())
+            )
+        _require_channels(title, image.shape[-1], channels)
+        try:
+            # TFDS would decode to other shapes than it declares (a grey JPEG among RGB
+            # ones), and to other pixels where OpenCV is installed.
+            self._examples = builder.as_data_source(
+                split, decoders={"image": tfds.decode.SkipDecoding()}, file_format=array_record
+            )
+        except ValueError as error:  # TFDS's own words are of many lines for some splits
+            raise UserError(
+                f"config.data.split is {split!r}, which names no images of {title}: "
+                f"its splits are {', '.join(info.splits)}"
+            ) from error
+        self._title = f"of {title}, split {split!r}"
+        self._channels = channels
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, index: int) -> UInt8[np.ndarray, "H W C"]:
+        return _decode(
+            f"{index} {self._title}", lambda: self._examples[index]["image"], self._channels
+        )
+
+
+def _prepare_command(name: str, data_dir: str) -> str:
+    where = f", data_dir={data_dir!r}" if data_dir else ""
+    return (
+        f'python -c "import tensorflow_datasets as tfds; tfds.builder({name!r}{where})'
+        ".download_and_prepare(file_format='array_record')\""
+    )
+
+
+def _require_channels(title: str, found: int, wanted: int) -> None:
+    if found not in _PILLOW_MODES:
+        raise UserError(f"{title} has images of {found} channels: only 1 and 3 can be used")
+    if found != wanted:
+        raise UserError(
+            f"{title} has images of {found} channel{'s' * (found > 1)}, config.data.channels "
+            f"is {wanted}: set --config.data.channels={found}"
+        )
+
+
+def _decode(name: str, read: Callable[[], bytes], channels: int) -> UInt8[np.ndarray, "H W C"]:
+    """Decodes an image file to grey or RGB, whatever it holds."""
+    try:
+        with Image.open(io.BytesIO(read())) as image:
+            if image.mode.startswith(("I", "F")):  # pillow would clip, not scale, to 8 bits
+                raise ValueError("it has more than 8 bits a channel")
+            pixels = np.asarray(image.convert(_PILLOW_MODES[channels]))
+    except UnidentifiedImageError as error:  # its own words name a BytesIO
+        raise UserError(f"cannot read image {name}: it is no image or damaged") from error
+    except Exception as error:  # of many classes: the file's, the bucket's, pillow's
+        reason = " ".join(str(error).split())
+        raise UserError(f"cannot read image {name}: {reason}") from error
+    return pixels.reshape(*pixels.shape[:2], channels)
+
+
+def open_source(config: ConfigDict) -> Source:
+    """Opens the images that `config.data` names and reads the first.
+
+    Raises:
+      UserError: where they are not there, not readable, or not of config.data.channels.
+    """
+    data = config.data
+    source: Source
+    if data.name == "digits":
+        source = Digits(data.channels)
+    elif data.name.startswith("folder:"):
+        source = Folder(data.name.removeprefix("folder:"), data.channels)
+    else:
+        source = Tfds(data.name, data.split, data.data_dir, data.channels)
+    source[0]  # so that an unreadable data set shows before a run has begun
+    return source
+
+
+def prepare(
+    image: Num[np.ndarray, "H W C"], size: int, crop: str, white: float
+) -> Float[np.ndarray, "size size C"]:
+    """Crops, resizes and scales an image, in this order.
+
+    The crop 'centre' is the largest centre square. Of CelebA's 218x178 it drops 20 rows at
+    the top and 20 at the bottom, the preparation of Gao et al. (2021). The resize, left out
+    where the size is right already, is bilinear and antialiased: each new pixel is a mean
+    of the old ones under a triangle as wide as two new pixels (`tf.image.resize` with
+    `antialias=True`).
+
+    Args:
+      image: of any size, pixels in [0, white].
+      size: of the result's sides.
+      crop: 'centre' or 'none'.
+      white: what becomes 1; 0 becomes -1.
+
+    Returns:
+      float32 in [-1, 1].
+    """
+    if crop == "centre":
+        height, width = image.shape[:2]
+        side = min(height, width)
+        top, left = (height - side) // 2, (width - side) // 2
+        image = image[top : top + side, left : left + side]
+    image = image.astype(np.float32)
+    if image.shape[:2] != (size, size):
+        # One channel at a time: pillow has no float32 images of more.
+        channels = [Image.fromarray(channel) for channel in np.moveaxis(image, -1, 0)]
+        bilinear = Image.Resampling.BILINEAR  # antialiased, pillow's always is
+        resized = [np.asarray(c.resize((size, size), bilinear)) for c in channels]
+        image = np.stack(resized, axis=-1)
+    return image / (white / 2) - 1
+
+
+def training_batches(
+    config: ConfigDict, start_step: int = 0, process_index: int = 0, process_count: int = 1
+) -> Iterator[dict[str, Float[np.ndarray, "B H W C"]]]:
+    """Returns this process's share of every step's batch, without end.
+
+    The batch of a step is a function of config.seed and the step alone: not of where the
+    run started, nor of the number of processes, whose shares lie one after the other in it.
+    Every epoch goes through all images in a new order, and the first batch of an epoch
+    begins with what the last of the one before left.
+
+    Args:
+      config: of the run; uses seed, data and train.batch_size.
+      start_step: the step, from 0, whose batch comes first.
+      process_index: of this process.
+      process_count: of all processes.
+
+    Returns:
+      An iterator of {'image': float32 in [-1, 1]}, B = config.train.batch_size /
+      process_count.
+
+    Raises:
+      UserError: now as `open_source` does, and while iterating for an unreadable image.
+    """
+    size, rest = divmod(config.train.batch_size, process_count)
+    if rest:
+        raise UserError(
+            f"config.train.batch_size is {config.train.batch_size}: "
+            f"it must be a multiple of the {process_count} processes"
+        )
+    examples = _prepared(config).seed(config.seed).shuffle().repeat(_EPOCHS)
+    if config.data.flip:
+        examples = examples.random_map(_flip)  # seeded by the example's place in the run
+    batches = examples.batch(size)[process_index::process_count][start_step:]
+    return iter(batches.map(lambda image: {"image": image}).to_iter_dataset(_READ_OPTIONS))
+
+
+def all_images(
+    config: ConfigDict, limit: int | None = None
+) -> Iterator[Float[np.ndarray, "H W C"]]:
+    """Returns every image once, in the source's order, prepared as for training, unflipped.
+
+    Few are held at a time, however many there are.
+
+    Args:
+      config: of the run; uses data.
+      limit: how many at most; None for all.
+
+    Raises:
+      UserError: now as `open_source` does, and while iterating for an unreadable image.
+    """
+    return iter(_prepared(config)[:limit].to_iter_dataset(_READ_OPTIONS))
+
+
+def _prepared(config: ConfigDict) -> grain.MapDataset:
+    """The images of `config.data`, float32 [H, W, C] in [-1, 1], at random access."""
+    source, data = open_source(config), config.data
+    # Read once, here: a ConfigDict may change while the threads are at work.
+    size, crop, white = data.image_size, data.crop, source.white
+    return grain.MapDataset.source(source).map(lambda image: prepare(image, size, crop, white))
+
+
+def _flip(image: Float[np.ndarray, "H W C"], rng: np.random.Generator) -> np.ndarray:
+    return image[:, ::-1] if rng.random() < 0.5 else image

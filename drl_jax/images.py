@@ -1,0 +1,40 @@
+"""Pictures: arrays in [-1, 1] to PNG files."""
+
+import io
+
+import numpy as np
+from etils import epath
+from jaxtyping import Float, UInt8
+from PIL import Image
+
+GAP = 1  # pixels between tiles, before enlargement
+GREY = 128
+
+
+def to_uint8(x: Float[np.ndarray, "*D"]) -> UInt8[np.ndarray, "*D"]:
+    """Maps [-1, 1] to 0..255, clipping what lies outside."""
+    return np.round((np.clip(x, -1, 1) + 1) * 127.5).astype(np.uint8)
+
+
+def grid(x: Float[np.ndarray, "B H W C"], columns: int) -> UInt8[np.ndarray, "h w C"]:
+    """Lays images out in rows with grey gaps; small ones are enlarged to be looked at.
+
+    The enlargement repeats pixels, by the largest whole factor that keeps a tile of at
+    most 64 pixels.
+    """
+    B, H, W, C = x.shape
+    rows = -(-B // columns)
+    tiles = np.full((rows * columns, H + GAP, W + GAP, C), GREY, np.uint8)
+    tiles[:B, :H, :W] = to_uint8(x)
+    sheet = tiles.reshape(rows, columns, H + GAP, W + GAP, C).swapaxes(1, 2)
+    sheet = sheet.reshape(rows * (H + GAP), columns * (W + GAP), C)
+    sheet = np.pad(sheet, ((GAP, 0), (GAP, 0), (0, 0)), constant_values=GREY)
+    factor = max(1, 64 // max(H, W))
+    return sheet.repeat(factor, axis=0).repeat(factor, axis=1)
+
+
+def write_png(path: epath.Path, image: UInt8[np.ndarray, "H W C"]) -> None:
+    """Writes one grey (C = 1) or colour (C = 3) image."""
+    encoded = io.BytesIO()
+    Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(encoded, "PNG")
+    path.write_bytes(encoded.getvalue())

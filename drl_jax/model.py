@@ -1,0 +1,129 @@
+"""A trained model in the hand: energies and samples, as arrays in [-1, 1]."""
+
+import functools
+from collections.abc import Callable, Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, Key
+from ml_collections import ConfigDict
+
+from drl_jax import checkpoints, method, noise, parallel, recovery, sampling, train_state
+from drl_jax.energies import Params
+from drl_jax.errors import UserError
+from drl_jax.method import Method
+
+
+class Model:
+    """A network with its parameters, compiled for the devices at hand.
+
+    Attributes:
+      method: the network, the noise levels and the chain.
+      params: spectrally normalised parameters, replaced freely: nothing recompiles.
+      mesh: the devices.
+    """
+
+    def __init__(
+        self,
+        method: Method,
+        params: Params,
+        mesh: Mesh,
+        batch_size: int = 256,
+        noise_scale: float = 1.0,
+    ):
+        """Binds the parameters; `batch_size` images at a time are generated."""
+        self.method = method
+        self.params = params
+        self.mesh = mesh
+        self._batch_size = -(-batch_size // mesh.size) * mesh.size
+        self._generate = compile_generator(method, mesh, noise_scale)
+        self._f = jax.jit(method.energy.f)
+
+    def f(self, x: Float[Array, "B H W C"], t: Int[Array, "B"]) -> Float[Array, "B"]:
+        """Returns the network's output for images x at levels t in 0..T-1."""
+        return self._f(self.params, x, t)
+
+    def log_density(self, x: Float[Array, "B H W C"], t: Int[Array, "B"]) -> Float[Array, "B"]:
+        """Returns F(x, t) = f / s_t², the log-density of level t up to a constant [nats]."""
+        return recovery.log_density(self.f, x, t, self.method.s)
+
+    def sample(self, key: Key[Array, ""], n: int) -> Float[np.ndarray, "n H W C"]:
+        """Draws n images. The i-th depends on the key and on i alone."""
+        return np.concatenate(list(self.sample_batches(key, n)))
+
+    def sample_batches(
+        self, key: Key[Array, ""], n: int
+    ) -> Iterator[Float[np.ndarray, "B H W C"]]:
+        """Draws n images, a batch at a time: memory does not grow with n."""
+        size = min(self._batch_size, -(-n // self.mesh.size) * self.mesh.size)
+        for start in range(0, n, size):
+            x = self._generate(self.params, key, jnp.arange(start, start + size))
+            yield np.asarray(x)[: n - start]
+
+
+def compile_generator(
+    method: Method, mesh: Mesh, noise_scale: float
+) -> Callable[[Params, Key[Array, ""], Int[Array, "B"]], Float[Array, "B *D"]]:
+    """Returns (params, key, indices) -> samples: one program, one block a device."""
+
+    def generate(params, keys):
+        def f(x, t):
+            return method.energy.f(params, x, t)
+
+        x, _ = sampling.generate(
+            keys, f, method.energy.shape, method.schedule, method.s, method.K, noise_scale
+        )
+        return x
+
+    whole, split = parallel.replicated(mesh), parallel.by_example(mesh)
+
+    @functools.partial(jax.jit, in_shardings=(whole, whole, split), out_shardings=split)
+    def program(params, key, indices):
+        keys = noise.example_keys(key, indices)
+        return parallel.over_examples(generate, mesh)(params, keys)
+
+    return program
+
+
+def load(workdir: str | epath.Path) -> Model:
+    """Returns the model of a work directory's newest readable checkpoint.
+
+    Raises:
+      UserError: if there is none.
+    """
+    return load_run(epath.Path(workdir))[1]
+
+
+def load_run(workdir: epath.Path) -> tuple[ConfigDict, Model, int]:
+    """Returns the configuration, the model and the training step of a work directory.
+
+    Raises:
+      UserError: if it holds no readable checkpoint.
+    """
+    mesh = parallel.make_mesh()
+    restored = None
+    if (workdir / "checkpoints").exists():
+        with checkpoints.Checkpoints(workdir) as manager:
+            restored = manager.restore(abstract_state, parallel.replicated(mesh))
+    if restored is None:
+        raise UserError(
+            f"no checkpoint to read in {workdir}: train there first (--mode=train), or "
+            "give the --workdir of a trained model"
+        )
+    config, state = restored
+    built = method.from_config(config)
+    params, _ = built.energy.normalise(state.ema, state.vectors)
+    model = Model(built, params, mesh, config.evaluation.batch_size, config.mcmc.noise_scale)
+    return config, model, int(state.step)
+
+
+def abstract_state(config: ConfigDict) -> train_state.TrainState:
+    """Returns the shapes of the training state that the configuration asks for."""
+    energy = method.from_config(config).energy
+    create = functools.partial(
+        train_state.create, energy=energy, optimiser=train_state.optimiser(config)
+    )
+    return jax.eval_shape(create, jax.random.key(0))

@@ -1,0 +1,81 @@
+"""What a run does: one short program a mode, over the pure functions."""
+
+import io
+import json
+import logging
+
+import jax
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from drl_jax import data, evaluation, images
+from drl_jax import model as model_lib
+from drl_jax import train as train_lib
+from drl_jax.errors import UserError
+from drl_jax.model import Model
+
+log = logging.getLogger(__name__)
+
+SHEET = 100  # images on a sheet of 10 x 10
+STATISTICS = 256  # images on which the levels' statistics are computed
+
+
+def train(config: ConfigDict, workdir: epath.Path) -> None:
+    """Trains, then writes samples.png and metrics.json."""
+    model = train_lib.train(config, workdir)
+    measure(config, model, config.train.num_steps, workdir)
+
+
+def evaluate(workdir: epath.Path) -> None:
+    """Computes the metrics of the newest checkpoint: metrics.json and samples.png."""
+    config, model, step = model_lib.load_run(workdir)
+    data.open_source(config)
+    measure(config, model, step, workdir)
+
+
+def sample(workdir: epath.Path, num_samples: int, seed: int) -> None:
+    """Writes samples of the newest checkpoint: PNGs, a grid, and one array (.npz).
+
+    Raises:
+      UserError: if the number is not positive, or there is no checkpoint.
+    """
+    if num_samples <= 0:
+        raise UserError(f"--num_samples is {num_samples}: it must be positive")
+    _, model, step = model_lib.load_run(workdir)
+    folder = workdir / "samples" / f"step_{step}_seed_{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    batches = []
+    with tqdm(total=num_samples, unit="image", disable=None) as bar:
+        for batch in model.sample_batches(jax.random.key(seed), num_samples):
+            batches.append(batch)
+            for image in images.to_uint8(batch):
+                images.write_png(folder / f"{bar.n:06d}.png", image)
+                bar.update()
+    x = np.concatenate(batches)
+    encoded = io.BytesIO()
+    np.savez_compressed(encoded, samples=x)
+    (folder / "samples.npz").write_bytes(encoded.getvalue())
+    images.write_png(folder / "grid.png", images.grid(x[:SHEET], columns=10))
+    log.info("%d samples are in %s", num_samples, folder)
+
+
+def measure(config: ConfigDict, model: Model, step: int, workdir: epath.Path) -> None:
+    """Samples, compares with the data, and writes samples.png and metrics.json."""
+    key, levels_key = jax.random.split(jax.random.key(config.seed))
+    samples = model.sample(key, max(config.evaluation.num_samples, SHEET))
+    images.write_png(workdir / "samples.png", images.grid(samples[:SHEET], columns=10))
+    samples = samples[: config.evaluation.num_samples]
+    truth = np.stack(list(data.all_images(config, limit=config.evaluation.num_data)))
+    metrics = {"step": step, **evaluation.pixel_metrics(samples, truth)}
+    metrics["levels"] = evaluation.level_statistics(model, levels_key, truth[:STATISTICS])
+    (workdir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    log.info(
+        "pixel Fréchet distance %.3f (two halves of the data: %.3f); pixels %.2f to %.2f",
+        metrics["pixel_frechet"],
+        metrics["pixel_frechet_of_data_halves"],
+        metrics["pixel_min"],
+        metrics["pixel_max"],
+    )
+    log.info("%s and metrics.json are in %s", "samples.png", workdir)
