@@ -105,6 +105,8 @@ def validate(config: ConfigDict) -> None:
     for name in positive:
         if not fields[name] > 0:
             raise UserError(f"config.{name} is {fields[name]}: it must be positive")
+    if not 0 <= config.seed < 2**32:
+        raise UserError(f"config.seed is {config.seed}: it must lie in [0, 2**32)")
     if not all(m > 0 for m in config.energy.mult) or not config.energy.mult:
         raise UserError(
             f"config.energy.mult is {config.energy.mult}: give positive multipliers"

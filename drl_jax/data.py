@@ -230,9 +230,9 @@ def prepare(
 
     The crop 'centre' is the largest centre square. Of CelebA's 218x178 it drops 20 rows at
     the top and 20 at the bottom, the preparation of Gao et al. (2021). The resize, left out
-    where the size is right already, is bilinear and antialiased: each new pixel is a mean
-    of the old ones under a triangle as wide as two new pixels (`tf.image.resize` with
-    `antialias=True`).
+    where the size is right already, is bilinear and antialiased: where it shrinks, each new
+    pixel is a mean of the old ones under a triangle as wide as two new pixels
+    (`tf.image.resize` with `antialias=True`).
 
     Args:
       image: of any size, pixels in [0, white].
@@ -252,7 +252,7 @@ def prepare(
     if image.shape[:2] != (size, size):
         # One channel at a time: pillow has no float32 images of more.
         channels = [Image.fromarray(channel) for channel in np.moveaxis(image, -1, 0)]
-        bilinear = Image.Resampling.BILINEAR  # antialiased, pillow's always is
+        bilinear = Image.Resampling.BILINEAR  # which pillow always antialiases
         resized = [np.asarray(c.resize((size, size), bilinear)) for c in channels]
         image = np.stack(resized, axis=-1)
     return image / (white / 2) - 1
@@ -265,8 +265,7 @@ def training_batches(
 
     The batch of a step is a function of config.seed and the step alone: not of where the
     run started, nor of the number of processes, whose shares lie one after the other in it.
-    Every epoch goes through all images in a new order, and the first batch of an epoch
-    begins with what the last of the one before left.
+    Every epoch goes through all images in a new order; a batch may reach over its end.
 
     Args:
       config: of the run; uses seed, data and train.batch_size.
@@ -279,7 +278,8 @@ def training_batches(
       process_count.
 
     Raises:
-      UserError: now as `open_source` does, and while iterating for an unreadable image.
+      UserError: at the call as `open_source` does; from the iterator where an image is
+        unreadable.
     """
     size, rest = divmod(config.train.batch_size, process_count)
     if rest:
@@ -306,7 +306,8 @@ def all_images(
       limit: how many at most; None for all.
 
     Raises:
-      UserError: now as `open_source` does, and while iterating for an unreadable image.
+      UserError: at the call as `open_source` does; from the iterator where an image is
+        unreadable.
     """
     return iter(_prepared(config)[:limit].to_iter_dataset(_READ_OPTIONS))
 

@@ -5,9 +5,10 @@ from typing import NamedTuple
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from drl_jax import diffusion, energies, recovery
+from drl_jax import diffusion, recovery
 from drl_jax.diffusion import NoiseSchedule
-from drl_jax.energies import Energy
+from drl_jax.energies import resnet
+from drl_jax.energies.energy import Energy
 
 
 class Method(NamedTuple):
@@ -32,7 +33,7 @@ def from_config(config: ConfigDict) -> Method:
     Raises:
       UserError: if T or the image size is impossible.
     """
-    energy = energies.resnet(
+    energy = resnet.energy(
         config.data.image_size,
         config.data.channels,
         config.energy.ch,

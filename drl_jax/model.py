@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int, Key
 from ml_collections import ConfigDict
 
 from drl_jax import checkpoints, method, noise, parallel, recovery, sampling, train_state
-from drl_jax.energies import Params
+from drl_jax.energies.energy import Params
 from drl_jax.errors import UserError
 from drl_jax.method import Method
 

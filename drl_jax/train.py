@@ -53,11 +53,8 @@ def train(config: ConfigDict, workdir: epath.Path) -> Model:
         checkpoints = stack.enter_context(Checkpoints(workdir, config))
         restored = checkpoints.restore(abstract_state, whole)
         if restored is None:
-            create = jax.jit(
-                lambda key: train_state.create(key, learned.energy, optimiser),
-                out_shardings=whole,
-            )
-            state = create(init_key)
+            fresh = train_state.create(init_key, learned.energy, optimiser)
+            state = jax.device_put(fresh, whole)
         else:
             state = restored[1]
             log.info("going on from step %d", int(state.step))
@@ -69,7 +66,9 @@ def train(config: ConfigDict, workdir: epath.Path) -> Model:
         stack.enter_context(metric_writers.ensure_flushes(writer))
         progress = stack.enter_context(Progress(start, end, config.log.every_steps, writer))
         stop = stack.enter_context(stop_on_signal())
-        batches = data.training_batches(config, start_step=start)
+        batches = data.training_batches(
+            config, start, jax.process_index(), jax.process_count()
+        )
 
         unread: tuple[int, Metrics] | None = None
         for step in range(start, end):

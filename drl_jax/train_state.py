@@ -7,7 +7,7 @@ import optax
 from jaxtyping import Array, Int, Key
 from ml_collections import ConfigDict
 
-from drl_jax.energies import Energy, Params, Vectors
+from drl_jax.energies.energy import Energy, Params, Vectors
 
 
 @flax.struct.dataclass

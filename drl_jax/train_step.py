@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from drl_jax import diffusion, noise, parallel, recovery, sampling
 from drl_jax.diffusion import NoiseSchedule
-from drl_jax.energies import Params
+from drl_jax.energies.energy import Params
 from drl_jax.method import Method
 from drl_jax.train_state import TrainState
 

@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from drl_jax.energies.energy import Energy, from_network
 from drl_jax.energies.resnet import leaky_relu, time_embedding
 
 
@@ -30,3 +31,8 @@ class MLP(nn.Module):
             h += nn.Dense(self.width, name=f"dense_{i}")(nn.swish(update))
         head = nn.Dense(self.width, name="head")(leaky_relu(temb))
         return jnp.sum(nn.swish(h) * head, axis=1)
+
+
+def energy(dimension: int, width: int = 128, depth: int = 3) -> Energy:
+    """Returns a network for vectors, not spectrally normalised."""
+    return from_network(MLP(width, depth), (dimension,), lambda path: None)

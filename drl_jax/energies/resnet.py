@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from drl_jax.energies.convolution import conv3x3
+from drl_jax.energies.energy import Energy, from_network
 from drl_jax.errors import UserError
 
 leaky_relu = functools.partial(nn.leaky_relu, negative_slope=0.2)
@@ -124,3 +125,14 @@ def require_divisible(size: int, mult: tuple[int, ...]) -> None:
             f"images of {size}x{size} cannot be halved {len(mult) - 1} times for "
             f"mult = {mult}: use a multiple of {factor}, or fewer multipliers"
         )
+
+
+def energy(image_size: int, channels: int, ch: int, mult: tuple[int, ...], N: int) -> Energy:
+    """Returns the paper's network for square images, spectrally normalised.
+
+    Raises:
+      UserError: if the image size cannot be halved len(mult) - 1 times.
+    """
+    require_divisible(image_size, mult)
+    network = ResNet(ch=ch, mult=tuple(mult), N=N)
+    return from_network(network, (image_size, image_size, channels), spectral_rule)

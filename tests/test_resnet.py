@@ -1,0 +1,72 @@
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from drl_jax.energies import resnet
+from drl_jax.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("size", "channels", "mult"), [(8, 1, (1, 2)), (16, 3, (1, 2, 2)), (4, 2, (1,))]
+)
+def test_one_finite_number_an_image_at_any_size_and_channel_count(size, channels, mult):
+    energy = resnet.energy(size, channels, ch=8, mult=mult, N=1)
+    params, vectors = energy.init(jax.random.key(0))
+    params, _ = energy.normalise(params, vectors)
+    x = jax.random.normal(jax.random.key(1), (5, size, size, channels))
+    f = jax.jit(energy.f)(params, x, jnp.arange(5))
+    assert f.shape == (5,)
+    assert np.all(np.isfinite(f))
+    assert len(np.unique(f)) == 5
+
+
+def test_examples_do_not_see_each_other():
+    energy = resnet.energy(8, 1, ch=8, mult=(1, 2), N=1)
+    params, _ = energy.init(jax.random.key(0))
+    x = jax.random.normal(jax.random.key(1), (6, 8, 8, 1))
+    t = jnp.arange(6)
+    together = jax.jit(energy.f)(params, x, t)
+    apart = jnp.concatenate([jax.jit(energy.f)(params, x[i : i + 1], t[i : i + 1]) for i in range(6)])
+    np.testing.assert_allclose(together, apart, rtol=1e-5)
+
+
+def test_time_embedding_is_half_sines_half_cosines():
+    t, ch = np.array([0, 3, 999]), 8
+    frequencies = 10000.0 ** (-np.arange(4) / 3)
+    angles = t[:, None] * frequencies
+    expected = np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+    np.testing.assert_allclose(resnet.time_embedding(jnp.array(t), ch), expected, atol=2e-4)
+
+
+def test_mean_pool_is_average_pooling():
+    x = jax.random.normal(jax.random.key(0), (2, 6, 4, 3))
+    expected = nn.avg_pool(x, (2, 2), strides=(2, 2))
+    np.testing.assert_allclose(resnet.mean_pool(x), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_block_starts_as_its_skip_connection():
+    block = resnet.Block(features=4)
+    x = jax.random.normal(jax.random.key(0), (2, 4, 4, 4))
+    temb = jax.random.normal(jax.random.key(1), (2, 16))
+    params = block.init(jax.random.key(2), x, temb)
+    np.testing.assert_allclose(block.apply(params, x, temb), x, atol=1e-3)
+
+
+def test_every_kernel_but_the_heads_is_normalised():
+    energy = resnet.energy(8, 3, ch=8, mult=(1, 2), N=2)
+    params, vectors = energy.init(jax.random.key(0))
+    kernels = {
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, _ in jax.tree_util.tree_leaves_with_path(params)
+        if path[-1].key == "kernel"
+    }
+    assert kernels - set(vectors) == {"head/kernel"}
+    assert resnet.spectral_rule("level_0_block_1/conv2/kernel") == "down_to_one"
+    assert resnet.spectral_rule("level_1_block_0/skip/kernel") == "to_one"
+
+
+def test_sizes_that_cannot_be_halved_are_refused():
+    with pytest.raises(UserError, match=r"12x12 .* 3 times .* multiple of 8"):
+        resnet.energy(12, 3, ch=8, mult=(1, 2, 2, 2), N=1)
