@@ -1,10 +1,15 @@
 """Checkpoints: the training state and the configuration, written by Orbax.
 
-Saving is asynchronous and atomic. A checkpoint that cannot be read (its disk filled up,
-its copy was cut short) is passed over, with a word, for the one before it.
+Saving is asynchronous and atomic. A checkpoint that is whole is sealed with the checksums of
+its files, and only one whose files still agree with its seal is read: without it, a flipped
+bit would be restored in silence. What does not agree (its disk failed, its copy was cut
+short) is passed over, with a word, for the one before it.
 """
 
+import json
 import logging
+import os
+import zlib
 from collections.abc import Callable
 
 import jax
@@ -14,12 +19,12 @@ from jax.sharding import Sharding
 from ml_collections import ConfigDict
 
 from drl_jax import config as config_lib
+from drl_jax.errors import UserError
 from drl_jax.train_state import TrainState
 
 log = logging.getLogger(__name__)
 
-# What reading a damaged file raises, through Orbax and TensorStore.
-DAMAGE = (ValueError, OSError, KeyError)
+SEAL = "crc32.json"  # in the folder of a checkpoint: the checksum of every other file
 
 
 class Checkpoints:
@@ -28,16 +33,27 @@ class Checkpoints:
     def __init__(self, workdir: epath.Path, config: ConfigDict | None = None):
         """Opens the directory: to write as `config.checkpoint` says, or only to read."""
         if config is None:
-            options = ocp.CheckpointManagerOptions(read_only=True)
-        else:
             options = ocp.CheckpointManagerOptions(
-                max_to_keep=config.checkpoint.keep_last,
-                keep_period=config.checkpoint.keep_every_steps,
+                read_only=True, save_interval_steps=0, create=False
+            )
+        else:
+            policies = ocp.checkpoint_managers
+            options = ocp.CheckpointManagerOptions(
+                preservation_policy=policies.AnyPreservationPolicy(
+                    [
+                        policies.LatestN(config.checkpoint.keep_last),
+                        policies.EveryNSteps(config.checkpoint.keep_every_steps),
+                    ]
+                ),
                 cleanup_tmp_directories=True,
+                # Before Orbax deletes what the new checkpoint makes superfluous.
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
             )
         self._config = config
+        self._folder = workdir / "checkpoints"
+        self._saving: int | None = None
         self._manager = ocp.CheckpointManager(
-            workdir / "checkpoints", options=options, item_names=("state", "config")
+            self._folder, options=options, item_names=("state", "config")
         )
 
     def __enter__(self) -> "Checkpoints":
@@ -51,6 +67,8 @@ class Checkpoints:
         step = int(state.step)
         if step in self._manager.all_steps():
             return
+        self._manager.wait_until_finished()  # for the seal of the one before
+        self._saving = step
         self._manager.save(
             step,
             args=ocp.args.Composite(
@@ -64,39 +82,96 @@ class Checkpoints:
         abstract_state: Callable[[ConfigDict], TrainState],
         sharding: Sharding,
     ) -> tuple[ConfigDict, TrainState] | None:
-        """Returns the newest checkpoint that can be read, or None if there is none.
+        """Returns the newest undamaged checkpoint, or None if there never was one.
 
         Args:
           abstract_state: configuration -> the shapes of its state; may raise `UserError`
             to refuse the configuration found.
           sharding: of every array restored.
+
+        Raises:
+          UserError: if all checkpoints are damaged.
         """
+        faults: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
-            try:
-                saved = self._restore_config(step)
-            except DAMAGE as error:
-                self._pass_over(step, error)
-                continue
-            target = jax.tree.map(
-                lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
-                abstract_state(saved),
+            fault = find_fault(self._folder / str(step))
+            if not fault:
+                restored = self._read(step, abstract_state, sharding)
+                for damaged, reason in faults.items():
+                    log.warning(
+                        "checkpoint of step %d is damaged (%s): using that of step %d",
+                        *(damaged, reason, step),
+                    )
+                self._set_aside(faults)
+                return restored
+            faults[step] = fault
+        if faults:
+            newest = max(faults)
+            raise UserError(
+                f"every checkpoint in {self._folder} is damaged (of step {newest}: "
+                f"{faults[newest]}): put back a copy, or train in a new --workdir"
             )
-            try:
-                args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
-                return saved, self._manager.restore(step, args=args)["state"]
-            except DAMAGE as error:
-                self._pass_over(step, error)
         return None
 
-    def _restore_config(self, step: int) -> ConfigDict:
-        args = ocp.args.Composite(config=ocp.args.JsonRestore())
-        return config_lib.from_json(self._manager.restore(step, args=args)["config"])
-
-    def _pass_over(self, step: int, error: Exception) -> None:
-        log.warning(
-            "checkpoint of step %d is damaged (%s): using the one before it",
-            step,
-            str(error).splitlines()[0][:200],
+    def _read(
+        self, step: int, abstract_state: Callable[[ConfigDict], TrainState], sharding: Sharding
+    ) -> tuple[ConfigDict, TrainState]:
+        config_args = ocp.args.Composite(config=ocp.args.JsonRestore())
+        config = config_lib.from_json(self._manager.restore(step, args=config_args)["config"])
+        target = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
+            abstract_state(config),
         )
-        if self._config is not None:
-            self._manager.delete(step)  # its step will be written again
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
+        return config, self._manager.restore(step, args=args)["state"]
+
+    def _set_aside(self, damaged: dict[int, str]) -> None:
+        """Renames what cannot be read, so that its step can be written again."""
+        if self._config is None:
+            return
+        for step in damaged:
+            kept = self._folder / f"{step}.damaged"
+            if kept.exists():
+                kept.rmtree()
+            (self._folder / str(step)).rename(kept)
+        self._manager.reload()
+
+    def _seal(self) -> None:
+        """Runs in Orbax's thread, once the checkpoint is whole and has its name."""
+        folder = self._folder / str(self._saving)
+        (folder / SEAL).write_text(json.dumps(checksums(folder)))
+
+
+def checksums(folder: epath.Path) -> dict[str, int]:
+    """Returns the CRC-32 of every file below a folder, by relative path."""
+    return {
+        (parent / file).relative_to(folder).as_posix(): zlib.crc32((parent / file).read_bytes())
+        for parent, _, files in folder.walk()
+        for file in files
+    }
+
+
+def find_fault(folder: epath.Path) -> str | None:
+    """Returns what is wrong with the files of a checkpoint, if anything is."""
+    try:
+        sealed = json.loads((folder / SEAL).read_text())
+        found = checksums(folder)
+    except (OSError, ValueError) as error:
+        return f"{SEAL} is missing or unreadable: {error}"
+    wrong = [name for name, checksum in sealed.items() if found.get(name) != checksum]
+    return f"{wrong[0]} is missing or altered" if wrong else None
+
+
+def make_writable(folder: epath.Path) -> None:
+    """Makes a folder, if there is none, and sees that files can be written in it.
+
+    Raises:
+      UserError: if they cannot.
+    """
+    probe = folder / f".probe-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}") from error

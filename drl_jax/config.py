@@ -43,6 +43,7 @@ def default() -> ConfigDict:
             "optim": {
                 "learning_rate": 1e-4,
                 "warmup_steps": 1000,
+                "decay_steps": 0,  # cosine decay to zero until then; 0: constant
                 "beta1": 0.9,
                 "ema_decay": 0.999,
             },
@@ -114,9 +115,14 @@ def validate(config: ConfigDict) -> None:
     for name in ("optim.beta1", "optim.ema_decay"):
         if not 0 <= fields[name] < 1:
             raise UserError(f"config.{name} is {fields[name]}: it must lie in [0, 1)")
-    for name in ("optim.warmup_steps", "mcmc.noise_scale"):
+    for name in ("optim.warmup_steps", "optim.decay_steps", "mcmc.noise_scale"):
         if fields[name] < 0:
             raise UserError(f"config.{name} is {fields[name]}: it must not be negative")
+    if 0 < fields["optim.decay_steps"] <= fields["optim.warmup_steps"]:
+        raise UserError(
+            f"config.optim.decay_steps is {fields['optim.decay_steps']}: it must come after "
+            f"the {fields['optim.warmup_steps']} warm-up steps, or be 0"
+        )
     if config.data.crop not in ("centre", "none"):
         raise UserError(f"config.data.crop is {config.data.crop!r}: use 'centre' or 'none'")
 

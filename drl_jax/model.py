@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -88,21 +89,27 @@ def compile_generator(
     return program
 
 
-def load(workdir: str | epath.Path) -> Model:
-    """Returns the model of a work directory's newest readable checkpoint.
+class Run(NamedTuple):
+    """What a work directory holds.
 
-    Raises:
-      UserError: if there is none.
+    Attributes:
+      config: of its training.
+      model: with the averaged parameters of the newest readable checkpoint.
+      step: training steps behind them.
     """
-    return load_run(epath.Path(workdir))[1]
+
+    config: ConfigDict
+    model: Model
+    step: int
 
 
-def load_run(workdir: epath.Path) -> tuple[ConfigDict, Model, int]:
-    """Returns the configuration, the model and the training step of a work directory.
+def load_run(workdir: str | epath.Path) -> Run:
+    """Loads a work directory.
 
     Raises:
       UserError: if it holds no readable checkpoint.
     """
+    workdir = epath.Path(workdir)
     mesh = parallel.make_mesh()
     restored = None
     if (workdir / "checkpoints").exists():
@@ -117,7 +124,7 @@ def load_run(workdir: epath.Path) -> tuple[ConfigDict, Model, int]:
     built = method.from_config(config)
     params, _ = built.energy.normalise(state.ema, state.vectors)
     model = Model(built, params, mesh, config.evaluation.batch_size, config.mcmc.noise_scale)
-    return config, model, int(state.step)
+    return Run(config, model, int(state.step))
 
 
 def abstract_state(config: ConfigDict) -> train_state.TrainState:

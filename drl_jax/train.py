@@ -66,9 +66,7 @@ def train(config: ConfigDict, workdir: epath.Path) -> Model:
         stack.enter_context(metric_writers.ensure_flushes(writer))
         progress = stack.enter_context(Progress(start, end, config.log.every_steps, writer))
         stop = stack.enter_context(stop_on_signal())
-        batches = data.training_batches(
-            config, start, jax.process_index(), jax.process_count()
-        )
+        batches = data.training_batches(config, start, jax.process_index(), jax.process_count())
 
         unread: tuple[int, Metrics] | None = None
         for step in range(start, end):

@@ -30,10 +30,21 @@ class TrainState:
 
 
 def optimiser(config: ConfigDict) -> optax.GradientTransformation:
-    """Returns Adam with a linear warm-up (Gao et al. 2021, appendix B)."""
-    settings = config.optim
-    warmup = optax.linear_schedule(0.0, settings.learning_rate, settings.warmup_steps)
-    return optax.adam(lambda count: warmup(count + 1), b1=settings.beta1)
+    """Returns Adam with a linear warm-up (Gao et al. 2021, appendix B).
+
+    After the warm-up the learning rate is constant, or falls as a cosine to zero at step
+    `config.optim.decay_steps` if that is not zero.
+    """
+    rate, warmup, end, b1 = (
+        config.optim[name] for name in ("learning_rate", "warmup_steps", "decay_steps", "beta1")
+    )
+    after = (
+        optax.cosine_decay_schedule(rate, end - warmup)
+        if end
+        else optax.constant_schedule(rate)
+    )
+    schedule = optax.join_schedules([optax.linear_schedule(0.0, rate, warmup), after], [warmup])
+    return optax.adam(lambda count: schedule(count + 1), b1=b1)
 
 
 def create(

@@ -87,7 +87,7 @@ def train_step(
 
     metrics = Metrics(
         loss=loss,
-        grad_norm=optax.global_norm(grads),
+        grad_norm=optax.tree.norm(grads),
         f_pos=level_mean(f_pos),
         f_neg=level_mean(f_neg),
         displacement=level_mean(recovery.displacement(y_neg, x_tilde)),

@@ -14,9 +14,7 @@ def test_t6_levels_are_runs_of_the_linear_schedule():
     schedule = diffusion.schedule(6)
     ends = (0, 100, 200, 300, 400, 500, 999)
     starts = (-1, *ends[:-1])
-    a = [
-        np.prod(np.sqrt(1 - BETAS[s + 1 : e + 1])) for s, e in zip(starts, ends, strict=True)
-    ]
+    a = [np.prod(np.sqrt(1 - BETAS[s + 1 : e + 1])) for s, e in zip(starts, ends, strict=True)]
     np.testing.assert_allclose(schedule.a, a, rtol=1e-6)
     np.testing.assert_allclose(schedule.sigma, np.sqrt(1 - np.square(a)), rtol=1e-6)
     np.testing.assert_allclose(schedule.a_bar, np.cumprod(a), rtol=1e-6)

@@ -27,8 +27,9 @@ def test_examples_do_not_see_each_other():
     params, _ = energy.init(jax.random.key(0))
     x = jax.random.normal(jax.random.key(1), (6, 8, 8, 1))
     t = jnp.arange(6)
-    together = jax.jit(energy.f)(params, x, t)
-    apart = jnp.concatenate([jax.jit(energy.f)(params, x[i : i + 1], t[i : i + 1]) for i in range(6)])
+    f = jax.jit(energy.f)
+    together = f(params, x, t)
+    apart = jnp.concatenate([f(params, x[i : i + 1], t[i : i + 1]) for i in range(6)])
     np.testing.assert_allclose(together, apart, rtol=1e-5)
 
 

@@ -53,9 +53,9 @@ def test_every_level_of_generation_has_its_exact_moments_on_gaussian_data():
     levels are scanned upwards (each tried)."""
     n = 200_000
     keys = noise.example_keys(jax.random.key(0), jnp.arange(n))
-    x, levels = jax.jit(
-        lambda keys: sampling.generate(keys, gaussian, (1,), SCHEDULE, S, K)
-    )(keys)
+    x, levels = jax.jit(lambda keys: sampling.generate(keys, gaussian, (1,), SCHEDULE, S, K))(
+        keys
+    )
     np.testing.assert_array_equal(x, levels[0])
     for x_t, (mean, variance) in zip(np.asarray(levels)[..., 0], exact_ladder(), strict=True):
         assert_mean(x_t, mean, variance)

@@ -1,0 +1,79 @@
+"""Every file in configs/ loads, is valid, and makes a training step of the right shapes."""
+
+import functools
+import importlib.util
+import pathlib
+
+import jax
+import pytest
+
+from drl_jax import config as config_lib
+from drl_jax import method, model, parallel, train_state, train_step
+
+CONFIGS = sorted((pathlib.Path(__file__).resolve().parents[1] / "configs").glob("*.py"))
+
+# From the paper's tables: size, blocks, batch, beta1.
+PAPER = {
+    "cifar10": (32, 8, 256, 0.9),
+    "celeba64": (64, 6, 128, 0.5),
+    "lsun_church64": (64, 2, 128, 0.9),
+    "lsun_bedroom64": (64, 2, 128, 0.9),
+    "lsun_church128": (128, 2, 64, 0.5),
+    "lsun_bedroom128": (128, 5, 64, 0.5),
+}
+MULT = {32: (1, 2, 2, 2), 64: (1, 2, 2, 2, 4), 128: (1, 2, 2, 2, 4, 4)}
+
+
+def load(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_there_is_a_config_for_each_of_the_papers_tables():
+    assert set(PAPER) | {"digits"} <= {path.stem for path in CONFIGS}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_config_says_how_to_run_it(path):
+    assert f"python -m drl_jax.main --config=configs/{path.name}" in load(path).__doc__
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_whole_training_step_has_the_shapes_of_its_config(path):
+    config = load(path).get_config()
+    config_lib.validate(config)
+    learned = method.from_config(config)
+    optimiser = train_state.optimiser(config)
+    size, channels, batch = (
+        config.data.image_size,
+        config.data.channels,
+        config.train.batch_size,
+    )
+    state = model.abstract_state(config)
+    step = functools.partial(
+        train_step.train_step,
+        method=learned,
+        optimiser=optimiser,
+        ema_decay=config.optim.ema_decay,
+        mesh=parallel.make_mesh(),
+    )
+    x = jax.ShapeDtypeStruct((batch, size, size, channels), "float32")
+    new_state, metrics = jax.eval_shape(step, state, x, jax.random.key(0))
+    same = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), state, new_state)
+    assert all(jax.tree.leaves(same))
+    assert metrics.loss.shape == ()
+    assert metrics.f_pos.shape == (config.diffusion.T,)
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_papers_settings(name):
+    config = load(next(path for path in CONFIGS if path.stem == name)).get_config()
+    size, N, batch, beta1 = PAPER[name]
+    assert (config.data.image_size, config.energy.N) == (size, N)
+    assert (config.train.batch_size, config.optim.beta1) == (batch, beta1)
+    assert (config.energy.ch, config.energy.mult) == (128, MULT[size])
+    assert (config.diffusion.T, config.mcmc.K, config.mcmc.b_squared) == (6, 30, 2e-4)
+    assert (config.optim.learning_rate, config.optim.warmup_steps) == (1e-4, 1000)
+    assert (config.optim.ema_decay, config.data.flip) == (0.999, True)

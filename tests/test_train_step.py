@@ -1,0 +1,136 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from drl_jax import config as config_lib
+from drl_jax import diffusion, noise, parallel, recovery, sampling, train_state, train_step
+from drl_jax.energies import resnet
+from drl_jax.method import Method
+
+B, K = 16, 3
+SCHEDULE = diffusion.schedule(6)
+METHOD = Method(
+    energy=resnet.energy(4, 1, ch=8, mult=(1, 2), N=1),
+    schedule=SCHEDULE,
+    s=recovery.step_sizes(SCHEDULE, 2e-3),
+    K=K,
+)
+DECAY = 0.9
+
+
+@pytest.fixture(scope="module")
+def one_step():
+    """A state, a batch, and what the compiled step makes of them."""
+    # Plain gradient descent: Adam's first step would blow up rounding in tiny gradients.
+    optimiser = optax.sgd(1.0)
+    mesh = parallel.make_mesh()
+    state = train_state.create(jax.random.key(0), METHOD.energy, optimiser)
+    # Away from the start, where the second convolutions of the blocks vanish.
+    params = jax.tree.map(
+        lambda p: p + 0.1 * jnp.cos(jnp.arange(p.size).reshape(p.shape)), state.params
+    )
+    state = state.replace(params=params, step=jnp.int32(7))
+    x = jax.random.uniform(jax.random.key(1), (B, 4, 4, 1), minval=-1, maxval=1)
+    key = jax.random.key(2)
+    before = jax.tree.map(np.asarray, state)
+    step = train_step.compile_for(mesh, METHOD, optimiser, DECAY)
+    after, metrics = step(state, x, key)
+    return before, x, key, optimiser, after, metrics
+
+
+def by_hand(params, vectors, x, key, step):
+    """The step's draws and gradient, spelled without the step's own parts."""
+    keys = noise.example_keys(jax.random.fold_in(key, step), jnp.arange(B))
+    t = jnp.stack([jax.random.randint(k, (), 0, 6) for k in noise.fold(keys, 0)])
+    x_t, x_tilde = diffusion.diffuse_pair(noise.fold(keys, 1), x, t, SCHEDULE)
+    a = jnp.append(SCHEDULE.a[1:6], 1.0)[t][:, None, None, None]
+    normalised, new_vectors = METHOD.energy.normalise(params, vectors)
+    y_neg = sampling.sample_conditional(
+        noise.fold(keys, 2),
+        lambda y, t: METHOD.energy.f(normalised, y, t),
+        x_tilde,
+        t,
+        SCHEDULE,
+        METHOD.s,
+        K,
+    )
+
+    def loss(params):
+        normalised, _ = METHOD.energy.normalise(params, vectors)
+        f_pos = METHOD.energy.f(normalised, a * x_t, t)
+        f_neg = METHOD.energy.f(normalised, y_neg, t)
+        return -jnp.mean(SCHEDULE.sigma[1] / SCHEDULE.sigma[t + 1] * (f_pos - f_neg)), (
+            t,
+            f_pos,
+            recovery.displacement(y_neg, x_tilde),
+        )
+
+    return *jax.value_and_grad(loss, has_aux=True)(params), new_vectors
+
+
+def assert_trees_close(ours, theirs, rtol=2e-4, atol=1e-6):
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol), ours, theirs
+    )
+
+
+def test_a_step_descends_the_gradient_of_the_recovery_loss(one_step):
+    """Fails with the weight of the levels left out, or negatives drawn with raw weights."""
+    before, x, key, optimiser, after, metrics = one_step
+    (loss, (t, f_pos, moved)), grads, vectors = jax.jit(by_hand)(
+        before.params, before.vectors, x, key, before.step
+    )
+    np.testing.assert_allclose(metrics.loss, loss, rtol=1e-3)
+    np.testing.assert_allclose(metrics.grad_norm, optax.tree.norm(grads), rtol=1e-3)
+    updates, _ = optimiser.update(grads, before.opt_state, before.params)
+    assert_trees_close(after.params, optax.apply_updates(before.params, updates))
+    assert_trees_close(after.vectors, vectors)
+    for level in range(6):
+        here = t == level
+        if np.any(here):
+            np.testing.assert_allclose(
+                metrics.f_pos[level], np.mean(f_pos[here]), rtol=1e-4, atol=1e-5
+            )
+            np.testing.assert_allclose(
+                metrics.displacement[level], np.mean(moved[here]), rtol=1e-4
+            )
+        else:
+            assert np.isnan(metrics.f_pos[level])
+
+
+def test_a_step_counts_and_averages_parameters(one_step):
+    before, _, _, _, after, _ = one_step
+    assert after.step == before.step + 1
+    expected = jax.tree.map(
+        lambda new, old: (1 - DECAY) * new + DECAY * old, after.params, before.ema
+    )
+    assert_trees_close(after.ema, expected, rtol=1e-5)
+
+
+def test_the_warm_up_rises_linearly_to_the_learning_rate():
+    """Adam's first steps on a constant gradient are the learning rate itself."""
+    config = config_lib.default()
+    config.optim.learning_rate, config.optim.warmup_steps = 1e-2, 4
+    optimiser = train_state.optimiser(config)
+    params = jnp.zeros(1)
+    opt_state = optimiser.init(params)
+    rates = []
+    for _ in range(6):
+        update, opt_state = optimiser.update(jnp.ones(1), opt_state, params)
+        rates.append(-float(update[0]))
+    np.testing.assert_allclose(rates, [0.25e-2, 0.5e-2, 0.75e-2, 1e-2, 1e-2, 1e-2], rtol=1e-4)
+
+
+def test_the_learning_rate_falls_as_a_cosine_to_zero_where_asked():
+    config = config_lib.default()
+    config.optim.update(learning_rate=1.0, warmup_steps=2, decay_steps=6)
+    optimiser = train_state.optimiser(config)
+    opt_state = optimiser.init(jnp.zeros(1))
+    rates = []
+    for _ in range(6):
+        update, opt_state = optimiser.update(jnp.ones(1), opt_state)
+        rates.append(-float(update[0]))
+    expected = [0.5, *(0.5 * (1 + np.cos(np.pi * np.arange(5) / 4)))]
+    np.testing.assert_allclose(rates, expected, rtol=1e-4, atol=1e-6)
