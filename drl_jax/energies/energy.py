@@ -38,7 +38,7 @@ class Energy(NamedTuple):
 def from_network(network: nn.Module, shape: tuple[int, ...], rule: spectral.Rule) -> Energy:
     """Returns the energy of a flax module (x, t) -> [B], normalised as the rule says."""
 
-    def init(key):  # faster as it is than under jit: XLA compiles one draw a parameter
+    def init(key):
         params_key, vectors_key = jax.random.split(key)
         example = jnp.zeros((1, *shape)), jnp.zeros((1,), jnp.int32)
         params = network.init(params_key, *example)["params"]
