@@ -6,11 +6,12 @@ bit would be restored in silence. What does not agree (its disk failed, its copy
 short) is passed over, with a word, for the one before it.
 """
 
+import contextlib
 import json
 import logging
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import orbax.checkpoint as ocp
@@ -24,7 +25,9 @@ from drl_jax.train_state import TrainState
 
 log = logging.getLogger(__name__)
 
-SEAL = "crc32.json"  # in the folder of a checkpoint: the checksum of every other file
+ITEMS = ("state", "config")  # of a checkpoint: each has a folder in it
+SEAL = "crc32.json"  # beside them: the checksums of all their files
+DAMAGED = "damaged"  # ends the name of a checkpoint that was set aside
 
 
 class Checkpoints:
@@ -46,36 +49,50 @@ class Checkpoints:
                     ]
                 ),
                 cleanup_tmp_directories=True,
-                # Before Orbax deletes what the new checkpoint makes superfluous.
                 async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
             )
+        folder = workdir / "checkpoints"
+        # Orbax insists on it. (etils takes an address such as gs:// for absolute already.)
+        self._folder = folder if folder.is_absolute() else folder.absolute()
         self._config = config
-        self._folder = workdir / "checkpoints"
         self._saving: int | None = None
-        self._manager = ocp.CheckpointManager(
-            self._folder, options=options, item_names=("state", "config")
-        )
+        self._manager = ocp.CheckpointManager(self._folder, options=options, item_names=ITEMS)
 
     def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._manager.close()
+        with self._writing():
+            self._manager.close()
 
     def save(self, state: TrainState) -> None:
-        """Starts writing the state as the checkpoint of its step, unless it is there."""
+        """Starts writing the state as the checkpoint of its step, unless it is there.
+
+        Raises:
+          UserError: if this one, or the one before, cannot be written.
+        """
         step = int(state.step)
         if step in self._manager.all_steps():
             return
-        self._manager.wait_until_finished()  # for the seal of the one before
-        self._saving = step
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state),
-                config=ocp.args.JsonSave(config_lib.to_json(self._config)),
-            ),
-        )
+        with self._writing():
+            self._manager.wait_until_finished()  # for the seal of the one before
+            self._saving = step
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state),
+                    config=ocp.args.JsonSave(config_lib.to_json(self._config)),
+                ),
+            )
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Where errors of earlier writes arrive, too: they are made in the background."""
+        try:
+            yield
+        except (OSError, ValueError) as error:  # TensorStore makes ValueError of all
+            reason = ": ".join(str(error).split(": ")[-2:])  # before it, every layer's path
+            raise UserError(f"cannot write checkpoints to {self._folder}: {reason}") from error
 
     def restore(
         self,
@@ -90,7 +107,7 @@ class Checkpoints:
           sharding: of every array restored.
 
         Raises:
-          UserError: if all checkpoints are damaged.
+          UserError: if all checkpoints are damaged, or this one fits no network of ours.
         """
         faults: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
@@ -123,30 +140,39 @@ class Checkpoints:
             abstract_state(config),
         )
         args = ocp.args.Composite(state=ocp.args.StandardRestore(target))
-        return config, self._manager.restore(step, args=args)["state"]
+        try:
+            return config, self._manager.restore(step, args=args)["state"]
+        except ValueError as error:  # it is undamaged, so names or shapes differ
+            raise UserError(
+                f"the checkpoint of step {step} in {self._folder} does not fit the network of "
+                "its config: was it made by another version of this program?"
+            ) from error
 
     def _set_aside(self, damaged: dict[int, str]) -> None:
         """Renames what cannot be read, so that its step can be written again."""
         if self._config is None:
             return
         for step in damaged:
-            kept = self._folder / f"{step}.damaged"
+            kept = self._folder / f"{step}.{DAMAGED}"
             if kept.exists():
                 kept.rmtree()
             (self._folder / str(step)).rename(kept)
         self._manager.reload()
 
     def _seal(self) -> None:
-        """Runs in Orbax's thread, once the checkpoint is whole and has its name."""
-        folder = self._folder / str(self._saving)
-        (folder / SEAL).write_text(json.dumps(checksums(folder)))
+        """Runs in Orbax's thread when all is written, before the checkpoint gets its name."""
+        for folder in self._folder.glob(f"{self._saving}*"):
+            name, _, rest = folder.name.partition(".")
+            if name == str(self._saving) and rest != DAMAGED:
+                (folder / SEAL).write_text(json.dumps(checksums(folder)))
 
 
 def checksums(folder: epath.Path) -> dict[str, int]:
-    """Returns the CRC-32 of every file below a folder, by relative path."""
+    """Returns the CRC-32 of every file of a checkpoint's items, by relative path."""
     return {
         (parent / file).relative_to(folder).as_posix(): zlib.crc32((parent / file).read_bytes())
-        for parent, _, files in folder.walk()
+        for item in ITEMS
+        for parent, _, files in (folder / item).walk()
         for file in files
     }
 

@@ -5,6 +5,7 @@ travels inside each checkpoint as JSON, so that a work directory explains itself
 """
 
 import json
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -51,6 +52,7 @@ def default() -> ConfigDict:
                 "batch_size": 256,
                 "num_steps": 240_000,
                 "loss_limit": 100.0,  # |loss| above it is divergence
+                "energy_limit": 1e4,  # and |f|: float32 has few digits left for the loss
             },
             "log": {
                 "every_steps": 100,
@@ -72,7 +74,14 @@ def default() -> ConfigDict:
 
 # Changing these between two starts on one work directory cannot change what any
 # training step computes.
-FREE_ON_RESUME = ("train.num_steps", "train.loss_limit", "log.", "checkpoint.", "evaluation.")
+FREE_ON_RESUME = (
+    "train.num_steps",
+    "train.loss_limit",
+    "train.energy_limit",
+    "log.",
+    "checkpoint.",
+    "evaluation.",
+)
 
 
 def validate(config: ConfigDict) -> None:
@@ -93,6 +102,7 @@ def validate(config: ConfigDict) -> None:
         "train.batch_size",
         "train.num_steps",
         "train.loss_limit",
+        "train.energy_limit",
         "log.every_steps",
         "log.sample_every_steps",
         "checkpoint.every_steps",
@@ -102,21 +112,34 @@ def validate(config: ConfigDict) -> None:
         "evaluation.num_data",
         "evaluation.batch_size",
     )
-    fields = dict(flatten(config))
+    fields, known = dict(flatten(config)), dict(flatten(default()))
+    for name in sorted(fields.keys() ^ known.keys()):
+        problem = "is unknown" if name in fields else "is missing"
+        raise UserError(f"config.{name} {problem}: start from drl_jax.config.default()")
+    for name, example in known.items():
+        kind = (int, float) if isinstance(example, float) else type(example)
+        if not isinstance(fields[name], kind):
+            raise UserError(
+                f"config.{name} is {fields[name]!r}: give a value such as {example!r}"
+            )
     for name in positive:
-        if not fields[name] > 0:
+        if not 0 < fields[name] < math.inf:
             raise UserError(f"config.{name} is {fields[name]}: it must be positive")
+    if config.energy.ch < 4:
+        raise UserError(
+            f"config.energy.ch is {config.energy.ch}: it must be 4 or more, for two "
+            "frequencies of t"
+        )
     if not 0 <= config.seed < 2**32:
         raise UserError(f"config.seed is {config.seed}: it must lie in [0, 2**32)")
-    if not all(m > 0 for m in config.energy.mult) or not config.energy.mult:
-        raise UserError(
-            f"config.energy.mult is {config.energy.mult}: give positive multipliers"
-        )
+    mult = config.energy.mult
+    if not mult or not all(isinstance(m, int) and m > 0 for m in mult):
+        raise UserError(f"config.energy.mult is {mult}: give positive whole multipliers")
     for name in ("optim.beta1", "optim.ema_decay"):
         if not 0 <= fields[name] < 1:
             raise UserError(f"config.{name} is {fields[name]}: it must lie in [0, 1)")
     for name in ("optim.warmup_steps", "optim.decay_steps", "mcmc.noise_scale"):
-        if fields[name] < 0:
+        if not 0 <= fields[name] < math.inf:
             raise UserError(f"config.{name} is {fields[name]}: it must not be negative")
     if 0 < fields["optim.decay_steps"] <= fields["optim.warmup_steps"]:
         raise UserError(

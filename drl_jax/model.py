@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, Key
 from ml_collections import ConfigDict
 
 from drl_jax import checkpoints, method, noise, parallel, recovery, sampling, train_state
-from drl_jax.energies.energy import Params
+from drl_jax.energies.energy import Energy, Params
 from drl_jax.errors import UserError
 from drl_jax.method import Method
 
@@ -122,9 +122,15 @@ def load_run(workdir: str | epath.Path) -> Run:
         )
     config, state = restored
     built = method.from_config(config)
-    params, _ = built.energy.normalise(state.ema, state.vectors)
+    params = generating_params(built.energy, state)
     model = Model(built, params, mesh, config.evaluation.batch_size, config.mcmc.noise_scale)
     return Run(config, model, int(state.step))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def generating_params(energy: Energy, state: train_state.TrainState) -> Params:
+    """Returns what images are generated with: the averaged parameters, normalised."""
+    return energy.normalise(state.ema, state.vectors)[0]
 
 
 def abstract_state(config: ConfigDict) -> train_state.TrainState:

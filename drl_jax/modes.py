@@ -3,35 +3,45 @@
 import io
 import json
 import logging
+import time
+from collections.abc import Iterator
 
 import jax
 import numpy as np
 from etils import epath
+from jaxtyping import Array, Float, Key
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from drl_jax import data, evaluation, images
 from drl_jax import model as model_lib
-from drl_jax import train as train_lib
-from drl_jax.errors import UserError
+from drl_jax.checkpoints import make_writable
 from drl_jax.model import Model
 
 log = logging.getLogger(__name__)
 
 SHEET = 100  # images on a sheet of 10 x 10
 STATISTICS = 256  # images on which the levels' statistics are computed
+SILENCE = 30  # seconds after which a log without a bar hears how far things are
 
 
 def train(config: ConfigDict, workdir: epath.Path) -> None:
     """Trains, then writes samples.png and metrics.json."""
-    model = train_lib.train(config, workdir)
-    measure(config, model, config.train.num_steps, workdir)
+    from drl_jax import train as train_lib  # TensorFlow, behind clu: seconds
+
+    model, step = train_lib.train(config, workdir)
+    measure(config, model, step, workdir)
 
 
 def evaluate(workdir: epath.Path) -> None:
-    """Computes the metrics of the newest checkpoint: metrics.json and samples.png."""
+    """Computes the metrics of the newest checkpoint: metrics.json and samples.png.
+
+    Raises:
+      UserError: if there is no checkpoint, no data, or the folder cannot be written to.
+    """
     config, model, step = model_lib.load_run(workdir)
     data.open_source(config)
+    make_writable(workdir)
     measure(config, model, step, workdir)
 
 
@@ -39,20 +49,17 @@ def sample(workdir: epath.Path, num_samples: int, seed: int) -> None:
     """Writes samples of the newest checkpoint: PNGs, a grid, and one array (.npz).
 
     Raises:
-      UserError: if the number is not positive, or there is no checkpoint.
+      UserError: if there is no checkpoint, or the folder cannot be written to.
     """
-    if num_samples <= 0:
-        raise UserError(f"--num_samples is {num_samples}: it must be positive")
     _, model, step = model_lib.load_run(workdir)
     folder = workdir / "samples" / f"step_{step}_seed_{seed}"
-    folder.mkdir(parents=True, exist_ok=True)
-    batches = []
-    with tqdm(total=num_samples, unit="image", disable=None) as bar:
-        for batch in model.sample_batches(jax.random.key(seed), num_samples):
-            batches.append(batch)
-            for image in images.to_uint8(batch):
-                images.write_png(folder / f"{bar.n:06d}.png", image)
-                bar.update()
+    make_writable(folder)
+    batches: list[np.ndarray] = []
+    for batch in draw(model, jax.random.key(seed), num_samples):
+        first = sum(map(len, batches))
+        for i, image in enumerate(images.to_uint8(batch), first):
+            images.write_png(folder / f"{i:06d}.png", image)
+        batches.append(batch)
     x = np.concatenate(batches)
     encoded = io.BytesIO()
     np.savez_compressed(encoded, samples=x)
@@ -61,10 +68,23 @@ def sample(workdir: epath.Path, num_samples: int, seed: int) -> None:
     log.info("%d samples are in %s", num_samples, folder)
 
 
+def draw(model: Model, key: Key[Array, ""], n: int) -> Iterator[Float[np.ndarray, "B H W C"]]:
+    """Yields `model.sample_batches`, and shows how far they are."""
+    done, told = 0, time.monotonic()
+    with tqdm(total=n, unit="image", disable=None) as bar:
+        for batch in model.sample_batches(key, n):
+            yield batch
+            done += len(batch)
+            bar.update(len(batch))
+            if bar.disable and time.monotonic() - told > SILENCE:
+                log.info("%d of %d images", done, n)
+                told = time.monotonic()
+
+
 def measure(config: ConfigDict, model: Model, step: int, workdir: epath.Path) -> None:
     """Samples, compares with the data, and writes samples.png and metrics.json."""
     key, levels_key = jax.random.split(jax.random.key(config.seed))
-    samples = model.sample(key, max(config.evaluation.num_samples, SHEET))
+    samples = np.concatenate(list(draw(model, key, max(config.evaluation.num_samples, SHEET))))
     images.write_png(workdir / "samples.png", images.grid(samples[:SHEET], columns=10))
     samples = samples[: config.evaluation.num_samples]
     truth = np.stack(list(data.all_images(config, limit=config.evaluation.num_data)))
@@ -78,4 +98,4 @@ def measure(config: ConfigDict, model: Model, step: int, workdir: epath.Path) ->
         metrics["pixel_min"],
         metrics["pixel_max"],
     )
-    log.info("%s and metrics.json are in %s", "samples.png", workdir)
+    log.info("samples.png and metrics.json are in %s", workdir)

@@ -10,27 +10,31 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from clu import metric_writers
 from etils import epath
+from jax.sharding import Sharding
+from jaxtyping import Array, Key
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from drl_jax import config as config_lib
 from drl_jax import data, images, method, model, parallel, train_state, train_step
-from drl_jax.checkpoints import Checkpoints
+from drl_jax.checkpoints import Checkpoints, make_writable
 from drl_jax.errors import Interrupted, UserError
-from drl_jax.model import Model
+from drl_jax.method import Method
+from drl_jax.model import Model, generating_params
 from drl_jax.train_state import TrainState
 from drl_jax.train_step import Metrics
 
 log = logging.getLogger(__name__)
 
 
-def train(config: ConfigDict, workdir: epath.Path) -> Model:
+def train(config: ConfigDict, workdir: epath.Path) -> tuple[Model, int]:
     """Trains to `config.train.num_steps`, going on from the newest checkpoint if any.
 
-    Returns the model with the averaged parameters.
+    Returns the model with the averaged parameters, and the number of steps behind them.
 
     Raises:
       UserError: the configuration, data or work directory cannot be used, or the loss
@@ -41,54 +45,116 @@ def train(config: ConfigDict, workdir: epath.Path) -> Model:
     parallel.require_divisible(config.train.batch_size, mesh, "train.batch_size")
     learned = method.from_config(config)
     data.open_source(config)
-    optimiser = train_state.optimiser(config)
-    whole, split = parallel.replicated(mesh), parallel.by_example(mesh)
-    init_key, step_key, sample_key = jax.random.split(jax.random.key(config.seed), 3)
+    make_writable(workdir)  # all that can be known to be wrong was found before this line
+
+    # Signals outermost: they must not cut short the last checkpoint, which leaving waits for.
+    with stop_on_signal() as stop, Checkpoints(workdir, config) as checkpoints:
+        state = first_state(config, learned, checkpoints, parallel.replicated(mesh))
+        sampler = Model(
+            learned, state.ema, mesh, config.evaluation.batch_size, config.mcmc.noise_scale
+        )
+        if state.step < config.train.num_steps:
+            state = fit(state, config, sampler, workdir, checkpoints, stop)
+    if stop:
+        raise Interrupted(stop[0], int(state.step))
+    sampler.params = generating_params(learned.energy, state)
+    return sampler, int(state.step)
+
+
+def first_state(
+    config: ConfigDict, learned: Method, checkpoints: Checkpoints, sharding: Sharding
+) -> TrainState:
+    """Returns the state of the newest checkpoint, or a new one.
+
+    Raises:
+      UserError: if the checkpoints are of another configuration, or damaged.
+    """
 
     def abstract_state(saved: ConfigDict) -> TrainState:
         config_lib.require_resumable(saved, config)
         return model.abstract_state(config)
 
-    with contextlib.ExitStack() as stack:
-        checkpoints = stack.enter_context(Checkpoints(workdir, config))
-        restored = checkpoints.restore(abstract_state, whole)
-        if restored is None:
-            fresh = train_state.create(init_key, learned.energy, optimiser)
-            state = jax.device_put(fresh, whole)
-        else:
-            state = restored[1]
-            log.info("going on from step %d", int(state.step))
-        start, end = int(state.step), config.train.num_steps
+    restored = checkpoints.restore(abstract_state, sharding)
+    if restored:
+        _, state = restored
+        log.info("going on from step %d of %d", int(state.step), config.train.num_steps)
+        return state
+    init_key, _, _ = run_keys(config.seed)
+    optimiser = train_state.optimiser(config)
+    create = jax.jit(
+        lambda key: train_state.create(key, learned.energy, optimiser), out_shardings=sharding
+    )
+    return create(init_key)
 
-        step_fn = train_step.compile_for(mesh, learned, optimiser, config.optim.ema_decay)
-        sampler = Model(learned, state.ema, mesh, config.evaluation.batch_size)
-        writer = metric_writers.create_default_writer(str(workdir), just_logging=False)
-        stack.enter_context(metric_writers.ensure_flushes(writer))
-        progress = stack.enter_context(Progress(start, end, config.log.every_steps, writer))
-        stop = stack.enter_context(stop_on_signal())
-        batches = data.training_batches(config, start, jax.process_index(), jax.process_count())
 
-        unread: tuple[int, Metrics] | None = None
+def run_keys(seed: int) -> Key[Array, "3"]:
+    """Returns the keys of a run: for the first parameters, the steps, and the sample grids."""
+    return jax.random.split(jax.random.key(seed), 3)
+
+
+def fit(
+    state: TrainState,
+    config: ConfigDict,
+    sampler: Model,
+    workdir: epath.Path,
+    checkpoints: Checkpoints,
+    stop: list[int],
+) -> TrainState:
+    """Makes the steps that are left, or those until `stop` is no longer empty.
+
+    A state is saved only when the step that starts from it has been found sound. One step
+    more than asked for is made for that alone, and its update dropped.
+
+    Raises:
+      UserError: if training diverged.
+    """
+    learned, mesh = sampler.method, sampler.mesh
+    whole, split = parallel.replicated(mesh), parallel.by_example(mesh)
+    _, step_key, sample_key = run_keys(config.seed)
+    step_fn = train_step.compile_for(
+        mesh, learned, train_state.optimiser(config), config.optim.ema_decay
+    )
+    copy = jax.jit(lambda state: jax.tree.map(jnp.copy, state), out_shardings=whole)
+    start, end = int(state.step), config.train.num_steps
+    batches = data.training_batches(config, start_step=start)
+    writer = metric_writers.create_default_writer(str(workdir), just_logging=False)
+
+    def advance(state: TrainState) -> tuple[TrainState, Metrics]:
+        x = jax.make_array_from_process_local_data(split, next(batches)["image"])
+        return step_fn(state, x, step_key)
+
+    def settle(step: int, metrics: Metrics, held: TrainState | None) -> Metrics:
+        """Waits for the metrics of a step, and saves the state that it started from."""
+        metrics = jax.tree.map(np.asarray, metrics)
+        require_sound(step, metrics, config.train)
+        if held is not None:
+            checkpoints.save(held)
+        return metrics
+
+    with (
+        metric_writers.ensure_flushes(writer),
+        Progress(start, end, config.log.every_steps, writer) as progress,
+    ):
+        unsettled: tuple[int, Metrics, TrainState | None] | None = None
         for step in range(start, end):
-            x = jax.make_array_from_process_local_data(split, next(batches)["image"])
-            state, metrics = step_fn(state, x, step_key)
-            # Reading a metric waits for the device, so read those of the step before.
-            if unread:
-                progress.read(*unread, config.train.loss_limit)
-            unread = step, metrics
-
-            done = step + 1
-            saves = done % config.checkpoint.every_steps == 0 or done == end or stop
-            if saves:
-                progress.read(*unread, config.train.loss_limit)
-                unread = None
-                checkpoints.save(state)
             if stop:
-                raise Interrupted(stop[0], done)
+                break
+            saves = step > start and step % config.checkpoint.every_steps == 0
+            held = copy(state) if saves else None  # the step donates its state
+            state, metrics = advance(state)
+            # Reading a metric waits for the device, so read those of the step before.
+            if unsettled:
+                progress.add(settle(*unsettled))
+            unsettled = step, metrics, held
+            done = step + 1
             if done % config.log.sample_every_steps == 0 and done < end:
                 write_grid(sampler, state, sample_key, done, workdir, writer)
-        sampler.params, _ = learned.energy.normalise(state.ema, state.vectors)
-    return sampler
+        newest = copy(state)
+        _, metrics = advance(state)
+        if unsettled:
+            progress.add(settle(*unsettled))
+        settle(int(newest.step), metrics, newest)
+    return newest
 
 
 def write_grid(
@@ -100,23 +166,46 @@ def write_grid(
     writer: metric_writers.MetricWriter,
 ) -> None:
     """Samples 64 images with the averaged parameters, for TensorBoard and for the eye."""
-    sampler.params, _ = sampler.method.energy.normalise(state.ema, state.vectors)
+    sampler.params = generating_params(sampler.method.energy, state)
     sheet = images.grid(sampler.sample(key, 64), columns=8)
     writer.write_images(step, {"samples": sheet[None]})
-    images.write_png(workdir / "grids" / f"{step:08d}.png", sheet)
+    folder = workdir / "grids"
+    folder.mkdir(parents=True, exist_ok=True)
+    images.write_png(folder / f"{step:08d}.png", sheet)
+
+
+def require_sound(step: int, metrics: Metrics, limits: ConfigDict) -> None:
+    """Refuses the metrics of a step whose loss, energies or gradient have exploded.
+
+    Args:
+      step: how many steps were made before it.
+      metrics: of numpy arrays.
+      limits: `config.train`.
+
+    Raises:
+      UserError: saying what was met, and what to try.
+    """
+    loss, grad_norm = float(metrics.loss), float(metrics.grad_norm)
+    # Levels that no example met are NaN; a NaN among the energies is one in the loss.
+    f = float(np.nan_to_num(np.abs([metrics.f_pos, metrics.f_neg]), posinf=np.inf).max())
+    if abs(loss) <= limits.loss_limit and f <= limits.energy_limit and math.isfinite(grad_norm):
+        return
+    raise UserError(
+        f"training diverged at step {step}: loss {loss:.3g} (limit {limits.loss_limit:g}), "
+        f"|f| {f:.3g} (limit {limits.energy_limit:g}), gradient norm {grad_norm:.3g}. Try a "
+        "smaller --config.optim.learning_rate or more chain steps (--config.mcmc.K) in a new "
+        "--workdir; what is saved here is from before"
+    )
 
 
 class Progress:
-    """What people see of a run: a bar on a terminal, plain lines in a log, scalars.
-
-    Reads every step's metrics and refuses to go on when they diverge.
-    """
+    """What people see of a run: a bar on a terminal, plain lines in a log, scalars."""
 
     def __init__(
         self, start: int, end: int, every_steps: int, writer: metric_writers.MetricWriter
     ):
-        self._end, self._every, self._writer = end, every_steps, writer
-        self._bar = tqdm(initial=start, total=end, unit="step", disable=None, smoothing=0.05)
+        self._done, self._end, self._every, self._writer = start, end, every_steps, writer
+        self._bar = tqdm(initial=start, total=end, unit="step", disable=None, smoothing=0.1)
         self._recent: list[Metrics] = []
         self._since = (start, time.monotonic())
 
@@ -126,29 +215,17 @@ class Progress:
     def __exit__(self, *_: object) -> None:
         self._bar.close()
 
-    def read(self, step: int, metrics: Metrics, loss_limit: float) -> None:
-        """Takes in the metrics of a step (0-based), waiting for the device if it must.
-
-        Raises:
-          UserError: if they are not finite, or |loss| is above the limit.
-        """
-        metrics = jax.tree.map(np.asarray, metrics)
-        loss = float(metrics.loss)
-        if not (abs(loss) <= loss_limit and math.isfinite(metrics.grad_norm)):
-            raise UserError(
-                f"training diverged at step {step}: loss {loss:.3g}, gradient norm "
-                f"{float(metrics.grad_norm):.3g} (limit on |loss|: {loss_limit:g}). Try a "
-                "smaller config.optim.learning_rate or more chain steps (config.mcmc.K) in "
-                "a new --workdir"
-            )
+    def add(self, metrics: Metrics) -> None:
+        """Takes in the metrics, of numpy arrays, of one more step."""
+        self._done += 1
         self._recent.append(metrics)
-        self._bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+        self._bar.set_postfix(loss=f"{metrics.loss:.4f}", refresh=False)
         self._bar.update()
-        done = step + 1
-        if done % self._every == 0 or done == self._end:
-            self._report(done)
+        if self._done % self._every == 0 or self._done == self._end:
+            self._report()
 
-    def _report(self, done: int) -> None:
+    def _report(self) -> None:
+        done = self._done
         mean = jax.tree.map(lambda *v: nan_mean(np.stack(v)), *self._recent)
         self._recent = []
         before, then = self._since

@@ -1,0 +1,166 @@
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from drl_jax import diffusion, model, parallel, recovery, train_state, train_step
+from drl_jax.energies import convolution, resnet
+from drl_jax.energies.convolution import conv3x3
+from drl_jax.method import Method
+
+B = 8
+SHAPES = [  # H, W, input and output channels
+    (5, 4, 1, 3),
+    (4, 7, 3, 1),
+    (3, 3, 1, 1),
+    (1, 2, 2, 5),
+    (8, 8, 6, 6),
+]
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def autodiff(x, kernel):
+    return lax.conv_general_dilated(
+        x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+def arrays(H, W, I, O, *lead):  # noqa: E741
+    x_key, kernel_key = jax.random.split(jax.random.key(H * W + I))
+    x = jax.random.normal(x_key, (*lead, B, H, W, I))
+    return x, jax.random.normal(kernel_key, (*lead, 3, 3, I, O))
+
+
+def gradients(conv):
+    """Gradients in images and kernel of something that is not linear in either."""
+    return jax.grad(lambda x, kernel: jnp.sum(jnp.sin(conv(x, kernel))), (0, 1))
+
+
+def second_gradients(conv):
+    """Gradients of a function of those: reverse over reverse."""
+
+    def penalty(x, kernel):
+        return sum(jnp.sum(jnp.cos(g)) for g in gradients(conv)(x, kernel))
+
+    return jax.grad(penalty, (0, 1))
+
+
+def assert_equal(ours, theirs):
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11), ours, theirs
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gradients_are_those_of_autodiff(shape):
+    args = arrays(*shape)
+    for order in (lambda conv: conv, gradients, second_gradients):
+        assert_equal(jax.jit(order(conv3x3))(*args), jax.jit(order(autodiff))(*args))
+
+
+@pytest.mark.parametrize("pixels", [1, 40, 64, 1024])
+def test_the_kernels_gradient_is_the_same_in_pieces_of_any_size(pixels, monkeypatch):
+    monkeypatch.setattr(convolution, "PIXELS", pixels)
+    x, kernel = arrays(4, 5, 2, 3)
+    g = autodiff(x, kernel)
+    # What accelerators compute, and processors do not.
+    whole = convolution._kernel_gradient_by_convolution(x, g)
+    assert_equal(convolution.kernel_gradient(x, g), whole)
+
+
+@pytest.mark.parametrize("axes", [(0, 0), (0, None), (None, 0)])
+def test_gradients_survive_vmap(axes):
+    args = arrays(4, 5, 2, 3, 3)
+    some = [a if axis == 0 else a[0] for a, axis in zip(args, axes, strict=True)]
+    ours = jax.jit(jax.vmap(second_gradients(conv3x3), in_axes=axes))(*some)
+    assert_equal(ours, jax.jit(jax.vmap(second_gradients(autodiff), in_axes=axes))(*some))
+
+
+def test_gradients_survive_a_loop():
+    def climb(conv, x, kernel):
+        def step(x, _):
+            return x + gradients(conv)(x, kernel)[0], None
+
+        return jnp.sum(jnp.sin(lax.scan(step, x, length=3)[0]))
+
+    args = arrays(4, 5, 2, 3)
+    for function in (climb, jax.grad(climb, (1, 2))):
+        compiled = jax.jit(function, static_argnums=0)
+        assert_equal(compiled(conv3x3, *args), compiled(autodiff, *args))
+
+
+def test_the_kernels_gradient_is_summed_over_devices():
+    data, whole = PartitionSpec(parallel.DATA), PartitionSpec()
+
+    def over_devices(x, kernel):
+        return gradients(conv3x3)(x, kernel)[1]
+
+    args = arrays(4, 5, 2, 3)
+    mapped = jax.shard_map(
+        over_devices, mesh=parallel.make_mesh(), in_specs=(data, whole), out_specs=whole
+    )
+    assert_equal(jax.jit(mapped)(*args), gradients(autodiff)(*args)[1])
+
+
+def loops(hlo):
+    """The lines of a compiled program's text that run inside a while-loop."""
+    lines, calls, bodies = {}, {}, set()
+    for block in re.split(r"\n(?=\S)", hlo):
+        name = re.match(r"(?:ENTRY )?%?([\w.\-]+) ", block)
+        if name:
+            lines[name[1]] = block.splitlines()
+            bodies |= set(re.findall(r"body=%?([\w.\-]+)", block))
+            called = re.findall(r"(?:calls|body|condition|to_apply)=%?([\w.\-]+)", block)
+            for group in re.findall(r"(?:calls|branch_computations)={(.*?)}", block):
+                called += re.findall(r"[\w.\-]+", group)
+            calls[name[1]] = called
+    reached = set()
+    while bodies:
+        reached |= bodies
+        bodies = {c for name in bodies for c in calls[name]} - reached
+    return [line for name in reached for line in lines[name]]
+
+
+def generation():
+    method, mesh = tiny_method(), parallel.make_mesh()
+    params, _ = method.energy.init(jax.random.key(0))
+    program = model.compile_generator(method, mesh, 1.0)
+    return program.lower(params, jax.random.key(1), jnp.arange(B))
+
+
+def training():
+    method, mesh = tiny_method(), parallel.make_mesh()
+    optimiser = optax.adam(1e-4)
+    state = train_state.create(jax.random.key(0), method.energy, optimiser)
+    x = jnp.zeros((B, *method.energy.shape))
+    return train_step.compile_for(mesh, method, optimiser, 0.9).lower(
+        state, x, jax.random.key(1)
+    )
+
+
+def tiny_method():
+    schedule = diffusion.schedule(6)
+    energy = resnet.energy(4, 3, ch=8, mult=(1,), N=1)
+    return Method(energy, schedule, recovery.step_sizes(schedule, 2e-4), K=2)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="a trap of XLA:CPU")
+@pytest.mark.parametrize("program", [generation, training])
+def test_no_loop_holds_a_convolution_that_is_slow_there(program):
+    with jax.enable_x64(False):
+        inside = loops(program().compile().as_text())
+    convolutions = [line for line in inside if " convolution(" in line]
+    assert convolutions
+    assert not [line for line in convolutions if "oi->" in line]
+    # Nor are kernels turned in every step of a chain: once before it is enough.
+    assert not [line for line in inside if " reverse(" in line]

@@ -1,0 +1,208 @@
+"""Eight devices against one. Run as a program, this file is what happens on the eight."""
+
+import contextlib
+import functools
+import io
+import os
+import pickle
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from etils import epath
+
+from drl_jax import config as config_lib
+from drl_jax import data, method, model, noise, parallel, train_state, train_step
+from drl_jax.errors import UserError
+
+COLLECTIVE = re.compile(
+    r"\b(all-reduce|all-gather|all-to-all|reduce-scatter|collective-\w+|send|recv)\b"
+)
+
+
+def main(workdir):
+    """Works on eight devices, and on one of them, and prints what came out, pickled."""
+    one, eight = parallel.make_mesh(jax.devices()[:1]), parallel.make_mesh()
+    result = {"devices": eight.size}
+    result["noise"] = [noise_of(mesh) for mesh in (one, eight)]
+
+    config = make_config()
+    start = trained(config, one, None, 0, 20)
+    result["states"] = [trained(config, mesh, start, 20, 5) for mesh in (one, eight)]
+    result["chains"], result["step"] = compiled(config, eight)
+
+    def run(name, **changes):
+        with contextlib.redirect_stderr(io.StringIO()) as told:
+            args = tiny.training(f"{workdir}/{name}", train__num_steps=3, **changes)
+            return tiny.main(*args), told.getvalue()
+
+    result["batch of 12"] = run("refused", train__batch_size=12)
+    result["batch of 16"] = run("trained", train__batch_size=16)
+    sys.stdout.buffer.write(pickle.dumps(result))
+
+
+def make_config():
+    config = config_lib.default()
+    config.data.update(name="digits", image_size=8, channels=1)
+    config.energy.update(ch=8, mult=(1,), N=1)
+    config.mcmc.K = 10
+    config.train.batch_size = 16
+    config.optim.update(learning_rate=1e-3, warmup_steps=200)
+    return config
+
+
+def noise_of(mesh):
+    """The noise of 16 examples, drawn where each lies."""
+    key, examples = jax.random.key(3), jnp.arange(16)
+
+    @functools.partial(jax.jit, out_shardings=parallel.by_example(mesh))
+    def draw(examples):
+        keys = noise.example_keys(jax.random.fold_in(key, 7), examples)
+        return parallel.over_examples(lambda _, k: noise.normal(k, (8, 8, 1)), mesh)((), keys)
+
+    return np.asarray(draw(examples))
+
+
+def trained(config, mesh, state, first, n):
+    """The state after n more steps on the devices of a mesh, as numpy arrays."""
+    learned, optimiser = method.from_config(config), train_state.optimiser(config)
+    if state is None:
+        create = jax.jit(lambda key: train_state.create(key, learned.energy, optimiser))
+        state = create(jax.random.key(0))
+    state = jax.device_put(jax.tree.map(np.array, state), parallel.replicated(mesh))
+    step = train_step.compile_for(mesh, learned, optimiser, config.optim.ema_decay)
+    batches = data.training_batches(config, start_step=first)
+    for _ in range(n):
+        x = jax.device_put(next(batches)["image"], parallel.by_example(mesh))
+        state, _ = step(state, x, jax.random.key(1))
+    return jax.tree.map(np.asarray, state)
+
+
+def compiled(config, mesh):
+    """The compiled programs of the chains alone, and of a whole step."""
+    learned, optimiser = method.from_config(config), train_state.optimiser(config)
+    whole, split = parallel.replicated(mesh), parallel.by_example(mesh)
+    state = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole),
+        model.abstract_state(config),
+    )
+    x = jax.ShapeDtypeStruct((16, 8, 8, 1), jnp.float32, sharding=split)
+    t = jax.ShapeDtypeStruct((16,), jnp.int32, sharding=split)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 16))
+    keys = jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=split)
+    chains = jax.jit(functools.partial(train_step.negatives, method=learned, mesh=mesh))
+    step = train_step.compile_for(mesh, learned, optimiser, 0.99)
+    return (
+        chains.lower(keys, state.params, x, t).compile().as_text(),
+        step.lower(state, x, key).compile().as_text(),
+    )
+
+
+@pytest.fixture(scope="module")
+def eight(tmp_path_factory):
+    """What `main` printed, and the folder of its run."""
+    folder = tmp_path_factory.mktemp("eight")
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    done = subprocess.run(
+        [sys.executable, __file__, folder],
+        env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+        cwd=tiny.ROOT,
+        stdout=subprocess.PIPE,
+        check=True,
+        timeout=300,
+    )
+    result = pickle.loads(done.stdout)
+    assert result["devices"] == 8
+    return result | {"folder": epath.Path(folder)}
+
+
+@pytest.mark.slow
+def test_an_example_meets_the_same_noise_on_one_and_on_eight_devices(eight):
+    on_one, on_eight = eight["noise"]
+    np.testing.assert_array_equal(on_one, on_eight)
+    assert len(np.unique(on_one)) > 0.99 * on_one.size
+
+
+@pytest.mark.slow
+def test_five_steps_on_one_and_on_eight_devices_end_in_equal_states(eight):
+    """Equal to 1e-5 of the greatest entry of each array.
+
+    From a state that has left its start: there, weights of 1e-10 have gradients of rounding
+    alone, which Adam turns into steps of full length (their error reaches 9e-6).
+    """
+    on_one, on_eight = eight["states"]
+    assert on_one.step == on_eight.step == 25
+    for a, b in zip(jax.tree.leaves(on_one), jax.tree.leaves(on_eight), strict=True):
+        np.testing.assert_allclose(b, a, rtol=0, atol=1e-5 * np.abs(a).max())
+
+
+@pytest.mark.slow
+def test_the_chains_of_eight_devices_do_not_communicate(eight):
+    assert " while(" in eight["chains"]
+    assert not COLLECTIVE.search(eight["chains"])
+
+
+@pytest.mark.slow
+def test_a_step_on_eight_devices_communicates_outside_its_loops_alone(eight):
+    computations = dict(
+        re.findall(r"^%?([\w.-]+) [^\n]*\{\n(.*?)^\}", eight["step"], re.M | re.S)
+    )
+    found = {name for name, text in computations.items() if COLLECTIVE.search(text)}
+    assert found  # the gradients' mean
+    inside = set(re.findall(r"body=%?([\w.-]+)", eight["step"]))
+    assert inside
+    while (
+        calls := {
+            called
+            for name in inside
+            for called in re.findall(r"=%?([\w.-]+)", computations[name])
+            if called in computations
+        }
+        - inside
+    ):
+        inside |= calls
+    assert not found & inside
+
+
+@pytest.mark.slow
+def test_a_batch_that_eight_devices_cannot_share_is_refused(eight):
+    status, told = eight["batch of 12"]
+    assert status == 1
+    assert re.fullmatch(
+        r"error: config.train.batch_size is 12, .* 8 devices: use 8 or 16\n", told
+    )
+    assert not (eight["folder"] / "refused").exists()
+
+
+@pytest.mark.slow
+def test_what_eight_devices_trained_one_can_load(eight):
+    status, told = eight["batch of 16"]
+    assert status == 0, told
+    assert (eight["folder"] / "trained" / "samples.png").exists()
+    run = model.load_run(eight["folder"] / "trained")
+    assert run.step == 3
+    assert run.model.sample(jax.random.key(0), 2).shape == (2, 8, 8, 1)
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "nearest"), [(12, "use 8 or 16"), (5, "use 8"), (17, "use 16 or 24")]
+)
+def test_an_unequal_batch_is_refused_with_the_nearest_that_work(batch_size, nearest):
+    mesh = jax.sharding.AbstractMesh((8,), (parallel.DATA,))
+    with pytest.raises(UserError, match=rf"train.batch_size is {batch_size}, .*: {nearest}$"):
+        parallel.require_divisible(batch_size, mesh, "train.batch_size")
+
+
+def test_an_equal_batch_is_taken():
+    mesh = jax.sharding.AbstractMesh((8,), (parallel.DATA,))
+    parallel.require_divisible(24, mesh, "train.batch_size")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
