@@ -160,7 +160,7 @@ def pick_workdir(values: flags.FlagValues) -> epath.Path:
 
 def prepare_jax() -> None:
     """Keeps compiled programs between runs, and TensorFlow (behind clu) quiet."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # errors alone
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # else it announces itself
     cache = epath.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "drl_jax"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))

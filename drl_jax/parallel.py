@@ -1,8 +1,8 @@
 """Devices: one mesh, its shardings, and the per-device map of the chains.
 
 Looking for `pmap`? JAX now implements it as `jit` of `shard_map` and asks new code to use
-those: `over_examples` is the per-device map (of the Langevin chains), and the training
-step around it is one `jax.jit` with shardings, which is what pjit has become.
+those: `over_examples` is the per-device map (of the Langevin chains and of the loss), and the
+training step around it is one `jax.jit` with shardings, which is what pjit has become.
 """
 
 from collections.abc import Callable, Sequence

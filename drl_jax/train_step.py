@@ -1,5 +1,6 @@
 """One training step: a pure function, and the one compiled program made of it."""
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -61,12 +62,14 @@ def train_step(
     params, vectors = energy.normalise(state.params, state.vectors)
     y_neg = negatives(noise.fold(keys, 2), params, x_tilde, t, method, mesh)
 
+    def losses(params, examples):
+        y_pos, y_neg, t = examples
+        return recovery.loss(functools.partial(energy.f, params), y_pos, y_neg, t, schedule)
+
     def mean_loss(raw_params):
         params, _ = energy.normalise(raw_params, state.vectors)
-        losses, f_both = recovery.loss(
-            lambda y, t: energy.f(params, y, t), y_pos, y_neg, t, schedule
-        )
-        return jnp.mean(losses), f_both
+        each, f_both = parallel.over_examples(losses, mesh)(params, (y_pos, y_neg, t))
+        return jnp.mean(each), f_both
 
     (loss, (f_pos, f_neg)), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
     updates, opt_state = optimiser.update(grads, state.opt_state, state.params)

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 import tiny
@@ -12,6 +13,7 @@ from etils import epath
 from PIL import Image
 
 from drl_jax import main as main_lib
+from drl_jax import model, modes
 
 CONFIG = f"--config={tiny.DIGITS}"
 
@@ -213,10 +215,11 @@ def test_the_cache_of_compiled_programs_is_the_users_if_they_name_one(monkeypatc
     assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "/theirs"
 
 
-def test_training_again_where_all_is_done_only_measures_again(workdir, tree):
+@pytest.mark.parametrize("asked", [tiny.STEPS, tiny.STEPS - 1])
+def test_training_again_where_all_is_done_only_measures_again(workdir, tree, asked):
     tiny.trained(copy=workdir)
     before = tree(workdir)
-    assert tiny.main(*tiny.training(workdir)) == 0
+    assert tiny.main(*tiny.training(workdir, train__num_steps=asked)) == 0
     after = tree(workdir)
     assert {name for name in after if after[name] != before.get(name)} == {
         "metrics.json",
@@ -269,8 +272,12 @@ def test_a_sample_is_a_function_of_the_seed_and_its_number(workdir):
     tiny.trained(copy=workdir)
     x = samples_of(workdir, 70)  # a batch of 64 and a rest
     np.testing.assert_array_equal(samples_of(workdir, 70), x)
+    assert len(np.unique(x, axis=0)) == 70
     # Another batch size is another program, which may sum in another order.
     np.testing.assert_allclose(samples_of(workdir, 3), x[:3], rtol=0, atol=1e-5)
+    trained = model.load_run(workdir).model
+    other = model.Model(trained.method, trained.params, trained.mesh, batch_size=24)
+    np.testing.assert_allclose(other.sample(jax.random.key(0), 70), x, rtol=0, atol=1e-5)
     assert np.abs(samples_of(workdir, 3, seed=1) - x[:3]).max() > 0.1
 
 
@@ -338,3 +345,14 @@ def test_another_config_is_refused_with_every_field_that_differs(workdir, tree, 
     assert "optim.learning_rate was 0.001, now 0.5" in err
     assert "every_steps" not in err
     assert tree(workdir) == before
+
+
+def test_a_log_hears_how_far_a_long_sampling_is(monkeypatch, caplog):
+    class Sampler:
+        def sample_batches(self, key, n):
+            yield from (np.zeros((40, 1)), np.ones((40, 1)), np.ones((20, 1)))
+
+    monkeypatch.setattr(modes, "SILENCE", 0)
+    with caplog.at_level("INFO", logger="drl_jax"):
+        assert [len(batch) for batch in modes.draw(Sampler(), None, 100)] == [40, 40, 20]
+    assert caplog.messages == ["40 of 100 images", "80 of 100 images", "100 of 100 images"]
