@@ -7,6 +7,8 @@ python -m drl_jax.main --mode=sample --workdir=DIR
 import difflib
 import logging
 import os
+import re
+import runpy
 import sys
 import time
 from collections.abc import Sequence
@@ -19,8 +21,8 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from drl_jax import config as config_lib
 from drl_jax.errors import Interrupted, UserError
 
-# Flags that mean something to some modes only.
-ONLY_OF = {"config": ("train",), "num_samples": ("sample",), "seed": ("sample",)}
+# Flags that mean something to one mode.
+ONLY_OF = {"config": "train", "num_samples": "sample", "seed": "sample"}
 
 log = logging.getLogger("drl_jax")
 
@@ -33,11 +35,12 @@ def main(argv: Sequence[str]) -> int:
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
         if {"--help", "-help", "-h"}.intersection(argv):
-            values = define_flags([])
+            values = define_flags()
             print(__doc__, *(f"--{name:12} {values[name].help}" for name in values), sep="\n")
         else:
+            values, config = parse(argv)
             with logging_redirect_tqdm():  # so that no line tears a bar
-                run(parse(argv))
+                run(values, config)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -49,31 +52,31 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def run(values: flags.FlagValues) -> None:
+def run(values: flags.FlagValues, config: ConfigDict | None) -> None:
     """Runs the mode that the flags name."""
     prepare_jax()
     from drl_jax import modes  # JAX and Orbax load here, after the flags are known good
 
-    if values.mode == "train":
-        modes.train(values.config, pick_workdir(values))
+    workdir = pick_workdir(values)
+    if config is not None:
+        modes.train(config, workdir)
     elif values.mode == "sample":
-        modes.sample(pick_workdir(values), values.num_samples, values.seed)
+        modes.sample(workdir, values.num_samples, values.seed)
     else:
-        modes.evaluate(pick_workdir(values))
+        modes.evaluate(workdir)
 
 
-def define_flags(argv: Sequence[str]) -> flags.FlagValues:
-    """Returns this program's flags, unparsed; `argv` tells which config fields it changes.
+def define_flags() -> flags.FlagValues:
+    """Returns this program's flags, unparsed.
 
     They are a set of their own, not absl's global one, so that `main` can be called again.
     """
     values = flags.FlagValues()
-    config_flags.DEFINE_config_file(
+    flags.DEFINE_string(
         "config",
         None,
-        "What to train: a file of configs/; --config.FIELD=VALUE after it changes a field.",
-        values,
-        sys_argv=list(argv),
+        "What to train: a file of configs/; --config.FIELD=VALUE changes a field of it.",
+        flag_values=values,
     )
     modes = ["train", "sample", "evaluate"]
     flags.DEFINE_enum("mode", "train", modes, "What to do (train).", flag_values=values)
@@ -89,71 +92,82 @@ def define_flags(argv: Sequence[str]) -> flags.FlagValues:
     return values
 
 
-def parse(argv: Sequence[str]) -> flags.FlagValues:
-    """Parses the command line, config file included.
+def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, ConfigDict | None]:
+    """Parses the command line; of --mode=train, the config file, too.
 
     Raises:
       UserError: an unknown flag, mode, config file or config field, or a bad value.
     """
-    check_config_flags(argv)
-    values = define_flags(argv)
+    program, *args = argv
+    changes = [arg for arg in args if re.match(r"--?(no)?config\.", arg)]
+    values = define_flags()
     try:
-        rest = values(argv)
+        rest = values([program, *(arg for arg in args if arg not in changes)])
     except flags.Error as error:
-        # Of a config file that raises, absl shows the whole traceback.
-        lines = str(error).strip().splitlines()
-        raise UserError(" ".join(dict.fromkeys((lines[0], lines[-1])))) from error
-    except Exception as error:  # a config file is a program, and may raise anything
-        raise UserError(f"--config: {type(error).__name__}: {error}") from error
+        raise UserError(str(error)) from error
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}: every option is --name=value")
-    for name, modes in ONLY_OF.items():
-        if values[name].present and values.mode not in modes:
-            raise UserError(f"--{name} is for --mode={modes[0]}, not for --mode={values.mode}")
+    for name, mode in ONLY_OF.items():
+        if values[name].present and values.mode != mode:
+            raise UserError(f"--{name} is for --mode={mode}, not for --mode={values.mode}")
     if values.mode == "train":
-        if not values["config"].present:
+        if values.config is None:
             raise UserError("--mode=train needs --config, such as --config=configs/digits.py")
-        if not isinstance(values.config, ConfigDict):
-            raise UserError("--config: its get_config() gives no ConfigDict")
-        config_lib.validate(values.config)
-    elif not values.workdir:
+        return values, changed(load_config(values.config), changes)
+    if changes:
+        raise UserError(f"{changes[0]} is for --mode=train, not for --mode={values.mode}")
+    if not values.workdir:
         raise UserError(f"--mode={values.mode} needs the --workdir of a trained model")
-    return values
+    return values, None
 
 
-def check_config_flags(argv: Sequence[str]) -> None:
-    """Refuses a config file or field that does not exist, before ml_collections opens it.
+def load_config(file: str) -> ConfigDict:
+    """Returns what `get_config()` of a Python file returns.
 
     Raises:
-      UserError: saying what does.
+      UserError: if there is no such file, or it gives no configuration.
     """
-    known = [f"config.{name}" for name, _ in config_lib.flatten(config_lib.default())]
-    changed, file = None, None
-    for arg, following in zip(argv, [*argv[1:], ""], strict=True):
-        name, equals, value = arg.lstrip("-").partition("=")
-        if not arg.startswith("-"):
-            continue
-        if name == "config":
-            file = value if equals else following
-            path = epath.Path(file.partition(":")[0])
-            if path.suffix != ".py" or not path.is_file():
-                raise UserError(f"--config={file}: there is no such Python file")
-        elif name.startswith(("config.", "noconfig.")):
-            changed = name.removeprefix("no")
-            if changed not in known:
-                near = difflib.get_close_matches(changed, known, n=1)
-                hint = f"; did you mean --{near[0]}?" if near else ""
-                raise UserError(f"--{changed}: the config has no such field{hint}")
-    if changed and not file:
-        raise UserError(f"--{changed} changes a field of --config=FILE, which is not given")
+    if not file.endswith(".py") or not epath.Path(file).is_file():
+        raise UserError(f"--config={file}: there is no such Python file")
+    try:
+        config = runpy.run_path(file)["get_config"]()
+    except Exception as error:  # the file is a program: it may raise anything
+        raise UserError(f"--config={file}: {type(error).__name__}: {error}") from error
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"--config={file}: its get_config() returns no ConfigDict")
+    return config
+
+
+def changed(config: ConfigDict, changes: Sequence[str]) -> ConfigDict:
+    """Returns the configuration with --config.FIELD=VALUE applied, and seen to be possible.
+
+    Raises:
+      UserError: an unknown field, or a value that it cannot have.
+    """
+    fields = [f"config.{name}" for name, _ in config_lib.flatten(config)]
+    for change in changes:
+        name = change.lstrip("-").removeprefix("no").partition("=")[0]
+        if name not in fields:
+            near = difflib.get_close_matches(name, fields, n=1)
+            hint = f"; did you mean --{near[0]}?" if near else ""
+            raise UserError(f"{change}: the config has no such field{hint}")
+    values = flags.FlagValues()
+    args = ["", *changes]
+    config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=args)
+    try:
+        values(args)
+    except flags.Error as error:
+        raise UserError(str(error)) from error
+    config_lib.validate(values.config)
+    return values.config
 
 
 def pick_workdir(values: flags.FlagValues) -> epath.Path:
     """Returns --workdir, or picks one under runs/ and says which."""
     if values.workdir:
         return epath.Path(values.workdir).expanduser()
-    file = epath.Path(config_flags.get_config_filename(values["config"]))
-    workdir = epath.Path("runs") / f"{file.stem}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = epath.Path(values.config).stem
+    workdir = epath.Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     log.info("no --workdir given: using %s", workdir)
     return workdir
 

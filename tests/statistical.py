@@ -12,7 +12,7 @@ Z = 5.5
 def assert_mean(samples, mean, variance):
     """Column means of samples [n, ...] agree with `mean`, given each one's variance."""
     n = len(samples)
-    z = (np.mean(samples, axis=0, dtype=np.float64) - mean) / np.sqrt(variance / n)
+    z = (np.mean(np.float64(samples), axis=0) - mean) / np.sqrt(variance / n)
     assert np.max(np.abs(z)) < Z, f"mean off by {np.max(np.abs(z)):.1f} standard errors"
 
 

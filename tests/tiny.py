@@ -51,7 +51,6 @@ def training(workdir, **changes):
 
 def main(*args):
     """Runs the program in this process and returns its exit status."""
-    sys.modules.pop("config_config", None)  # in which ml_collections leaves the last config
     with mock.patch.dict(os.environ):
         return main_lib.main(["drl_jax", *map(str, args)])
 
