@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from drl_jax import config as config_lib
@@ -34,7 +34,7 @@ from drl_jax.errors import UserError
 SIDE = 2048  # of the matrices whose product is the yardstick
 LEAST_SECONDS = 0.1  # a quicker program is called again until so much time has gone
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "A file of configs/.")
+_CONFIG = flags.DEFINE_string("config", None, "A file of configs/.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Instead of the config's.", 1)
 _K = flags.DEFINE_integer("K", None, "Chain steps, instead of the config's.", 1)
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Measurements of each program.", 1)
@@ -231,13 +231,13 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
     logging.set_verbosity(logging.WARNING)
-    config = _CONFIG.value or default_config()
-    config.train.batch_size = _BATCH_SIZE.value or config.train.batch_size
-    config.mcmc.K = _K.value or config.mcmc.K
-    repeats = _REPEATS.value
-    if _QUICK.value:
-        config.mcmc.K, repeats = min(config.mcmc.K, 5), min(repeats, 2)
     try:
+        config = config_lib.load(_CONFIG.value) if _CONFIG.value else default_config()
+        config.train.batch_size = _BATCH_SIZE.value or config.train.batch_size
+        config.mcmc.K = _K.value or config.mcmc.K
+        repeats = _REPEATS.value
+        if _QUICK.value:
+            config.mcmc.K, repeats = min(config.mcmc.K, 5), min(repeats, 2)
         config_lib.validate(config)
         result = measure(config, repeats)
     except UserError as error:

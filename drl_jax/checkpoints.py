@@ -49,7 +49,11 @@ class Checkpoints:
                     ]
                 ),
                 cleanup_tmp_directories=True,
-                async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
+                async_options=ocp.AsyncOptions(
+                    post_finalization_callback=self._seal,
+                    # Where a folder cannot be made, its thread would wait for minutes.
+                    create_directories_asynchronously=False,
+                ),
             )
         folder = workdir / "checkpoints"
         # Orbax insists on it. (etils takes an address such as gs:// for absolute already.)

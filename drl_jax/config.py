@@ -6,9 +6,11 @@ travels inside each checkpoint as JSON, so that a work directory explains itself
 
 import json
 import math
+import runpy
 from collections.abc import Iterator
 from typing import Any
 
+from etils import epath
 from ml_collections import ConfigDict
 
 from drl_jax.errors import UserError
@@ -70,6 +72,23 @@ def default() -> ConfigDict:
             },
         }
     )
+
+
+def load(file: str) -> ConfigDict:
+    """Returns what `get_config()` of a Python file returns.
+
+    Raises:
+      UserError: if there is no such file, or it gives no configuration.
+    """
+    if not file.endswith(".py") or not epath.Path(file).is_file():
+        raise UserError(f"--config={file}: there is no such Python file")
+    try:
+        config = runpy.run_path(file)["get_config"]()
+    except Exception as error:  # the file is a program: it may raise anything
+        raise UserError(f"--config={file}: {type(error).__name__}: {error}") from error
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"--config={file}: its get_config() returns no ConfigDict")
+    return config
 
 
 # Changing these between two starts on one work directory cannot change what any

@@ -8,7 +8,6 @@ import difflib
 import logging
 import os
 import re
-import runpy
 import sys
 import time
 from collections.abc import Sequence
@@ -113,29 +112,12 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, ConfigDict | None]:
     if values.mode == "train":
         if values.config is None:
             raise UserError("--mode=train needs --config, such as --config=configs/digits.py")
-        return values, changed(load_config(values.config), changes)
+        return values, changed(config_lib.load(values.config), changes)
     if changes:
         raise UserError(f"{changes[0]} is for --mode=train, not for --mode={values.mode}")
     if not values.workdir:
         raise UserError(f"--mode={values.mode} needs the --workdir of a trained model")
     return values, None
-
-
-def load_config(file: str) -> ConfigDict:
-    """Returns what `get_config()` of a Python file returns.
-
-    Raises:
-      UserError: if there is no such file, or it gives no configuration.
-    """
-    if not file.endswith(".py") or not epath.Path(file).is_file():
-        raise UserError(f"--config={file}: there is no such Python file")
-    try:
-        config = runpy.run_path(file)["get_config"]()
-    except Exception as error:  # the file is a program: it may raise anything
-        raise UserError(f"--config={file}: {type(error).__name__}: {error}") from error
-    if not isinstance(config, ConfigDict):
-        raise UserError(f"--config={file}: its get_config() returns no ConfigDict")
-    return config
 
 
 def changed(config: ConfigDict, changes: Sequence[str]) -> ConfigDict:

@@ -1,6 +1,8 @@
 import json
 import logging
 import shutil
+import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -257,6 +259,7 @@ def test_a_write_that_was_cut_short_is_not_a_checkpoint(workdir, caplog):
 
 
 def test_a_checkpoint_that_cannot_be_written_is_one_clear_line(workdir):
+    threads = threading.enumerate()
     with (  # noqa: PT012  (where the error arrives is Orbax's business)
         pytest.raises(UserError, match=r"^cannot write checkpoints to .*: .*$"),
         Checkpoints(workdir, make_config()) as manager,
@@ -264,6 +267,10 @@ def test_a_checkpoint_that_cannot_be_written_is_one_clear_line(workdir):
         (workdir / "checkpoints").rmtree()
         (workdir / "checkpoints").write_text("in the way")
         manager.save(make_state(1))
+    end = time.monotonic() + 10
+    while left := [t for t in threading.enumerate() if t not in threads and not t.daemon]:
+        assert time.monotonic() < end, left  # the program could not end
+        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("inside", ["", "deeper"])
