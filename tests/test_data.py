@@ -1,6 +1,7 @@
 import ast
 import io
 import itertools
+import json
 import re
 import shlex
 import subprocess
@@ -10,6 +11,7 @@ import time
 
 import numpy as np
 import pytest
+import tiny
 from PIL import Image
 
 from drl_jax import config as config_lib
@@ -531,3 +533,27 @@ def test_an_unreadable_tfds_image_is_named(tmp_path, stripes):
     with pytest.raises(UserError) as error:
         list(data.all_images(tfds_config(tmp_path, "spoilt")))
     assert "image 1 of TFDS data set 'spoilt', split 'train'" in one_line(error)
+
+
+@pytest.mark.parametrize("source", ["tfds", "folder"])
+def test_images_of_any_source_train_through_the_whole_program(
+    tfds_dir, stripes, tmp_path, source
+):
+    pixels, files = stripes
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i, file in enumerate(files):
+        (folder / f"{i}.png").write_bytes(file)
+    changes = {"data__name": "stripes", "data__data_dir": tfds_dir}
+    if source == "folder":
+        changes = {"data__name": f"folder:{folder}"}
+    workdir = tmp_path / "run"
+    arguments = tiny.training(
+        workdir, **changes, data__channels=3, data__flip=True, train__num_steps=3
+    )
+    assert tiny.main(*arguments) == 0
+    metrics = json.loads((workdir / "metrics.json").read_text())
+    assert (metrics["step"], metrics["num_data"]) == (3, len(pixels))
+    assert metrics["pixel_frechet_of_data_halves"] > 0
+    sheet = np.asarray(Image.open(workdir / "samples.png"))
+    assert sheet.shape == (10 * 72 + 8, 10 * 72 + 8, 3)
