@@ -78,8 +78,8 @@ class Checkpoints:
         step = int(state.step)
         if step in self._manager.all_steps():
             return
+        self.wait()  # for the seal of the one before
         with self._writing():
-            self._manager.wait_until_finished()  # for the seal of the one before
             self._saving = step
             self._manager.save(
                 step,
@@ -88,6 +88,15 @@ class Checkpoints:
                     config=ocp.args.JsonSave(config_lib.to_json(self._config)),
                 ),
             )
+
+    def wait(self) -> None:
+        """Waits for what is being written.
+
+        Raises:
+          UserError: if it cannot be.
+        """
+        with self._writing():
+            self._manager.wait_until_finished()
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:

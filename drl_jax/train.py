@@ -47,16 +47,13 @@ def train(config: ConfigDict, workdir: epath.Path) -> tuple[Model, int]:
     data.open_source(config)
     make_writable(workdir)  # all that can be known to be wrong was found before this line
 
-    # Signals outermost: they must not cut short the last checkpoint, which leaving waits for.
-    with stop_on_signal() as stop, Checkpoints(workdir, config) as checkpoints:
+    with Checkpoints(workdir, config) as checkpoints:
         state = first_state(config, learned, checkpoints, parallel.replicated(mesh))
         sampler = Model(
             learned, state.ema, mesh, config.evaluation.batch_size, config.mcmc.noise_scale
         )
         if state.step < config.train.num_steps:
-            state = fit(state, config, sampler, workdir, checkpoints, stop)
-    if stop:
-        raise Interrupted(stop[0], int(state.step))
+            state = fit(state, config, sampler, workdir, checkpoints)
     sampler.params = generating_params(learned.energy, state)
     return sampler, int(state.step)
 
@@ -98,15 +95,15 @@ def fit(
     sampler: Model,
     workdir: epath.Path,
     checkpoints: Checkpoints,
-    stop: list[int],
 ) -> TrainState:
-    """Makes the steps that are left, or those until `stop` is no longer empty.
+    """Makes the steps that are left, and returns the state after them.
 
     A state is saved only when the step that starts from it has been found sound. One step
     more than asked for is made for that alone, and its update dropped.
 
     Raises:
       UserError: if training diverged.
+      Interrupted: a signal asked for the end; the state is saved.
     """
     learned, mesh = sampler.method, sampler.mesh
     whole, split = parallel.replicated(mesh), parallel.by_example(mesh)
@@ -131,10 +128,10 @@ def fit(
             checkpoints.save(held)
         return metrics
 
-    with (
-        metric_writers.ensure_flushes(writer),
-        Progress(start, end, config.log.every_steps, writer) as progress,
-    ):
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(metric_writers.ensure_flushes(writer))
+        progress = stack.enter_context(Progress(start, end, config.log.every_steps, writer))
+        stop: list[int] = []
         unsettled: tuple[int, Metrics, TrainState | None] | None = None
         for step in range(start, end):
             if stop:
@@ -142,6 +139,9 @@ def fit(
             saves = step > start and step % config.checkpoint.every_steps == 0
             held = copy(state) if saves else None  # the step donates its state
             state, metrics = advance(state)
+            if step == start:
+                # Not before: compiling would hold the signal up, and nothing can be lost.
+                stop = stack.enter_context(stop_on_signal())
             # Reading a metric waits for the device, so read those of the step before.
             if unsettled:
                 progress.add(settle(*unsettled))
@@ -154,6 +154,9 @@ def fit(
         if unsettled:
             progress.add(settle(*unsettled))
         settle(int(newest.step), metrics, newest)
+        checkpoints.wait()  # while signals can do no harm
+        if stop:
+            raise Interrupted(stop[0], int(newest.step))
     return newest
 
 
