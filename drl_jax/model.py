@@ -52,7 +52,11 @@ class Model:
         return recovery.log_density(self.f, x, t, self.method.s)
 
     def sample(self, key: Key[Array, ""], n: int) -> Float[np.ndarray, "n H W C"]:
-        """Draws n images. The i-th depends on the key and on i alone."""
+        """Draws n images. The i-th depends on the key and on i alone.
+
+        To the bit for equal batches; another batch size is another program, which rounds
+        otherwise, and a chain may turn a rounding into a visible difference.
+        """
         return np.concatenate(list(self.sample_batches(key, n)))
 
     def sample_batches(
