@@ -118,7 +118,7 @@ def measure(config: ConfigDict, repeats: int) -> dict[str, Any]:
     keys = jax.device_put(noise.example_keys(key, jnp.arange(B)), split)
 
     chain_steps = min(K, 5)
-    short = learned._replace(K=chain_steps)
+    short = learned._replace(sampler=learned.sampler._replace(K=chain_steps))
 
     def chain(params, keys, x, t):
         return train_step.negatives(keys, params, x, t, short, mesh)

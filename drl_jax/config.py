@@ -37,11 +37,16 @@ def default() -> ConfigDict:
                 "ch": 128,  # width of the first resolution
                 "mult": (1, 2, 2, 2),  # width of each resolution, in units of ch
                 "N": 8,  # residual blocks a resolution
+                "temperature": "step",  # tau_t of F = f / tau_t: s_t², or 'noise': sigma_bar_t
             },
             "mcmc": {
-                "K": 30,  # Langevin steps a level
+                "sampler": "langevin",  # or 'mala', 'hmc', 'normal_approximation'
+                "K": 30,  # its steps a level
                 "b_squared": 2e-4,  # b²: sets every level's step size
-                "noise_scale": 1.0,  # of the Langevin noise when generating
+                "noise_scale": 1.0,  # of the noise when generating
+                "leapfrog": (5,),  # steps of an HMC trajectory, for all levels or for each
+                "target_acceptance": 0.65,  # of MALA and HMC, after a warm-up when generating
+                "warmup_steps": 100,  # of that warm-up, a level
             },
             "optim": {
                 "learning_rate": 1e-4,
@@ -51,6 +56,7 @@ def default() -> ConfigDict:
                 "ema_decay": 0.999,
             },
             "train": {
+                "objective": "recovery",  # or 'denoising', which needs no chain
                 "batch_size": 256,
                 "num_steps": 240_000,
                 "loss_limit": 100.0,  # |loss| above it is divergence
@@ -91,6 +97,13 @@ def load(file: str) -> ConfigDict:
     return config
 
 
+CHOICES = {
+    "data.crop": ("centre", "none"),
+    "energy.temperature": ("step", "noise"),
+    "mcmc.sampler": ("langevin", "mala", "hmc", "normal_approximation"),
+    "train.objective": ("recovery", "denoising"),
+}
+
 # Changing these between two starts on one work directory cannot change what any
 # training step computes.
 FREE_ON_RESUME = (
@@ -117,6 +130,8 @@ def validate(config: ConfigDict) -> None:
         "energy.N",
         "mcmc.K",
         "mcmc.b_squared",
+        "mcmc.target_acceptance",
+        "mcmc.warmup_steps",
         "optim.learning_rate",
         "train.batch_size",
         "train.num_steps",
@@ -154,6 +169,24 @@ def validate(config: ConfigDict) -> None:
     mult = config.energy.mult
     if not mult or not all(isinstance(m, int) and m > 0 for m in mult):
         raise UserError(f"config.energy.mult is {mult}: give positive whole multipliers")
+    leapfrog = config.mcmc.leapfrog
+    if not leapfrog or not all(isinstance(n, int) and n > 0 for n in leapfrog):
+        raise UserError(f"config.mcmc.leapfrog is {leapfrog}: give positive whole numbers")
+    sampler = config.mcmc.sampler
+    if sampler == "normal_approximation" and config.mcmc.K != 1:
+        raise UserError(
+            f"config.mcmc.K is {config.mcmc.K}: {sampler!r} is one draw, set it to 1"
+        )
+    if sampler in ("mala", "hmc") and config.mcmc.noise_scale != 1:
+        raise UserError(
+            f"config.mcmc.noise_scale is {config.mcmc.noise_scale}: the accept step of "
+            f"{sampler!r} knows no other than 1"
+        )
+    if config.mcmc.target_acceptance >= 1:
+        raise UserError(
+            f"config.mcmc.target_acceptance is {config.mcmc.target_acceptance}: it must lie "
+            "in (0, 1)"
+        )
     for name in ("optim.beta1", "optim.ema_decay"):
         if not 0 <= fields[name] < 1:
             raise UserError(f"config.{name} is {fields[name]}: it must lie in [0, 1)")
@@ -165,8 +198,11 @@ def validate(config: ConfigDict) -> None:
             f"config.optim.decay_steps is {fields['optim.decay_steps']}: it must come after "
             f"the {fields['optim.warmup_steps']} warm-up steps, or be 0"
         )
-    if config.data.crop not in ("centre", "none"):
-        raise UserError(f"config.data.crop is {config.data.crop!r}: use 'centre' or 'none'")
+    for name, choices in CHOICES.items():
+        if fields[name] not in choices:
+            raise UserError(
+                f"config.{name} is {fields[name]!r}: use {' or '.join(map(repr, choices))}"
+            )
 
 
 def flatten(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -105,3 +105,23 @@ def diffuse_pair(
         + noise.per_example(schedule.sigma[t + 1], x) * eps
     )
     return x_t, x_tilde
+
+
+def posterior(
+    x: Float[Array, "B *D"],
+    x_next: Float[Array, "B *D"],
+    t: Int[Array, "B"],
+    schedule: NoiseSchedule,
+) -> tuple[Float[Array, "B *D"], Float[Array, "B"]]:
+    """Returns mean and standard deviation of q(x_t | x_{t+1}, x) for data x, t in 0..T-1.
+
+        mean = (a_{t+1} sigma_bar_t² x_{t+1} + a_bar_t sigma_{t+1}² x) / sigma_bar_{t+1}²
+        std = sigma_{t+1} sigma_bar_t / sigma_bar_{t+1}
+
+    (Ho et al. 2020, eqs. 6 and 7.)
+    """
+    sigma, sigma_bar = schedule.sigma, schedule.sigma_bar
+    of_next = schedule.a[t + 1] * (sigma_bar[t] / sigma_bar[t + 1]) ** 2
+    of_data = schedule.a_bar[t] * (sigma[t + 1] / sigma_bar[t + 1]) ** 2
+    mean = noise.per_example(of_next, x) * x_next + noise.per_example(of_data, x) * x
+    return mean, sigma[t + 1] * sigma_bar[t] / sigma_bar[t + 1]

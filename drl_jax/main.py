@@ -5,6 +5,7 @@ python -m drl_jax.main --mode=sample --workdir=DIR
 """
 
 import difflib
+import functools
 import logging
 import os
 import re
@@ -23,6 +24,15 @@ from drl_jax.errors import Interrupted, UserError
 # Flags that mean something to one mode.
 ONLY_OF = {"config": "train", "num_samples": "sample", "seed": "sample"}
 
+# Fields that mean something to a model that is trained already.
+FREE_AFTER_TRAINING = (
+    "config.mcmc.",
+    "config.evaluation.",
+    "config.data.name",
+    "config.data.split",
+    "config.data.data_dir",
+)
+
 log = logging.getLogger("drl_jax")
 
 
@@ -37,9 +47,9 @@ def main(argv: Sequence[str]) -> int:
             values = define_flags()
             print(__doc__, *(f"--{name:12} {values[name].help}" for name in values), sep="\n")
         else:
-            values, config = parse(argv)
+            values, changes = parse(argv)
             with logging_redirect_tqdm():  # so that no line tears a bar
-                run(values, config)
+                run(values, changes)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -51,18 +61,20 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def run(values: flags.FlagValues, config: ConfigDict | None) -> None:
+def run(values: flags.FlagValues, changes: Sequence[str]) -> None:
     """Runs the mode that the flags name."""
+    config = changed(config_lib.load(values.config), changes) if values.config else None
     prepare_jax()
     from drl_jax import modes  # JAX and Orbax load here, after the flags are known good
 
+    revise = functools.partial(changed, changes=changes)
     workdir = pick_workdir(values)
-    if config is not None:
+    if config:
         modes.train(config, workdir)
     elif values.mode == "sample":
-        modes.sample(workdir, values.num_samples, values.seed)
+        modes.sample(workdir, revise, values.num_samples, values.seed)
     else:
-        modes.evaluate(workdir)
+        modes.evaluate(workdir, revise)
 
 
 def define_flags() -> flags.FlagValues:
@@ -91,11 +103,11 @@ def define_flags() -> flags.FlagValues:
     return values
 
 
-def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, ConfigDict | None]:
-    """Parses the command line; of --mode=train, the config file, too.
+def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, Sequence[str]]:
+    """Parses the command line; returns the --config.FIELD=VALUE apart, unparsed.
 
     Raises:
-      UserError: an unknown flag, mode, config file or config field, or a bad value.
+      UserError: an unknown flag or mode, a bad value, or flags that do not go together.
     """
     program, *args = argv
     changes = [arg for arg in args if re.match(r"--?(no)?config\.", arg)]
@@ -112,12 +124,13 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, ConfigDict | None]:
     if values.mode == "train":
         if values.config is None:
             raise UserError("--mode=train needs --config, such as --config=configs/digits.py")
-        return values, changed(config_lib.load(values.config), changes)
-    if changes:
-        raise UserError(f"{changes[0]} is for --mode=train, not for --mode={values.mode}")
+        return values, changes
+    for change in changes:
+        if not change.lstrip("-").startswith(FREE_AFTER_TRAINING):
+            raise UserError(f"{change} is for --mode=train, not for --mode={values.mode}")
     if not values.workdir:
         raise UserError(f"--mode={values.mode} needs the --workdir of a trained model")
-    return values, None
+    return values, changes
 
 
 def changed(config: ConfigDict, changes: Sequence[str]) -> ConfigDict:

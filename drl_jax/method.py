@@ -1,37 +1,50 @@
-"""The method as one value: which network, which noise levels, which chain."""
+"""The method as one value: which network, which noise levels, which chain, which loss."""
 
-from typing import NamedTuple
+import functools
+from typing import Literal, NamedTuple
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from drl_jax import diffusion, recovery
 from drl_jax.diffusion import NoiseSchedule
 from drl_jax.energies import resnet
-from drl_jax.energies.energy import Energy
+from drl_jax.energies.energy import Energy, Params
+from drl_jax.errors import UserError
+from drl_jax.mcmc import hmc, langevin, mala, normal_approximation
+from drl_jax.recovery import LevelFn
+from drl_jax.sampling import Sampler
 
 
 class Method(NamedTuple):
-    """What is learned, and how its conditionals are sampled.
+    """What is learned, how, and how its conditionals are sampled.
 
     Attributes:
       energy: the network.
       schedule: the noise levels.
-      s: the Langevin step of every level.
-      K: chain steps a level.
+      temperature: tau_t of every level, F = f / tau_t.
+      sampler: of the conditionals.
+      objective: the loss, 'recovery' or 'denoising'.
     """
 
     energy: Energy
     schedule: NoiseSchedule
-    s: Float[Array, "T"]
-    K: int
+    temperature: Float[Array, "T"]
+    sampler: Sampler
+    objective: Literal["recovery", "denoising"]
+
+    def F(self, params: Params) -> LevelFn:
+        """Returns the levels' log-density under these (normalised) parameters."""
+        return recovery.log_density(functools.partial(self.energy.f, params), self.temperature)
 
 
 def from_config(config: ConfigDict) -> Method:
-    """Builds what the configuration names.
+    """Builds what the configuration names, with the sampler of its training.
 
     Raises:
-      UserError: if T or the image size is impossible.
+      UserError: if T or the image size is impossible, or the sampler has settings for
+        another number of levels.
     """
     energy = resnet.energy(
         config.data.image_size,
@@ -41,5 +54,42 @@ def from_config(config: ConfigDict) -> Method:
         config.energy.N,
     )
     schedule = diffusion.schedule(config.diffusion.T)
-    s = recovery.step_sizes(schedule, config.mcmc.b_squared)
-    return Method(energy, schedule, s, config.mcmc.K)
+    if config.energy.temperature == "step":
+        temperature = recovery.step_sizes(schedule, config.mcmc.b_squared) ** 2
+    else:
+        temperature = schedule.sigma_bar[:-1]
+    sampler = make_sampler(config.mcmc, schedule)
+    return Method(energy, schedule, temperature, sampler, config.train.objective)
+
+
+def make_sampler(
+    mcmc: ConfigDict, schedule: NoiseSchedule, noise_scale: float = 1.0
+) -> Sampler:
+    """Builds the sampler that `config.mcmc` names.
+
+    Args:
+      mcmc: this part of the configuration.
+      schedule: the noise levels.
+      noise_scale: of the noise, in a sampler that allows for it.
+
+    Raises:
+      UserError: if the leapfrog steps are for another number of levels.
+    """
+    T = schedule.T
+    step_size = recovery.step_sizes(schedule, mcmc.b_squared)
+    scale = jnp.full((T,), noise_scale)
+    if mcmc.sampler == "langevin":
+        tuning = {"step_size": step_size, "noise_scale": scale}
+        return Sampler(langevin.init, langevin.kernel, tuning, mcmc.K)
+    if mcmc.sampler == "normal_approximation":
+        tuning = {"step_size": schedule.sigma[1:], "noise_scale": scale}
+        return Sampler(normal_approximation.init, normal_approximation.kernel, tuning, mcmc.K)
+    if mcmc.sampler == "mala":
+        return Sampler(mala.init, mala.kernel, {"step_size": step_size}, mcmc.K)
+    if len(mcmc.leapfrog) not in (1, T):
+        raise UserError(
+            f"config.mcmc.leapfrog is {mcmc.leapfrog}: give one number for all levels, or "
+            f"one for each of the {T}"
+        )
+    leapfrog = jnp.broadcast_to(jnp.asarray(mcmc.leapfrog), (T,))
+    return Sampler(hmc.init, hmc.kernel, {"step_size": step_size, "leapfrog": leapfrog}, mcmc.K)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, Shaped
 from ml_collections import ConfigDict
 
 from drl_jax import checkpoints, method, noise, parallel, recovery, sampling, train_state
@@ -22,34 +22,33 @@ class Model:
     """A network with its parameters, compiled for the devices at hand.
 
     Attributes:
-      method: the network, the noise levels and the chain.
+      method: the network, the noise levels and the sampler.
       params: spectrally normalised parameters, replaced freely: nothing recompiles.
+      tuning: of the sampler, a number a level (`sampling.Sampler`), replaced as freely.
       mesh: the devices.
     """
 
-    def __init__(
-        self,
-        method: Method,
-        params: Params,
-        mesh: Mesh,
-        batch_size: int = 256,
-        noise_scale: float = 1.0,
-    ):
-        """Binds the parameters; `batch_size` images at a time are generated."""
+    def __init__(self, method: Method, params: Params, mesh: Mesh, batch_size: int = 256):
+        """Binds the parameters; at most about `batch_size` chains run at a time."""
         self.method = method
         self.params = params
+        self.tuning = method.sampler.tuning
         self.mesh = mesh
         self._batch_size = -(-batch_size // mesh.size) * mesh.size
-        self._generate = compile_generator(method, mesh, noise_scale)
         self._f = jax.jit(method.energy.f)
+        self.generate = self._compile(
+            lambda keys, F, sampler: sampling.generate(
+                keys, F, method.energy.shape, method.schedule, sampler
+            )
+        )
 
     def f(self, x: Float[Array, "B H W C"], t: Int[Array, "B"]) -> Float[Array, "B"]:
         """Returns the network's output for images x at levels t in 0..T-1."""
         return self._f(self.params, x, t)
 
     def log_density(self, x: Float[Array, "B H W C"], t: Int[Array, "B"]) -> Float[Array, "B"]:
-        """Returns F(x, t) = f / s_t², the log-density of level t up to a constant [nats]."""
-        return recovery.log_density(self.f, x, t, self.method.s)
+        """Returns F(x, t) = f / tau_t, the log-density of level t up to a constant [nats]."""
+        return recovery.log_density(self.f, self.method.temperature)(x, t)
 
     def sample(self, key: Key[Array, ""], n: int) -> Float[np.ndarray, "n H W C"]:
         """Draws n images. The i-th depends on the key and on i alone.
@@ -63,34 +62,71 @@ class Model:
         self, key: Key[Array, ""], n: int
     ) -> Iterator[Float[np.ndarray, "B H W C"]]:
         """Draws n images, a batch at a time: memory does not grow with n."""
+        return self._batches(self.generate, key, n)
+
+    def adapt(
+        self, key: Key[Array, ""], num_steps: int = 100, target: float = 0.65, chains: int = 16
+    ) -> tuple[Float[np.ndarray, "T"], Float[np.ndarray, "T"]]:
+        """Adapts the step size of MALA or HMC at every level, on chains thrown away.
+
+        Every device makes the same chains, so the result does not depend on their number.
+
+        Returns:
+          step size and acceptance of every level (`sampling.warm_up`).
+        """
+        method = self.method
+
+        @functools.partial(jax.jit, out_shardings=parallel.replicated(self.mesh))
+        def program(params, key):
+            keys = noise.example_keys(key, jnp.arange(chains))
+            return sampling.warm_up(
+                *(keys, method.F(params), method.energy.shape, method.schedule),
+                *(method.sampler, num_steps, target),
+            )
+
+        step_size, acceptance = program(self.params, key)
+        self.tuning = self.tuning | {"step_size": step_size}
+        return np.asarray(step_size), np.asarray(acceptance)
+
+    def _compile(self, program: Callable) -> Callable:
+        """Makes program(keys, F, sampler, *arrays) one compiled program over the devices.
+
+        Of the result, (params, tuning, key, indices, arrays) -> arrays, each device holds a
+        block of the examples that `indices` number.
+        """
+        method, mesh = self.method, self.mesh
+
+        def on_device(shared, examples):
+            params, tuning = shared
+            keys, arrays = examples
+            sampler = method.sampler._replace(tuning=tuning)
+            return program(keys, method.F(params), sampler, *arrays)
+
+        whole, split = parallel.replicated(mesh), parallel.by_example(mesh)
+
+        @functools.partial(
+            jax.jit, in_shardings=(whole, whole, whole, split, split), out_shardings=split
+        )
+        def compiled(params, tuning, key, indices, arrays):
+            keys = noise.example_keys(key, indices)
+            return parallel.over_examples(on_device, mesh)((params, tuning), (keys, arrays))
+
+        return compiled
+
+    def _batches(
+        self, compiled: Callable, key: Key[Array, ""], n: int, *arrays: Shaped[Array, "n ..."]
+    ) -> Iterator[Float[np.ndarray, "B ..."]]:
+        """Runs a compiled program on n examples, a batch at a time.
+
+        The last batch is filled up with copies, so that it needs no program of its own.
+        """
         size = min(self._batch_size, -(-n // self.mesh.size) * self.mesh.size)
         for start in range(0, n, size):
-            x = self._generate(self.params, key, jnp.arange(start, start + size))
+            indices = np.arange(start, start + size)
+            rows = np.minimum(indices, n - 1)
+            batch = tuple(np.asarray(array)[rows] for array in arrays)
+            x = compiled(self.params, self.tuning, key, indices, batch)
             yield np.asarray(x)[: n - start]
-
-
-def compile_generator(
-    method: Method, mesh: Mesh, noise_scale: float
-) -> Callable[[Params, Key[Array, ""], Int[Array, "B"]], Float[Array, "B *D"]]:
-    """Returns (params, key, indices) -> samples: one program, one block a device."""
-
-    def generate(params, keys):
-        def f(x, t):
-            return method.energy.f(params, x, t)
-
-        x, _ = sampling.generate(
-            keys, f, method.energy.shape, method.schedule, method.s, method.K, noise_scale
-        )
-        return x
-
-    whole, split = parallel.replicated(mesh), parallel.by_example(mesh)
-
-    @functools.partial(jax.jit, in_shardings=(whole, whole, split), out_shardings=split)
-    def program(params, key, indices):
-        keys = noise.example_keys(key, indices)
-        return parallel.over_examples(generate, mesh)(params, keys)
-
-    return program
 
 
 class Run(NamedTuple):
@@ -107,8 +143,16 @@ class Run(NamedTuple):
     step: int
 
 
-def load_run(workdir: str | epath.Path) -> Run:
+def load_run(
+    workdir: str | epath.Path,
+    revise: Callable[[ConfigDict], ConfigDict] = lambda config: config,
+) -> Run:
     """Loads a work directory.
+
+    Args:
+      workdir: of a run.
+      revise: changes the configuration in what can change after training, such as the
+        sampler; what was learned stays as it was.
 
     Raises:
       UserError: if it holds no readable checkpoint.
@@ -126,9 +170,21 @@ def load_run(workdir: str | epath.Path) -> Run:
         )
     config, state = restored
     built = method.from_config(config)
-    params = generating_params(built.energy, state)
-    model = Model(built, params, mesh, config.evaluation.batch_size, config.mcmc.noise_scale)
+    config = revise(config)
+    model = Model(
+        generating(built, config.mcmc),
+        generating_params(built.energy, state),
+        mesh,
+        config.evaluation.batch_size,
+    )
     return Run(config, model, int(state.step))
+
+
+def generating(learned: Method, mcmc: ConfigDict) -> Method:
+    """Returns the method with the sampler, and its noise scale, of `config.mcmc`."""
+    return learned._replace(
+        sampler=method.make_sampler(mcmc, learned.schedule, mcmc.noise_scale)
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0)

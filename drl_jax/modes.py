@@ -4,7 +4,7 @@ import io
 import json
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -13,12 +13,15 @@ from jaxtyping import Array, Float, Key
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from drl_jax import data, evaluation, images
+from drl_jax import data, evaluation, images, train_step
 from drl_jax import model as model_lib
 from drl_jax.checkpoints import make_writable
 from drl_jax.model import Model
 
 log = logging.getLogger(__name__)
+
+# Changes the configuration of a trained model, by what the command line says.
+Revise = Callable[[ConfigDict], ConfigDict]
 
 SHEET = 100  # images on a sheet of 10 x 10
 STATISTICS = 256  # images on which the levels' statistics are computed
@@ -33,27 +36,29 @@ def train(config: ConfigDict, workdir: epath.Path) -> None:
     measure(config, model, step, workdir)
 
 
-def evaluate(workdir: epath.Path) -> None:
+def evaluate(workdir: epath.Path, revise: Revise) -> None:
     """Computes the metrics of the newest checkpoint: metrics.json and samples.png.
 
     Raises:
       UserError: if there is no checkpoint, no data, or the folder cannot be written to.
     """
-    config, model, step = model_lib.load_run(workdir)
+    config, model, step = model_lib.load_run(workdir, revise)
     data.open_source(config)
     make_writable(workdir)
+    adapt(config, model)
     measure(config, model, step, workdir)
 
 
-def sample(workdir: epath.Path, num_samples: int, seed: int) -> None:
+def sample(workdir: epath.Path, revise: Revise, num_samples: int, seed: int) -> None:
     """Writes samples of the newest checkpoint: PNGs, a grid, and one array (.npz).
 
     Raises:
       UserError: if there is no checkpoint, or the folder cannot be written to.
     """
-    _, model, step = model_lib.load_run(workdir)
+    config, model, step = model_lib.load_run(workdir, revise)
     folder = workdir / "samples" / f"step_{step}_seed_{seed}"
     make_writable(folder)
+    adapt(config, model)
     batches: list[np.ndarray] = []
     for batch in draw(model, jax.random.key(seed), num_samples):
         first = sum(map(len, batches))
@@ -66,6 +71,19 @@ def sample(workdir: epath.Path, num_samples: int, seed: int) -> None:
     (folder / "samples.npz").write_bytes(encoded.getvalue())
     images.write_png(folder / "grid.png", images.grid(x[:SHEET], columns=10))
     log.info("%d samples are in %s", num_samples, folder)
+
+
+def adapt(config: ConfigDict, model: Model) -> None:
+    """Warms MALA or HMC up; the other samplers need nothing."""
+    if config.mcmc.sampler not in ("mala", "hmc"):
+        return
+    step_size, acceptance = model.adapt(
+        jax.random.key(config.seed), config.mcmc.warmup_steps, config.mcmc.target_acceptance
+    )
+    log.info("step sizes of %s after the warm-up:", config.mcmc.sampler)
+    for group in train_step.level_groups(len(step_size)):
+        t = group[0]
+        log.info("  level %d: %.3g, acceptance %.2f", t, step_size[t], acceptance[t])
 
 
 def draw(model: Model, key: Key[Array, ""], n: int) -> Iterator[Float[np.ndarray, "B H W C"]]:

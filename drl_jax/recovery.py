@@ -5,8 +5,14 @@ The network f(x, t) gives unnormalised log-densities, higher = more probable (f 
 
     p(y | x_tilde) ∝ exp( F(y, t) - |x_tilde - y|² / (2 sigma_{t+1}²) )
 
-(Gao et al. 2021, eqs. 3 and 11), with F = f / s_t² for the Langevin step s_t of that level:
-f then stays of order one at every level.
+(Gao et al. 2021, eqs. 3 and 11). F = f / tau_t with a temperature tau_t for each level, so
+that the network need not span the levels' orders of magnitude itself:
+
+- few levels (T6): tau_t = s_t², the square of the Langevin step, as in the authors' program;
+- many levels (T1k): tau_t = sigma_bar_t. Level t is data blurred by noise sigma_bar_t eps_bar,
+  and its score is grad F = -E[eps_bar | x] / sigma_bar_t (Tweedie's formula). Hence grad f is
+  -E[eps_bar | x]: of order one in each pixel at every level, while s_t² would ask for a
+  gradient of 2e-6 at the bottom and 4e-4 at the top.
 """
 
 from collections.abc import Callable
@@ -15,14 +21,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from drl_jax import noise
 from drl_jax.diffusion import NoiseSchedule
+from drl_jax.mcmc.log_density import value_and_gradient
 
-# f(x [B, ...], t [B]) -> [B], a network with its parameters bound.
+# (x [B, ...], t [B]) -> [B]: a network f with its parameters bound, or its F.
 LevelFn = Callable[[Float[Array, "B *D"], Int[Array, "B"]], Float[Array, "B"]]
 
 
 def step_sizes(schedule: NoiseSchedule, b_squared: float) -> Float[Array, "T"]:
-    """Returns the Langevin step s_t of every level.
+    """Returns the paper's Langevin step s_t of every level.
 
     s_t² = b² c_t² sigma_{t+1}² with c_t² = sigma_bar_t / sigma_bar_0 (Gao et al. 2021,
     section 3.4).
@@ -31,25 +39,22 @@ def step_sizes(schedule: NoiseSchedule, b_squared: float) -> Float[Array, "T"]:
     return jnp.sqrt(b_squared * c_squared) * schedule.sigma[1:]
 
 
-def log_density(
-    f: LevelFn, x: Float[Array, "B *D"], t: Int[Array, "B"], s: Float[Array, "T"]
-) -> Float[Array, "B"]:
-    """Returns F(x, t) = f(x, t) / s_t², the log-density of level t up to a constant."""
-    return f(x, t) / s[t] ** 2
+def log_density(f: LevelFn, temperature: Float[Array, "T"]) -> LevelFn:
+    """Returns F(x, t) = f(x, t) / tau_t, the log-density of level t up to a constant."""
+    return lambda x, t: f(x, t) / temperature[t]
 
 
 def conditional_log_density(
-    f: LevelFn,
+    F: LevelFn,
     y: Float[Array, "B *D"],
     x_tilde: Float[Array, "B *D"],
     t: Int[Array, "B"],
     schedule: NoiseSchedule,
-    s: Float[Array, "T"],
 ) -> Float[Array, "B"]:
     """Returns log p(y | x_tilde) up to a constant; at t = T - 1 the marginal F itself."""
     squared_distance = jnp.sum(jnp.square(x_tilde - y), axis=range(1, y.ndim))
     quadratic = squared_distance / (2 * schedule.sigma[t + 1] ** 2)
-    return log_density(f, y, t, s) - (1 - schedule.is_marginal(t)) * quadratic
+    return F(y, t) - (1 - schedule.is_marginal(t)) * quadratic
 
 
 def loss(
@@ -78,6 +83,38 @@ def loss(
     f_pos, f_neg = f_both[:, 0], f_both[:, 1]
     weight = schedule.sigma[1] / schedule.sigma[t + 1]
     return -weight * (f_pos - f_neg), (f_pos, f_neg)
+
+
+def denoising_loss(
+    F: LevelFn,
+    y: Float[Array, "B *D"],
+    x_tilde: Float[Array, "B *D"],
+    t: Int[Array, "B"],
+    schedule: NoiseSchedule,
+) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
+    """Returns the normal approximation's weighted error, one a pair, and F(x_tilde, t).
+
+        w_t / D · |y - x_tilde - sigma² grad F(x_tilde, t)|² / (2 sigma²),   sigma = sigma_{t+1}
+
+    is the negative log-likelihood of y under N(x_tilde + sigma² grad F(x_tilde), sigma² I),
+    without its constant, per dimension (Gao et al. 2021, eq. 10). The weight
+    w_t = sigma_bar_{t+1}² / sigma_{t+1}² makes all levels weigh the same: with y the mean of
+    its draws given the data, the error is |eps_bar + sigma_bar_{t+1} grad F|² / (2 D), the
+    loss of Ho et al. (2020, eq. 14). Its gradient is one of a gradient; it needs no chain.
+
+    Args:
+      F: the log-density with the parameters to be learned.
+      y: draws of a_{t+1} x_t given x_tilde and the data, or their mean: the same gradient
+        in expectation, and less noise.
+      x_tilde: x_{t+1} of the data.
+      t: levels 0..T-1.
+      schedule: the noise levels.
+    """
+    value, gradient = value_and_gradient(lambda x: F(x, t), x_tilde)
+    sigma = noise.per_example(schedule.sigma[t + 1], y)
+    weight = noise.per_example(schedule.sigma_bar[t + 1], y) / sigma
+    error = weight * (y - x_tilde - sigma**2 * gradient) / sigma
+    return jnp.mean(jnp.square(error), axis=range(1, y.ndim)) / 2, value
 
 
 def displacement(

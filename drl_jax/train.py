@@ -50,10 +50,13 @@ def train(config: ConfigDict, workdir: epath.Path) -> tuple[Model, int]:
     with Checkpoints(workdir, config) as checkpoints:
         state = first_state(config, learned, checkpoints, parallel.replicated(mesh))
         sampler = Model(
-            learned, state.ema, mesh, config.evaluation.batch_size, config.mcmc.noise_scale
+            model.generating(learned, config.mcmc),
+            state.ema,
+            mesh,
+            config.evaluation.batch_size,
         )
         if state.step < config.train.num_steps:
-            state = fit(state, config, sampler, workdir, checkpoints)
+            state = fit(state, config, learned, sampler, workdir, checkpoints)
     sampler.params = generating_params(learned.energy, state)
     return sampler, int(state.step)
 
@@ -92,6 +95,7 @@ def run_keys(seed: int) -> Key[Array, "3"]:
 def fit(
     state: TrainState,
     config: ConfigDict,
+    learned: Method,
     sampler: Model,
     workdir: epath.Path,
     checkpoints: Checkpoints,
@@ -105,7 +109,7 @@ def fit(
       UserError: if training diverged.
       Interrupted: a signal asked for the end; the state is saved.
     """
-    learned, mesh = sampler.method, sampler.mesh
+    mesh = sampler.mesh
     whole, split = parallel.replicated(mesh), parallel.by_example(mesh)
     _, step_key, sample_key = run_keys(config.seed)
     step_fn = train_step.compile_for(
@@ -130,7 +134,9 @@ def fit(
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(metric_writers.ensure_flushes(writer))
-        progress = stack.enter_context(Progress(start, end, config.log.every_steps, writer))
+        progress = stack.enter_context(
+            Progress(start, end, config.log.every_steps, learned.schedule.T, writer)
+        )
         stop: list[int] = []
         unsettled: tuple[int, Metrics, TrainState | None] | None = None
         for step in range(start, end):
@@ -205,8 +211,14 @@ class Progress:
     """What people see of a run: a bar on a terminal, plain lines in a log, scalars."""
 
     def __init__(
-        self, start: int, end: int, every_steps: int, writer: metric_writers.MetricWriter
+        self,
+        start: int,
+        end: int,
+        every_steps: int,
+        T: int,
+        writer: metric_writers.MetricWriter,
     ):
+        self._groups = train_step.level_groups(T)
         self._done, self._end, self._every, self._writer = start, end, every_steps, writer
         self._bar = tqdm(initial=start, total=end, unit="step", disable=None, smoothing=0.1)
         self._recent: list[Metrics] = []
@@ -235,10 +247,10 @@ class Progress:
         self._since = done, time.monotonic()
         rate = (done - before) / (self._since[1] - then)
         scalars = {"loss": mean.loss, "grad_norm": mean.grad_norm, "steps_per_second": rate}
-        for name in ("f_pos", "f_neg", "displacement"):
-            for t, value in enumerate(getattr(mean, name)):
+        for name in ("f_pos", "f_neg", "displacement", "acceptance"):
+            for levels, value in zip(self._groups, getattr(mean, name), strict=True):
                 if np.isfinite(value):
-                    scalars[f"{name}/level_{t}"] = value
+                    scalars[f"{name}/level_{levels[0]}"] = value
         self._writer.write_scalars(done, scalars)
         left = time.strftime("%H:%M:%S", time.gmtime((self._end - done) / rate))
         if self._bar.disable:

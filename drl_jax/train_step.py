@@ -1,6 +1,7 @@
 """One training step: a pure function, and the one compiled program made of it."""
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -18,20 +19,24 @@ from drl_jax.train_state import TrainState
 
 
 class Metrics(NamedTuple):
-    """What a step reports. Levels that no example of the batch met are NaN.
+    """What a step reports, G times for the `level_groups`.
+
+    NaN where no example of the batch met a level of the group, and where there is no chain.
 
     Attributes:
       loss: mean over the batch.
       grad_norm: of the loss's gradient, all parameters together.
-      f_pos, f_neg: mean output of the network, on data and on the chains' ends, a level.
-      displacement: mean distance from a chain's start to its end, a level.
+      f_pos, f_neg: mean output of the network, on data and on the chains' ends.
+      displacement: mean distance from a chain's start to its end.
+      acceptance: mean probability of a chain's step to be accepted.
     """
 
     loss: Float[Array, ""]
     grad_norm: Float[Array, ""]
-    f_pos: Float[Array, "T"]
-    f_neg: Float[Array, "T"]
-    displacement: Float[Array, "T"]
+    f_pos: Float[Array, "G"]
+    f_neg: Float[Array, "G"]
+    displacement: Float[Array, "G"]
+    acceptance: Float[Array, "G"]
 
 
 def train_step(
@@ -43,13 +48,13 @@ def train_step(
     ema_decay: float,
     mesh: Mesh,
 ) -> tuple[TrainState, Metrics]:
-    """Makes one step of maximum recovery likelihood (Gao et al. 2021, algorithm 1).
+    """Makes one step of maximum likelihood (Gao et al. 2021, algorithm 1).
 
     Args:
       state: before the step.
       x: data in [-1, 1].
       key: the run's; the step and the example are folded into it here.
-      method: the network and the way of its negatives.
+      method: the network, its loss and the way of its negatives.
       optimiser: makes an update of the gradient.
       ema_decay: of the moving average of the parameters.
       mesh: the devices that share the batch.
@@ -58,17 +63,26 @@ def train_step(
     B, T = x.shape[0], schedule.T
     keys = noise.example_keys(jax.random.fold_in(key, state.step), jnp.arange(B))
     t = jax.vmap(lambda key: jax.random.randint(key, (), 0, T))(noise.fold(keys, 0))
-    y_pos, x_tilde = positives(noise.fold(keys, 1), x, t, schedule)
     params, vectors = energy.normalise(state.params, state.vectors)
-    y_neg = negatives(noise.fold(keys, 2), params, x_tilde, t, method, mesh)
+    if method.objective == "recovery":
+        y_pos, x_tilde = positives(noise.fold(keys, 1), x, t, schedule)
+        y_neg, acceptance = negatives(noise.fold(keys, 2), params, x_tilde, t, method, mesh)
+        examples, displacement = (y_pos, y_neg, t), recovery.displacement(y_neg, x_tilde)
+    else:  # no chain: nothing to report of one
+        examples = *expected_positives(noise.fold(keys, 1), x, t, schedule), t
+        acceptance = displacement = jnp.full((B,), jnp.nan)
 
     def losses(params, examples):
-        y_pos, y_neg, t = examples
-        return recovery.loss(functools.partial(energy.f, params), y_pos, y_neg, t, schedule)
+        y, other, t = examples
+        if method.objective == "recovery":
+            f = functools.partial(energy.f, params)
+            return recovery.loss(f, y, other, t, schedule)
+        each, F = recovery.denoising_loss(method.F(params), y, other, t, schedule)
+        return each, (F * method.temperature[t], jnp.full_like(F, jnp.nan))
 
     def mean_loss(raw_params):
         params, _ = energy.normalise(raw_params, state.vectors)
-        each, f_both = parallel.over_examples(losses, mesh)(params, (y_pos, y_neg, t))
+        each, f_both = parallel.over_examples(losses, mesh)(params, examples)
         return jnp.mean(each), f_both
 
     (loss, (f_pos, f_neg)), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
@@ -82,20 +96,29 @@ def train_step(
         opt_state=opt_state,
     )
 
-    at_level = jax.nn.one_hot(t, T, dtype=x.dtype)
-    count = jnp.sum(at_level, axis=0)
+    groups = level_groups(T)
+    in_group = jax.nn.one_hot(t * len(groups) // T, len(groups), dtype=x.dtype)
+    count = jnp.sum(in_group, axis=0)
 
-    def level_mean(values):
-        return jnp.where(count > 0, values @ at_level / count, jnp.nan)
+    def group_mean(values):
+        return jnp.where(count > 0, values @ in_group / count, jnp.nan)
 
     metrics = Metrics(
         loss=loss,
         grad_norm=optax.tree.norm(grads),
-        f_pos=level_mean(f_pos),
-        f_neg=level_mean(f_neg),
-        displacement=level_mean(recovery.displacement(y_neg, x_tilde)),
+        f_pos=group_mean(f_pos),
+        f_neg=group_mean(f_neg),
+        displacement=group_mean(displacement),
+        acceptance=group_mean(acceptance),
     )
     return new_state, metrics
+
+
+def level_groups(T: int) -> list[range]:
+    """Returns the levels that are reported together: each alone, or tenths of many."""
+    G = T if T <= 10 else 10
+    bounds = [-(-T * g // G) for g in range(G + 1)]
+    return [range(*pair) for pair in itertools.pairwise(bounds)]
 
 
 def positives(
@@ -109,6 +132,18 @@ def positives(
     return noise.per_example(schedule.a_y(t), x) * x_t, x_tilde
 
 
+def expected_positives(
+    keys: Key[Array, "B"],
+    x: Float[Array, "B *D"],
+    t: Int[Array, "B"],
+    schedule: NoiseSchedule,
+) -> tuple[Float[Array, "B *D"], Float[Array, "B *D"]]:
+    """Draws x_tilde as `positives` does; y is its mean given x_tilde and the data x."""
+    x_tilde = diffusion.diffuse(keys, x, t + 1, schedule)
+    x_t, _ = diffusion.posterior(x, x_tilde, t, schedule)
+    return noise.per_example(schedule.a_y(t), x) * x_t, x_tilde
+
+
 def negatives(
     keys: Key[Array, "B"],
     params: Params,
@@ -116,20 +151,17 @@ def negatives(
     t: Int[Array, "B"],
     method: Method,
     mesh: Mesh,
-) -> Float[Array, "B *D"]:
+) -> tuple[Float[Array, "B *D"], Float[Array, "B"]]:
     """Draws y ~ p(y | x_tilde) of the model, each device its own examples' chains.
 
-    `params` are spectrally normalised.
+    `params` are spectrally normalised. Beside y stands the chains' acceptance.
     """
-    energy, schedule, s, K = method
 
     def chains(params, examples):
         keys, x_tilde, t = examples
-
-        def f(y, t):
-            return energy.f(params, y, t)
-
-        return sampling.sample_conditional(keys, f, x_tilde, t, schedule, s, K)
+        return sampling.sample_conditional(
+            keys, method.F(params), x_tilde, t, method.schedule, method.sampler
+        )
 
     return parallel.over_examples(chains, mesh)(params, (keys, x_tilde, t))
 

@@ -56,7 +56,7 @@ def test_a_whole_training_step_has_the_shapes_of_its_config(path):
     same = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), state, new_state)
     assert all(jax.tree.leaves(same))
     assert metrics.loss.shape == ()
-    assert metrics.f_pos.shape == (config.diffusion.T,)
+    assert metrics.f_pos.shape == (len(train_step.level_groups(config.diffusion.T)),)
 
 
 @pytest.mark.parametrize("name", PAPER)

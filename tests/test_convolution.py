@@ -11,7 +11,9 @@ from jax.sharding import PartitionSpec
 from drl_jax import diffusion, model, parallel, recovery, train_state, train_step
 from drl_jax.energies import convolution, resnet
 from drl_jax.energies.convolution import conv3x3
+from drl_jax.mcmc import langevin
 from drl_jax.method import Method
+from drl_jax.sampling import Sampler
 
 B = 8
 SHAPES = [  # H, W, input and output channels
@@ -134,8 +136,8 @@ def loops(hlo):
 def generation():
     method, mesh = tiny_method(), parallel.make_mesh()
     params, _ = method.energy.init(jax.random.key(0))
-    program = model.compile_generator(method, mesh, 1.0)
-    return program.lower(params, jax.random.key(1), jnp.arange(B))
+    program = model.Model(method, params, mesh).generate
+    return program.lower(params, method.sampler.tuning, jax.random.key(1), jnp.arange(B), ())
 
 
 def training():
@@ -151,7 +153,9 @@ def training():
 def tiny_method():
     schedule = diffusion.schedule(6)
     energy = resnet.energy(4, 3, ch=8, mult=(1,), N=1)
-    return Method(energy, schedule, recovery.step_sizes(schedule, 2e-4), K=2)
+    s = recovery.step_sizes(schedule, 2e-4)
+    sampler = Sampler(langevin.init, langevin.kernel, {"step_size": s}, K=2)
+    return Method(energy, schedule, s**2, sampler, "recovery")
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="a trap of XLA:CPU")

@@ -20,7 +20,7 @@ def run(n, steps, s, start, noise_scale=1.0):
         state, _ = langevin.kernel(noise.fold(keys, k), state, log_density, s, noise_scale)
         return state, None
 
-    state = langevin.init(jnp.full((n, 1), start))
+    state = langevin.init(jnp.full((n, 1), start), log_density)
     return np.asarray(jax.lax.scan(step, state, jnp.arange(steps))[0].position)[:, 0]
 
 
@@ -60,6 +60,8 @@ def test_without_noise_it_climbs_the_gradient():
 def test_info_holds_the_log_density_and_gradient_before_the_step():
     y = jnp.array([[0.0], [2.0]])
     keys = noise.example_keys(jax.random.key(0), jnp.arange(2))
-    _, info = langevin.kernel(keys, langevin.init(y), log_density, jnp.array([0.1, 0.1]))
+    _, info = langevin.kernel(
+        keys, langevin.init(y, log_density), log_density, jnp.array([0.1, 0.1])
+    )
     np.testing.assert_allclose(info.log_density, log_density(y), rtol=1e-6)
     np.testing.assert_allclose(info.gradient, -(y - MEAN) / VARIANCE, rtol=1e-6)

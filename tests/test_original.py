@@ -14,6 +14,8 @@ from flax import traverse_util
 
 from drl_jax import diffusion, noise, recovery, sampling
 from drl_jax.energies import resnet
+from drl_jax.mcmc import langevin
+from drl_jax.sampling import Sampler
 
 HERE = pathlib.Path(__file__).resolve().parents[1]
 FIXTURES = pathlib.Path(os.environ.get("DRL_FIXTURES", HERE.parent / "shared" / "fixtures"))
@@ -105,7 +107,8 @@ def test_conditional_log_density_and_its_gradient(network, expected):
     x_tilde, t = jnp.asarray(expected["x_noisy"]), jnp.asarray(expected["t"])
 
     def log_p(y):
-        return recovery.conditional_log_density(network, y, x_tilde, t, SCHEDULE, S)
+        F = recovery.log_density(network, S**2)
+        return recovery.conditional_log_density(F, y, x_tilde, t, SCHEDULE)
 
     value, vjp = jax.vjp(log_p, jnp.asarray(expected["x"]))
     assert_close(value, expected["log_p"], 1e-5)
@@ -115,8 +118,14 @@ def test_conditional_log_density_and_its_gradient(network, expected):
 def test_three_noiseless_langevin_steps(network, expected):
     x_tilde, t = jnp.asarray(expected["x_noisy"]), jnp.asarray(expected["t"])
     keys = jax.random.split(jax.random.key(0), 6)
-    y = sampling.sample_conditional(
-        keys, network, x_tilde, t, SCHEDULE, S, K=3, noise_scale=0.0
+    tuning = {"step_size": S, "noise_scale": jnp.zeros(6)}
+    y, _ = sampling.sample_conditional(
+        keys,
+        recovery.log_density(network, S**2),
+        x_tilde,
+        t,
+        SCHEDULE,
+        Sampler(langevin.init, langevin.kernel, tuning, K=3),
     )
     x = y / noise.per_example(SCHEDULE.a_y(t), y)
     assert_close(x, expected["langevin3_noiseless"], 1e-5)

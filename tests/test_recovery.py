@@ -23,22 +23,23 @@ def test_step_sizes_follow_the_paper():
 
 def test_the_conditional_is_energy_plus_gaussian_and_the_top_is_the_marginal():
     y, x_tilde = jax.random.normal(jax.random.key(0), (2, 6, 3))
-    log_p = recovery.conditional_log_density(quadratic, y, x_tilde, LEVELS, SCHEDULE, S)
-    F = -(np.arange(6) + 1) * np.sum(np.square(y), axis=1) / np.square(S)
+    F = recovery.log_density(quadratic, S**2)
+    log_p = recovery.conditional_log_density(F, y, x_tilde, LEVELS, SCHEDULE)
+    expected = -(np.arange(6) + 1) * np.sum(np.square(y), axis=1) / np.square(S)
     gauss = -np.sum(np.square(x_tilde - y), axis=1) / (2 * np.square(SCHEDULE.sigma[1:]))
-    np.testing.assert_allclose(log_p[:5], (F + gauss)[:5], rtol=1e-5)
-    np.testing.assert_allclose(log_p[5], F[5], rtol=1e-6)
+    np.testing.assert_allclose(log_p[:5], (expected + gauss)[:5], rtol=1e-5)
+    np.testing.assert_allclose(log_p[5], expected[5], rtol=1e-6)
 
 
 def test_the_conditionals_gradient_points_from_its_value():
     """Central differences in float64; the quadratic term's sign flipped: fails."""
     with jax.enable_x64(True):
         schedule = diffusion.schedule(6)
-        s = recovery.step_sizes(schedule, B_SQUARED)
+        F = recovery.log_density(quadratic, recovery.step_sizes(schedule, B_SQUARED) ** 2)
         y, x_tilde = jax.random.normal(jax.random.key(1), (2, 6, 3), jnp.float64)
 
         def log_p(y):
-            return recovery.conditional_log_density(quadratic, y, x_tilde, LEVELS, schedule, s)
+            return recovery.conditional_log_density(F, y, x_tilde, LEVELS, schedule)
 
         gradient = jax.grad(lambda y: log_p(y).sum())(y)
         v = jax.random.normal(jax.random.key(2), y.shape, jnp.float64)

@@ -4,11 +4,14 @@ import numpy as np
 from statistical import assert_mean, assert_variance
 
 from drl_jax import diffusion, noise, recovery, sampling
+from drl_jax.mcmc import langevin
+from drl_jax.sampling import Sampler
 
 SCHEDULE = diffusion.schedule(6)
 B_SQUARED = 2e-3
 S = recovery.step_sizes(SCHEDULE, B_SQUARED)
 MEAN, VARIANCE, K = 0.4, 0.25, 8  # of the data; chain steps
+LANGEVIN = Sampler(langevin.init, langevin.kernel, {"step_size": S}, K)
 
 
 def marginal(t):
@@ -19,9 +22,9 @@ def marginal(t):
 
 
 def gaussian(y, t):
-    """f of the true marginals: F = f / s² is the log-density of y_t."""
+    """F of the true marginals: the log-density of y_t."""
     mean, variance = (noise.per_example(m, y) for m in marginal(t))
-    return jnp.sum(-((y - mean) ** 2) / (2 * variance), axis=1) * S[t] ** 2
+    return jnp.sum(-((y - mean) ** 2) / (2 * variance), axis=1)
 
 
 def exact_ladder():
@@ -53,24 +56,30 @@ def test_every_level_of_generation_has_its_exact_moments_on_gaussian_data():
     levels are scanned upwards (each tried)."""
     n = 200_000
     keys = noise.example_keys(jax.random.key(0), jnp.arange(n))
-    x, levels = jax.jit(lambda keys: sampling.generate(keys, gaussian, (1,), SCHEDULE, S, K))(
-        keys
+    descend = jax.jit(
+        lambda x, top, bottom: sampling.descend(
+            keys, gaussian, x, top, bottom, SCHEDULE, LANGEVIN
+        )
     )
-    np.testing.assert_array_equal(x, levels[0])
-    for x_t, (mean, variance) in zip(np.asarray(levels)[..., 0], exact_ladder(), strict=True):
-        assert_mean(x_t, mean, variance)
-        assert_variance(x_t, mean, variance)
+    x = sampling.white_noise(keys, (1,), SCHEDULE)
+    for t, (mean, variance) in reversed(list(enumerate(exact_ladder()))):
+        x = descend(x, t + 1, t)
+        assert_mean(x[:, 0], mean, variance)
+        assert_variance(x[:, 0], mean, variance)
+    whole = sampling.generate(keys, gaussian, (1,), SCHEDULE, LANGEVIN)
+    np.testing.assert_allclose(whole, x, rtol=1e-5, atol=1e-6)
 
 
 def test_a_sample_depends_on_its_own_key_alone():
     keys = noise.example_keys(jax.random.key(0), jnp.arange(10))
-    many, _ = sampling.generate(keys, gaussian, (3,), SCHEDULE, S, K)
-    few, _ = sampling.generate(keys[4:6], gaussian, (3,), SCHEDULE, S, K)
+    many = sampling.generate(keys, gaussian, (3,), SCHEDULE, LANGEVIN)
+    few = sampling.generate(keys[4:6], gaussian, (3,), SCHEDULE, LANGEVIN)
     np.testing.assert_allclose(many[4:6], few, rtol=1e-6)
 
 
 def test_noise_scale_sharpens_samples():
     keys = noise.example_keys(jax.random.key(0), jnp.arange(2000))
-    sharp, _ = sampling.generate(keys, gaussian, (1,), SCHEDULE, S, K, noise_scale=0.5)
-    plain, _ = sampling.generate(keys, gaussian, (1,), SCHEDULE, S, K)
+    half = {"step_size": S, "noise_scale": jnp.full(6, 0.5)}
+    sharp = sampling.generate(keys, gaussian, (1,), SCHEDULE, LANGEVIN._replace(tuning=half))
+    plain = sampling.generate(keys, gaussian, (1,), SCHEDULE, LANGEVIN)
     assert np.var(sharp) < 0.8 * np.var(plain)

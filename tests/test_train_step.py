@@ -7,15 +7,19 @@ import pytest
 from drl_jax import config as config_lib
 from drl_jax import diffusion, noise, parallel, recovery, sampling, train_state, train_step
 from drl_jax.energies import resnet
+from drl_jax.mcmc import langevin
 from drl_jax.method import Method
+from drl_jax.sampling import Sampler
 
 B, K = 16, 3
 SCHEDULE = diffusion.schedule(6)
+S = recovery.step_sizes(SCHEDULE, 2e-3)
 METHOD = Method(
     energy=resnet.energy(4, 1, ch=8, mult=(1, 2), N=1),
     schedule=SCHEDULE,
-    s=recovery.step_sizes(SCHEDULE, 2e-3),
-    K=K,
+    temperature=S**2,
+    sampler=Sampler(langevin.init, langevin.kernel, {"step_size": S}, K),
+    objective="recovery",
 )
 DECAY = 0.9
 
@@ -47,14 +51,13 @@ def by_hand(params, vectors, x, key, step):
     x_t, x_tilde = diffusion.diffuse_pair(noise.fold(keys, 1), x, t, SCHEDULE)
     a = jnp.append(SCHEDULE.a[1:6], 1.0)[t][:, None, None, None]
     normalised, new_vectors = METHOD.energy.normalise(params, vectors)
-    y_neg = sampling.sample_conditional(
+    y_neg, _ = sampling.sample_conditional(
         noise.fold(keys, 2),
-        lambda y, t: METHOD.energy.f(normalised, y, t),
+        lambda y, t: METHOD.energy.f(normalised, y, t) / S[t] ** 2,
         x_tilde,
         t,
         SCHEDULE,
-        METHOD.s,
-        K,
+        METHOD.sampler,
     )
 
     def loss(params):

@@ -2,10 +2,11 @@
 
 Each sampler is a module with two pure functions,
 
-    init(position) -> State
+    init(position, log_density_fn) -> State
     kernel(keys, state, log_density_fn, step_size, ...) -> (State, Info)
 
-and two NamedTuples. A position is [B, ...], B independent chains; `log_density_fn` maps
-it to [B]; keys and step sizes are [B], one a chain. A kernel makes one step. It never
-loops and never knows a network, a configuration or a device.
+A position is [B, ...], B independent chains; `log_density_fn` maps it to [B]; keys and all
+that follows the log-density are [B], one a chain. A State has a `position`; an Info has the
+`acceptance` probability [B] of the step. A kernel makes one step. It never loops over steps
+and never knows a network, a configuration or a device.
 """

@@ -6,14 +6,13 @@ Leaves p invariant up to a bias that vanishes with the step size s (Gao et al. 2
 eq. 12; Neal 2011, section 5.2).
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from drl_jax import noise
+from drl_jax.mcmc.log_density import LogDensityFn, value_and_gradient
 
 
 class State(NamedTuple):
@@ -32,23 +31,26 @@ class Info(NamedTuple):
     Attributes:
       log_density: log p(y) before the step, up to a constant.
       gradient: its gradient there.
+      acceptance: 1, since no step is refused.
     """
 
     log_density: Float[Array, "B"]
     gradient: Float[Array, "B *D"]
+    acceptance: Float[Array, "B"]
 
 
-def init(position: Float[Array, "B *D"]) -> State:
-    """Starts one chain at each example."""
+def init(position: Float[Array, "B *D"], log_density_fn: LogDensityFn) -> State:
+    """Starts one chain at each example; the log-density is not needed for that."""
+    del log_density_fn
     return State(position)
 
 
 def kernel(
     keys: Key[Array, "B"],
     state: State,
-    log_density_fn: Callable[[Float[Array, "B *D"]], Float[Array, "B"]],
+    log_density_fn: LogDensityFn,
     step_size: Float[Array, "B"],
-    noise_scale: float | Float[Array, ""] = 1.0,
+    noise_scale: float | Float[Array, "B"] = 1.0,
 ) -> tuple[State, Info]:
     """Makes one Langevin step of every chain.
 
@@ -60,8 +62,8 @@ def kernel(
       noise_scale: multiplies z; below 1 samples a sharper density, 0 climbs the gradient.
     """
     y = state.position
-    log_p, vjp = jax.vjp(log_density_fn, y)
-    (gradient,) = vjp(jnp.ones_like(log_p))
+    log_p, gradient = value_and_gradient(log_density_fn, y)
     s = noise.per_example(step_size, y)
-    y = y + s**2 / 2 * gradient + s * noise_scale * noise.normal(keys, y.shape[1:])
-    return State(y), Info(log_p, gradient)
+    z = noise.normal(keys, y.shape[1:])
+    y = y + s**2 / 2 * gradient + noise.per_example(step_size * noise_scale, y) * z
+    return State(y), Info(log_p, gradient, jnp.ones_like(log_p))
