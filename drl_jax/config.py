@@ -37,7 +37,7 @@ def default() -> ConfigDict:
                 "ch": 128,  # width of the first resolution
                 "mult": (1, 2, 2, 2),  # width of each resolution, in units of ch
                 "N": 8,  # residual blocks a resolution
-                "temperature": "step",  # tau_t of F = f / tau_t: s_t², or 'noise': sigma_bar_t
+                "parameterisation": "step",  # F = f / s_t²; 'noise': f / sigma_bar_t - |x|² / 2
             },
             "mcmc": {
                 "sampler": "langevin",  # or 'mala', 'hmc', 'normal_approximation'
@@ -99,7 +99,7 @@ def load(file: str) -> ConfigDict:
 
 CHOICES = {
     "data.crop": ("centre", "none"),
-    "energy.temperature": ("step", "noise"),
+    "energy.parameterisation": ("step", "noise"),
     "mcmc.sampler": ("langevin", "mala", "hmc", "normal_approximation"),
     "train.objective": ("recovery", "denoising"),
 }

@@ -63,7 +63,8 @@ def main(argv: Sequence[str]) -> int:
 
 def run(values: flags.FlagValues, changes: Sequence[str]) -> None:
     """Runs the mode that the flags name."""
-    config = changed(config_lib.load(values.config), changes) if values.config else None
+    training = values.mode == "train"
+    config = changed(config_lib.load(values.config), changes) if training else None
     prepare_jax()
     from drl_jax import modes  # JAX and Orbax load here, after the flags are known good
 

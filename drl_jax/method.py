@@ -4,7 +4,6 @@ import functools
 from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from drl_jax import diffusion, recovery
@@ -13,7 +12,7 @@ from drl_jax.energies import resnet
 from drl_jax.energies.energy import Energy, Params
 from drl_jax.errors import UserError
 from drl_jax.mcmc import hmc, langevin, mala, normal_approximation
-from drl_jax.recovery import LevelFn
+from drl_jax.recovery import LevelFn, Parameterisation
 from drl_jax.sampling import Sampler
 
 
@@ -23,20 +22,21 @@ class Method(NamedTuple):
     Attributes:
       energy: the network.
       schedule: the noise levels.
-      temperature: tau_t of every level, F = f / tau_t.
+      parameterisation: of F by the network.
       sampler: of the conditionals.
       objective: the loss, 'recovery' or 'denoising'.
     """
 
     energy: Energy
     schedule: NoiseSchedule
-    temperature: Float[Array, "T"]
+    parameterisation: Parameterisation
     sampler: Sampler
     objective: Literal["recovery", "denoising"]
 
     def F(self, params: Params) -> LevelFn:
         """Returns the levels' log-density under these (normalised) parameters."""
-        return recovery.log_density(functools.partial(self.energy.f, params), self.temperature)
+        f = functools.partial(self.energy.f, params)
+        return recovery.log_density(f, self.parameterisation)
 
 
 def from_config(config: ConfigDict) -> Method:
@@ -54,12 +54,13 @@ def from_config(config: ConfigDict) -> Method:
         config.energy.N,
     )
     schedule = diffusion.schedule(config.diffusion.T)
-    if config.energy.temperature == "step":
-        temperature = recovery.step_sizes(schedule, config.mcmc.b_squared) ** 2
+    if config.energy.parameterisation == "step":
+        s = recovery.step_sizes(schedule, config.mcmc.b_squared)
+        parameterisation = Parameterisation(s**2, precision=0.0)
     else:
-        temperature = schedule.sigma_bar[:-1]
+        parameterisation = Parameterisation(schedule.sigma_bar[:-1], precision=1.0)
     sampler = make_sampler(config.mcmc, schedule)
-    return Method(energy, schedule, temperature, sampler, config.train.objective)
+    return Method(energy, schedule, parameterisation, sampler, config.train.objective)
 
 
 def make_sampler(

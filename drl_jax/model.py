@@ -47,8 +47,8 @@ class Model:
         return self._f(self.params, x, t)
 
     def log_density(self, x: Float[Array, "B H W C"], t: Int[Array, "B"]) -> Float[Array, "B"]:
-        """Returns F(x, t) = f / tau_t, the log-density of level t up to a constant [nats]."""
-        return recovery.log_density(self.f, self.method.temperature)(x, t)
+        """Returns F(x, t), the log-density of level t up to a constant [nats]."""
+        return recovery.log_density(self.f, self.method.parameterisation)(x, t)
 
     def sample(self, key: Key[Array, ""], n: int) -> Float[np.ndarray, "n H W C"]:
         """Draws n images. The i-th depends on the key and on i alone.

@@ -5,17 +5,20 @@ The network f(x, t) gives unnormalised log-densities, higher = more probable (f 
 
     p(y | x_tilde) ∝ exp( F(y, t) - |x_tilde - y|² / (2 sigma_{t+1}²) )
 
-(Gao et al. 2021, eqs. 3 and 11). F = f / tau_t with a temperature tau_t for each level, so
-that the network need not span the levels' orders of magnitude itself:
+(Gao et al. 2021, eqs. 3 and 11). A temperature tau_t for each level spares the network the
+levels' orders of magnitude (`Parameterisation`):
 
-- few levels (T6): tau_t = s_t², the square of the Langevin step, as in the authors' program;
-- many levels (T1k): tau_t = sigma_bar_t. Level t is data blurred by noise sigma_bar_t eps_bar,
-  and its score is grad F = -E[eps_bar | x] / sigma_bar_t (Tweedie's formula). Hence grad f is
-  -E[eps_bar | x]: of order one in each pixel at every level, while s_t² would ask for a
-  gradient of 2e-6 at the bottom and 4e-4 at the top.
+- few levels (T6): F = f / s_t², s_t the Langevin step, as in the authors' program;
+- many levels (T1k): F = f / sigma_bar_t - |x|² / 2. Level t is data blurred by noise
+  sigma_bar_t eps, and its score is grad F = -E[eps | x] / sigma_bar_t (Tweedie's formula). So
+  grad f is of order one in each pixel at every level, while s_t² would ask for a gradient of
+  2e-6 at the bottom and 4e-4 at the top. The quadratic is the log-density of white noise, to
+  which the levels tend: f has only to say how a level differs from it, and since f grows no
+  faster than linearly, exp(F) can be normalised and no chain can run away.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -39,9 +42,27 @@ def step_sizes(schedule: NoiseSchedule, b_squared: float) -> Float[Array, "T"]:
     return jnp.sqrt(b_squared * c_squared) * schedule.sigma[1:]
 
 
-def log_density(f: LevelFn, temperature: Float[Array, "T"]) -> LevelFn:
-    """Returns F(x, t) = f(x, t) / tau_t, the log-density of level t up to a constant."""
-    return lambda x, t: f(x, t) / temperature[t]
+class Parameterisation(NamedTuple):
+    """How the log-density comes of the network: F = f / tau_t - rho |x|² / 2.
+
+    Attributes:
+      temperature: tau_t, a number a level.
+      precision: rho: 1 if white noise is the reference measure, 0 if there is none.
+    """
+
+    temperature: Float[Array, "T"]
+    precision: float
+
+
+def log_density(f: LevelFn, parameterisation: Parameterisation) -> LevelFn:
+    """Returns F(x, t), the log-density of level t up to a constant."""
+    temperature, precision = parameterisation
+
+    def F(x: Float[Array, "B *D"], t: Int[Array, "B"]) -> Float[Array, "B"]:
+        reference = precision * jnp.sum(jnp.square(x), axis=range(1, x.ndim)) / 2
+        return f(x, t) / temperature[t] - reference
+
+    return F
 
 
 def conditional_log_density(
@@ -91,8 +112,8 @@ def denoising_loss(
     x_tilde: Float[Array, "B *D"],
     t: Int[Array, "B"],
     schedule: NoiseSchedule,
-) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
-    """Returns the normal approximation's weighted error, one a pair, and F(x_tilde, t).
+) -> Float[Array, "B"]:
+    """Returns the normal approximation's weighted error, one a pair.
 
         w_t / D · |y - x_tilde - sigma² grad F(x_tilde, t)|² / (2 sigma²),   sigma = sigma_{t+1}
 
@@ -110,11 +131,11 @@ def denoising_loss(
       t: levels 0..T-1.
       schedule: the noise levels.
     """
-    value, gradient = value_and_gradient(lambda x: F(x, t), x_tilde)
+    _, gradient = value_and_gradient(lambda x: F(x, t), x_tilde)
     sigma = noise.per_example(schedule.sigma[t + 1], y)
     weight = noise.per_example(schedule.sigma_bar[t + 1], y) / sigma
     error = weight * (y - x_tilde - sigma**2 * gradient) / sigma
-    return jnp.mean(jnp.square(error), axis=range(1, y.ndim)) / 2, value
+    return jnp.mean(jnp.square(error), axis=range(1, y.ndim)) / 2
 
 
 def displacement(

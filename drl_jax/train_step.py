@@ -77,8 +77,9 @@ def train_step(
         if method.objective == "recovery":
             f = functools.partial(energy.f, params)
             return recovery.loss(f, y, other, t, schedule)
-        each, F = recovery.denoising_loss(method.F(params), y, other, t, schedule)
-        return each, (F * method.temperature[t], jnp.full_like(F, jnp.nan))
+        each = recovery.denoising_loss(method.F(params), y, other, t, schedule)
+        # Computed once with the loss: XLA sees that it is the same.
+        return each, (energy.f(params, other, t), jnp.full_like(each, jnp.nan))
 
     def mean_loss(raw_params):
         params, _ = energy.normalise(raw_params, state.vectors)

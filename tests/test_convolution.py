@@ -13,6 +13,7 @@ from drl_jax.energies import convolution, resnet
 from drl_jax.energies.convolution import conv3x3
 from drl_jax.mcmc import langevin
 from drl_jax.method import Method
+from drl_jax.recovery import Parameterisation
 from drl_jax.sampling import Sampler
 
 B = 8
@@ -155,7 +156,7 @@ def tiny_method():
     energy = resnet.energy(4, 3, ch=8, mult=(1,), N=1)
     s = recovery.step_sizes(schedule, 2e-4)
     sampler = Sampler(langevin.init, langevin.kernel, {"step_size": s}, K=2)
-    return Method(energy, schedule, s**2, sampler, "recovery")
+    return Method(energy, schedule, Parameterisation(s**2, 0.0), sampler, "recovery")
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="a trap of XLA:CPU")

@@ -15,6 +15,7 @@ from flax import traverse_util
 from drl_jax import diffusion, noise, recovery, sampling
 from drl_jax.energies import resnet
 from drl_jax.mcmc import langevin
+from drl_jax.recovery import Parameterisation
 from drl_jax.sampling import Sampler
 
 HERE = pathlib.Path(__file__).resolve().parents[1]
@@ -107,7 +108,7 @@ def test_conditional_log_density_and_its_gradient(network, expected):
     x_tilde, t = jnp.asarray(expected["x_noisy"]), jnp.asarray(expected["t"])
 
     def log_p(y):
-        F = recovery.log_density(network, S**2)
+        F = recovery.log_density(network, Parameterisation(S**2, 0.0))
         return recovery.conditional_log_density(F, y, x_tilde, t, SCHEDULE)
 
     value, vjp = jax.vjp(log_p, jnp.asarray(expected["x"]))
@@ -121,7 +122,7 @@ def test_three_noiseless_langevin_steps(network, expected):
     tuning = {"step_size": S, "noise_scale": jnp.zeros(6)}
     y, _ = sampling.sample_conditional(
         keys,
-        recovery.log_density(network, S**2),
+        recovery.log_density(network, Parameterisation(S**2, 0.0)),
         x_tilde,
         t,
         SCHEDULE,

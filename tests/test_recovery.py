@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from drl_jax import diffusion, recovery
+from drl_jax.recovery import Parameterisation
 
 SCHEDULE = diffusion.schedule(6)
 B_SQUARED = 2e-4
@@ -23,7 +24,7 @@ def test_step_sizes_follow_the_paper():
 
 def test_the_conditional_is_energy_plus_gaussian_and_the_top_is_the_marginal():
     y, x_tilde = jax.random.normal(jax.random.key(0), (2, 6, 3))
-    F = recovery.log_density(quadratic, S**2)
+    F = recovery.log_density(quadratic, Parameterisation(S**2, 0.0))
     log_p = recovery.conditional_log_density(F, y, x_tilde, LEVELS, SCHEDULE)
     expected = -(np.arange(6) + 1) * np.sum(np.square(y), axis=1) / np.square(S)
     gauss = -np.sum(np.square(x_tilde - y), axis=1) / (2 * np.square(SCHEDULE.sigma[1:]))
@@ -35,7 +36,8 @@ def test_the_conditionals_gradient_points_from_its_value():
     """Central differences in float64; the quadratic term's sign flipped: fails."""
     with jax.enable_x64(True):
         schedule = diffusion.schedule(6)
-        F = recovery.log_density(quadratic, recovery.step_sizes(schedule, B_SQUARED) ** 2)
+        s = recovery.step_sizes(schedule, B_SQUARED)
+        F = recovery.log_density(quadratic, Parameterisation(s**2, 0.0))
         y, x_tilde = jax.random.normal(jax.random.key(1), (2, 6, 3), jnp.float64)
 
         def log_p(y):

@@ -9,6 +9,7 @@ from drl_jax import diffusion, noise, parallel, recovery, sampling, train_state,
 from drl_jax.energies import resnet
 from drl_jax.mcmc import langevin
 from drl_jax.method import Method
+from drl_jax.recovery import Parameterisation
 from drl_jax.sampling import Sampler
 
 B, K = 16, 3
@@ -17,7 +18,7 @@ S = recovery.step_sizes(SCHEDULE, 2e-3)
 METHOD = Method(
     energy=resnet.energy(4, 1, ch=8, mult=(1, 2), N=1),
     schedule=SCHEDULE,
-    temperature=S**2,
+    parameterisation=Parameterisation(S**2, 0.0),
     sampler=Sampler(langevin.init, langevin.kernel, {"step_size": S}, K),
     objective="recovery",
 )

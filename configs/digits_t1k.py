@@ -1,0 +1,32 @@
+"""Handwritten digits, 8x8 grey, with the paper's 1000 noise levels (T1k).
+
+python -m drl_jax.main --config=configs/digits_t1k.py --workdir=DIR
+"""
+
+from drl_jax import config as config_lib
+
+
+def get_config():
+    config = config_lib.default()
+    config.data.name = "digits"
+    config.data.image_size = 8
+    config.data.channels = 1
+    config.data.flip = False
+    config.diffusion.T = 1000
+    config.energy.ch = 32
+    config.energy.mult = (1, 2)
+    config.energy.N = 1
+    config.energy.parameterisation = "noise"
+    config.mcmc.sampler = "normal_approximation"
+    config.mcmc.K = 1
+    config.optim.learning_rate = 1e-3
+    config.optim.warmup_steps = 200
+    config.optim.decay_steps = 10_000
+    config.optim.ema_decay = 0.99
+    config.train.objective = "denoising"
+    config.train.batch_size = 64
+    config.train.num_steps = 10_000
+    config.log.sample_every_steps = 5000
+    config.checkpoint.every_steps = 2000
+    config.checkpoint.keep_every_steps = 10_000
+    return config
