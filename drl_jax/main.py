@@ -21,8 +21,17 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from drl_jax import config as config_lib
 from drl_jax.errors import Interrupted, UserError
 
-# Flags that mean something to one mode.
-ONLY_OF = {"config": "train", "num_samples": "sample", "seed": "sample"}
+# Flags that mean something to some modes only.
+ONLY_OF = {
+    "config": ("train", "import_original"),
+    "num_samples": ("sample",),
+    "seed": ("sample",),
+    "tf_checkpoint": ("import_original",),
+    "image_size": ("import_original",),
+}
+
+# Fields that an import does not leave to choose.
+IMPORTED = ("config.energy.", "config.data.channels", "config.data.image_size")
 
 # Fields that mean something to a model that is trained already.
 FREE_AFTER_TRAINING = (
@@ -63,14 +72,19 @@ def main(argv: Sequence[str]) -> int:
 
 def run(values: flags.FlagValues, changes: Sequence[str]) -> None:
     """Runs the mode that the flags name."""
-    training = values.mode == "train"
-    config = changed(config_lib.load(values.config), changes) if training else None
+    config = None
+    if values.config is not None:
+        config = changed(config_lib.load(values.config), changes)
+    elif values.mode == "import_original":
+        config = changed(config_lib.default(), changes)
     prepare_jax()
     from drl_jax import modes  # JAX and Orbax load here, after the flags are known good
 
     revise = functools.partial(changed, changes=changes)
     workdir = pick_workdir(values)
-    if config:
+    if values.mode == "import_original":
+        modes.import_original(config, values.tf_checkpoint, values.image_size, workdir)
+    elif values.mode == "train":
         modes.train(config, workdir)
     elif values.mode == "sample":
         modes.sample(workdir, revise, values.num_samples, values.seed)
@@ -87,10 +101,11 @@ def define_flags() -> flags.FlagValues:
     flags.DEFINE_string(
         "config",
         None,
-        "What to train: a file of configs/; --config.FIELD=VALUE changes a field of it.",
+        "What to train, or all but the network of an import: a file of configs/; "
+        "--config.FIELD=VALUE changes a field of it.",
         flag_values=values,
     )
-    modes = ["train", "sample", "evaluate"]
+    modes = ["train", "sample", "evaluate", "import_original"]
     flags.DEFINE_enum("mode", "train", modes, "What to do (train).", flag_values=values)
     flags.DEFINE_string(
         "workdir", None, "Where the run lives; a bucket will do.", flag_values=values
@@ -100,6 +115,19 @@ def define_flags() -> flags.FlagValues:
     )
     flags.DEFINE_integer(
         "seed", 0, "Of sample: equal seeds, equal samples (0).", 0, 2**32 - 1, values
+    )
+    flags.DEFINE_string(
+        "tf_checkpoint",
+        None,
+        "Of import_original: the authors' TensorFlow checkpoint, as in DIR/ckpt-iter240000.",
+        flag_values=values,
+    )
+    flags.DEFINE_integer(
+        "image_size",
+        None,
+        "Of import_original: height and width of its images.",
+        lower_bound=1,
+        flag_values=values,
     )
     return values
 
@@ -119,12 +147,25 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, Sequence[str]]:
         raise UserError(str(error)) from error
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}: every option is --name=value")
-    for name, mode in ONLY_OF.items():
-        if values[name].present and values.mode != mode:
-            raise UserError(f"--{name} is for --mode={mode}, not for --mode={values.mode}")
+    for name, modes in ONLY_OF.items():
+        if values[name].present and values.mode not in modes:
+            raise UserError(
+                f"--{name} is for --mode={' or '.join(modes)}, not for --mode={values.mode}"
+            )
     if values.mode == "train":
         if values.config is None:
             raise UserError("--mode=train needs --config, such as --config=configs/digits.py")
+        return values, changes
+    if values.mode == "import_original":
+        for name in ("tf_checkpoint", "image_size", "workdir"):
+            if not values[name].value:
+                raise UserError(f"--mode=import_original needs --{name}")
+        for change in changes:
+            if change.lstrip("-").startswith(IMPORTED):
+                raise UserError(
+                    f"{change} is for --mode=train: an import has it from the checkpoint and "
+                    "--image_size"
+                )
         return values, changes
     for change in changes:
         if not change.lstrip("-").startswith(FREE_AFTER_TRAINING):

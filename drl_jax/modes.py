@@ -13,9 +13,10 @@ from jaxtyping import Array, Float, Key
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from drl_jax import data, evaluation, images, train_step
+from drl_jax import data, evaluation, images, original, train_step
 from drl_jax import model as model_lib
-from drl_jax.checkpoints import make_writable
+from drl_jax.checkpoints import Checkpoints, make_writable
+from drl_jax.errors import UserError
 from drl_jax.model import Model
 
 log = logging.getLogger(__name__)
@@ -34,6 +35,28 @@ def train(config: ConfigDict, workdir: epath.Path) -> None:
 
     model, step = train_lib.train(config, workdir)
     measure(config, model, step, workdir)
+
+
+def import_original(
+    config: ConfigDict, prefix: str, image_size: int, workdir: epath.Path
+) -> None:
+    """Makes a work directory of a checkpoint of the authors' TensorFlow program.
+
+    Raises:
+      UserError: if the folder holds checkpoints already or cannot be written to, or this one
+        cannot be used (`original`).
+    """
+    folder = workdir / "checkpoints"
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{workdir} holds checkpoints already: give another --workdir")
+    tensors = original.read(prefix)
+    config = original.configure(config, tensors, image_size)
+    state = original.to_state(tensors, config)
+    make_writable(workdir)  # all that can be known to be wrong was found before this line
+    with Checkpoints(workdir, config) as checkpoints:
+        checkpoints.save(state)
+    network = ", ".join(f"{name} = {value}" for name, value in config.energy.items())
+    log.info("step %d of a network with %s is in %s", state.step, network, workdir)
 
 
 def evaluate(workdir: epath.Path, revise: Revise) -> None:

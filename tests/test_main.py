@@ -16,6 +16,7 @@ from drl_jax import main as main_lib
 from drl_jax import model, modes
 
 CONFIG = f"--config={tiny.DIGITS}"
+IMPORT = "--mode=import_original", "--tf_checkpoint=nonesuch", "--image_size=8", "--workdir=x"
 
 
 @pytest.fixture
@@ -89,6 +90,17 @@ def tree():
         (["--mode=evaluate"], "needs the --workdir"),
         (["--mode=sample", "--workdir=x", "--num_samples=0"], "num_samples=0.*positive"),
         (["--mode=sample", "--workdir=x", "--num_samples=-3"], "num_samples=-3.*positive"),
+        (["--mode=import_original"], "needs --tf_checkpoint"),
+        (["--mode=import_original", "--tf_checkpoint=x"], "needs --image_size"),
+        ([*IMPORT[:-1]], "needs --workdir"),
+        ([*IMPORT, "--image_size=0"], "image_size=0.*positive"),
+        ([*IMPORT, "--config.energy.N=2"], "config.energy.N=2 is for --mode=train"),
+        ([*IMPORT, "--config.data.image_size=8"], "image_size=8 is for --mode=train"),
+        ([*IMPORT, "--config.foo=2"], "config.foo.*no such field"),
+        ([*IMPORT, "--config=nonesuch.py"], "nonesuch.py.*no such"),
+        ([*IMPORT, "--seed=1"], "seed is for --mode=sample"),
+        ([CONFIG, "--image_size=32"], "image_size is for --mode=import_original"),
+        ([*IMPORT], "tf_checkpoint=nonesuch cannot be read"),
         (["--mode=sample", "--workdir=nonesuch"], "no checkpoint.*nonesuch"),
         (["--mode=evaluate", "--workdir=nonesuch"], "no checkpoint.*nonesuch"),
     ],
@@ -186,7 +198,8 @@ def test_help_is_short_quick_and_of_this_program_alone():
     assert imported.startswith("False")
     assert len(text) < 30
     flags = re.findall(r"^ *--(\w+)", done.stdout, re.MULTILINE)
-    assert flags == ["config", "mode", "workdir", "num_samples", "seed"]
+    modes_own = ["num_samples", "seed", "tf_checkpoint", "image_size"]
+    assert flags == ["config", "mode", "workdir", *modes_own]
 
 
 def test_the_program_in_a_shell_ends_with_one_line_and_status_1(tmp_path):

@@ -5,15 +5,21 @@ The files lie beside the repository, or where the environment variable DRL_FIXTU
 
 import os
 import pathlib
+import re
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
+from etils import epath
 from flax import traverse_util
+from PIL import Image
 
-from drl_jax import diffusion, noise, recovery, sampling
-from drl_jax.energies import resnet
+import drl_jax
+from drl_jax import config as config_lib
+from drl_jax import diffusion, method, model, noise, original, recovery, sampling
 from drl_jax.mcmc import langevin
 from drl_jax.recovery import Parameterisation
 from drl_jax.sampling import Sampler
@@ -30,27 +36,6 @@ SCHEDULE = diffusion.schedule(6)
 S = recovery.step_sizes(SCHEDULE, b_squared=2e-4)
 
 
-def original_name(path):
-    """The authors' name of one of our parameters."""
-    module, *inner, leaf = path.split("/")
-    if module == "head":
-        return "temb_dense_2/dense/" + {"kernel": "W", "bias": "b"}[leaf]
-    if module == "conv_in":
-        layer = "conv2d_in/conv"
-    elif module.startswith("temb"):
-        layer = f"temb_dense_{module[-1]}/dense"
-    else:
-        _, level, _, block = module.split("_")
-        kind = {
-            "conv1": "conv2d_1/conv",
-            "conv2": "conv2d_2/conv",
-            "skip": "conv2d_shortcut/conv",
-            "dense": "dense/dense",
-        }[inner[0]]
-        layer = f"res_levels/{level}/{block}/{kind}"
-    return f"{layer}/" + {"kernel": "w", "bias": "layer/b", "g": "layer/g"}[leaf]
-
-
 @pytest.fixture(scope="module")
 def expected():
     with np.load(FOLDER / "expected.npz") as arrays:
@@ -60,21 +45,11 @@ def expected():
 @pytest.fixture(scope="module")
 def network():
     """f of the authors' averaged weights, through our spectral normalisation."""
-    import tensorflow as tf
-
-    reader = tf.train.load_checkpoint(str(FOLDER / "ckpt"))
-
-    def get(name):
-        return jnp.asarray(
-            reader.get_tensor(f"model_ema/net/{name}/.ATTRIBUTES/VARIABLE_VALUE")
-        )
-
-    energy = resnet.energy(32, 3, ch=16, mult=(1, 2, 2, 2), N=2)
-    params, vectors = energy.init(jax.random.key(0))
-    flat = traverse_util.flatten_dict(params, sep="/")
-    flat = {path: get(original_name(path)) for path in flat}
-    vectors = {path: get(original_name(path).removesuffix("w") + "sn_u")[0] for path in vectors}
-    params, _ = energy.normalise(traverse_util.unflatten_dict(flat, sep="/"), vectors)
+    tensors = original.read(str(FOLDER / "ckpt"))
+    config = original.configure(config_lib.default(), tensors, image_size=32)
+    state = original.to_state(tensors, config)
+    energy = method.from_config(config).energy
+    params, _ = energy.normalise(state.ema, state.vectors)
     f = jax.jit(energy.f)
     return lambda x, t: f(params, x, t)
 
@@ -138,3 +113,235 @@ def test_loss(network, expected):
     losses, _ = recovery.loss(network, a * x_pos, a * expected["x_neg"], t, SCHEDULE)
     assert_close(jnp.mean(losses), expected["loss"], 1e-5)
     assert_close(jnp.abs(losses), expected["loss_ts"], 1e-4)
+
+
+# The mode import_original
+
+
+def write(prefix, tensors):
+    """Writes tensors, by the names that `original.read` gives them, with TensorFlow."""
+    import tensorflow as tf
+
+    tf.raw_ops.SaveV2(
+        prefix=str(prefix),
+        tensor_names=[f"{name}/.ATTRIBUTES/VARIABLE_VALUE" for name in tensors],
+        shape_and_slices=[""] * len(tensors),
+        tensors=list(tensors.values()),
+    )
+
+
+@pytest.fixture(scope="module")
+def tensors():
+    """Those of the fixture: its raw network equals the average and has no moments."""
+    tensors = original.read(str(FOLDER / "ckpt"))
+    del tensors["_CHECKPOINTABLE_OBJECT_GRAPH"]
+    return tensors
+
+
+@pytest.fixture(scope="module")
+def trained_tensors(tensors):
+    """As they are in the middle of training: everything differs from everything else."""
+    trained = dict(tensors)
+    for name, tensor in tensors.items():
+        if name.startswith("model/"):
+            trained[name] = tensor + 1
+        if name.startswith("model/") and name.endswith(("/w", "/b", "/g", "dense_2/dense/W")):
+            trained[f"{name}/.OPTIMIZER_SLOT/opt_c/m"] = tensor + 2
+            trained[f"{name}/.OPTIMIZER_SLOT/opt_c/v"] = tensor + 3
+    counters = {"i_iter_var": np.int32(5000), "opt_c/iter": np.int64(5001)}
+    return trained | counters | {"opt_c/beta_1": np.float32(0.9)}
+
+
+def importing(workdir, prefix, *args):
+    """The arguments that import a checkpoint."""
+    flags = f"--tf_checkpoint={prefix}", "--image_size=32", f"--workdir={workdir}"
+    return "--mode=import_original", *flags, *args
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    """Not made yet."""
+    return epath.Path(tmp_path) / "run"
+
+
+def test_an_imported_checkpoint_is_the_authors_network(workdir, expected, caplog):
+    assert tiny.main(*importing(workdir, FOLDER / "ckpt")) == 0
+    f = drl_jax.load(workdir).f(expected["x"], expected["t"])
+    assert_close(f, expected["f"], 1e-5)
+    config = config_lib.default()
+    config.energy.ch, config.energy.N = 16, 2
+    assert model.load_run(workdir).config == config
+    assert "no moments of Adam" in caplog.text
+    assert "step 0 " in caplog.text
+
+
+def test_an_import_has_its_settings_from_the_command_line(workdir):
+    args = f"--config={tiny.ROOT}/configs/celeba64.py", "--config.optim.ema_decay=0.5"
+    assert tiny.main(*importing(workdir, FOLDER / "ckpt", *args)) == 0
+    config = model.load_run(workdir).config
+    assert (config.data.name, config.data.image_size) == ("celeb_a", 32)
+    assert (config.optim.beta1, config.optim.ema_decay) == (0.5, 0.5)
+    assert (config.energy.ch, config.energy.mult, config.energy.N) == (16, (1, 2, 2, 2), 2)
+
+
+def test_a_whole_training_state_is_imported(tensors, trained_tensors):
+    config = original.configure(config_lib.default(), trained_tensors, image_size=32)
+    state = original.to_state(trained_tensors, config)
+    assert (int(state.step), state.step.dtype) == (5000, "int32")
+    adam, schedule = state.opt_state
+    assert int(adam.count) == int(schedule.count) == 5001
+    abstract = model.abstract_state(config)
+    assert jax.tree.structure(state) == jax.tree.structure(abstract)
+    for ours, like in zip(jax.tree.leaves(state), jax.tree.leaves(abstract), strict=True):
+        assert (ours.shape, ours.dtype) == (like.shape, like.dtype)
+    ema = traverse_util.flatten_dict(state.ema, sep="/")
+    shifted = {0: state.ema, 1: state.params, 2: adam.mu, 3: adam.nu}
+    for shift, tree in shifted.items():
+        for path, value in traverse_util.flatten_dict(tree, sep="/").items():
+            np.testing.assert_array_equal(value, np.asarray(ema[path]) + np.float32(shift))
+    np.testing.assert_array_equal(
+        state.vectors["level_2_block_1/conv2/kernel"],
+        tensors["model_ema/net/res_levels/2/1/conv2d_2/conv/sn_u"][0],
+    )
+
+
+def test_the_average_stands_for_a_raw_network_that_is_not_there(tensors, caplog):
+    average = {name: t for name, t in tensors.items() if name.startswith("model_ema/")}
+    config = original.configure(config_lib.default(), average, image_size=32)
+    with caplog.at_level("INFO"):
+        state = original.to_state(average, config)
+    jax.tree.map(np.testing.assert_array_equal, state.params, state.ema)
+    assert "no raw parameters" in caplog.text
+
+
+def test_an_imported_model_samples_is_measured_and_trains_on(workdir, tmp_path, caplog):
+    (tmp_path / "images").mkdir()
+    for i in range(4):
+        Image.new("RGB", (32, 32), (60 * i,) * 3).save(tmp_path / "images" / f"{i}.png")
+    fields = {
+        "data.name": f"folder:{tmp_path / 'images'}",
+        "mcmc.K": 1,
+        "train.batch_size": 4,
+        "evaluation.num_samples": 4,
+    }
+    changes = [f"--config.{name}={value}" for name, value in fields.items()]
+    assert tiny.main(*importing(workdir, FOLDER / "ckpt", *changes)) == 0
+    assert tiny.main("--mode=sample", f"--workdir={workdir}", "--num_samples=2") == 0
+    assert len(list((workdir / "samples" / "step_0_seed_0").glob("0*.png"))) == 2
+    assert tiny.main("--mode=evaluate", f"--workdir={workdir}") == 0
+    config = f"--config={tiny.ROOT}/configs/cifar10.py"
+    network = "--config.energy.ch=16", "--config.energy.N=2"
+    steps = f"--workdir={workdir}", "--config.train.num_steps=2"
+    assert tiny.main(config, *network, *changes, *steps) == 0
+    assert "going on from step 0 of 2" in caplog.text
+    assert model.load_run(workdir).step == 2
+
+
+@pytest.fixture
+def refused(workdir, capsys):
+    """Returns a function that imports a checkpoint, which must fail and leave no trace."""
+
+    def run(prefix):
+        assert tiny.main(*importing(workdir, prefix)) == 1
+        out, err = capsys.readouterr()
+        assert out == ""
+        assert re.fullmatch(r"error: .*\n", err), err  # '.' is no newline
+        assert not workdir.exists()
+        return err
+
+    return run
+
+
+def drop(start):
+    return lambda tensors: {n: t for n, t in tensors.items() if not n.startswith(start)}
+
+
+def add(name, shape=()):
+    return lambda tensors: tensors | {name: np.zeros(shape, np.float32)}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            drop("model_ema/net/temb_dense_2/dense/b"),
+            "lacks model_ema/net/temb_dense_2/dense/b:",
+        ),
+        (drop("model_ema/net/conv2d_in/conv/sn_u"), "lacks model_ema/net/conv2d_in/conv/sn_u:"),
+        (drop("model_ema/net/res_levels/1/1/"), "lacks .*/1/1/conv2d_1/.* and 6 more"),
+        (drop("model_ema/net/res_levels/1/"), "lacks .*/res_levels/1/.* and 15 more"),
+        (drop("model_ema/net/res_levels/"), "no averaged network"),
+        (drop("model_ema/net/conv2d_in/"), "no averaged network"),
+        (drop("model_ema/"), "no averaged network"),
+        (drop("model/net/res_levels/0/0/dense/dense/w"), "lacks model/net/.*/dense/dense/w:"),
+        (drop("opt_c/iter"), "lacks opt_c/iter"),
+        (
+            drop("model/net/conv2d_in/conv/w/.OPTIMIZER_SLOT/opt_c/v"),
+            "lacks .*conv/w/.*opt_c/v:",
+        ),
+        (add("model_ema/net/attn_s/16/0/q/W"), "holds model_ema/net/attn_s/16/0/q/W,"),
+        (add("model/net/fc_out/dense/b"), "holds model/net/fc_out/dense/b,"),
+        (add("model/more"), "holds model/more,"),
+        (
+            add("model_ema/net/temb_dense_0/dense/w", (64, 16)),
+            r"temb_dense_0/dense/w is \[64, 16\], not \[16, 64\]",
+        ),
+        (
+            add("model_ema/net/res_levels/0/0/conv2d_1/conv/w", (3, 3, 15, 16)),
+            r"res_levels/0/0/conv2d_1/conv/w is \[3, 3, 15, 16\]",
+        ),
+        (add("model_ema/net/res_levels/3/1/conv2d_1/conv/w", (3, 3, 32, 8)), "energy.mult is"),
+        (add("i_iter_var", (2,)), r"i_iter_var is \[2\]"),
+    ],
+)
+def test_a_checkpoint_of_another_network_is_refused_by_name(
+    trained_tensors, refused, tmp_path, change, words
+):
+    write(tmp_path / "ckpt", change(trained_tensors))
+    assert re.search(words, refused(tmp_path / "ckpt"))
+
+
+def test_what_is_not_imported_from_outside_the_networks_is_named(
+    trained_tensors, workdir, tmp_path, caplog
+):
+    write(tmp_path / "ckpt", add("critic/w")(trained_tensors))
+    assert tiny.main(*importing(workdir, tmp_path / "ckpt")) == 0
+    assert "not imported: critic/w" in caplog.messages
+    assert model.load_run(workdir).step == 5000
+
+
+@pytest.mark.parametrize("kind", ["absent", "text", "folder", "no data", "cut", "flipped"])
+def test_a_checkpoint_that_is_none_is_refused_in_one_line(refused, tmp_path, kind):
+    prefix = tmp_path / "ckpt"
+    index, content = (tmp_path / f"ckpt.{end}" for end in ("index", "data-00000-of-00001"))
+    if kind == "text":
+        prefix.write_text("no checkpoint")
+    if kind == "folder":
+        prefix.mkdir()
+    if kind in ("no data", "cut", "flipped"):
+        shutil.copyfile(FOLDER / index.name, index)
+    if kind in ("cut", "flipped"):
+        whole = bytearray((FOLDER / content.name).read_bytes())
+        whole[len(whole) // 2] ^= 1
+        content.write_bytes(whole[: len(whole) // 2] if kind == "cut" else whole)
+    assert f"--tf_checkpoint={prefix} cannot be read" in refused(prefix)
+
+
+def test_an_import_does_not_touch_a_workdir_with_checkpoints(workdir, capsys):
+    def tree():
+        paths = pathlib.Path(workdir).rglob("*")
+        return {path: path.stat().st_mtime_ns for path in paths}
+
+    assert tiny.main(*importing(workdir, FOLDER / "ckpt")) == 0
+    before = tree()
+    capsys.readouterr()
+    assert tiny.main(*importing(workdir, FOLDER / "ckpt")) == 1
+    assert re.fullmatch(r"error: .*/run holds checkpoints.*\n", capsys.readouterr().err)
+    assert tree() == before
+
+
+def test_an_image_size_that_cannot_be_halved_is_refused(workdir, capsys):
+    assert tiny.main(*importing(workdir, FOLDER / "ckpt"), "--image_size=36") == 1
+    err = capsys.readouterr().err
+    assert re.fullmatch(r"error: images of 36x36 cannot be halved 3 times.*\n", err)
+    assert not workdir.exists()
