@@ -1,4 +1,5 @@
 import ast
+import functools
 import io
 import itertools
 import json
@@ -533,6 +534,111 @@ def test_an_unreadable_tfds_image_is_named(tmp_path, stripes):
     with pytest.raises(UserError) as error:
         list(data.all_images(tfds_config(tmp_path, "spoilt")))
     assert "image 1 of TFDS data set 'spoilt', split 'train'" in one_line(error)
+
+
+def write_known(name, data_dir, images):
+    """Prepares a data set with TFDS's own builder of that name, but these images."""
+    import tensorflow_datasets as tfds
+
+    dataset, _, variant = name.partition("/")
+
+    def example(feature, image):
+        if isinstance(feature, tfds.features.FeaturesDict):
+            return {part: example(feature[part], image) for part in feature}
+        if isinstance(feature, tfds.features.Image):
+            return image
+        return "" if isinstance(feature, tfds.features.Text) else 1
+
+    class Written(tfds.builder_cls(dataset), skip_registration=True):
+        name = dataset
+
+        def _split_generators(self, dl_manager):
+            del dl_manager
+            examples = (example(self.info.features, image) for image in images)
+            return {"train": enumerate(examples)}
+
+    tfds.disable_progress_bar()
+    builder = Written(data_dir=data_dir, config=variant or None)
+    builder.download_and_prepare(file_format="array_record")
+
+
+def jpegs(*shapes):
+    """Files of smooth images with noise, and their pixels as TensorFlow decodes them."""
+    import tensorflow as tf
+
+    rng = np.random.default_rng(0)
+    files = []
+    for height, width in shapes:
+        noise = Image.fromarray(rng.integers(0, 256, (height // 3, width // 3, 3), np.uint8))
+        file = io.BytesIO()
+        noise.resize((width, height)).save(file, "JPEG")
+        files.append(file.getvalue())
+    # Its default is a faster decoder, up to four grey levels away.
+    decode = functools.partial(tf.io.decode_jpeg, dct_method="INTEGER_ACCURATE")
+    return files, [decode(file).numpy() for file in files]
+
+
+def triangles(n, size):
+    """The matrix [size, n] of a bilinear, antialiased resize from n pixels, in float64."""
+    scale = n / size
+    distance = np.arange(n) + 0.5 - (np.arange(size)[:, np.newaxis] + 0.5) * scale
+    weights = np.maximum(1 - np.abs(distance) / max(scale, 1), 0)
+    return weights / np.sum(weights, axis=1, keepdims=True)
+
+
+def papers_preparation(pixels, name, size):
+    """What the paper does with an image of a data set, in float64."""
+    x = pixels.astype(np.float64)
+    height, width, _ = x.shape
+    if name == "celeb_a":
+        x = x[20:-20]
+    elif name.startswith("lsun"):
+        side = min(height, width)
+        x = x[(height - side) // 2 :, (width - side) // 2 :][:side, :side]
+    height, width, _ = x.shape
+    rows, columns = triangles(height, size), triangles(width, size)
+    x = np.einsum("ih,hwc,jw->ijc", rows, x, columns, optimize=True)
+    return x / 127.5 - 1
+
+
+@pytest.mark.parametrize(
+    "config_name",
+    [
+        *("cifar10", "svhn", "celeba64"),
+        *("lsun_church64", "lsun_bedroom64", "lsun_church128", "lsun_bedroom128"),
+    ],
+)
+def test_the_papers_data_are_prepared_as_in_the_paper(tmp_path, config_name):
+    config = config_lib.load(str(tiny.ROOT / "configs" / f"{config_name}.py"))
+    name, size = config.data.name, config.data.image_size
+    if size == 32:
+        images = pixels = list(
+            np.random.default_rng(0).integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
+        )
+    elif name == "celeb_a":
+        images, pixels = jpegs((218, 178), (218, 178), (218, 178))
+    else:
+        images, pixels = jpegs((256, 341), (303, 256), (256, 256), (257, 400))
+    write_known(name, tmp_path, images)
+    config.data.data_dir = str(tmp_path)
+    config.train.batch_size = 4 * len(images)
+    expected = np.stack([papers_preparation(image, name, size) for image in pixels])
+
+    def found(image):
+        """The number of an image, of those expected, and whether it is mirrored."""
+        both = np.stack([expected, expected[:, :, ::-1]])
+        error = np.max(np.abs(both - image), axis=(2, 3, 4))
+        assert np.min(error) < 1 / 255
+        mirrored, number = np.unravel_index(np.argmin(error), error.shape)
+        return number, bool(mirrored)
+
+    # TFDS writes in an order of its own.
+    once = sorted(found(image) for image in data.all_images(config))
+    assert once == [(i, False) for i in range(len(images))]
+    (batch,) = take(config, 1)
+    numbers, mirrored = zip(*(found(image) for image in batch), strict=True)
+    assert list(np.bincount(numbers)) == [4] * len(images)
+    assert any(mirrored) == (config_name != "svhn")
 
 
 @pytest.mark.parametrize("source", ["tfds", "folder"])
