@@ -65,14 +65,16 @@ def adapt_step_size(
     log_density_fn: LogDensityFn,
     position: Float[Array, "B *D"],
     t: Int[Array, ""],
+    step_size: Float[Array, ""],
     num_steps: int,
     target: float,
 ) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, "B *D"]]:
     """Finds the step size of level t at which the chains' mean acceptance is the target.
 
-    Follows log s <- log s + (acceptance - target) / k^0.6 (Robbins and Monro 1951) for step
-    k = 1..num_steps, and takes the mean log s of the second half. A chain whose step changes
-    has no stationary distribution, so these are thrown away; none that is measured adapts.
+    From the one given it follows log s <- log s + (acceptance - target) / k^0.6 (Robbins and
+    Monro 1951) for step k = 1..num_steps, and takes the mean log s of the second half. A chain
+    whose step changes has no stationary distribution, so these are thrown away; none that is
+    measured adapts.
 
     Returns:
       the step size, the mean acceptance of the second half, and the last positions.
@@ -88,8 +90,7 @@ def adapt_step_size(
         sums += jnp.where(k >= half, jnp.stack([log_s, acceptance]), 0.0)
         return (state, log_s + (acceptance - target) / (k + 1) ** 0.6, sums), None
 
-    log_s = jnp.log(sampler.tuning["step_size"][t])
-    start = sampler.init(position, log_density_fn), log_s, jnp.zeros(2)
+    start = sampler.init(position, log_density_fn), jnp.log(step_size), jnp.zeros(2)
     (state, _, sums), _ = jax.lax.scan(step, start, jnp.arange(num_steps))
     log_s, acceptance = sums / (num_steps - half)
     return jnp.exp(log_s), acceptance, state.position
@@ -106,23 +107,29 @@ def warm_up(
 ) -> tuple[Float[Array, "T"], Float[Array, "T"]]:
     """Adapts every level's step size on B ladders that are thrown away.
 
+    A level starts from the sampler's step, lengthened as the level above asked for.
+
     Returns:
       step size and acceptance of every level, as `adapt_step_size` has them.
     """
 
-    def recover(x_tilde, level):
+    def recover(carry, level):
+        x_tilde, factor = carry
         t = jnp.full(keys.shape, level)
+        first = sampler.tuning["step_size"][level]
 
         def log_density_fn(y):
             return recovery.conditional_log_density(F, y, x_tilde, t, schedule)
 
         step_size, acceptance, y = adapt_step_size(
-            noise.fold(keys, level), sampler, log_density_fn, x_tilde, level, num_steps, target
+            *(noise.fold(keys, level), sampler, log_density_fn, x_tilde, level),
+            *(first * factor, num_steps, target),
         )
-        return y / noise.per_example(schedule.a_y(t), y), (step_size, acceptance)
+        x = y / noise.per_example(schedule.a_y(t), y)
+        return (x, step_size / first), (step_size, acceptance)
 
-    x_T = white_noise(keys, shape, schedule)
-    _, adapted = jax.lax.scan(recover, x_T, jnp.arange(schedule.T), reverse=True)
+    start = white_noise(keys, shape, schedule), 1.0
+    _, adapted = jax.lax.scan(recover, start, jnp.arange(schedule.T), reverse=True)
     return adapted
 
 

@@ -77,3 +77,20 @@ def test_pairs_have_the_joint_moments_of_the_diffusion(T):
             v[t],
             v[t + 1],
         )
+
+
+@pytest.mark.parametrize("T", [6, 1000])
+def test_the_posterior_is_what_bayes_makes_of_the_pairs(T):
+    """Regression of x_t on x_{t+1} in the joint normal distribution, in float64."""
+    schedule = diffusion.schedule(T)
+    t = jnp.unique(jnp.linspace(0, T - 1, 10).astype(int))
+    x, x_next = 0.7, -0.4
+    n = len(t)
+    mean, std = diffusion.posterior(jnp.full((n, 1), x), jnp.full((n, 1), x_next), t, schedule)
+    a, _, a_bar, sigma_bar = (np.float64(v) for v in jax.tree.leaves(schedule))
+    t = np.asarray(t)
+    slope = a[t + 1] * sigma_bar[t] ** 2 / sigma_bar[t + 1] ** 2
+    expected = a_bar[t] * x + slope * (x_next - a_bar[t + 1] * x)
+    np.testing.assert_allclose(mean[:, 0], expected, rtol=1e-5, atol=1e-6)
+    variance = sigma_bar[t] ** 2 - slope * a[t + 1] * sigma_bar[t] ** 2
+    np.testing.assert_allclose(std**2, variance, rtol=2e-4, atol=1e-7)

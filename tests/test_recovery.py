@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from drl_jax import diffusion, recovery
+from drl_jax import diffusion, recovery, train_step
 from drl_jax.recovery import Parameterisation
 
 SCHEDULE = diffusion.schedule(6)
@@ -66,6 +66,63 @@ def test_negatives_are_constants_to_the_loss():
         return recovery.loss(quadratic, y_pos, y_neg, LEVELS, SCHEDULE)[0].mean()
 
     np.testing.assert_array_equal(jax.grad(mean_loss)(y_neg), 0)
+
+
+def test_white_noise_is_the_reference_measure_of_many_levels():
+    x = jax.random.normal(jax.random.key(5), (6, 3))
+    tau = jnp.arange(1.0, 7.0)
+    F = recovery.log_density(quadratic, Parameterisation(tau, 1.0))
+    expected = quadratic(x, LEVELS) / tau - np.sum(np.square(x), axis=1) / 2
+    np.testing.assert_allclose(F(x, LEVELS), expected, rtol=1e-6)
+
+
+def test_the_denoising_loss_of_a_quadratic_energy_has_its_closed_form():
+    """F = -c |x|² / 2, so grad F = -c x, and y - x_tilde - sigma² grad F is known."""
+    many = diffusion.schedule(1000)
+    t = jnp.array([0, 10, 500, 998, 999])
+    c = jnp.array([3.0, 0.1, 1.0, 2.0, 1.0])
+    y, x_tilde = jax.random.normal(jax.random.key(6), (2, 5, 4))
+    losses = recovery.denoising_loss(
+        lambda x, t: -c * jnp.sum(x**2, axis=1) / 2, y, x_tilde, t, many
+    )
+    sigma, sigma_bar, y, x_tilde = map(
+        np.float64, (many.sigma[t + 1], many.sigma_bar[t + 1], y, x_tilde)
+    )
+    squares = np.sum((y - x_tilde + sigma[:, None] ** 2 * c[:, None] * x_tilde) ** 2, axis=1)
+    np.testing.assert_allclose(
+        losses, (sigma_bar / sigma) ** 2 * squares / (2 * sigma**2) / 4, rtol=1e-4
+    )
+
+
+def test_the_denoising_losss_gradient_is_that_of_its_closed_form():
+    """d/dc of it, through a gradient of a gradient."""
+    many = diffusion.schedule(1000)
+    t = jnp.array([400])
+    y, x_tilde = jax.random.normal(jax.random.key(7), (2, 1, 4))
+
+    def loss(c):
+        return recovery.denoising_loss(
+            lambda x, t: -c * jnp.sum(x**2, axis=1) / 2, y, x_tilde, t, many
+        )[0]
+
+    sigma2, sigma_bar2 = many.sigma[401] ** 2, many.sigma_bar[401] ** 2
+    error = y - x_tilde + sigma2 * 1.7 * x_tilde
+    expected = sigma_bar2 / sigma2 * jnp.sum(error * x_tilde) / 4
+    np.testing.assert_allclose(jax.grad(loss)(1.7), expected, rtol=1e-4)
+
+
+def test_the_mean_of_y_given_the_data_is_noise_of_unit_variance_to_the_denoising_loss():
+    """With it and F = 0 the loss is |eps_bar|² / 2D: what every level starts from."""
+    many = diffusion.schedule(1000)
+    n = 1000
+    t = jnp.arange(n) % 999
+    keys = jax.random.split(jax.random.key(8), n)
+    x = jax.random.uniform(jax.random.key(9), (n, 64), minval=-1, maxval=1)
+    y, x_tilde = train_step.expected_positives(keys, x, t, many)
+    losses = recovery.denoising_loss(lambda x, t: 0 * x[:, 0], y, x_tilde, t, many)
+    a_bar, sigma_bar = many.a_bar[t + 1, None], many.sigma_bar[t + 1, None]
+    eps_bar = (x_tilde - a_bar * x) / sigma_bar
+    np.testing.assert_allclose(losses, jnp.mean(eps_bar**2, axis=1) / 2, rtol=2e-3)
 
 
 def test_displacement_is_euclidean():

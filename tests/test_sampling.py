@@ -1,10 +1,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from statistical import assert_mean, assert_variance
 
 from drl_jax import diffusion, noise, recovery, sampling
-from drl_jax.mcmc import langevin
+from drl_jax.mcmc import hmc, langevin, mala
 from drl_jax.sampling import Sampler
 
 SCHEDULE = diffusion.schedule(6)
@@ -12,6 +13,7 @@ B_SQUARED = 2e-3
 S = recovery.step_sizes(SCHEDULE, B_SQUARED)
 MEAN, VARIANCE, K = 0.4, 0.25, 8  # of the data; chain steps
 LANGEVIN = Sampler(langevin.init, langevin.kernel, {"step_size": S}, K)
+KERNELS = [(mala.kernel, {}), (hmc.kernel, {"leapfrog": jnp.full(6, 3)})]
 
 
 def marginal(t):
@@ -83,3 +85,53 @@ def test_noise_scale_sharpens_samples():
     sharp = sampling.generate(keys, gaussian, (1,), SCHEDULE, LANGEVIN._replace(tuning=half))
     plain = sampling.generate(keys, gaussian, (1,), SCHEDULE, LANGEVIN)
     assert np.var(sharp) < 0.8 * np.var(plain)
+
+
+@pytest.mark.parametrize(("kernel", "tuning"), KERNELS, ids=["mala", "hmc"])
+def test_a_warm_up_finds_the_steps_of_the_target_acceptance(kernel, tuning):
+    """Chains that come after it, and adapt no more, are accepted as often as asked."""
+    sampler = Sampler(hmc.init, kernel, {"step_size": S} | tuning, K=40)
+    keys = noise.example_keys(jax.random.key(0), jnp.arange(500))
+    warm_up = jax.jit(
+        lambda keys: sampling.warm_up(keys, gaussian, (8,), SCHEDULE, sampler, 80, 0.7)
+    )
+    step_size, acceptance = warm_up(keys)
+    np.testing.assert_allclose(acceptance, 0.7, atol=0.05)
+    adapted = sampler._replace(tuning=tuning | {"step_size": step_size})
+    keys = noise.example_keys(jax.random.key(1), jnp.arange(600))
+    t = jnp.arange(600) % 6
+    x_tilde = jax.random.normal(jax.random.key(2), (600, 8))
+    _, acceptance = sampling.sample_conditional(keys, gaussian, x_tilde, t, SCHEDULE, adapted)
+    np.testing.assert_allclose(acceptance.reshape(100, 6).mean(axis=0), 0.7, atol=0.06)
+
+
+@pytest.mark.parametrize(("kernel", "tuning"), KERNELS, ids=["mala", "hmc"])
+def test_an_adjusted_ladder_has_the_exact_moments_of_the_data(kernel, tuning):
+    """No bias is left where chains are long and their ends accepted: x_0 is data with noise.
+
+    The steps are nearly as long as the conditionals are wide. Langevin fails this (tried).
+    """
+    n = 50_000
+    t = jnp.arange(6)
+    pull = (1 - SCHEDULE.is_marginal(t)) / SCHEDULE.sigma[1:] ** 2
+    step_size = 0.8 / jnp.sqrt(1 / marginal(t)[1] + pull)
+    sampler = Sampler(hmc.init, kernel, {"step_size": step_size} | tuning, K=40)
+    keys = noise.example_keys(jax.random.key(0), jnp.arange(n))
+    x = jax.jit(lambda keys: sampling.generate(keys, gaussian, (1,), SCHEDULE, sampler))(keys)
+    assert_mean(x[:, 0], MEAN * SCHEDULE.a_bar[0], VARIANCE)
+    variance = float(SCHEDULE.a_bar[0] ** 2 * VARIANCE + SCHEDULE.sigma_bar[0] ** 2)
+    assert_variance(x[:, 0], MEAN * float(SCHEDULE.a_bar[0]), variance)
+
+
+def test_a_chain_that_is_stopped_goes_on_as_if_it_had_not_been():
+    keys = noise.example_keys(jax.random.key(0), jnp.arange(4))
+    x_tilde, t = jax.random.normal(jax.random.key(1), (4, 3)), jnp.array([0, 2, 4, 5])
+
+    def run(position, first, last):
+        return sampling.run_chain(
+            keys, LANGEVIN, lambda y: gaussian(y, t), position, t, jnp.arange(first, last)
+        )[0]
+
+    whole = run(x_tilde, 0, 9)
+    np.testing.assert_allclose(run(run(x_tilde, 0, 4), 4, 9), whole, rtol=1e-6)
+    assert np.abs(run(run(x_tilde, 0, 4), 0, 5) - whole).max() > 0.01
