@@ -6,12 +6,16 @@ if TYPE_CHECKING:
     from drl_jax.model import Model
 
 
-def load(workdir: str) -> "Model":
-    """Returns the model of a work directory's newest readable checkpoint.
+def load(path_or_name: str) -> "Model":
+    """Returns a trained model.
+
+    Args:
+      path_or_name: a work directory, whose newest readable checkpoint is taken; a file that
+        --mode=export wrote; or a model that comes with the package: 'digits'.
 
     Raises:
       UserError: if there is none.
     """
-    from drl_jax import model  # JAX and Orbax load with it, not with the package
+    from drl_jax import exported  # JAX and Orbax load with it, not with the package
 
-    return model.load_run(workdir).model
+    return exported.load(path_or_name).model

@@ -172,7 +172,13 @@ def validate(config: ConfigDict) -> None:
     leapfrog = config.mcmc.leapfrog
     if not leapfrog or not all(isinstance(n, int) and n > 0 for n in leapfrog):
         raise UserError(f"config.mcmc.leapfrog is {leapfrog}: give positive whole numbers")
-    sampler = config.mcmc.sampler
+    sampler, objective, T = config.mcmc.sampler, config.train.objective, config.diffusion.T
+    for name, value in (("mcmc.sampler", sampler), ("train.objective", objective)):
+        if value in ("normal_approximation", "denoising") and T != 1000:
+            raise UserError(
+                f"config.{name} is {value!r}, which needs the small noise of T = 1000 levels; "
+                f"this model has T = {T}"
+            )
     if sampler == "normal_approximation" and config.mcmc.K != 1:
         raise UserError(
             f"config.mcmc.K is {config.mcmc.K}: {sampler!r} is one draw, set it to 1"

@@ -88,6 +88,8 @@ def run(values: flags.FlagValues, changes: Sequence[str]) -> None:
         modes.train(config, workdir)
     elif values.mode == "sample":
         modes.sample(workdir, revise, values.num_samples, values.seed)
+    elif values.mode == "export":
+        modes.export(workdir)
     else:
         modes.evaluate(workdir, revise)
 
@@ -105,7 +107,7 @@ def define_flags() -> flags.FlagValues:
         "--config.FIELD=VALUE changes a field of it.",
         flag_values=values,
     )
-    modes = ["train", "sample", "evaluate", "import_original"]
+    modes = ["train", "sample", "evaluate", "export", "import_original"]
     flags.DEFINE_enum("mode", "train", modes, "What to do (train).", flag_values=values)
     flags.DEFINE_string(
         "workdir", None, "Where the run lives; a bucket will do.", flag_values=values

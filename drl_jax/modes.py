@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Key
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from drl_jax import data, evaluation, images, original, train_step
+from drl_jax import data, evaluation, exported, images, original, train_step
 from drl_jax import model as model_lib
 from drl_jax.checkpoints import Checkpoints, make_writable
 from drl_jax.errors import UserError
@@ -70,6 +70,18 @@ def evaluate(workdir: epath.Path, revise: Revise) -> None:
     make_writable(workdir)
     adapt(config, model)
     measure(config, model, step, workdir)
+
+
+def export(workdir: epath.Path) -> None:
+    """Writes model.npz: what `drl_jax.load` needs of the newest checkpoint, in one file.
+
+    Raises:
+      UserError: if there is no checkpoint, or the folder cannot be written to.
+    """
+    run = model_lib.load_run(workdir)
+    make_writable(workdir)
+    exported.write(run, workdir / "model.npz")
+    log.info("drl_jax.load reads %s", workdir / "model.npz")
 
 
 def sample(workdir: epath.Path, revise: Revise, num_samples: int, seed: int) -> None:
