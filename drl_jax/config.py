@@ -226,14 +226,20 @@ def to_json(config: ConfigDict) -> dict[str, Any]:
 
 
 def from_json(values: dict[str, Any]) -> ConfigDict:
-    """Inverse of `to_json`: lists become tuples again."""
+    """Inverse of `to_json`: lists become tuples again.
+
+    A field that the program did not have when this was saved takes its default, which is
+    what it did then.
+    """
 
     def restore(value: Any) -> Any:
         if isinstance(value, dict):
             return {name: restore(v) for name, v in value.items()}
         return tuple(value) if isinstance(value, list) else value
 
-    return ConfigDict(restore(values))
+    config = default()
+    config.update(restore(values))
+    return config
 
 
 def require_resumable(saved: ConfigDict, wanted: ConfigDict) -> None:
