@@ -85,6 +85,7 @@ def tree():
         ([CONFIG, "--num_samples=10"], "num_samples.*sample"),
         ([CONFIG, "--mode=sample"], "config.*train"),
         (["--mode=sample", "--config.seed=1"], "config.seed=1.*train"),
+        (["--mode=evaluate", "--config.energy.ch=8"], "config.energy.ch=8.*train"),
         ([CONFIG, "--mode=evaluate"], "config.*train"),
         (["--mode=sample"], "needs the --workdir"),
         (["--mode=evaluate"], "needs the --workdir"),
@@ -139,6 +140,24 @@ def test_a_config_file_that_gives_no_config_is_one_clear_line(
         ({"diffusion__T": -6}, "diffusion.T is -6"),
         ({"diffusion__T": 502}, "T = 502"),
         ({"mcmc__K": 0}, "mcmc.K is 0"),
+        ({"mcmc__sampler": "nuts"}, "mcmc.sampler is 'nuts': use 'langevin' or 'mala'"),
+        ({"mcmc__sampler": "normal_approximation"}, "needs .* T = 1000 levels.* T = 6"),
+        ({"mcmc__sampler": "hmc", "mcmc__leapfrog": "(1,2)"}, "leapfrog is .*each of the 6"),
+        ({"mcmc__leapfrog": "(0,)"}, "leapfrog is .*positive whole"),
+        ({"mcmc__sampler": "mala", "mcmc__noise_scale": 0.9}, "noise_scale is 0.9"),
+        ({"mcmc__target_acceptance": 1.0}, "target_acceptance is 1.0"),
+        ({"mcmc__warmup_steps": 0}, "warmup_steps is 0"),
+        ({"train__objective": "denoising"}, "'denoising'.* T = 1000 levels.* T = 6"),
+        ({"train__objective": "score"}, "'score': use 'recovery' or 'denoising'"),
+        ({"energy__parameterisation": "x"}, "'x': use 'step' or 'noise'"),
+        (
+            {
+                "diffusion__T": 1000,
+                "mcmc__sampler": "normal_approximation",
+                "mcmc__K": 2,
+            },
+            "mcmc.K is 2: 'normal_approximation' is one draw",
+        ),
         ({"mcmc__b_squared": 0}, "b_squared is 0"),
         ({"mcmc__b_squared": -1e-4}, "b_squared is -0.0001"),
         ({"mcmc__b_squared": "nan"}, "b_squared is nan"),
@@ -296,6 +315,18 @@ def test_a_sample_is_a_function_of_the_seed_and_its_number(workdir):
         error = np.abs(again - x[: len(again)]).max(axis=(1, 2, 3))
         assert np.mean(error < 1e-5) > 0.9
     assert np.abs(samples_of(workdir, 3, seed=1) - x[:3]).max() > 0.1
+
+
+@pytest.mark.parametrize("sampler", ["mala", "hmc"])
+def test_a_trained_model_is_sampled_by_another_sampler_after_a_warm_up(
+    workdir, sampler, caplog
+):
+    tiny.trained(copy=workdir)
+    changes = [f"--config.mcmc.sampler={sampler}", "--config.mcmc.warmup_steps=20"]
+    assert tiny.main("--mode=sample", f"--workdir={workdir}", "--num_samples=8", *changes) == 0
+    acceptances = [float(a) for a in re.findall(r"level \d: .*, acceptance (.*)", caplog.text)]
+    np.testing.assert_allclose(acceptances, 6 * [0.65], atol=0.25)
+    assert tiny.main("--mode=sample", f"--workdir={workdir}", "--config.mcmc.foo=1") == 1
 
 
 @pytest.mark.parametrize("mode", ["train", "sample", "evaluate"])

@@ -113,6 +113,62 @@ def test_a_step_counts_and_averages_parameters(one_step):
     assert_trees_close(after.ema, expected, rtol=1e-5)
 
 
+def test_a_denoising_step_descends_the_normal_approximations_error():
+    """The chain of the recovery loss is neither drawn nor reported.
+
+    On T1k, by hand: the mean over the examples of |eps_bar + sigma_bar grad F|² / 2D. Fails
+    (tried) with the level's own sigma_bar in it, and with x_tilde drawn at level t.
+    """
+    many = diffusion.schedule(1000)
+    parameterisation = Parameterisation(many.sigma_bar[:-1], 1.0)
+    method = METHOD._replace(
+        schedule=many, parameterisation=parameterisation, objective="denoising"
+    )
+    optimiser, mesh = optax.sgd(1.0), parallel.make_mesh()
+    state = train_state.create(jax.random.key(0), method.energy, optimiser)
+    params = jax.tree.map(
+        lambda p: p + 0.1 * jnp.cos(jnp.arange(p.size).reshape(p.shape)), state.params
+    )
+    state = state.replace(params=params)
+    before = jax.tree.map(np.asarray, state)
+    x = jax.random.uniform(jax.random.key(1), (B, 4, 4, 1), minval=-1, maxval=1)
+    key = jax.random.key(2)
+    after, metrics = train_step.compile_for(mesh, method, optimiser, DECAY)(state, x, key)
+
+    keys = noise.example_keys(jax.random.fold_in(key, 0), jnp.arange(B))
+    t = jnp.stack([jax.random.randint(k, (), 0, 1000) for k in noise.fold(keys, 0)])
+    eps_bar = noise.normal(noise.fold(keys, 1), (4, 4, 1))
+    a_bar, sigma_bar = (v[t + 1].reshape(B, 1, 1, 1) for v in (many.a_bar, many.sigma_bar))
+    x_tilde = a_bar * x + sigma_bar * eps_bar
+
+    def loss(raw):
+        normalised, _ = method.energy.normalise(raw, before.vectors)
+
+        def F(x):
+            f = method.energy.f(normalised, x, t) / many.sigma_bar[t]
+            return jnp.sum(f) - jnp.sum(x**2) / 2
+
+        return jnp.mean((eps_bar + sigma_bar * jax.grad(F)(x_tilde)) ** 2) / 2
+
+    value, grads = jax.jit(jax.value_and_grad(loss))(before.params)
+    # The top level's y is not scaled, and sigma_bar there is one to 1e-4 alone.
+    np.testing.assert_allclose(metrics.loss, value, rtol=1e-3)
+    error = jax.tree.map(lambda b, a, g: b - a - g, before.params, after.params, grads)
+    assert optax.tree.norm(error) < 0.01 * optax.tree.norm(grads)
+    assert metrics.f_pos.shape == (10,)
+    for none in (metrics.f_neg, metrics.displacement, metrics.acceptance):
+        assert np.all(np.isnan(none))
+
+
+@pytest.mark.parametrize(("T", "groups"), [(1, 1), (6, 6), (11, 10), (1000, 10)])
+def test_levels_are_reported_in_at_most_ten_groups_of_neighbours(T, groups):
+    found = train_step.level_groups(T)
+    assert [t for group in found for t in group] == list(range(T))
+    assert len(found) == groups
+    for g, levels in enumerate(found):  # as the step computes the group of a level
+        assert {t * groups // T for t in levels} == {g}
+
+
 def test_the_warm_up_rises_linearly_to_the_learning_rate():
     """Adam's first steps on a constant gradient are the learning rate itself."""
     config = config_lib.default()

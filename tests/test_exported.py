@@ -1,0 +1,72 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from etils import epath
+
+import drl_jax
+from drl_jax import exported, model
+from drl_jax.errors import UserError
+
+
+def test_an_exported_file_is_the_model_of_its_work_directory(tmp_path):
+    workdir = tiny.trained(copy=tmp_path / "run")
+    assert tiny.main("--mode=export", f"--workdir={workdir}") == 0
+    ours, theirs = exported.read(workdir / "model.npz"), model.load_run(workdir)
+    assert (ours.config, ours.step) == (theirs.config, tiny.STEPS)
+    key = jax.random.key(0)
+    np.testing.assert_array_equal(ours.model.sample(key, 5), theirs.model.sample(key, 5))
+    loaded = drl_jax.load(str(workdir / "model.npz"))
+    x, t = jnp.zeros((6, 8, 8, 1)), jnp.arange(6)
+    np.testing.assert_array_equal(loaded.f(x, t), theirs.model.f(x, t))
+    np.testing.assert_array_equal(drl_jax.load(str(workdir)).f(x, t), loaded.f(x, t))
+
+
+def test_the_model_that_comes_with_the_package_draws_digits():
+    """Its samples lie nearer to digits than to their mean, and so do few others."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits().data / 8 - 1
+    x = drl_jax.load("digits").sample(jax.random.key(0), 64).reshape(64, -1)
+
+    def distance(x):
+        return np.sqrt(np.min(np.sum((x[:, None] - digits) ** 2, axis=-1), axis=1))
+
+    held_out = np.sqrt(np.sort(np.sum((digits[:64, None] - digits) ** 2, -1), axis=1)[:, 1])
+    assert np.median(distance(x)) < 1.5 * np.median(held_out)
+    assert np.median(distance(np.flip(x, axis=1))) > 1.7 * np.median(held_out)
+    for file in exported.SHIPPED.iterdir():
+        assert file.stat().length <= 2_000_000
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("digit", "'digit' is no work directory.*'digits'"),
+        ("runs/nonesuch", "'runs/nonesuch' is no work directory"),
+        ("nonesuch.npz", "no exported model nonesuch.npz"),
+        (str(tiny.ROOT), "no checkpoint to read"),
+    ],
+)
+def test_what_is_no_model_is_said_in_a_line(name, words):
+    with pytest.raises(UserError, match=words) as raised:
+        drl_jax.load(name)
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b"no model"])
+def test_a_damaged_export_is_said_in_a_line(tmp_path, damage):
+    run = model.load_run(tiny.trained())
+    file = epath.Path(tmp_path) / "model.npz"
+    exported.write(run, file)
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(UserError, match=r"model\.npz is no exported model, or damaged"):
+        exported.read(file)
+
+
+def test_arrays_that_are_no_model_are_said_in_a_line(tmp_path):
+    file = epath.Path(tmp_path) / "arrays.npz"
+    np.savez(file, samples=np.zeros(3))
+    with pytest.raises(UserError, match=r"arrays\.npz is no exported model"):
+        exported.read(file)
