@@ -10,6 +10,7 @@ prepared) is a `UserError`, also where a prefetching thread meets it.
 """
 
 import difflib
+import hashlib
 import io
 from collections.abc import Callable, Iterator
 from typing import Protocol
@@ -38,9 +39,13 @@ class Source(Protocol):
 
     Attributes:
       white: the greatest value a pixel can have; black is 0.
+      identity: tells these images from others.
+      folder: where they lie, if that is a folder.
     """
 
     white: float
+    identity: str
+    folder: epath.Path | None
 
     def __len__(self) -> int: ...
 
@@ -51,6 +56,8 @@ class Digits:
     """The 1797 handwritten digits that come with scikit-learn, 8x8 grey."""
 
     white = 16.0
+    identity = "digits"
+    folder = None
 
     def __init__(self, channels: int):
         from sklearn.datasets import load_digits  # a second, which only this source needs
@@ -81,7 +88,7 @@ class Folder:
                 f"config.data.channels is {channels}: a folder's images are read as grey or "
                 "RGB, set --config.data.channels to 1 or 3"
             )
-        folder = epath.Path(path).expanduser()
+        self.folder = folder = epath.Path(path).expanduser()
         if not folder.is_dir():
             raise UserError(f"config.data.name is 'folder:{path}': there is no such folder")
         self._channels = channels
@@ -95,6 +102,8 @@ class Folder:
             raise UserError(
                 f"config.data.name is 'folder:{path}': there is no .png, .jpg or .jpeg below it"
             )
+        names = "\n".join(map(str, self._files))
+        self.identity = hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()
 
     def __len__(self) -> int:
         return len(self._files)
@@ -160,6 +169,8 @@ class Tfds:
                 f"config.data.split is {split!r}, which names no images of {title}: "
                 f"its splits are {', '.join(info.splits)}"
             ) from error
+        self.identity = f"{info.full_name}[{split}]"
+        self.folder = epath.Path(builder.data_dir)
         self._title = f"of {title}, split {split!r}"
         self._channels = channels
 

@@ -292,6 +292,16 @@ def test_a_folder_is_its_png_and_jpeg_files_at_any_depth_by_path(tmp_path):
     np.testing.assert_allclose(values, [0, 40, 80, 160], atol=1)
 
 
+def test_a_folders_identity_changes_with_the_names_of_its_images(tmp_path):
+    save(tmp_path / "a.png", np.zeros((8, 8, 3), np.uint8))
+    config = make_config(f"folder:{tmp_path}", channels=3)
+    source = data.open_source(config)
+    assert source.folder == tmp_path
+    assert data.open_source(config).identity == source.identity
+    save(tmp_path / "b.png", np.zeros((8, 8, 3), np.uint8))
+    assert data.open_source(config).identity != source.identity
+
+
 def test_a_folders_images_become_grey_or_rgb_whatever_they_are(tmp_path):
     grey = np.arange(64, dtype=np.uint8).reshape(8, 8)
     rgb = np.stack([grey, 2 * grey, 3 * grey], -1)
@@ -458,6 +468,15 @@ def test_a_tfds_data_set_prepared_elsewhere_is_read_as_it_was_written(tfds_dir, 
 @pytest.mark.parametrize(("split", "count"), [("test", 2), ("train[:3]", 3), ("train+test", 9)])
 def test_a_tfds_split_may_be_any_that_tfds_can_name(tfds_dir, split, count):
     assert len(list(data.all_images(tfds_config(tfds_dir, split=split)))) == count
+
+
+def test_a_tfds_data_set_is_known_by_its_version_and_split(tfds_dir):
+    source = data.open_source(tfds_config(tfds_dir, split="test"))
+    assert source.identity == "stripes/1.0.0[test]"
+    assert source.folder == tfds_dir / "stripes" / "1.0.0"
+    # What the evaluation leaves next to a version is no version.
+    (tfds_dir / "stripes" / "1.0.0.inception-0123.npz").write_bytes(b"")
+    assert data.open_source(tfds_config(tfds_dir)).identity == "stripes/1.0.0[train]"
 
 
 def test_a_tfds_data_set_may_be_one_whose_code_tfds_has(tfds_dir):
