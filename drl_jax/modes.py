@@ -13,10 +13,11 @@ from jaxtyping import Array, Float, Key
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from drl_jax import data, evaluation, exported, images, original, train_step
+from drl_jax import data, exported, images, original, train_step
 from drl_jax import model as model_lib
 from drl_jax.checkpoints import Checkpoints, make_writable
 from drl_jax.errors import UserError
+from drl_jax.evaluation import levels, pixels
 from drl_jax.model import Model
 
 log = logging.getLogger(__name__)
@@ -141,8 +142,8 @@ def measure(config: ConfigDict, model: Model, step: int, workdir: epath.Path) ->
     images.write_png(workdir / "samples.png", images.grid(samples[:SHEET], columns=10))
     samples = samples[: config.evaluation.num_samples]
     truth = np.stack(list(data.all_images(config, limit=config.evaluation.num_data)))
-    metrics = {"step": step, **evaluation.pixel_metrics(samples, truth)}
-    metrics["levels"] = evaluation.level_statistics(model, levels_key, truth[:STATISTICS])
+    metrics = {"step": step, **pixels.pixel_metrics(samples, truth)}
+    metrics["levels"] = levels.level_statistics(model, levels_key, truth[:STATISTICS])
     (workdir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     log.info(
         "pixel Fréchet distance %.3f (two halves of the data: %.3f); pixels %.2f to %.2f",

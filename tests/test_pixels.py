@@ -1,0 +1,13 @@
+import numpy as np
+import pytest
+
+from drl_jax.evaluation import pixels
+
+
+def test_pixel_metrics_say_distance_scale_and_range():
+    data = np.random.default_rng(0).uniform(-1, 1, size=(500, 2, 2, 1))
+    metrics = pixels.pixel_metrics(data + 0.5, data)
+    assert metrics["pixel_frechet"] == pytest.approx(4 * 0.25, rel=1e-6)
+    assert metrics["pixel_frechet_of_data_halves"] < 0.1
+    assert metrics["pixel_max"] == pytest.approx(1.5, abs=0.01)
+    assert metrics["pixel_min"] == pytest.approx(-0.5, abs=0.01)
