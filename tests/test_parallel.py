@@ -13,12 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import random_inception
 import tiny
 from etils import epath
+from test_original import assert_close
 
 from drl_jax import config as config_lib
 from drl_jax import data, method, model, noise, parallel, train_state, train_step
 from drl_jax.errors import UserError
+from drl_jax.evaluation import inception
 
 COLLECTIVE = re.compile(
     r"\b(all-reduce|all-gather|all-to-all|reduce-scatter|collective-\w+|send|recv)\b"
@@ -30,6 +33,7 @@ def main(workdir):
     one, eight = parallel.make_mesh(jax.devices()[:1]), parallel.make_mesh()
     result = {"devices": eight.size}
     result["noise"] = [noise_of(mesh) for mesh in (one, eight)]
+    result["features"] = [features_on(mesh) for mesh in (one, eight)]
 
     config = make_config()
     start = trained(config, one, None, 0, 20)
@@ -66,6 +70,14 @@ def noise_of(mesh):
         return parallel.over_examples(lambda _, k: noise.normal(k, (8, 8, 1)), mesh)((), keys)
 
     return np.asarray(draw(examples))
+
+
+def features_on(mesh):
+    """The Inception network's features of 5 images, in a batch of 8."""
+    images = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), np.uint8)
+    extractor = inception.Extractor(random_inception.variables(), mesh, batch_size=8)
+    (batch,) = extractor(images)
+    return batch
 
 
 def trained(config, mesh, state, first, n):
@@ -115,7 +127,7 @@ def eight(tmp_path_factory):
         cwd=tiny.ROOT,
         stdout=subprocess.PIPE,
         check=True,
-        timeout=300,
+        timeout=600,
     )
     result = pickle.loads(done.stdout)
     assert result["devices"] == 8
@@ -127,6 +139,14 @@ def test_an_example_meets_the_same_noise_on_one_and_on_eight_devices(eight):
     on_one, on_eight = eight["noise"]
     np.testing.assert_array_equal(on_one, on_eight)
     assert len(np.unique(on_one)) > 0.99 * on_one.size
+
+
+@pytest.mark.slow
+def test_images_have_the_same_features_on_one_and_on_eight_devices(eight):
+    on_one, on_eight = eight["features"]
+    for name in ("2048", "logits_unbiased"):
+        assert len(on_one[name]) == 5
+        assert_close(on_eight[name], on_one[name], 1e-5)
 
 
 @pytest.mark.slow

@@ -1,0 +1,84 @@
+"""The network, against what torch-fidelity computes with the same made-up weights."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import random_inception
+from random_inception import FOLDER, needs_fixtures
+from test_original import assert_close
+
+from drl_jax import parallel
+from drl_jax.evaluation import inception, weights
+
+NAMES = ("64", "192", "768", "2048", "logits_unbiased", "logits")
+
+
+@pytest.fixture(scope="module")
+def expected():
+    with np.load(FOLDER / "expected.npz") as arrays:
+        return dict(arrays)
+
+
+@pytest.fixture(scope="module")
+def found(expected):
+    """Our features of the images of all sizes, by size, from one pass through the network."""
+    images = {size: expected[f"images_{size}"] for size in (32, 64, 299)}
+    x = jnp.concatenate([inception.prepare(image) for image in images.values()])
+    features = jax.jit(inception.Network().apply)(random_inception.variables(), x)
+    ends = np.cumsum([len(image) for image in images.values()])
+    split = {name: np.split(value, ends[:-1]) for name, value in features.items()}
+    return {size: {n: split[n][i] for n in split} for i, size in enumerate(images)}
+
+
+@needs_fixtures
+def test_the_files_tensors_have_the_names_and_shapes_of_the_networks_variables():
+    lines = (FOLDER / "names.txt").read_text().splitlines()
+    assert sorted(lines) == sorted(
+        f"{name} {shape}" for name, (_, shape) in weights.file_places().items()
+    )
+
+
+@needs_fixtures
+@pytest.mark.parametrize("size", [32, 64, 299])
+@pytest.mark.parametrize("name", NAMES)
+def test_features_are_those_of_torch_fidelity(found, expected, size, name):
+    """To 1e-5 of the greatest; the errors measured reach 1.3e-6."""
+    assert_close(found[size][name], expected[f"{name}_{size}"], 1e-5)
+
+
+def test_resize_puts_pixel_i_at_i_times_the_ratio_and_repeats_the_last():
+    x = jnp.asarray([0.0, 4.0, 8.0])[None, :, None, None] + jnp.asarray([0.0, 100.0])[:, None]
+    resized = inception.resize(x, 6)
+    assert resized.shape == (1, 6, 6, 1)
+    np.testing.assert_allclose(resized[0, :, 0, 0], [0, 2, 4, 6, 8, 8])
+    np.testing.assert_allclose(resized[0, 0, :, 0], [0, 100 / 3, 200 / 3, 100, 100, 100])
+
+
+def test_an_image_of_the_right_size_is_not_resized():
+    x = np.random.default_rng(0).integers(0, 256, (1, 299, 299, 3), np.uint8)
+    np.testing.assert_array_equal(inception.prepare(x), (np.float32(x) - 128) / 128)
+
+
+def test_grey_is_rgb_of_equal_channels():
+    x = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 1), np.uint8)
+    np.testing.assert_array_equal(
+        inception.prepare(x), inception.prepare(np.repeat(x, 3, axis=-1))
+    )
+
+
+@pytest.mark.parametrize("n", [1, 3, 4, 9])
+def test_an_extractor_yields_every_images_features_once_in_order(monkeypatch, n):
+    def corner(self, variables, x):
+        pixels = x[:, 0, 0]
+        return dict.fromkeys(NAMES, variables["scale"] * pixels)
+
+    monkeypatch.setattr(inception.Network, "apply", corner)
+    mesh = parallel.make_mesh(jax.devices()[:1])
+    extractor = inception.Extractor({"scale": jnp.float32(128)}, mesh, batch_size=4)
+    images = [np.full((5, 5, 3), i, np.uint8) for i in range(n)]
+    batches = list(extractor(iter(images)))
+    assert max(len(batch["2048"]) for batch in batches) <= 4
+    for name in ("2048", "logits_unbiased"):
+        found = np.concatenate([batch[name] for batch in batches])
+        np.testing.assert_array_equal(found, np.arange(n)[:, None] * np.ones(3) - 128)
