@@ -1,0 +1,71 @@
+import numpy as np
+import pytest
+
+from drl_jax.errors import UserError
+from drl_jax.evaluation import frechet, scores, summary
+from drl_jax.evaluation.summary import Summary
+
+
+def vectors(images):
+    """A stand-in for the network: the first pixel in 2048 numbers, batches of 3."""
+    images = list(images)
+    for first in range(0, len(images), 3):
+        pixels = np.float32([np.broadcast_to(x[0, 0], 3) for x in images[first : first + 3]])
+        yield {
+            "2048": np.pad(pixels, ((0, 0), (0, 2045))),
+            "logits_unbiased": pixels,
+        }
+
+
+def random_images(n):
+    return np.random.default_rng(0).integers(0, 256, (n, 2, 2, 3), np.uint8)
+
+
+def test_a_summary_holds_moments_and_score_of_all_images_and_their_features():
+    images = random_images(25)
+    found = summary.summarise(vectors, iter(images), 25)
+    pixels = images[:, 0, 0]
+    assert found.moments.n == 25
+    np.testing.assert_allclose(found.moments.mean[:3], pixels.mean(axis=0), rtol=1e-12)
+    np.testing.assert_allclose(
+        frechet.covariance(found.moments)[:3, :3], np.cov(pixels, rowvar=False), rtol=1e-10
+    )
+    np.testing.assert_array_equal(found.features[:, :3], pixels)
+    assert found.score == pytest.approx(scores.inception_score(pixels), rel=1e-6)
+
+
+def test_a_summary_ends_after_n_images_and_leaves_the_rest_of_the_stream():
+    images = iter(random_images(10))
+    assert summary.summarise(vectors, images, 7).moments.n == 7
+    assert len(list(images)) == 3
+
+
+@pytest.mark.parametrize(("n", "kept"), [(7, 7), (8, 8), (9, 8), (29, 8), (80, 8)])
+def test_features_are_kept_at_equal_distances(monkeypatch, n, kept):
+    monkeypatch.setattr(summary, "KEPT", 8)
+    images = [np.full((1, 1, 3), i, np.uint8) for i in range(n)]
+    places = summary.summarise(vectors, images, n).features[:, 0]
+    assert len(places) == kept
+    assert places[0] == 0
+    assert set(np.diff(places)) <= {n // kept, -(-n // kept)}
+
+
+def summary_of(x, score):
+    return Summary(frechet.moments(x), x, (score, 0.1))
+
+
+def test_sets_are_compared_by_the_distances_of_their_features():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(50, 4)), rng.normal(size=(40, 4)) + 1
+    found = summary.compare(summary_of(a, 5.0), summary_of(b, 9.0))
+    expected = frechet.frechet_distance(frechet.fit(a), frechet.fit(b))
+    assert found["fid"] == pytest.approx(expected, rel=1e-9)
+    assert (found["kid"], found["kid_std"]) == scores.kernel_distance(a, b)
+    assert (found["inception_score"], found["inception_score_of_data"]) == (5.0, 9.0)
+    assert (found["num_samples"], found["num_data"]) == (50, 40)
+
+
+def test_a_single_sample_is_refused():
+    x = np.zeros((5, 3))
+    with pytest.raises(UserError, match="two images or more, not 1"):
+        summary.compare(summary_of(x[:1], 1.0), summary_of(x, 1.0))
