@@ -72,9 +72,10 @@ def default() -> ConfigDict:
                 "keep_every_steps": 50_000,
             },
             "evaluation": {
-                "num_samples": 1000,
+                "num_samples": 1000,  # of at most 10,000 for the distance of raw pixels
                 "num_data": 10_000,  # at most so many images stand for the data
                 "batch_size": 256,
+                "inception_weights": "",  # path of their file; '': no FID, KID, IS
             },
         }
     )

@@ -1,10 +1,11 @@
 """What a run does: one short program a mode, over the pure functions."""
 
 import io
+import itertools
 import json
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import jax
 import numpy as np
@@ -17,7 +18,8 @@ from drl_jax import data, exported, images, original, train_step
 from drl_jax import model as model_lib
 from drl_jax.checkpoints import Checkpoints, make_writable
 from drl_jax.errors import UserError
-from drl_jax.evaluation import levels, pixels
+from drl_jax.evaluation import inception, levels, pixels, reference, summary, weights
+from drl_jax.evaluation.weights import Weights
 from drl_jax.model import Model
 
 log = logging.getLogger(__name__)
@@ -27,6 +29,7 @@ Revise = Callable[[ConfigDict], ConfigDict]
 
 SHEET = 100  # images on a sheet of 10 x 10
 STATISTICS = 256  # images on which the levels' statistics are computed
+HELD = 10_000  # images at most that are held in memory, for the distance of raw pixels
 SILENCE = 30  # seconds after which a log without a bar hears how far things are
 
 
@@ -34,8 +37,9 @@ def train(config: ConfigDict, workdir: epath.Path) -> None:
     """Trains, then writes samples.png and metrics.json."""
     from drl_jax import train as train_lib  # TensorFlow, behind clu: seconds
 
+    perception = named_weights(config)
     model, step = train_lib.train(config, workdir)
-    measure(config, model, step, workdir)
+    measure(config, model, step, workdir, perception)
 
 
 def import_original(
@@ -64,13 +68,15 @@ def evaluate(workdir: epath.Path, revise: Revise) -> None:
     """Computes the metrics of the newest checkpoint: metrics.json and samples.png.
 
     Raises:
-      UserError: if there is no checkpoint, no data, or the folder cannot be written to.
+      UserError: if there is no checkpoint, no data, no such file of Inception weights, or
+        the folder cannot be written to.
     """
     config, model, step = model_lib.load_run(workdir, revise)
     data.open_source(config)
+    perception = named_weights(config)
     make_writable(workdir)
     adapt(config, model)
-    measure(config, model, step, workdir)
+    measure(config, model, step, workdir, perception)
 
 
 def export(workdir: epath.Path) -> None:
@@ -135,15 +141,45 @@ def draw(model: Model, key: Key[Array, ""], n: int) -> Iterator[Float[np.ndarray
                 told = time.monotonic()
 
 
-def measure(config: ConfigDict, model: Model, step: int, workdir: epath.Path) -> None:
-    """Samples, compares with the data, and writes samples.png and metrics.json."""
+def named_weights(config: ConfigDict) -> Weights | None:
+    """Reads the Inception weights that the configuration names, if it names any.
+
+    Raises:
+      UserError: if they cannot be used.
+    """
+    if config.evaluation.inception_weights:
+        return weights.load(config.evaluation.inception_weights)
+    if config.data.channels == 3 and config.data.image_size >= 32:
+        log.info("FID, KID and the inception score are left out; for them, %s", weights.GET)
+    return None
+
+
+def measure(
+    config: ConfigDict, model: Model, step: int, workdir: epath.Path, perception: Weights | None
+) -> None:
+    """Samples, compares with the data, and writes samples.png and metrics.json.
+
+    Samples are compared as raw pixels, `HELD` of them at most, and all of them as the
+    Inception network perceives them, if there are weights for it.
+    """
     key, levels_key = jax.random.split(jax.random.key(config.seed))
-    samples = np.concatenate(list(draw(model, key, max(config.evaluation.num_samples, SHEET))))
+    wanted = config.evaluation.num_samples
+    num_held = min(wanted, HELD)
+    batches = draw(model, key, max(wanted if perception else num_held, SHEET))
+    held = []
+    for batch in batches:
+        held.append(batch)
+        if sum(map(len, held)) > HELD:
+            break
+    samples = np.concatenate(held)
     images.write_png(workdir / "samples.png", images.grid(samples[:SHEET], columns=10))
-    samples = samples[: config.evaluation.num_samples]
-    truth = np.stack(list(data.all_images(config, limit=config.evaluation.num_data)))
-    metrics = {"step": step, **pixels.pixel_metrics(samples, truth)}
+    limit = min(config.evaluation.num_data, HELD)
+    truth = np.stack(list(data.all_images(config, limit)))
+    metrics = {"step": step, **pixels.pixel_metrics(samples[:num_held], truth)}
     metrics["levels"] = levels.level_statistics(model, levels_key, truth[:STATISTICS])
+    if perception:
+        all_batches = itertools.chain(held, batches)
+        metrics["inception"] = perceived(config, model, all_batches, workdir, perception)
     (workdir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     log.info(
         "pixel Fréchet distance %.3f (two halves of the data: %.3f); pixels %.2f to %.2f",
@@ -153,3 +189,26 @@ def measure(config: ConfigDict, model: Model, step: int, workdir: epath.Path) ->
         metrics["pixel_max"],
     )
     log.info("samples.png and metrics.json are in %s", workdir)
+
+
+def perceived(
+    config: ConfigDict,
+    model: Model,
+    batches: Iterable[Float[np.ndarray, "B H W C"]],
+    workdir: epath.Path,
+    perception: Weights,
+) -> dict[str, float]:
+    """Compares samples, which come in batches, with the data by FID, KID, inception score."""
+    extractor = inception.Extractor(
+        perception.variables, model.mesh, config.evaluation.batch_size
+    )
+    of_data = reference.of_data(config, extractor, perception.sha256, workdir)
+    stream = (image for batch in batches for image in images.to_uint8(batch))
+    of_samples = summary.summarise(extractor, stream, config.evaluation.num_samples)
+    metrics = summary.compare(of_samples, of_data)
+    log.info(
+        "FID %(fid).3f, KID %(kid).3g, inception score %(inception_score).2f (of the data: "
+        "%(inception_score_of_data).2f)",
+        metrics,
+    )
+    return metrics
