@@ -12,7 +12,7 @@ prepared) is a `UserError`, also where a prefetching thread meets it.
 import difflib
 import hashlib
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import grain
@@ -109,8 +109,7 @@ class Folder:
         return len(self._files)
 
     def __getitem__(self, index: int) -> UInt8[np.ndarray, "H W C"]:
-        file = self._files[index]
-        return _decode(str(file), file.read_bytes, self._channels)
+        return read_image(self._files[index], self._channels)
 
 
 class Tfds:
@@ -199,6 +198,16 @@ def _require_channels(title: str, found: int, wanted: int) -> None:
             f"{title} has images of {found} channel{'s' * (found > 1)}, config.data.channels "
             f"is {wanted}: set --config.data.channels={found}"
         )
+
+
+def read_image(file: epath.PathLike, channels: int) -> UInt8[np.ndarray, "H W C"]:
+    """Reads an image file as grey (1 channel) or RGB (3), whatever it holds.
+
+    Raises:
+      UserError: if it is not there, or no image.
+    """
+    path = epath.Path(file).expanduser()
+    return _decode(str(path), path.read_bytes, channels)
 
 
 def _decode(name: str, read: Callable[[], bytes], channels: int) -> UInt8[np.ndarray, "H W C"]:
@@ -321,6 +330,23 @@ def all_images(
         unreadable.
     """
     return iter(_prepared(config)[:limit].to_iter_dataset(_READ_OPTIONS))
+
+
+def prepared_files(
+    config: ConfigDict, files: Sequence[epath.PathLike]
+) -> Float[np.ndarray, "n H W C"]:
+    """Returns image files prepared as for training; uses config.data.
+
+    Raises:
+      UserError: naming a file that cannot be read.
+    """
+    data = config.data
+    return np.stack(
+        [
+            prepare(read_image(file, data.channels), data.image_size, data.crop, white=255.0)
+            for file in files
+        ]
+    )
 
 
 def _prepared(config: ConfigDict) -> grain.MapDataset:

@@ -91,6 +91,20 @@ def diffuse(
     )
 
 
+def step(
+    keys: Key[Array, "B"],
+    x_t: Float[Array, "B *D"],
+    t: Int[Array, "B"],
+    schedule: NoiseSchedule,
+) -> Float[Array, "B *D"]:
+    """Draws x_{t+1} ~ q(x_{t+1} | x_t) = N(a_{t+1} x_t, sigma_{t+1}² I), t in 0..T-1."""
+    eps = noise.normal(keys, x_t.shape[1:])
+    return (
+        noise.per_example(schedule.a[t + 1], x_t) * x_t
+        + noise.per_example(schedule.sigma[t + 1], x_t) * eps
+    )
+
+
 def diffuse_pair(
     keys: Key[Array, "B"],
     x: Float[Array, "B *D"],
@@ -99,12 +113,7 @@ def diffuse_pair(
 ) -> tuple[Float[Array, "B *D"], Float[Array, "B *D"]]:
     """Draws (x_t, x_{t+1}) jointly from q for data x, levels t in 0..T-1."""
     x_t = diffuse(noise.fold(keys, 0), x, t, schedule)
-    eps = noise.normal(noise.fold(keys, 1), x.shape[1:])
-    x_tilde = (
-        noise.per_example(schedule.a[t + 1], x) * x_t
-        + noise.per_example(schedule.sigma[t + 1], x) * eps
-    )
-    return x_t, x_tilde
+    return x_t, step(noise.fold(keys, 1), x_t, t, schedule)
 
 
 def posterior(

@@ -1,19 +1,40 @@
-"""Pictures: arrays in [-1, 1] to PNG files."""
+"""Pictures: arrays in [-1, 1], and what PNG files are made of them."""
 
 import io
 
 import numpy as np
 from etils import epath
-from jaxtyping import Float, UInt8
+from jaxtyping import ArrayLike, Float, UInt8
 from PIL import Image
+
+from drl_jax.errors import UserError
 
 GAP = 1  # pixels between tiles, before enlargement
 GREY = 128
+ROUNDING = 1e-5  # by which a resize may leave [-1, 1]
 
 
 def to_uint8(x: Float[np.ndarray, "*D"]) -> UInt8[np.ndarray, "*D"]:
     """Maps [-1, 1] to 0..255, clipping what lies outside."""
     return np.round((np.clip(x, -1, 1) + 1) * 127.5).astype(np.uint8)
+
+
+def as_images(x: ArrayLike, shape: tuple[int, ...]) -> Float[np.ndarray, "n H W C"]:
+    """Returns x in float32, if it is at least one image of this shape [H, W, C] in [-1, 1].
+
+    Raises:
+      UserError: with the shape or the range that is wrong.
+    """
+    x = np.asarray(x, np.float32)
+    if x.ndim != 4 or x.shape[1:] != shape or not len(x):
+        given, wanted = ("x".join(map(str, shape)) for shape in (x.shape, shape))
+        raise UserError(f"the images are an array of {given}: give one or more of {wanted}")
+    if not np.abs(x).max() <= 1 + ROUNDING:  # also where one is not a number
+        raise UserError(
+            f"the images' pixels lie in [{x.min():g}, {x.max():g}]: scale or clip them to "
+            "[-1, 1]"
+        )
+    return x
 
 
 def grid(x: Float[np.ndarray, "B H W C"], columns: int) -> UInt8[np.ndarray, "h w C"]:

@@ -2,6 +2,7 @@
 
 python -m drl_jax.main --config=configs/digits.py --workdir=DIR
 python -m drl_jax.main --mode=sample --workdir=DIR
+python -m drl_jax.main --mode=inpaint --mask=centre --workdir=DIR
 """
 
 import difflib
@@ -25,7 +26,14 @@ from drl_jax.errors import Interrupted, UserError
 ONLY_OF = {
     "config": ("train", "import_original"),
     "num_samples": ("sample",),
-    "seed": ("sample",),
+    "seed": ("sample", "interpolate", "inpaint"),
+    "images": ("interpolate", "inpaint"),
+    "pairs": ("interpolate",),
+    "frames": ("interpolate",),
+    "level": ("interpolate",),
+    "mask": ("inpaint",),
+    "completions": ("inpaint",),
+    "rounds": ("inpaint",),
     "tf_checkpoint": ("import_original",),
     "image_size": ("import_original",),
 }
@@ -88,6 +96,16 @@ def run(values: flags.FlagValues, changes: Sequence[str]) -> None:
         modes.train(config, workdir)
     elif values.mode == "sample":
         modes.sample(workdir, revise, values.num_samples, values.seed)
+    elif values.mode == "interpolate":
+        modes.interpolate(
+            *(workdir, revise, values.images, values.pairs, values.frames, values.level),
+            values.seed,
+        )
+    elif values.mode == "inpaint":
+        modes.inpaint(
+            *(workdir, revise, values.mask, values.images, values.completions, values.rounds),
+            values.seed,
+        )
     elif values.mode == "export":
         modes.export(workdir)
     else:
@@ -107,7 +125,10 @@ def define_flags() -> flags.FlagValues:
         "--config.FIELD=VALUE changes a field of it.",
         flag_values=values,
     )
-    modes = ["train", "sample", "evaluate", "export", "import_original"]
+    modes = [
+        *("train", "sample", "evaluate", "interpolate", "inpaint", "export"),
+        "import_original",
+    ]
     flags.DEFINE_enum("mode", "train", modes, "What to do (train).", flag_values=values)
     flags.DEFINE_string(
         "workdir", None, "Where the run lives; a bucket will do.", flag_values=values
@@ -115,8 +136,29 @@ def define_flags() -> flags.FlagValues:
     flags.DEFINE_integer(
         "num_samples", 100, "Of sample: how many (100).", lower_bound=1, flag_values=values
     )
+    for name, default, at_least, text in (
+        ("pairs", 8, 1, "Of interpolate: how many pairs of samples (8)."),
+        ("frames", 9, 3, "Of interpolate: images of a strip, with its ends (9)."),
+        ("level", None, None, "Of interpolate with --images: noise level (half of them)."),
+        ("completions", 6, 2, "Of inpaint: completions of each image (6)."),
+        ("rounds", 10, 1, "Of inpaint: how often each level is drawn (10)."),
+    ):
+        flags.DEFINE_integer(name, default, text, at_least, flag_values=values)
+    flags.DEFINE_list(
+        "images",
+        [],
+        "Of interpolate: FIRST,LAST,...; of inpaint: files, or else the run's own data.",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "mask",
+        "centre",
+        "Of inpaint, what is hidden: centre, left, right, top, bottom, checkerboard, "
+        "random:0.5, or a PNG with that in white (centre).",
+        flag_values=values,
+    )
     flags.DEFINE_integer(
-        "seed", 0, "Of sample: equal seeds, equal samples (0).", 0, 2**32 - 1, values
+        "seed", 0, "Of all noise: equal seeds, equal pictures (0).", 0, 2**32 - 1, values
     )
     flags.DEFINE_string(
         "tf_checkpoint",
@@ -172,6 +214,13 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, Sequence[str]]:
     for change in changes:
         if not change.lstrip("-").startswith(FREE_AFTER_TRAINING):
             raise UserError(f"{change} is for --mode=train, not for --mode={values.mode}")
+    if values.mode == "interpolate":
+        if len(values.images) % 2:
+            raise UserError(f"--images names {len(values.images)} images: each two are a pair")
+        if values.images and values["pairs"].present:
+            raise UserError("--pairs is for strips between samples: leave it out with --images")
+        if values["level"].present and not values.images:
+            raise UserError("--level is for strips between images: name them with --images")
     if not values.workdir:
         raise UserError(f"--mode={values.mode} needs the --workdir of a trained model")
     return values, changes

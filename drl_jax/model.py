@@ -9,13 +9,28 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
-from jaxtyping import Array, Float, Int, Key, Shaped
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key, Shaped
 from ml_collections import ConfigDict
 
-from drl_jax import checkpoints, method, noise, parallel, recovery, sampling, train_state
+from drl_jax import (
+    checkpoints,
+    images,
+    inpainting,
+    interpolation,
+    masks,
+    method,
+    noise,
+    parallel,
+    recovery,
+    sampling,
+    train_state,
+)
 from drl_jax.energies.energy import Energy, Params
 from drl_jax.errors import UserError
 from drl_jax.method import Method
+
+_noise_strips = jax.jit(interpolation.noise_strips, static_argnames=("shape", "frames"))
+_image_strips = jax.jit(interpolation.image_strips, static_argnames="frames")
 
 
 class Model:
@@ -41,6 +56,16 @@ class Model:
                 keys, F, method.energy.shape, method.schedule, sampler
             )
         )
+        self._descend = self._compile(
+            lambda keys, F, sampler, x, level: sampling.descend(
+                keys, F, x, level, 0, method.schedule, sampler
+            )
+        )
+        self._inpaint = self._compile(
+            lambda keys, F, sampler, x, known, rounds: inpainting.inpaint(
+                keys, F, x, known, rounds, method.schedule, sampler
+            )
+        )
 
     def f(self, x: Float[Array, "B H W C"], t: Int[Array, "B"]) -> Float[Array, "B"]:
         """Returns the network's output for images x at levels t in 0..T-1."""
@@ -62,7 +87,83 @@ class Model:
         self, key: Key[Array, ""], n: int
     ) -> Iterator[Float[np.ndarray, "B H W C"]]:
         """Draws n images, a batch at a time: memory does not grow with n."""
-        return self._batches(self.generate, key, n)
+        return self._batches(self.generate, key, np.arange(n))
+
+    def interpolate(
+        self, key: Key[Array, ""], pairs: int, frames: int
+    ) -> Float[np.ndarray, "pairs frames H W C"]:
+        """Draws strips between samples, through their noise (`interpolation.noise_strips`).
+
+        Each starts at the sample of its number: the first frames are `sample(key, pairs)`.
+        """
+        keys = noise.example_keys(key, jnp.arange(pairs))
+        energy, schedule = self.method.energy, self.method.schedule
+        strips = _noise_strips(keys, energy.shape, frames, schedule)
+        return self._recover_strips(key, strips, schedule.T)
+
+    def interpolate_images(
+        self,
+        key: Key[Array, ""],
+        first: Float[ArrayLike, "pairs H W C"],
+        last: Float[ArrayLike, "pairs H W C"],
+        frames: int,
+        level: int,
+    ) -> Float[np.ndarray, "pairs frames H W C"]:
+        """Draws strips between images, through a noise level (`interpolation.image_strips`).
+
+        Args:
+          key: of all noise.
+          first: images in [-1, 1], where the strips start.
+          last: images in [-1, 1], where they end.
+          frames: of a strip.
+          level: the noise level in 1..T, from little change to none of the images left.
+
+        Raises:
+          UserError: other images, or another level.
+        """
+        energy, schedule = self.method.energy, self.method.schedule
+        first, last = (images.as_images(x, energy.shape) for x in (first, last))
+        if len(first) != len(last):
+            raise UserError(f"{len(first)} and {len(last)} images make no pairs: give as many")
+        interpolation.require_level(level, schedule.T)
+        keys = noise.example_keys(key, jnp.arange(len(first)))
+        strips = _image_strips(keys, first, last, frames, level, schedule)
+        return self._recover_strips(key, strips, level)
+
+    def inpaint(
+        self,
+        key: Key[Array, ""],
+        x: Float[ArrayLike, "n H W C"],
+        known: Bool[ArrayLike, "H W 1"],
+        completions: int = 1,
+        rounds: int = 10,
+    ) -> Float[np.ndarray, "n completions H W C"]:
+        """Draws completions of images of which some pixels are known (`inpainting.inpaint`).
+
+        Args:
+          key: of all noise.
+          x: images in [-1, 1]; what they hold at unknown pixels is without effect.
+          known: the mask, true where a pixel is known, such as `masks.named` gives.
+          completions: of each image.
+          rounds: how often each level is drawn.
+
+        Returns:
+          images that equal x where it is known, to the bit.
+
+        Raises:
+          UserError: other images, another mask, or no rounds.
+        """
+        x, known = images.as_images(x, self.method.energy.shape), np.asarray(known)
+        masks.require_mask(known, self.method.energy.shape)
+        if rounds < 1:
+            raise UserError(f"rounds is {rounds}: every level must be drawn once or more")
+        n = len(x) * completions
+        every_x = np.repeat(x, completions, axis=0)
+        every_known = np.broadcast_to(known, (n, *known.shape))
+        batches = self._batches(
+            self._inpaint, key, np.arange(n), every_x, every_known, rounds=rounds
+        )
+        return np.concatenate(list(batches)).reshape(len(x), completions, *x.shape[1:])
 
     def adapt(
         self, key: Key[Array, ""], num_steps: int = 100, target: float = 0.65, chains: int = 16
@@ -88,44 +189,63 @@ class Model:
         self.tuning = self.tuning | {"step_size": step_size}
         return np.asarray(step_size), np.asarray(acceptance)
 
-    def _compile(self, program: Callable) -> Callable:
-        """Makes program(keys, F, sampler, *arrays) one compiled program over the devices.
+    def _recover_strips(
+        self, key: Key[Array, ""], strips: Float[Array, "pairs frames H W C"], level: int
+    ) -> Float[np.ndarray, "pairs frames H W C"]:
+        """Makes images of strips of x_level; the frames of a strip share their noise."""
+        pairs, frames, *shape = strips.shape
+        x = np.asarray(strips).reshape(-1, *shape)
+        indices = np.repeat(np.arange(pairs), frames)
+        batches = self._batches(self._descend, key, indices, x, level=level)
+        return np.concatenate(list(batches)).reshape(strips.shape)
 
-        Of the result, (params, tuning, key, indices, arrays) -> arrays, each device holds a
-        block of the examples that `indices` number.
+    def _compile(self, program: Callable) -> Callable:
+        """Makes program(keys, F, sampler, *arrays, **settings) run on all devices.
+
+        Of the result, (params, tuning, key, indices, arrays, settings) -> array, each device
+        holds a block of the examples that `indices` number. Settings are numbers by name;
+        other ones are no other program.
         """
         method, mesh = self.method, self.mesh
 
         def on_device(shared, examples):
-            params, tuning = shared
+            params, tuning, settings = shared
             keys, arrays = examples
             sampler = method.sampler._replace(tuning=tuning)
-            return program(keys, method.F(params), sampler, *arrays)
+            return program(keys, method.F(params), sampler, *arrays, **settings)
 
         whole, split = parallel.replicated(mesh), parallel.by_example(mesh)
 
         @functools.partial(
-            jax.jit, in_shardings=(whole, whole, whole, split, split), out_shardings=split
+            jax.jit,
+            in_shardings=(whole, whole, whole, split, split, whole),
+            out_shardings=split,
         )
-        def compiled(params, tuning, key, indices, arrays):
+        def compiled(params, tuning, key, indices, arrays, settings):
             keys = noise.example_keys(key, indices)
-            return parallel.over_examples(on_device, mesh)((params, tuning), (keys, arrays))
+            shared = params, tuning, settings
+            return parallel.over_examples(on_device, mesh)(shared, (keys, arrays))
 
         return compiled
 
     def _batches(
-        self, compiled: Callable, key: Key[Array, ""], n: int, *arrays: Shaped[Array, "n ..."]
+        self,
+        compiled: Callable,
+        key: Key[Array, ""],
+        indices: Int[np.ndarray, "n"],
+        *arrays: Shaped[np.ndarray, "n ..."],
+        **settings: int,
     ) -> Iterator[Float[np.ndarray, "B ..."]]:
-        """Runs a compiled program on n examples, a batch at a time.
+        """Runs a compiled program on the examples of these numbers, a batch at a time.
 
         The last batch is filled up with copies, so that it needs no program of its own.
         """
+        n = len(indices)
         size = min(self._batch_size, -(-n // self.mesh.size) * self.mesh.size)
         for start in range(0, n, size):
-            indices = np.arange(start, start + size)
-            rows = np.minimum(indices, n - 1)
-            batch = tuple(np.asarray(array)[rows] for array in arrays)
-            x = compiled(self.params, self.tuning, key, indices, batch)
+            rows = np.minimum(np.arange(start, start + size), n - 1)
+            batch = tuple(array[rows] for array in arrays)
+            x = compiled(self.params, self.tuning, key, indices[rows], batch, settings)
             yield np.asarray(x)[: n - start]
 
 

@@ -5,7 +5,8 @@ import itertools
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,7 +15,16 @@ from jaxtyping import Array, Float, Key
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from drl_jax import data, exported, images, original, train_step
+from drl_jax import (
+    data,
+    exported,
+    images,
+    inpainting,
+    interpolation,
+    masks,
+    original,
+    train_step,
+)
 from drl_jax import model as model_lib
 from drl_jax.checkpoints import Checkpoints, make_writable
 from drl_jax.errors import UserError
@@ -27,6 +37,7 @@ log = logging.getLogger(__name__)
 # Changes the configuration of a trained model, by what the command line says.
 Revise = Callable[[ConfigDict], ConfigDict]
 
+ROWS = 8  # images that are completed where none are named
 SHEET = 100  # images on a sheet of 10 x 10
 STATISTICS = 256  # images on which the levels' statistics are computed
 HELD = 10_000  # images at most that are held in memory, for the distance of raw pixels
@@ -115,6 +126,127 @@ def sample(workdir: epath.Path, revise: Revise, num_samples: int, seed: int) -> 
     log.info("%d samples are in %s", num_samples, folder)
 
 
+def interpolate(
+    workdir: epath.Path,
+    revise: Revise,
+    files: Sequence[str],
+    pairs: int,
+    frames: int,
+    level: int | None,
+    seed: int,
+) -> None:
+    """Writes strips between samples or between given images, and how smooth they are.
+
+    Args:
+      workdir: of a run.
+      revise: changes the configuration.
+      files: images, each two a pair; none for pairs of samples.
+      pairs: of samples, where there are no files.
+      frames: of a strip, its ends included.
+      level: to which the given images are diffused; None for half the levels.
+      seed: of all noise.
+
+    Raises:
+      UserError: if there is no checkpoint, a file or the level cannot be used, or the folder
+        cannot be written to.
+    """
+    config, model, step = model_lib.load_run(workdir, revise)
+    T = model.method.schedule.T
+    level = (T + 1) // 2 if level is None else level
+    interpolation.require_level(level, T)
+    ends = data.prepared_files(config, files) if files else None
+    name = f"step_{step}_seed_{seed}" + (f"_level_{level}" if files else "")
+    folder = workdir / "interpolations" / name
+    make_writable(folder)
+    adapt(config, model)
+    key = jax.random.key(seed)
+    if ends is None:
+        strips = model.interpolate(key, pairs, frames)
+    else:
+        strips = model.interpolate_images(key, ends[::2], ends[1::2], frames, level)
+        # The strip's ends are recovered from noise: the images themselves stand beside them.
+        strips = np.concatenate([ends[::2, None], strips, ends[1::2, None]], axis=1)
+    for i, strip in enumerate(strips):
+        images.write_png(folder / f"{i:03d}.png", images.grid(strip, columns=len(strip)))
+    sheet = strips.reshape(-1, *strips.shape[2:])
+    images.write_png(folder / "grid.png", images.grid(sheet, columns=strips.shape[1]))
+    recovered = strips if ends is None else strips[:, 1:-1]
+    smoothness = [interpolation.smoothness(strip) for strip in recovered]
+    length = [interpolation.length(strip) for strip in recovered]
+    distance = [interpolation.length(strip[[0, -1]]) for strip in recovered]
+    metrics = {"step": step, "smoothness": smoothness, "length": length, "distance": distance}
+    write_json(folder / "metrics.json", metrics)
+    log.info(
+        "the largest step is %.2f of the mean one (one jump: %d); strips are %.2f long, their "
+        "ends %.2f apart",
+        *(np.mean(smoothness), frames - 1, np.mean(length), np.mean(distance)),
+    )
+    log.info("%d strips are in %s", len(strips), folder)
+
+
+def inpaint(
+    workdir: epath.Path,
+    revise: Revise,
+    mask: str,
+    files: Sequence[str],
+    completions: int,
+    rounds: int,
+    seed: int,
+) -> None:
+    """Writes completions of images whose pixels a mask hides, and how near the truth they are.
+
+    Args:
+      workdir: of a run.
+      revise: changes the configuration.
+      mask: a name (`masks.named`), or a PNG file that is white where pixels are hidden.
+      files: images; none for the first of the run's data.
+      completions: of each image, at least 2.
+      rounds: how often each level is drawn (`inpainting`).
+      seed: of all noise, and of a random mask.
+
+    Raises:
+      UserError: if there is no checkpoint or no data, the mask or a file cannot be used, or
+        the folder cannot be written to.
+    """
+    config, model, step = model_lib.load_run(workdir, revise)
+    shape = model.method.energy.shape
+    key, mask_key, samples_key = jax.random.split(jax.random.key(seed), 3)
+    if mask.lower().endswith(".png"):
+        known = data.read_image(mask, channels=1) < images.GREY
+        title = epath.Path(mask).stem
+    else:
+        known = masks.named(mask, config.data.image_size, mask_key)
+        title = mask.replace(":", "_")
+    masks.require_mask(known, shape)
+    if files:
+        truth = data.prepared_files(config, files)
+    else:
+        truth = np.stack(list(data.all_images(config, limit=ROWS)))
+    folder = workdir / "inpaintings" / f"step_{step}_seed_{seed}_{title}"
+    make_writable(folder)
+    adapt(config, model)
+    completed = model.inpaint(key, truth, known, completions, rounds)
+    samples = model.sample(samples_key, len(truth) * completions).reshape(completed.shape)
+    shown = [
+        np.where(known, truth, 0.0),
+        np.broadcast_to(np.where(known, -1.0, 1.0), truth.shape),
+        *completed.swapaxes(0, 1),
+        truth,
+    ]
+    sheet = np.stack(shown, axis=1).reshape(-1, *shape)
+    images.write_png(folder / "grid.png", images.grid(sheet, columns=len(shown)))
+    errors = inpainting.errors(completed, samples, truth, known)
+    write_json(folder / "metrics.json", {"step": step, **errors})
+    log.info(
+        "mean squared distance of hidden pixels: completion to truth %.3f, completion to "
+        "completion %.3f, sample to truth %.3f",
+        errors["completion_to_truth"],
+        errors["between_completions"],
+        errors["sample_to_truth"],
+    )
+    log.info("%d completions of each of %d images are in %s", completions, len(truth), folder)
+
+
 def adapt(config: ConfigDict, model: Model) -> None:
     """Warms MALA or HMC up; the other samplers need nothing."""
     if config.mcmc.sampler not in ("mala", "hmc"):
@@ -180,7 +312,7 @@ def measure(
     if perception:
         all_batches = itertools.chain(held, batches)
         metrics["inception"] = perceived(config, model, all_batches, workdir, perception)
-    (workdir / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
+    write_json(workdir / "metrics.json", metrics)
     log.info(
         "pixel Fréchet distance %.3f (two halves of the data: %.3f); pixels %.2f to %.2f",
         metrics["pixel_frechet"],
@@ -212,3 +344,8 @@ def perceived(
         metrics,
     )
     return metrics
+
+
+def write_json(path: epath.Path, values: dict[str, Any]) -> None:
+    """Writes numbers by name."""
+    path.write_text(json.dumps(values, indent=2) + "\n")

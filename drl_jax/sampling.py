@@ -149,6 +149,19 @@ def sample_conditional(
     return run_chain(keys, sampler, log_density_fn, x_tilde, t, jnp.arange(sampler.K))
 
 
+def recover(
+    keys: Key[Array, "B"],
+    F: LevelFn,
+    x_tilde: Float[Array, "B *D"],
+    t: Int[Array, "B"],
+    schedule: NoiseSchedule,
+    sampler: Sampler,
+) -> Float[Array, "B *D"]:
+    """Draws x_t from x_tilde = x_{t+1}: the end of the conditional's chain, without a_{t+1}."""
+    y, _ = sample_conditional(keys, F, x_tilde, t, schedule, sampler)
+    return y / noise.per_example(schedule.a_y(t), y)
+
+
 def white_noise(keys: Key[Array, "B"], shape: tuple[int, ...], schedule: NoiseSchedule):
     """Draws the x_T [B, *shape] from which `generate` starts."""
     return noise.normal(noise.fold(keys, schedule.T), shape)
@@ -163,11 +176,10 @@ def descend(
     schedule: NoiseSchedule,
     sampler: Sampler,
 ) -> Float[Array, "B *D"]:
-    """Draws x_bottom from x = x_top, one level at a time, in one compiled loop.
+    """Draws x_bottom from x = x_top, one level at a time.
 
-    The levels are data: whatever they are, it is the same program. A level's noise depends
-    on the example's key and on the level alone, so that two descents, T to t and t to 0, are
-    one from T to 0.
+    A level's noise depends on the example's key and on the level alone, so that two
+    descents, T to t and t to 0, are one from T to 0.
 
     Args:
       keys: one key a sample; a sample depends on its own key and start alone.
@@ -178,14 +190,31 @@ def descend(
       schedule: the noise levels.
       sampler: of the conditionals.
     """
+    return down(
+        lambda keys, x_tilde, t: recover(keys, F, x_tilde, t, schedule, sampler),
+        *(keys, x, top, bottom),
+    )
 
-    def recover(i, x_tilde):
+
+def down(
+    recover: Callable[
+        [Key[Array, "B"], Float[Array, "B *D"], Int[Array, "B"]], Float[Array, "B *D"]
+    ],
+    keys: Key[Array, "B"],
+    x: Float[Array, "B *D"],
+    top: int | Int[Array, ""],
+    bottom: int | Int[Array, ""],
+) -> Float[Array, "B *D"]:
+    """Takes x = x_top down to x_bottom by x_t = recover(keys of level t, x_{t+1}, t).
+
+    One compiled loop. The levels are data: whatever they are, it is the same program.
+    """
+
+    def step(i, x_tilde):
         level = top - 1 - i
-        t = jnp.full(keys.shape, level)
-        y, _ = sample_conditional(noise.fold(keys, level), F, x_tilde, t, schedule, sampler)
-        return y / noise.per_example(schedule.a_y(t), y)
+        return recover(noise.fold(keys, level), x_tilde, jnp.full(keys.shape, level))
 
-    return jax.lax.fori_loop(0, top - bottom, recover, x)
+    return jax.lax.fori_loop(0, top - bottom, step, x)
 
 
 def generate(

@@ -138,7 +138,8 @@ def generation():
     method, mesh = tiny_method(), parallel.make_mesh()
     params, _ = method.energy.init(jax.random.key(0))
     program = model.Model(method, params, mesh).generate
-    return program.lower(params, method.sampler.tuning, jax.random.key(1), jnp.arange(B), ())
+    key = jax.random.key(1)
+    return program.lower(params, method.sampler.tuning, key, jnp.arange(B), (), {})
 
 
 def training():

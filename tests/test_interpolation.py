@@ -1,0 +1,259 @@
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from etils import epath
+from PIL import Image
+from statistical import Z, assert_variance
+from test_sampling import LANGEVIN, SCHEDULE, gaussian
+
+from drl_jax import data, diffusion, images, interpolation, model, noise, sampling
+from drl_jax.errors import UserError
+
+SHAPE = (8, 8, 3)
+KEYS = noise.example_keys(jax.random.key(0), jnp.arange(4))
+
+
+slerp = jax.jit(interpolation.slerp)
+noise_strips = jax.jit(interpolation.noise_strips, static_argnames=("shape", "frames"))
+image_strips = jax.jit(interpolation.image_strips, static_argnames="frames")
+
+
+@jax.jit
+def descend(keys, x, level):
+    return sampling.descend(keys, gaussian, x, level, 0, SCHEDULE, LANGEVIN)
+
+
+def white(key, n, shape=SHAPE):
+    return noise.normal(noise.example_keys(jax.random.key(key), jnp.arange(n)), shape)
+
+
+@pytest.mark.parametrize("w", [0.0, 0.1, 0.5, 0.8, 1.0])
+def test_white_noise_stays_white_noise_on_the_arc(w):
+    """On the chord its variance at w = 0.5 would be half."""
+    n = 2000
+    x = slerp(white(1, n), white(2, n), jnp.full(n, w))
+    assert_variance(np.ravel(x), 0, 1)
+
+
+def test_the_arc_is_of_one_plane_one_norm_and_equal_angles():
+    a, b = (v / np.linalg.norm(np.ravel(v)) for v in (white(1, 1), white(2, 1)))
+    frames = 7
+    arc = np.stack([slerp(a, b, jnp.full(1, w)) for w in np.linspace(0, 1, frames)]).reshape(
+        frames, -1
+    )
+    np.testing.assert_allclose(np.linalg.norm(arc, axis=-1), 1, rtol=1e-5)
+    cosines = np.sum(arc[:-1] * arc[1:], axis=-1)
+    np.testing.assert_allclose(cosines, cosines[0], rtol=1e-5)
+    assert np.linalg.matrix_rank(arc, tol=1e-4) == 2
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.0001, 3.0, 0.0, -1.0])
+def test_parallel_ends_are_joined_by_a_line(factor):
+    a = white(1, 2)
+    for w in (0.0, 0.3, 1.0):
+        x = slerp(a, factor * a, jnp.full(2, w))
+        np.testing.assert_allclose(x, (1 - w + w * factor) * a, rtol=1e-5, atol=1e-6)
+
+
+def recovered(strips, level):
+    """Strips of images, as `Model` makes them: one key a strip."""
+    n, frames, *shape = strips.shape
+    keys = jnp.repeat(KEYS[:n], frames)
+    return descend(keys, strips.reshape(-1, *shape), level).reshape(strips.shape)
+
+
+def test_a_strip_of_samples_ends_in_the_samples_of_its_ends():
+    strips = noise_strips(KEYS, (5,), 4, SCHEDULE)
+    x = recovered(strips, SCHEDULE.T)
+    generated = sampling.generate(KEYS, gaussian, (5,), SCHEDULE, LANGEVIN)
+    np.testing.assert_allclose(x[:, 0], generated, atol=1e-5)
+    np.testing.assert_allclose(x[:, -1], descend(KEYS, strips[:, -1], SCHEDULE.T), atol=1e-5)
+    assert jnp.abs(x[:, -1] - x[:, 0]).min() > 1e-3
+    # All noises differ: of both ends, and of the four strips.
+    ends = np.ravel(strips[:, [0, -1]])
+    assert len(np.unique(ends)) == ends.size
+
+
+@pytest.mark.parametrize("level", [1, 3, 6])
+def test_a_strip_of_images_ends_in_the_images_diffused_and_recovered(level):
+    a, b = white(1, 4, (5,)), white(2, 4, (5,))
+    strips = image_strips(KEYS, a, b, 4, jnp.array(level), SCHEDULE)
+    x = recovered(strips, level)
+    t = jnp.full(4, level)
+    for end, frame in ((a, 0), (b, -1)):
+        start = diffusion.diffuse(noise.fold(KEYS, SCHEDULE.T), end, t, SCHEDULE)
+        np.testing.assert_allclose(strips[:, frame], start, atol=1e-6)
+        np.testing.assert_allclose(x[:, frame], descend(KEYS, start, level), atol=1e-5)
+
+
+@pytest.mark.parametrize("level", [1, 4])
+def test_every_frame_is_the_blend_of_the_images_with_the_noise_of_the_level(level):
+    n, frames = 50_000, 5
+    keys = noise.example_keys(jax.random.key(3), jnp.arange(n))
+    a, b = jnp.full((n, 1), -0.7), jnp.full((n, 1), 0.4)
+    strips = image_strips(keys, a, b, frames, level, SCHEDULE)[..., 0]
+    for i, w in enumerate(np.linspace(0, 1, frames)):
+        mean = SCHEDULE.a_bar[level] * ((1 - w) * -0.7 + w * 0.4)
+        variance = SCHEDULE.sigma_bar[level] ** 2
+        assert abs(np.mean(strips[:, i]) - mean) < Z * np.sqrt(variance / n)
+        assert_variance(strips[:, i], mean, variance)
+    # It is the same noise: every step is that of the images.
+    step = np.broadcast_to(SCHEDULE.a_bar[level] * 1.1 / (frames - 1), (n, frames - 1))
+    np.testing.assert_allclose(np.diff(strips, axis=1), step, atol=1e-5)
+
+
+def test_smoothness_is_1_on_equal_steps_and_their_number_on_a_jump():
+    a, b = np.zeros((4, 4, 1)), np.full((4, 4, 1), 0.5)
+    w = np.linspace(0, 1, 6)[:, None, None, None]
+    straight = (1 - w) * a + w * b
+    assert interpolation.smoothness(straight) == pytest.approx(1)
+    assert interpolation.length(straight) == pytest.approx(np.linalg.norm(b - a))
+    jump = np.stack([a, a, b, b, b, b])
+    assert interpolation.smoothness(jump) == pytest.approx(5)
+    assert interpolation.length(jump) == pytest.approx(np.linalg.norm(b - a))
+    assert interpolation.length(np.stack([a, b, a, b])) == pytest.approx(6)
+    assert interpolation.smoothness(np.stack([a, a, a])) == 1
+
+
+@pytest.mark.parametrize("level", [-1, 0, 7])
+def test_a_level_that_images_cannot_be_diffused_to_is_refused(level):
+    with pytest.raises(UserError, match=rf"level is {level}.* from 1.* to 6"):
+        interpolation.require_level(level, 6)
+
+
+@pytest.fixture(scope="module")
+def run():
+    return model.load_run(tiny.trained())
+
+
+def test_strips_of_a_trained_model_start_at_its_samples(run):
+    trained = run.model
+    key = jax.random.key(5)
+    strips = trained.interpolate(key, 12, 6)
+    assert strips.shape == (12, 6, 8, 8, 1)
+    # Two programs, which may round otherwise; see tests/test_main.py.
+    error = np.abs(strips[:, 0] - trained.sample(key, 12)).max(axis=(1, 2, 3))
+    assert np.mean(error < 1e-4) > 0.8
+    # The first frame depends on its own pair alone, and not on the length of the strip.
+    again = trained.interpolate(key, 3, 4)[:, 0]
+    error = np.abs(strips[:3, 0] - again).max(axis=(1, 2, 3))
+    assert np.mean(error < 1e-4) > 0.6
+
+
+def test_images_are_kept_at_a_low_level_and_left_at_a_high_one(run):
+    trained, config = run.model, run.config
+    x = np.stack(list(data.all_images(config, limit=8)))
+    a, b = x[:4], x[4:]
+    key = jax.random.key(0)
+    kept, programs = [], []
+    for level in range(1, 7):
+        strips = trained.interpolate_images(key, a, b, 5, level)
+        programs.append(trained._descend._cache_size())
+        kept.append(np.mean((strips[:, 0] - a) ** 2) + np.mean((strips[:, -1] - b) ** 2))
+    assert kept[0] < 0.1 * kept[-1]
+    assert len(set(programs)) == 1  # the levels are data
+    middle = trained.interpolate_images(key, a, b, 5, 1)[:, 2]
+    blend = (a + b) / 2
+    assert np.mean((middle - blend) ** 2) < np.mean((middle - a) ** 2)
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "words"),
+    [
+        (np.zeros((2, 8, 9, 1)), np.zeros((2, 8, 8, 1)), "2x8x9x1: give one or more of 8x8x1"),
+        (np.zeros((8, 8, 1)), np.zeros((8, 8, 1)), "array of 8x8x1"),
+        (np.zeros((0, 8, 8, 1)), np.zeros((0, 8, 8, 1)), "array of 0x8x8x1"),
+        (np.zeros((2, 8, 8, 1)), np.full((2, 8, 8, 1), 255), r"lie in \[255, 255\]"),
+        (np.zeros((2, 8, 8, 1)), np.full((2, 8, 8, 1), np.nan), "nan"),
+        (np.zeros((2, 8, 8, 1)), np.zeros((3, 8, 8, 1)), "2 and 3 images"),
+    ],
+)
+def test_other_images_are_refused_in_a_line(run, first, last, words):
+    with pytest.raises(UserError, match=words) as error:
+        run.model.interpolate_images(jax.random.key(0), first, last, 3, 1)
+    assert "\n" not in str(error.value)
+
+
+def png(path, value, size=(8, 8)):
+    Image.new("L", size, value).save(path)
+    return path
+
+
+def test_interpolating_between_samples_writes_a_strip_a_pair_and_its_numbers(tmp_path):
+    workdir = tiny.trained(copy=tmp_path / "run")
+    command = ["--mode=interpolate", f"--workdir={workdir}", "--pairs=3", "--frames=5"]
+    assert tiny.main(*command, "--seed=4") == 0
+    folder = workdir / "interpolations" / f"step_{tiny.STEPS}_seed_4"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        *("000.png", "001.png", "002.png", "grid.png", "metrics.json")
+    ]
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics.pop("step") == tiny.STEPS
+    assert {name: len(values) for name, values in metrics.items()} == {
+        "smoothness": 3,
+        "length": 3,
+        "distance": 3,
+    }
+    assert all(1 < s < 4 for s in metrics["smoothness"])
+    assert np.all(np.greater_equal(metrics["length"], metrics["distance"]))
+    sheet = np.asarray(Image.open(folder / "grid.png"))
+    assert sheet.shape == ((3 * 9 + 1) * 8, (5 * 9 + 1) * 8)
+    strip = np.asarray(Image.open(folder / "001.png"))
+    np.testing.assert_array_equal(sheet[9 * 8 : (2 * 9 + 1) * 8], strip)
+
+
+def test_interpolating_between_files_shows_them_beside_the_strip(tmp_path):
+    workdir = tiny.trained(copy=tmp_path / "run")
+    # Of other sizes than the model's: prepared as for training.
+    files = [png(tmp_path / f"{v}.png", v, (16, 20)) for v in (0, 255, 102, 153)]
+    command = ["--mode=interpolate", f"--workdir={workdir}", "--frames=3"]
+    assert tiny.main(*command, f"--images={','.join(map(str, files))}", "--level=1") == 0
+    folder = workdir / "interpolations" / f"step_{tiny.STEPS}_seed_0_level_1"
+    sheet = np.asarray(Image.open(folder / "grid.png"))[8::72, 8::72]
+    assert sheet.shape == (2, 5)
+    np.testing.assert_array_equal(sheet[:, [0, -1]], [[0, 255], [102, 153]])
+    assert len(json.loads((folder / "metrics.json").read_text())["smoothness"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--images=A.png"], "1 images.*pair"),
+        (["--images=A.png,nonesuch.png"], "cannot read image nonesuch.png"),
+        (["--images=A.png,B.txt"], "B.txt: it is no image"),
+        (["--images=A.png,A.png", "--level=0"], "level is 0.*1.*6"),
+        (["--images=A.png,A.png", "--level=7"], "level is 7.*1.*6"),
+        (["--images=A.png,A.png", "--level=x"], "level=x"),
+        (["--images=A.png,A.png", "--pairs=2"], "--pairs.*--images"),
+        (["--level=2"], "--level.*--images"),
+        (["--frames=2"], "frames=2"),
+        (["--pairs=0"], "pairs=0"),
+        (["--num_samples=2"], "--num_samples is for --mode=sample, not for"),
+        (["--mask=left"], "--mask is for --mode=inpaint, not for --mode=interpolate"),
+    ],
+)
+def test_what_cannot_be_interpolated_is_said_in_a_line(
+    tmp_path, monkeypatch, capsys, args, words
+):
+    monkeypatch.chdir(tmp_path)
+    png("A.png", 0)
+    epath.Path("B.txt").write_text("no image")
+    assert tiny.main("--mode=interpolate", f"--workdir={tiny.trained()}", *args) == 1
+    assert_one_line(capsys, words)
+    assert not (tiny.trained() / "interpolations").exists()
+
+
+def assert_one_line(capsys, words):
+    err = capsys.readouterr().err
+    told = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(told) == 1, err
+    assert re.search(words, told[0]), err
+
+
+def test_the_range_allows_for_what_a_resize_rounds():
+    images.as_images(np.full((1, 8, 8, 1), 1.000001), (8, 8, 1))
