@@ -125,10 +125,8 @@ def define_flags() -> flags.FlagValues:
         "--config.FIELD=VALUE changes a field of it.",
         flag_values=values,
     )
-    modes = [
-        *("train", "sample", "evaluate", "interpolate", "inpaint", "export"),
-        "import_original",
-    ]
+    modes = ["train", "sample", "interpolate", "inpaint", "evaluate", "export"]
+    modes.append("import_original")
     flags.DEFINE_enum("mode", "train", modes, "What to do (train).", flag_values=values)
     flags.DEFINE_string(
         "workdir", None, "Where the run lives; a bucket will do.", flag_values=values
@@ -139,7 +137,7 @@ def define_flags() -> flags.FlagValues:
     for name, default, at_least, text in (
         ("pairs", 8, 1, "Of interpolate: how many pairs of samples (8)."),
         ("frames", 9, 3, "Of interpolate: images of a strip, with its ends (9)."),
-        ("level", None, None, "Of interpolate with --images: noise level (half of them)."),
+        ("level", None, None, "Of interpolate with --images: noise level (a third of T)."),
         ("completions", 6, 2, "Of inpaint: completions of each image (6)."),
         ("rounds", 10, 1, "Of inpaint: how often each level is drawn (10)."),
     ):

@@ -143,7 +143,7 @@ def interpolate(
       files: images, each two a pair; none for pairs of samples.
       pairs: of samples, where there are no files.
       frames: of a strip, its ends included.
-      level: to which the given images are diffused; None for half the levels.
+      level: to which the given images are diffused; None for a third of the ladder.
       seed: of all noise.
 
     Raises:
@@ -152,7 +152,7 @@ def interpolate(
     """
     config, model, step = model_lib.load_run(workdir, revise)
     T = model.method.schedule.T
-    level = (T + 1) // 2 if level is None else level
+    level = max(1, T // 3) if level is None else level
     interpolation.require_level(level, T)
     ends = data.prepared_files(config, files) if files else None
     name = f"step_{step}_seed_{seed}" + (f"_level_{level}" if files else "")
