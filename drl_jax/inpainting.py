@@ -8,8 +8,9 @@ backwards through q(x_t | x_{t+1}, x).
 One pass forgets that the levels below will pin the known pixels too: on two pixels of
 correlation 0.8, where one is known, the mean of the other comes out 0.63 to 0.79 of what it
 should be. So each level is drawn in rounds: noise from x_t back to x_{t+1}, and down again
-(Lugmayr et al. 2022). With the known part of x_t fixed this is Gibbs sampling, whose limit
-is the exact conditional of the level's density, whatever the levels above have done.
+(Lugmayr et al. 2022). At the bottom, where the known pixels of x_t are all but fixed, this is
+Gibbs sampling: its limit is the exact conditional of the energy there, whatever the levels
+above have done. After ten rounds that mean is 0.96 (T1k) to 1.00 (T6) of what it should be.
 """
 
 import jax

@@ -6,7 +6,7 @@ starts alone. `sampling.descend` makes images of them.
 
 - Between samples: a strip of x_T on the arc from one white noise to another.
 - Between images: both diffused to level t by the same noise, and the line from one to the
-  other (Ho et al. 2020, section 5); the higher t, the more the model changes.
+  other (Ho et al. 2020, section 4.4); the higher t, the more the model changes.
 """
 
 import jax
