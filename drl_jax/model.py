@@ -57,8 +57,8 @@ class Model:
             )
         )
         self._descend = self._compile(
-            lambda keys, F, sampler, x, level: sampling.descend(
-                keys, F, x, level, 0, method.schedule, sampler
+            lambda keys, F, sampler, x, top, bottom: sampling.descend(
+                keys, F, x, top, bottom, method.schedule, sampler
             )
         )
         self._inpaint = self._compile(
@@ -88,6 +88,28 @@ class Model:
     ) -> Iterator[Float[np.ndarray, "B H W C"]]:
         """Draws n images, a batch at a time: memory does not grow with n."""
         return self._batches(self.generate, key, np.arange(n))
+
+    def descend(
+        self, key: Key[Array, ""], x: Float[ArrayLike, "n H W C"], top: int, bottom: int
+    ) -> Float[np.ndarray, "n H W C"]:
+        """Draws x_bottom from x = x_top, level by level (`sampling.descend`).
+
+        From white noise, `descend(key, x, T, 0)` generates, and with stops on the way makes
+        the same images.
+
+        Raises:
+          UserError: if not 0 <= bottom <= top <= T.
+        """
+        T = self.method.schedule.T
+        if not 0 <= bottom <= top <= T:
+            raise UserError(
+                f"no way down from level {top} to {bottom}: levels are {T}, white noise, to 0"
+            )
+        x = np.asarray(x, np.float32)
+        levels = {"top": top, "bottom": bottom}
+        return np.concatenate(
+            list(self._batches(self._descend, key, np.arange(len(x)), x, **levels))
+        )
 
     def interpolate(
         self, key: Key[Array, ""], pairs: int, frames: int
@@ -196,7 +218,7 @@ class Model:
         pairs, frames, *shape = strips.shape
         x = np.asarray(strips).reshape(-1, *shape)
         indices = np.repeat(np.arange(pairs), frames)
-        batches = self._batches(self._descend, key, indices, x, level=level)
+        batches = self._batches(self._descend, key, indices, x, top=level, bottom=0)
         return np.concatenate(list(batches)).reshape(strips.shape)
 
     def _compile(self, program: Callable) -> Callable:
