@@ -8,6 +8,7 @@ from etils import epath
 import drl_jax
 from drl_jax import exported, model
 from drl_jax.errors import UserError
+from drl_jax.evaluation import frechet
 
 
 def test_an_exported_file_is_the_model_of_its_work_directory(tmp_path):
@@ -24,18 +25,16 @@ def test_an_exported_file_is_the_model_of_its_work_directory(tmp_path):
 
 
 def test_the_model_that_comes_with_the_package_draws_digits():
-    """Its samples lie nearer to digits than to their mean, and so do few others."""
+    """500 samples are about as far from the data as its own training said (0.57 of 1000).
+
+    Turned by 180 degrees they are not digits, and much farther.
+    """
     from sklearn.datasets import load_digits
 
-    digits = load_digits().data / 8 - 1
-    x = drl_jax.load("digits").sample(jax.random.key(0), 64).reshape(64, -1)
-
-    def distance(x):
-        return np.sqrt(np.min(np.sum((x[:, None] - digits) ** 2, axis=-1), axis=1))
-
-    held_out = np.sqrt(np.sort(np.sum((digits[:64, None] - digits) ** 2, -1), axis=1)[:, 1])
-    assert np.median(distance(x)) < 1.5 * np.median(held_out)
-    assert np.median(distance(np.flip(x, axis=1))) > 1.7 * np.median(held_out)
+    digits = frechet.fit(load_digits().data / 8 - 1)
+    x = drl_jax.load("digits").sample(jax.random.key(0), 500).reshape(500, -1)
+    assert frechet.frechet_distance(frechet.fit(x), digits) < 0.8
+    assert frechet.frechet_distance(frechet.fit(x[:, ::-1]), digits) > 3
     for file in exported.SHIPPED.iterdir():
         assert file.stat().length <= 2_000_000
 
