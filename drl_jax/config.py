@@ -249,15 +249,23 @@ def require_resumable(saved: ConfigDict, wanted: ConfigDict) -> None:
     Raises:
       UserError: naming every field that differs, with both values.
     """
-    old, new = dict(flatten(saved)), dict(flatten(wanted))
-    differences = [
-        f"{name} was {old.get(name)!r}, now {new.get(name)!r}"
-        for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name) and not name.startswith(FREE_ON_RESUME)
+    different = [
+        difference
+        for difference in differences(dict(flatten(saved)), dict(flatten(wanted)))
+        if not difference.startswith(FREE_ON_RESUME)
     ]
-    if differences:
+    if different:
         raise UserError(
             "the work directory was made with another config ("
-            + "; ".join(differences)
+            + "; ".join(different)
             + "): give another --workdir or the old values"
         )
+
+
+def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Returns every name whose values differ, with both values."""
+    return [
+        f"{name} was {old.get(name)!r}, now {new.get(name)!r}"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name) != new.get(name)
+    ]

@@ -10,7 +10,7 @@ class UserError(ValueError):
 
 
 class Interrupted(Exception):  # noqa: N818  (not an error: the run can go on)
-    """Training was asked to stop by a signal, and its state is saved."""
+    """A run was asked to stop by a signal, and its state is saved."""
 
     def __init__(self, signum: int, step: int):
         super().__init__(f"stopped by signal {signum}; step {step} is saved")

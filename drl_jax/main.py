@@ -26,7 +26,10 @@ from drl_jax.errors import Interrupted, UserError
 ONLY_OF = {
     "config": ("train", "import_original"),
     "num_samples": ("sample",),
-    "seed": ("sample", "interpolate", "inpaint"),
+    "seed": ("sample", "interpolate", "inpaint", "long_run"),
+    "num_steps": ("long_run",),
+    "num_chains": ("long_run",),
+    "levels": ("long_run",),
     "images": ("interpolate", "inpaint"),
     "pairs": ("interpolate",),
     "frames": ("interpolate",),
@@ -73,7 +76,7 @@ def main(argv: Sequence[str]) -> int:
     except Interrupted as interrupted:
         log.info("%s: the same command goes on from here", interrupted)
         return 128 + interrupted.signum
-    except KeyboardInterrupt:  # outside training, where there is nothing to save
+    except KeyboardInterrupt:  # where there is nothing to save
         return 130
     return 0
 
@@ -106,6 +109,11 @@ def run(values: flags.FlagValues, changes: Sequence[str]) -> None:
             *(workdir, revise, values.mask, values.images, values.completions, values.rounds),
             values.seed,
         )
+    elif values.mode == "long_run":
+        modes.long_run(
+            *(workdir, revise, values.num_steps, values.num_chains),
+            *(levels_of(values), values.seed),
+        )
     elif values.mode == "export":
         modes.export(workdir)
     else:
@@ -126,7 +134,7 @@ def define_flags() -> flags.FlagValues:
         flag_values=values,
     )
     modes = ["train", "sample", "interpolate", "inpaint", "evaluate", "export"]
-    modes.append("import_original")
+    modes += ["long_run", "import_original"]
     flags.DEFINE_enum("mode", "train", modes, "What to do (train).", flag_values=values)
     flags.DEFINE_string(
         "workdir", None, "Where the run lives; a bucket will do.", flag_values=values
@@ -140,6 +148,8 @@ def define_flags() -> flags.FlagValues:
         ("level", None, None, "Of interpolate with --images: noise level (a third of T)."),
         ("completions", 6, 2, "Of inpaint: completions of each image (6)."),
         ("rounds", 10, 1, "Of inpaint: how often each level is drawn (10)."),
+        ("num_steps", 1000, 1, "Of long_run: steps of every chain (1000)."),
+        ("num_chains", None, None, "Of long_run: chains a level (a batch of all)."),
     ):
         flags.DEFINE_integer(name, default, text, at_least, flag_values=values)
     flags.DEFINE_list(
@@ -147,6 +157,9 @@ def define_flags() -> flags.FlagValues:
         [],
         "Of interpolate: FIRST,LAST,...; of inpaint: files, or else the run's own data.",
         flag_values=values,
+    )
+    flags.DEFINE_list(
+        "levels", [], "Of long_run: such as 0,3,5 (all, or ten of many).", flag_values=values
     )
     flags.DEFINE_string(
         "mask",
@@ -172,6 +185,18 @@ def define_flags() -> flags.FlagValues:
         flag_values=values,
     )
     return values
+
+
+def levels_of(values: flags.FlagValues) -> list[int]:
+    """Returns --levels as numbers.
+
+    Raises:
+      UserError: naming what is no number.
+    """
+    for text in values.levels:
+        if not text.strip().isdecimal():
+            raise UserError(f"--levels: {text!r} is no level, give numbers such as 0,3,5")
+    return [int(text) for text in values.levels]
 
 
 def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, Sequence[str]]:
@@ -209,6 +234,7 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, Sequence[str]]:
                     "--image_size"
                 )
         return values, changes
+    levels_of(values)
     for change in changes:
         if not change.lstrip("-").startswith(FREE_AFTER_TRAINING):
             raise UserError(f"{change} is for --mode=train, not for --mode={values.mode}")

@@ -2,14 +2,14 @@
 
 import functools
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
-from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key, Shaped
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key
 from ml_collections import ConfigDict
 
 from drl_jax import (
@@ -17,6 +17,7 @@ from drl_jax import (
     images,
     inpainting,
     interpolation,
+    long_run,
     masks,
     method,
     noise,
@@ -27,6 +28,7 @@ from drl_jax import (
 )
 from drl_jax.energies.energy import Energy, Params
 from drl_jax.errors import UserError
+from drl_jax.long_run import Chains, Seen
 from drl_jax.method import Method
 
 _noise_strips = jax.jit(interpolation.noise_strips, static_argnames=("shape", "frames"))
@@ -64,6 +66,16 @@ class Model:
         self._inpaint = self._compile(
             lambda keys, F, sampler, x, known, rounds: inpainting.inpaint(
                 keys, F, x, known, rounds, method.schedule, sampler
+            )
+        )
+        self._start = self._compile(
+            lambda keys, F, sampler, x_tilde, t, trace: long_run.start(
+                F, x_tilde, t, method.schedule, sampler, trace
+            )
+        )
+        self._advance = self._compile(
+            lambda keys, F, sampler, chains, x_tilde, t, first, last: long_run.advance(
+                keys, F, chains, x_tilde, t, first, last, method.schedule, sampler
             )
         )
 
@@ -187,6 +199,48 @@ class Model:
         )
         return np.concatenate(list(batches)).reshape(len(x), completions, *x.shape[1:])
 
+    def long_run(
+        self,
+        key: Key[Array, ""],
+        x_tilde: Float[ArrayLike, "n H W C"],
+        t: Int[ArrayLike, "n"],
+        num_steps: int,
+        chains: Chains | None = None,
+        points: int = long_run.POINTS,
+    ) -> tuple[Chains, Seen]:
+        """Takes chains on p(y | x_tilde), which start from x_tilde, to step `num_steps`.
+
+        Given its own chains it goes on with them, to the bit as if it had never stopped.
+        Levels and steps are data: nothing compiles again for others.
+
+        Args:
+          key: of all noise.
+          x_tilde: the conditions, x_{t+1}; white noise at t = T - 1.
+          t: level of each chain, 0..T-1.
+          num_steps: to be made in all, those made before included.
+          chains: as it returned them; None starts new ones.
+          points: of a new chain's trace, at most, and even; 0 for no trace.
+
+        Returns:
+          the chains, their traces with them, and where they are, both of numpy arrays.
+
+        Raises:
+          UserError: other levels, or a sampler that makes no chain.
+        """
+        x_tilde, t = np.asarray(x_tilde, np.float32), np.asarray(t, np.int32)
+        long_run.require_levels(t, self.method.schedule.T)
+        long_run.require_chain(self.method.sampler)
+        indices = np.arange(len(t))
+        if chains is None:
+            trace = np.zeros((len(t), points, 1 + long_run.PROJECTIONS), np.float32)
+            begun = self._batches(self._start, key, indices, x_tilde, t, trace)
+            chains = _concatenated(begun)
+        first = int(chains.step[0])
+        steps = {"first": first, "last": max(first, num_steps)}
+        return _concatenated(
+            self._batches(self._advance, key, indices, chains, x_tilde, t, **steps)
+        )
+
     def adapt(
         self, key: Key[Array, ""], num_steps: int = 100, target: float = 0.65, chains: int = 16
     ) -> tuple[Float[np.ndarray, "T"], Float[np.ndarray, "T"]]:
@@ -224,7 +278,7 @@ class Model:
     def _compile(self, program: Callable) -> Callable:
         """Makes program(keys, F, sampler, *arrays, **settings) run on all devices.
 
-        Of the result, (params, tuning, key, indices, arrays, settings) -> array, each device
+        Of the result, (params, tuning, key, indices, arrays, settings) -> arrays, each device
         holds a block of the examples that `indices` number. Settings are numbers by name;
         other ones are no other program.
         """
@@ -255,20 +309,26 @@ class Model:
         compiled: Callable,
         key: Key[Array, ""],
         indices: Int[np.ndarray, "n"],
-        *arrays: Shaped[np.ndarray, "n ..."],
+        *arrays: Any,
         **settings: int,
-    ) -> Iterator[Float[np.ndarray, "B ..."]]:
+    ) -> Iterator[Any]:
         """Runs a compiled program on the examples of these numbers, a batch at a time.
 
-        The last batch is filled up with copies, so that it needs no program of its own.
+        Arrays go in and come out in any tree, an example a row of each. The last batch is
+        filled up with copies, so that it needs no program of its own.
         """
         n = len(indices)
         size = min(self._batch_size, -(-n // self.mesh.size) * self.mesh.size)
         for start in range(0, n, size):
             rows = np.minimum(np.arange(start, start + size), n - 1)
-            batch = tuple(array[rows] for array in arrays)
-            x = compiled(self.params, self.tuning, key, indices[rows], batch, settings)
-            yield np.asarray(x)[: n - start]
+            batch = jax.tree.map(lambda array, rows=rows: array[rows], arrays)
+            out = compiled(self.params, self.tuning, key, indices[rows], batch, settings)
+            yield jax.tree.map(lambda x, left=n - start: np.asarray(x)[:left], out)
+
+
+def _concatenated(batches: Iterator[Any]) -> Any:
+    """Returns batches of one tree of arrays as one batch."""
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *batches)
 
 
 class Run(NamedTuple):

@@ -15,16 +15,20 @@ from jaxtyping import Array, Float, Key
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from drl_jax import config as config_lib
 from drl_jax import (
     data,
     exported,
     images,
     inpainting,
     interpolation,
+    long_run_mode,
+    long_run_report,
     masks,
     original,
     train_step,
 )
+from drl_jax import long_run as long_run_lib
 from drl_jax import model as model_lib
 from drl_jax.checkpoints import Checkpoints, make_writable
 from drl_jax.errors import UserError
@@ -245,6 +249,53 @@ def inpaint(
         errors["sample_to_truth"],
     )
     log.info("%d completions of each of %d images are in %s", completions, len(truth), folder)
+
+
+def long_run(
+    workdir: epath.Path,
+    revise: Revise,
+    num_steps: int,
+    num_chains: int | None,
+    levels: Sequence[int],
+    seed: int,
+) -> None:
+    """Watches chains for thousands of steps (`long_run_mode`), going on where it stopped.
+
+    Args:
+      workdir: of a run.
+      revise: changes the configuration.
+      num_steps: of every chain.
+      num_chains: a level; None for as many as one batch holds.
+      levels: to be watched; none for all, or for ten of many.
+      seed: of all noise, and of the choice of images.
+
+    Raises:
+      UserError: if there is no checkpoint or no data, the chains asked for are impossible or
+        were begun with other settings, or the folder cannot be written to.
+      Interrupted: a signal asked for the end; all is saved.
+    """
+    config, model, step = model_lib.load_run(workdir, revise)
+    T = model.method.schedule.T
+    watched = np.unique(levels or [group[0] for group in train_step.level_groups(T)])
+    long_run_lib.require_levels(watched, T)
+    long_run_lib.require_chain(model.method.sampler)
+    sharing = long_run_lib.SHARING
+    if num_chains is None:
+        num_chains = max(1, config.evaluation.batch_size // len(watched) // sharing) * sharing
+    long_run_lib.shared_conditions(num_chains)
+    truth = np.stack(list(data.all_images(config, limit=config.evaluation.num_data)))
+    key, setting_key = jax.random.split(jax.random.key(seed))
+    setting = long_run_mode.prepare(model, setting_key, truth, watched, num_chains)
+    name = f"step_{step}_{config.mcmc.sampler}_seed_{seed}"
+    folder = workdir / "long_run" / name
+    make_writable(folder)
+    adapt(config, model)
+    settings = {"num_chains": num_chains, "levels": watched.tolist()}
+    fields = config_lib.flatten(config)
+    decisive = ("mcmc.", "data.", "evaluation.num_data", "evaluation.batch_size")
+    settings |= {f"config.{name}": v for name, v in fields if name.startswith(decisive)}
+    story = long_run_mode.run(model, key, setting, num_steps, folder, settings)
+    long_run_report.write(folder, story, setting, T)
 
 
 def adapt(config: ConfigDict, model: Model) -> None:

@@ -47,16 +47,24 @@ def run_chain(
     `steps` are the steps' numbers, folded into the keys: a chain that stops after step k
     goes on with k + 1 as if it had not stopped.
     """
-    tuning = {name: values[t] for name, values in sampler.tuning.items()}
+    step = chain_step(keys, sampler, log_density_fn, t)
 
-    def step(carry, k):
+    def body(carry, k):
         state, accepted = carry
-        state, info = sampler.kernel(noise.fold(keys, k), state, log_density_fn, **tuning)
+        state, info = step(state, k)
         return (state, accepted + info.acceptance), None
 
     start = sampler.init(position, log_density_fn), jnp.zeros_like(position, shape=t.shape)
-    (state, accepted), _ = jax.lax.scan(step, start, steps)
+    (state, accepted), _ = jax.lax.scan(body, start, steps)
     return state.position, accepted / len(steps)
+
+
+def chain_step(
+    keys: Key[Array, "B"], sampler: Sampler, log_density_fn: LogDensityFn, t: Int[Array, "B"]
+) -> Callable[[Any, Int[Array, ""]], tuple[Any, Any]]:
+    """Returns (state, k) -> (state, info), step k of chains with the tuning of their levels."""
+    tuning = {name: values[t] for name, values in sampler.tuning.items()}
+    return lambda state, k: sampler.kernel(noise.fold(keys, k), state, log_density_fn, **tuning)
 
 
 def adapt_step_size(

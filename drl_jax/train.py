@@ -3,11 +3,7 @@
 import contextlib
 import logging
 import math
-import signal
-import threading
 import time
-from collections.abc import Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +16,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from drl_jax import config as config_lib
-from drl_jax import data, images, method, model, parallel, train_state, train_step
+from drl_jax import data, images, method, model, parallel, signals, train_state, train_step
 from drl_jax.checkpoints import Checkpoints, make_writable
 from drl_jax.errors import Interrupted, UserError
 from drl_jax.method import Method
@@ -147,7 +143,7 @@ def fit(
             state, metrics = advance(state)
             if step == start:
                 # Not before: compiling would hold the signal up, and nothing can be lost.
-                stop = stack.enter_context(stop_on_signal())
+                stop = stack.enter_context(signals.stop_on_signal())
             # Reading a metric waits for the device, so read those of the step before.
             if unsettled:
                 progress.add(settle(*unsettled))
@@ -264,21 +260,3 @@ def nan_mean(values: np.ndarray) -> np.ndarray:
     """Mean over the first axis of what is not NaN; NaN where nothing is left."""
     count = np.sum(np.isfinite(values), axis=0)
     return np.where(count, np.nansum(values, axis=0) / np.maximum(count, 1), np.nan)
-
-
-@contextlib.contextmanager
-def stop_on_signal() -> Iterator[list[int]]:
-    """Collects SIGTERM and SIGINT in a list, so that the loop can end between two steps."""
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-    signals = (signal.SIGTERM, signal.SIGINT)
-    before: dict[int, Any] = {
-        s: signal.signal(s, lambda signum, _: received.append(signum)) for s in signals
-    }
-    try:
-        yield received
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from drl_jax import checkpoints, model, parallel, train
+from drl_jax import checkpoints, model, parallel, signals, train
 from drl_jax.errors import Interrupted, UserError
 from drl_jax.train_step import Metrics
 
@@ -332,7 +332,7 @@ def test_an_exploding_or_unreal_loss_energy_or_gradient_is_refused(changes):
 
 def test_signals_are_collected_and_handed_back():
     before = signal.getsignal(signal.SIGTERM)
-    with train.stop_on_signal() as received:
+    with signals.stop_on_signal() as received:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGINT)
         wait = time.monotonic() + 10
