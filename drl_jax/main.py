@@ -7,6 +7,7 @@ python -m drl_jax.main --mode=inpaint --mask=centre --workdir=DIR
 
 import difflib
 import functools
+import importlib
 import logging
 import os
 import re
@@ -22,7 +23,19 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from drl_jax import config as config_lib
 from drl_jax.errors import Interrupted, UserError
 
-# Flags that mean something to some modes only.
+# Each a module of `drl_jax.modes`.
+MODES = (
+    "train",
+    "sample",
+    "evaluate",
+    "interpolate",
+    "inpaint",
+    "long_run",
+    "export",
+    "import_original",
+)
+
+# Flags that mean something to some modes only, which take them by these names.
 ONLY_OF = {
     "config": ("train", "import_original"),
     "num_samples": ("sample",),
@@ -89,35 +102,18 @@ def run(values: flags.FlagValues, changes: Sequence[str]) -> None:
     elif values.mode == "import_original":
         config = changed(config_lib.default(), changes)
     prepare_jax()
-    from drl_jax import modes  # JAX and Orbax load here, after the flags are known good
-
-    revise = functools.partial(changed, changes=changes)
-    workdir = pick_workdir(values)
-    if values.mode == "import_original":
-        modes.import_original(config, values.tf_checkpoint, values.image_size, workdir)
-    elif values.mode == "train":
-        modes.train(config, workdir)
-    elif values.mode == "sample":
-        modes.sample(workdir, revise, values.num_samples, values.seed)
-    elif values.mode == "interpolate":
-        modes.interpolate(
-            *(workdir, revise, values.images, values.pairs, values.frames, values.level),
-            values.seed,
-        )
-    elif values.mode == "inpaint":
-        modes.inpaint(
-            *(workdir, revise, values.mask, values.images, values.completions, values.rounds),
-            values.seed,
-        )
-    elif values.mode == "long_run":
-        modes.long_run(
-            *(workdir, revise, values.num_steps, values.num_chains),
-            *(levels_of(values), values.seed),
-        )
-    elif values.mode == "export":
-        modes.export(workdir)
+    # JAX and Orbax load with the mode, after the flags are known good.
+    mode = importlib.import_module(f"drl_jax.modes.{values.mode}")
+    options = {
+        name: values[name].value
+        for name, modes in ONLY_OF.items()
+        if values.mode in modes and name != "config"
+    }
+    if config is None:
+        options["revise"] = functools.partial(changed, changes=changes)
     else:
-        modes.evaluate(workdir, revise)
+        options["config"] = config
+    mode.run(workdir=pick_workdir(values), **options)
 
 
 def define_flags() -> flags.FlagValues:
@@ -133,9 +129,7 @@ def define_flags() -> flags.FlagValues:
         "--config.FIELD=VALUE changes a field of it.",
         flag_values=values,
     )
-    modes = ["train", "sample", "interpolate", "inpaint", "evaluate", "export"]
-    modes += ["long_run", "import_original"]
-    flags.DEFINE_enum("mode", "train", modes, "What to do (train).", flag_values=values)
+    flags.DEFINE_enum("mode", "train", MODES, "What to do (train).", flag_values=values)
     flags.DEFINE_string(
         "workdir", None, "Where the run lives; a bucket will do.", flag_values=values
     )
@@ -187,18 +181,6 @@ def define_flags() -> flags.FlagValues:
     return values
 
 
-def levels_of(values: flags.FlagValues) -> list[int]:
-    """Returns --levels as numbers.
-
-    Raises:
-      UserError: naming what is no number.
-    """
-    for text in values.levels:
-        if not text.strip().isdecimal():
-            raise UserError(f"--levels: {text!r} is no level, give numbers such as 0,3,5")
-    return [int(text) for text in values.levels]
-
-
 def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, Sequence[str]]:
     """Parses the command line; returns the --config.FIELD=VALUE apart, unparsed.
 
@@ -234,7 +216,9 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, Sequence[str]]:
                     "--image_size"
                 )
         return values, changes
-    levels_of(values)
+    for text in values.levels:
+        if not text.strip().isdecimal():
+            raise UserError(f"--levels: {text!r} is no level, give numbers such as 0,3,5")
     for change in changes:
         if not change.lstrip("-").startswith(FREE_AFTER_TRAINING):
             raise UserError(f"{change} is for --mode=train, not for --mode={values.mode}")

@@ -17,7 +17,6 @@ from drl_jax import (
     images,
     inpainting,
     interpolation,
-    long_run,
     masks,
     method,
     noise,
@@ -28,7 +27,8 @@ from drl_jax import (
 )
 from drl_jax.energies.energy import Energy, Params
 from drl_jax.errors import UserError
-from drl_jax.long_run import Chains, Seen
+from drl_jax.long_run import chains as long_run
+from drl_jax.long_run.chains import Chains, Seen
 from drl_jax.method import Method
 
 _noise_strips = jax.jit(interpolation.noise_strips, static_argnames=("shape", "frames"))

@@ -1,6 +1,6 @@
 import numpy as np
 
-from drl_jax import diagnostics
+from drl_jax.long_run import diagnostics
 
 
 def test_independent_draws_are_worth_their_number():

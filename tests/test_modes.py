@@ -13,8 +13,9 @@ from PIL import Image
 from test_summary import vectors
 
 from drl_jax import config as config_lib
-from drl_jax import images, model, modes
+from drl_jax import images, model
 from drl_jax.evaluation import inception, weights
+from drl_jax.modes import evaluate
 
 
 @pytest.fixture
@@ -63,7 +64,7 @@ def test_unusable_weights_are_refused_before_training(tmp_path, capsys):
 
 def test_unusable_weights_are_refused_before_sampling(capsys, monkeypatch):
     workdir = tiny.trained()
-    monkeypatch.setattr(modes, "draw", None)
+    monkeypatch.setattr(evaluate.parts, "draw", None)
     change = "--config.evaluation.inception_weights=nonesuch.pth"
     assert tiny.main("--mode=evaluate", f"--workdir={workdir}", change) == 1
     assert re.search(r"^error: .* no such file; get https", capsys.readouterr().err, re.M)
@@ -76,7 +77,7 @@ def test_where_fid_would_make_sense_the_log_says_what_it_needs(caplog, size, cha
     config = config_lib.default()
     config.data.update(image_size=size, channels=channels)
     with caplog.at_level(logging.INFO):
-        assert modes.named_weights(config) is None
+        assert evaluate.named_weights(config) is None
     assert [record.getMessage() for record in caplog.records] == [
         f"FID, KID and the inception score are left out; for them, {weights.GET}"
     ] * told
@@ -94,10 +95,10 @@ def test_many_samples_are_perceived_but_not_held(tmp_path, monkeypatch, percepti
         seen.append(np.stack(shown))
         return vectors(shown)
 
-    monkeypatch.setattr(modes, "HELD", 100)
-    monkeypatch.setattr(modes.inception, "Extractor", lambda *_: extractor)
-    monkeypatch.setattr(modes.summary, "compare", fake_comparison)
-    modes.measure(config, trained, step, epath.Path(tmp_path), perception)
+    monkeypatch.setattr(evaluate, "HELD", 100)
+    monkeypatch.setattr(evaluate.inception, "Extractor", lambda *_: extractor)
+    monkeypatch.setattr(evaluate.summary, "compare", fake_comparison)
+    evaluate.measure(config, trained, step, epath.Path(tmp_path), perception)
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert (metrics["num_samples"], metrics["num_data"]) == (100, 100)
     if perception is None:

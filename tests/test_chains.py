@@ -7,9 +7,11 @@ import pytest
 from statistical import assert_mean, assert_variance
 from test_sampling import SCHEDULE, gaussian, marginal
 
-from drl_jax import diagnostics, long_run, method, noise
+from drl_jax import method, noise
 from drl_jax.config import default
 from drl_jax.errors import UserError
+from drl_jax.long_run import chains as long_run
+from drl_jax.long_run import diagnostics
 from drl_jax.mcmc import hmc, langevin
 from drl_jax.sampling import Sampler
 

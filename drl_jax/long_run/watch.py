@@ -1,7 +1,7 @@
 """Long-run chains watched: what they start from, what they show, and going on where they were.
 
 At each level, chains on p(y | x_tilde) go on for thousands of steps. Chains of one x_tilde,
-`long_run.SHARING` or more, sample one distribution and are compared with each other (R-hat,
+`chains.SHARING` or more, sample one distribution and are compared with each other (R-hat,
 effective sample size); x_tilde is data of the level above, so that together they should look
 like data of their own level (energy, displacement, Fréchet distance). At the top, T - 1, there
 is no condition: all chains sample the marginal, from white noise.
@@ -27,9 +27,7 @@ from tqdm import tqdm
 
 from drl_jax import config as config_lib
 from drl_jax import (
-    diagnostics,
     diffusion,
-    long_run,
     noise,
     recovery,
     sampling,
@@ -38,7 +36,9 @@ from drl_jax import (
 )
 from drl_jax.errors import Interrupted, UserError
 from drl_jax.evaluation.frechet import Normal, fit, frechet_distance
-from drl_jax.long_run import Chains, Seen
+from drl_jax.long_run import chains as long_run
+from drl_jax.long_run import diagnostics
+from drl_jax.long_run.chains import Chains, Seen
 from drl_jax.model import Model
 from drl_jax.snapshots import Snapshot
 

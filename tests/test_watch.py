@@ -11,8 +11,9 @@ import tiny
 from etils import epath
 from PIL import Image
 
-from drl_jax import long_run_mode, model, sampling, train_step
+from drl_jax import model, sampling, train_step
 from drl_jax.evaluation.frechet import fit
+from drl_jax.long_run import watch
 from drl_jax.snapshots import read, write
 
 ASKED = {"num_steps": 20, "num_chains": 8}
@@ -101,7 +102,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     whole = results(workdir, sampler)
     folder(workdir, sampler).rmtree()
     monkeypatch.setattr(long_run_mode, "CALL", 0)  # one step a call, and so other calls
-    add, calls = long_run_mode.Progress.add, []
+    add, calls = watch.Progress.add, []
 
     def stop_now_and_then(self, steps):
         add(self, steps)
@@ -109,11 +110,11 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
         if len(calls) % every == 0:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(long_run_mode.Progress, "add", stop_now_and_then)
+    monkeypatch.setattr(watch.Progress, "add", stop_now_and_then)
     while (status := start(workdir, *asked)) == 128 + signal.SIGTERM:
         assert "the same command goes on from here" in caplog.messages[-1]
     assert status == 0
-    of_ladders = sum(N // 6 * 6 for N in long_run_mode.ladder_totals(steps, 6))
+    of_ladders = sum(N // 6 * 6 for N in watch.ladder_totals(steps, 6))
     assert calls == [1] * (steps + of_ladders)  # no step is made twice
     assert len(calls) > every
     assert results(workdir, sampler) == whole
@@ -182,6 +183,6 @@ def test_the_default_levels_and_chains_fill_a_batch(workdir):
 def test_chains_that_ran_away_are_told_without_numbers():
     x = np.ones((8, 2, 2, 1))
     reference = fit(np.ones((9, 4)))
-    assert long_run_mode.distance(x, reference) == pytest.approx(0)
+    assert watch.distance(x, reference) == pytest.approx(0)
     x[3, 0] = np.inf
-    assert np.isnan(long_run_mode.distance(x, reference))
+    assert np.isnan(watch.distance(x, reference))
