@@ -17,7 +17,12 @@ from drl_jax.long_run import watch
 from drl_jax.snapshots import read, write
 
 ASKED = {"num_steps": 20, "num_chains": 8}
-HMC = ["--config.mcmc.sampler=hmc", "--config.mcmc.leapfrog=(2,)", "--levels=0"]
+HMC = [
+    "--config.mcmc.sampler=hmc",
+    "--config.mcmc.leapfrog=(2,)",
+    "--config.mcmc.warmup_steps=5",
+    "--levels=0",
+]
 
 
 @pytest.fixture
@@ -115,7 +120,8 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
         assert "the same command goes on from here" in caplog.messages[-1]
     assert status == 0
     of_ladders = sum(N // 6 * 6 for N in watch.ladder_totals(steps, 6))
-    assert calls == [1] * (steps + of_ladders)  # no step is made twice
+    assert sum(calls) == steps + of_ladders  # no step is made twice
+    assert max(calls) == 1
     assert len(calls) > every
     assert results(workdir, sampler) == whole
     if sampler == "langevin":
@@ -131,10 +137,6 @@ def test_wrong_commands_are_one_clear_line(workdir, capsys):
         (["--levels=-1"], "'-1' is no level"),
         (["--num_steps=0"], "num_steps=0"),
         (["--num_chains=20"], "200 images, too few to compare 120 chains"),
-        (
-            ["--config.mcmc.sampler=normal_approximation", "--config.mcmc.K=1"],
-            "one draw.*--config.mcmc.sampler=langevin",
-        ),
         (["--config.data.name=folder:nonesuch"], "no such folder"),
     ):
         asked = {name: v for name, v in ASKED.items() if f"--{name}" not in args[0]}
