@@ -118,7 +118,7 @@ def denoising_loss(
         w_t / D · |y - x_tilde - sigma² grad F(x_tilde, t)|² / (2 sigma²),   sigma = sigma_{t+1}
 
     is the negative log-likelihood of y under N(x_tilde + sigma² grad F(x_tilde), sigma² I),
-    without its constant, per dimension (Gao et al. 2021, eq. 10). The weight
+    without its constant, per dimension (Gao et al. 2021, section 3.3). The weight
     w_t = sigma_bar_{t+1}² / sigma_{t+1}² makes all levels weigh the same: with y the mean of
     its draws given the data, the error is |eps_bar + sigma_bar_{t+1} grad F|² / (2 D), the
     loss of Ho et al. (2020, eq. 14). Its gradient is one of a gradient; it needs no chain.

@@ -329,7 +329,23 @@ def test_a_trained_model_is_sampled_by_another_sampler_after_a_warm_up(
     assert tiny.main("--mode=sample", f"--workdir={workdir}", "--num_samples=8", *changes) == 0
     acceptances = [float(a) for a in re.findall(r"level \d: .*, acceptance (.*)", caplog.text)]
     np.testing.assert_allclose(acceptances, 6 * [0.65], atol=0.25)
-    assert tiny.main("--mode=sample", f"--workdir={workdir}", "--config.mcmc.foo=1") == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("mcmc.foo=1", "config.mcmc.foo=1: the config has no such field"),
+        ("mcmc.sampler=normal_approximation", "small noise of T = 1000 levels.* T = 6"),
+        ("mcmc.K=0", "config.mcmc.K is 0"),
+    ],
+)
+def test_a_trained_model_takes_no_impossible_sampler(workdir, tree, capsys, change, words):
+    tiny.trained(copy=workdir)
+    before = tree(workdir)
+    capsys.readouterr()
+    assert tiny.main("--mode=sample", f"--workdir={workdir}", f"--config.{change}") == 1
+    assert re.fullmatch(rf"error: .*{words}.*\n", capsys.readouterr().err)
+    assert tree(workdir) == before
 
 
 @pytest.mark.parametrize("mode", ["train", "sample", "evaluate"])

@@ -300,6 +300,7 @@ def make_metrics(**changes):
         "f_pos": [1.0, nan],
         "f_neg": [-2.0, nan],
         "displacement": [0.5, nan],
+        "acceptance": [1.0, nan],
     }
     values |= changes
     return Metrics(**{name: np.asarray(value, np.float32) for name, value in values.items()})

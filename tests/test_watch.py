@@ -106,7 +106,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(
     assert start(workdir, *asked) == 0
     whole = results(workdir, sampler)
     folder(workdir, sampler).rmtree()
-    monkeypatch.setattr(long_run_mode, "CALL", 0)  # one step a call, and so other calls
+    monkeypatch.setattr(watch, "CALL", 0)  # one step a call, and so other calls
     add, calls = watch.Progress.add, []
 
     def stop_now_and_then(self, steps):

@@ -4,7 +4,7 @@
 
 At y = x_tilde the recovery likelihood's quadratic term has no gradient, so that with
 s = sigma_{t+1} one step from x_tilde draws N(x_tilde + sigma² grad F(x_tilde), sigma² I): the
-conditional itself up to an error that vanishes with sigma (Gao et al. 2021, eq. 10). Made
+conditional itself up to an error that vanishes with sigma (Gao et al. 2021, section 3.3). Made
 for many levels (T1k). No Markov chain: a second step would draw from something else.
 
 The same as a Langevin step of length sqrt(2) s with its noise divided by sqrt(2), and written
