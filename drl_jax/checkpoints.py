@@ -9,7 +9,6 @@ short) is passed over, with a word, for the one before it.
 import contextlib
 import json
 import logging
-import os
 import zlib
 from collections.abc import Callable, Iterator
 
@@ -199,18 +198,3 @@ def find_fault(folder: epath.Path) -> str | None:
         return f"{SEAL} is missing or unreadable: {error}"
     wrong = [name for name, checksum in sealed.items() if found.get(name) != checksum]
     return f"{wrong[0]} is missing or altered" if wrong else None
-
-
-def make_writable(folder: epath.Path) -> None:
-    """Makes a folder, if there is none, and sees that files can be written in it.
-
-    Raises:
-      UserError: if they cannot.
-    """
-    probe = folder / f".probe-{os.getpid()}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}") from error

@@ -84,11 +84,7 @@ def diffuse(
     schedule: NoiseSchedule,
 ) -> Float[Array, "B *D"]:
     """Draws x_t ~ q(x_t | x) = N(a_bar_t x, sigma_bar_t² I) for data x."""
-    eps = noise.normal(keys, x.shape[1:])
-    return (
-        noise.per_example(schedule.a_bar[t], x) * x
-        + noise.per_example(schedule.sigma_bar[t], x) * eps
-    )
+    return _blur(keys, x, schedule.a_bar[t], schedule.sigma_bar[t])
 
 
 def step(
@@ -98,11 +94,7 @@ def step(
     schedule: NoiseSchedule,
 ) -> Float[Array, "B *D"]:
     """Draws x_{t+1} ~ q(x_{t+1} | x_t) = N(a_{t+1} x_t, sigma_{t+1}² I), t in 0..T-1."""
-    eps = noise.normal(keys, x_t.shape[1:])
-    return (
-        noise.per_example(schedule.a[t + 1], x_t) * x_t
-        + noise.per_example(schedule.sigma[t + 1], x_t) * eps
-    )
+    return _blur(keys, x_t, schedule.a[t + 1], schedule.sigma[t + 1])
 
 
 def diffuse_pair(
@@ -134,3 +126,9 @@ def posterior(
     of_data = schedule.a_bar[t] * (sigma[t + 1] / sigma_bar[t + 1]) ** 2
     mean = noise.per_example(of_next, x) * x_next + noise.per_example(of_data, x) * x
     return mean, sigma[t + 1] * sigma_bar[t] / sigma_bar[t + 1]
+
+
+def _blur(keys, x, a, sigma):
+    """Draws N(a x, sigma² I), a and sigma a number an example."""
+    eps = noise.normal(keys, x.shape[1:])
+    return noise.per_example(a, x) * x + noise.per_example(sigma, x) * eps

@@ -14,6 +14,7 @@ from drl_jax import method, parallel
 from drl_jax import model as model_lib
 from drl_jax.energies.energy import Params
 from drl_jax.errors import UserError
+from drl_jax.files import write_whole
 from drl_jax.model import Model, Run, generating
 
 SUFFIX = ".npz"
@@ -44,7 +45,11 @@ def load(path_or_name: str) -> Run:
 
 
 def write(run: Run, file: epath.Path) -> None:
-    """Writes a model, whole or not at all: its config, step and normalised parameters."""
+    """Writes a model: its config, step and normalised parameters.
+
+    Raises:
+      UserError: if the file cannot be written.
+    """
     about = {"config": config_lib.to_json(run.config), "step": run.step}
     arrays: dict[str, Any] = {
         f"params/{name}": np.asarray(value)
@@ -52,9 +57,7 @@ def write(run: Run, file: epath.Path) -> None:
     }
     encoded = io.BytesIO()
     np.savez_compressed(encoded, about=np.array(json.dumps(about)), **arrays)
-    unfinished = file.with_name(f".{file.name}.unfinished")
-    unfinished.write_bytes(encoded.getvalue())
-    unfinished.rename(file)
+    write_whole(file, encoded.getvalue())
 
 
 def read(file: epath.Path) -> Run:

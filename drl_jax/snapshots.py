@@ -6,7 +6,6 @@ its checksum: a flipped bit would else be read in silence.
 
 import io
 import json
-import os
 import zlib
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ import numpy as np
 from etils import epath
 
 from drl_jax.errors import UserError
+from drl_jax.files import write_whole
 
 NUMBERS = "numbers"  # the array that holds them
 SEAL = 4  # bytes of the checksum, before those of an .npz
@@ -32,7 +32,7 @@ class Snapshot(NamedTuple):
 
 
 def write(path: epath.Path, snapshot: Snapshot) -> None:
-    """Writes the file under another name and then gives it its own, in one step.
+    """Replaces the file, in one step.
 
     Raises:
       UserError: if it cannot be written.
@@ -42,12 +42,7 @@ def write(path: epath.Path, snapshot: Snapshot) -> None:
     members[NUMBERS] = np.frombuffer(json.dumps(snapshot.numbers).encode(), np.uint8)
     np.savez(encoded, **members)
     content = encoded.getvalue()
-    aside = path.parent / f"{path.name}.{os.getpid()}"
-    try:
-        aside.write_bytes(_seal(content) + content)
-        aside.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write to {path}: {error.strerror}") from error
+    write_whole(path, _seal(content) + content)
 
 
 def read(path: epath.Path) -> Snapshot | None:

@@ -17,8 +17,9 @@ from tqdm import tqdm
 
 from drl_jax import config as config_lib
 from drl_jax import data, images, method, model, parallel, signals, train_state, train_step
-from drl_jax.checkpoints import Checkpoints, make_writable
+from drl_jax.checkpoints import Checkpoints
 from drl_jax.errors import Interrupted, UserError
+from drl_jax.files import make_writable
 from drl_jax.method import Method
 from drl_jax.model import Model, generating_params
 from drl_jax.train_state import TrainState

@@ -271,16 +271,3 @@ def test_a_checkpoint_that_cannot_be_written_is_one_clear_line(workdir):
     while left := [t for t in threading.enumerate() if t not in threads and not t.daemon]:
         assert time.monotonic() < end, left  # the program could not end
         time.sleep(0.01)
-
-
-@pytest.mark.parametrize("inside", ["", "deeper"])
-def test_a_folder_that_cannot_be_made_is_told(workdir, inside):
-    file = workdir / "file"
-    file.write_text("")
-    with pytest.raises(UserError, match=r"cannot write to .*file"):
-        checkpoints.make_writable(file / inside)
-
-
-def test_a_folder_is_made_writable_without_a_trace(workdir):
-    checkpoints.make_writable(workdir / "a" / "b")
-    assert files(workdir / "a" / "b") == []

@@ -6,6 +6,7 @@ from PIL import Image
 from test_summary import vectors
 
 from drl_jax import config as config_lib
+from drl_jax.errors import UserError
 from drl_jax.evaluation import reference
 
 
@@ -108,7 +109,7 @@ def test_where_the_datas_place_cannot_be_written_to_the_work_directory_is(
 ):
     def write(file, summary, write=reference.write):
         if file.parent == epath.Path(tmp_path):
-            raise PermissionError("not here")
+            raise UserError("not here")
         write(file, summary)
 
     monkeypatch.setattr(reference, "write", write)

@@ -4,7 +4,6 @@ import hashlib
 import io
 import json
 import logging
-import os
 
 import numpy as np
 from etils import epath
@@ -12,9 +11,11 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from drl_jax import data, images
+from drl_jax.errors import UserError
 from drl_jax.evaluation.frechet import Moments
 from drl_jax.evaluation.inception import Extractor
 from drl_jax.evaluation.summary import Summary, summarise
+from drl_jax.files import write_whole
 
 log = logging.getLogger(__name__)
 
@@ -52,8 +53,8 @@ def of_data(
     for file in files:
         try:
             write(file, summary)
-        except OSError as error:
-            log.info("the data's Inception statistics cannot be kept in %s: %s", file, error)
+        except UserError as error:
+            log.info("the data's Inception statistics cannot be kept: %s", error)
         else:
             log.info("the data's Inception statistics are kept in %s", file)
             break
@@ -61,7 +62,11 @@ def of_data(
 
 
 def write(file: epath.Path, summary: Summary) -> None:
-    """Writes a summary, so that the file is never there in part."""
+    """Writes a summary, so that the file is never there in part.
+
+    Raises:
+      UserError: if it cannot be written.
+    """
     encoded = io.BytesIO()
     np.savez(
         encoded,
@@ -69,9 +74,7 @@ def write(file: epath.Path, summary: Summary) -> None:
         score=summary.score,
         **summary.moments._asdict(),
     )
-    part = file.parent / f".{file.name}-{os.getpid()}"
-    part.write_bytes(encoded.getvalue())
-    part.replace(file)
+    write_whole(file, encoded.getvalue())
 
 
 def read(file: epath.Path) -> Summary | None:

@@ -15,9 +15,9 @@ from drl_jax import (
     images,
 )
 from drl_jax import model as model_lib
-from drl_jax.checkpoints import make_writable
 from drl_jax.evaluation import inception, levels, pixels, reference, summary, weights
 from drl_jax.evaluation.weights import Weights
+from drl_jax.files import make_writable
 from drl_jax.model import Model
 from drl_jax.modes import parts
 from drl_jax.modes.parts import Revise

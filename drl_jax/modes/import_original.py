@@ -6,8 +6,9 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from drl_jax import original
-from drl_jax.checkpoints import Checkpoints, make_writable
+from drl_jax.checkpoints import Checkpoints
 from drl_jax.errors import UserError
+from drl_jax.files import make_writable
 
 log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from etils import epath
 
 from drl_jax import images
 from drl_jax import model as model_lib
-from drl_jax.checkpoints import make_writable
+from drl_jax.files import make_writable
 from drl_jax.modes import parts
 from drl_jax.modes.parts import Revise
 

@@ -1,0 +1,43 @@
+import pytest
+from etils import epath
+
+from drl_jax import files
+from drl_jax.errors import UserError
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return epath.Path(tmp_path)
+
+
+@pytest.mark.parametrize("inside", ["", "deeper"])
+def test_a_folder_that_cannot_be_made_is_told(folder, inside):
+    file = folder / "file"
+    file.write_text("")
+    with pytest.raises(UserError, match=r"cannot write to .*file"):
+        files.make_writable(file / inside)
+
+
+def test_a_folder_is_made_writable_without_a_trace(folder):
+    files.make_writable(folder / "a" / "b")
+    assert list((folder / "a" / "b").iterdir()) == []
+
+
+def test_a_file_is_replaced_whole(folder, monkeypatch):
+    """Where the write stops half way the old content stays, under its name."""
+    file = folder / "file"
+    files.write_whole(file, b"old")
+
+    def write_half(self, content):
+        with open(self, "wb") as half:
+            half.write(content[: len(content) // 2])
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(file), "write_bytes", write_half)
+        with pytest.raises(UserError, match=r"cannot write to .*file: No space left"):
+            files.write_whole(file, b"new one")
+    assert file.read_bytes() == b"old"
+    files.write_whole(file, b"new one")
+    assert file.read_bytes() == b"new one"
+    assert [path.name for path in folder.iterdir() if not path.name.startswith(".")] == ["file"]
