@@ -76,6 +76,31 @@ def test_white_noise_is_the_reference_measure_of_many_levels():
     np.testing.assert_allclose(F(x, LEVELS), expected, rtol=1e-6)
 
 
+def test_the_network_of_many_levels_has_a_gradient_of_order_one_at_every_level():
+    """Of the exact F for data at a point, the hardest: a normal of variance sigma_bar².
+
+    With f = tau (F + rho |x|² / 2) the root mean square of grad f is a_bar_t². With T6's s_t²
+    it would be three to six orders of magnitude smaller below the top.
+    """
+    many = diffusion.schedule(1000)
+    t = jnp.arange(1000)
+    x_t = many.a_bar[t] * 0.3 + many.sigma_bar[t] * jax.random.normal(
+        jax.random.key(0), (500, 1000)
+    )
+
+    def slope(parameterisation):
+        tau, rho = parameterisation
+        grad_F = -(x_t - many.a_bar[t] * 0.3) / many.sigma_bar[t] ** 2
+        return np.sqrt(np.mean((tau * (grad_F + rho * x_t)) ** 2, axis=0))
+
+    ours = slope(Parameterisation(many.sigma_bar[:-1], 1.0))
+    np.testing.assert_allclose(ours[:900], (many.a_bar[:900]) ** 2, rtol=0.3, atol=0.05)
+    assert np.max(ours) < 1.2
+    theirs = slope(Parameterisation(recovery.step_sizes(many, B_SQUARED) ** 2, 0.0))
+    assert np.max(theirs[:-1]) < 5e-4
+    assert np.min(theirs) < 5e-6
+
+
 def test_the_denoising_loss_of_a_quadratic_energy_has_its_closed_form():
     """F = -c |x|² / 2, so grad F = -c x, and y - x_tilde - sigma² grad F is known."""
     many = diffusion.schedule(1000)
