@@ -280,6 +280,37 @@ def test_evaluating_gives_the_numbers_that_training_ended_with(workdir, tree):
     assert json.loads(after["metrics.json"][1])["step"] == tiny.STEPS
 
 
+T1K = {
+    "diffusion__T": 1000,
+    "energy__parameterisation": "noise",
+    "mcmc__sampler": "normal_approximation",
+    "mcmc__K": 1,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mcmc__sampler": "hmc", "mcmc__leapfrog": "(1,1,1,1,2,2)", "mcmc__warmup_steps": 30},
+        T1K,
+        T1K | {"train__objective": "denoising"},
+    ],
+    ids=["hmc", "t1k_recovery", "t1k_denoising"],
+)
+def test_every_way_of_training_ends_in_what_evaluating_finds(workdir, tree, changes):
+    """With HMC both adapt the steps before they sample, to the acceptance asked for."""
+    few = {"train__num_steps": 5, "evaluation__num_samples": 16, "evaluation__num_data": 64}
+    assert tiny.main(*tiny.training(workdir, **few, **changes)) == 0
+    before = tree(workdir)
+    assert tiny.main("--mode=evaluate", f"--workdir={workdir}") == 0
+    assert tree(workdir)["metrics.json"][1] == before["metrics.json"][1]
+    found = json.loads(before["metrics.json"][1])["levels"]
+    assert len(found["level"]) == (10 if "diffusion__T" in changes else 6)
+    wanted = 1.0 if "diffusion__T" in changes else 0.65
+    np.testing.assert_allclose(found["acceptance"], wanted, atol=0.3)
+
+
 def samples_of(workdir, n, seed=0):
     assert (
         tiny.main(

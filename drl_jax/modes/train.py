@@ -3,6 +3,7 @@
 from etils import epath
 from ml_collections import ConfigDict
 
+from drl_jax.modes import parts
 from drl_jax.modes.evaluate import measure, named_weights
 
 
@@ -12,4 +13,5 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
 
     perception = named_weights(config)
     model, step = train_lib.train(config, workdir)
+    parts.adapt(config, model)
     measure(config, model, step, workdir, perception)
