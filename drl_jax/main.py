@@ -219,8 +219,9 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, Sequence[str]]:
     for text in values.levels:
         if not text.strip().isdecimal():
             raise UserError(f"--levels: {text!r} is no level, give numbers such as 0,3,5")
+    free = () if values.mode == "export" else FREE_AFTER_TRAINING  # exported as it was made
     for change in changes:
-        if not change.lstrip("-").startswith(FREE_AFTER_TRAINING):
+        if not change.lstrip("-").startswith(free):
             raise UserError(f"{change} is for --mode=train, not for --mode={values.mode}")
     if values.mode == "interpolate":
         if len(values.images) % 2:

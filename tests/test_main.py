@@ -87,6 +87,7 @@ def tree():
         ([CONFIG, "--mode=sample"], "config.*train"),
         (["--mode=sample", "--config.seed=1"], "config.seed=1.*train"),
         (["--mode=evaluate", "--config.energy.ch=8"], "config.energy.ch=8.*train"),
+        (["--mode=export", "--config.mcmc.b_squared=1e-3"], "b_squared=1e-3.*train"),
         ([CONFIG, "--mode=evaluate"], "config.*train"),
         (["--mode=sample"], "needs the --workdir"),
         (["--mode=evaluate"], "needs the --workdir"),

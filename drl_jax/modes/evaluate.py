@@ -10,10 +10,7 @@ from etils import epath
 from jaxtyping import Float
 from ml_collections import ConfigDict
 
-from drl_jax import (
-    data,
-    images,
-)
+from drl_jax import data, images
 from drl_jax import model as model_lib
 from drl_jax.evaluation import inception, levels, pixels, reference, summary, weights
 from drl_jax.evaluation.weights import Weights
@@ -23,7 +20,6 @@ from drl_jax.modes import parts
 from drl_jax.modes.parts import Revise
 
 log = logging.getLogger(__name__)
-
 
 STATISTICS = 256  # images on which the levels' statistics are computed
 HELD = 10_000  # images at most that are held in memory, for the distance of raw pixels

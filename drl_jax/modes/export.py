@@ -15,6 +15,8 @@ log = logging.getLogger(__name__)
 def run(workdir: epath.Path, revise: Revise) -> None:
     """Writes model.npz: what `drl_jax.load` needs of the newest checkpoint, in one file.
 
+    `main` lets nothing be changed in that: T6's parameterisation is of `config.mcmc.b_squared`.
+
     Raises:
       UserError: if there is no checkpoint, or the folder cannot be written to.
     """

@@ -16,7 +16,6 @@ from drl_jax.modes.parts import Revise
 
 log = logging.getLogger(__name__)
 
-
 ROWS = 8  # images that are completed where none are named
 
 

@@ -13,13 +13,10 @@ from jaxtyping import Array, Float, Key
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from drl_jax import (
-    train_step,
-)
+from drl_jax import train_step
 from drl_jax.model import Model
 
 log = logging.getLogger(__name__)
-
 
 # Changes the configuration of a trained model, by what the command line says.
 Revise = Callable[[ConfigDict], ConfigDict]
