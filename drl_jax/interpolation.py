@@ -4,7 +4,8 @@ The frames of a strip start at the same noise level, each a little further from 
 the other, and share the noise of their chains: what differs along a strip comes from its
 starts alone. `sampling.descend` makes images of them.
 
-- Between samples: a strip of x_T on the arc from one white noise to another.
+- Between samples: a strip of x_t on the arc from one half-made sample to another, at a
+  level t where they are noise for the most part; at t = T, between white noises.
 - Between images: both diffused to level t by the same noise, and the line from one to the
   other (Ho et al. 2020, section 4.4); the higher t, the more the model changes.
 """
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from drl_jax import diffusion, noise, sampling
+from drl_jax import diffusion, noise
 from drl_jax.diffusion import NoiseSchedule
 from drl_jax.errors import UserError
 
@@ -44,16 +45,21 @@ def slerp(
     return noise.per_example(of_a, a) * a + noise.per_example(of_b, b) * b
 
 
-def noise_strips(
-    keys: Key[Array, "P"], shape: tuple[int, ...], frames: int, schedule: NoiseSchedule
+def sample_strips(
+    first: Float[Array, "P *D"], last: Float[Array, "P *D"], frames: int
 ) -> Float[Array, "P frames *D"]:
-    """Returns a strip of x_T for each pair's key: an arc between two white noises.
-
-    The first is the x_T from which `sampling.generate` starts under the same key.
-    """
-    first = sampling.white_noise(keys, shape, schedule)
-    last = noise.normal(noise.fold(keys, schedule.T + 1), shape)  # the levels use 0..T
+    """Returns a strip of x_level for each pair of these: the arc between them."""
     return _strips(slerp, first, last, frames)
+
+
+def sample_level(schedule: NoiseSchedule) -> int:
+    """Returns the level where strips between samples start unless another is chosen.
+
+    The highest with a_bar of a quarter or more: 5 of T6, 521 of T1k. Its x_t is little but
+    noise. Where the chains' noise is shared, the levels above tell less and less on the
+    sample; of T1k's x_T nothing comes through.
+    """
+    return int(np.flatnonzero(schedule.a_bar >= 0.25)[-1])
 
 
 def image_strips(

@@ -139,7 +139,7 @@ def define_flags() -> flags.FlagValues:
     for name, default, at_least, text in (
         ("pairs", 8, 1, "Of interpolate: how many pairs of samples (8)."),
         ("frames", 9, 3, "Of interpolate: images of a strip, with its ends (9)."),
-        ("level", None, None, "Of interpolate with --images: noise level (a third of T)."),
+        ("level", None, None, "Of interpolate: the noise level that strips go through."),
         ("completions", 6, 2, "Of inpaint: completions of each image (6)."),
         ("rounds", 10, 1, "Of inpaint: how often each level is drawn (10)."),
         ("num_steps", 1000, 1, "Of long_run: steps of every chain (1000)."),
@@ -228,8 +228,6 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, Sequence[str]]:
             raise UserError(f"--images names {len(values.images)} images: each two are a pair")
         if values.images and values["pairs"].present:
             raise UserError("--pairs is for strips between samples: leave it out with --images")
-        if values["level"].present and not values.images:
-            raise UserError("--level is for strips between images: name them with --images")
     if not values.workdir:
         raise UserError(f"--mode={values.mode} needs the --workdir of a trained model")
     return values, changes

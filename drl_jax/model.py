@@ -31,7 +31,7 @@ from drl_jax.long_run import chains as long_run
 from drl_jax.long_run.chains import Chains, Seen
 from drl_jax.method import Method
 
-_noise_strips = jax.jit(interpolation.noise_strips, static_argnames=("shape", "frames"))
+_sample_strips = jax.jit(interpolation.sample_strips, static_argnames="frames")
 _image_strips = jax.jit(interpolation.image_strips, static_argnames="frames")
 
 
@@ -124,16 +124,29 @@ class Model:
         )
 
     def interpolate(
-        self, key: Key[Array, ""], pairs: int, frames: int
+        self, key: Key[Array, ""], pairs: int, frames: int, level: int | None = None
     ) -> Float[np.ndarray, "pairs frames H W C"]:
-        """Draws strips between samples, through their noise (`interpolation.noise_strips`).
+        """Draws strips between samples, through their noise (`interpolation.sample_strips`).
 
         Each starts at the sample of its number: the first frames are `sample(key, pairs)`.
+
+        Args:
+          key: of all noise.
+          pairs: how many strips.
+          frames: of a strip.
+          level: where the strips start, in 1..T; None for `interpolation.sample_level`.
+
+        Raises:
+          UserError: another level.
         """
-        keys = noise.example_keys(key, jnp.arange(pairs))
-        energy, schedule = self.method.energy, self.method.schedule
-        strips = _noise_strips(keys, energy.shape, frames, schedule)
-        return self._recover_strips(key, strips, schedule.T)
+        keys = noise.example_keys(key, jnp.arange(2 * pairs))
+        schedule = self.method.schedule
+        level = interpolation.sample_level(schedule) if level is None else level
+        interpolation.require_level(level, schedule.T)
+        x_T = sampling.white_noise(keys, self.method.energy.shape, schedule)
+        ends = self.descend(key, x_T, schedule.T, level)
+        strips = _sample_strips(ends[:pairs], ends[pairs:], frames)
+        return self._recover_strips(key, strips, level)
 
     def interpolate_images(
         self,

@@ -34,7 +34,8 @@ def run(
       images: files, each two a pair; none for pairs of samples.
       pairs: of samples, where there are no images.
       frames: of a strip, its ends included.
-      level: to which the given images are diffused; None for a third of the ladder.
+      level: that strips go through; None for a third of the ladder with images, and for
+        `interpolation.sample_level` without.
       seed: of all noise.
 
     Raises:
@@ -42,17 +43,18 @@ def run(
         cannot be written to.
     """
     config, model, step = model_lib.load_run(workdir, revise)
-    T = model.method.schedule.T
-    level = max(1, T // 3) if level is None else level
-    interpolation.require_level(level, T)
+    schedule = model.method.schedule
+    if level is None:
+        level = max(1, schedule.T // 3) if images else interpolation.sample_level(schedule)
+    interpolation.require_level(level, schedule.T)
     ends = data.prepared_files(config, images) if images else None
-    name = f"step_{step}_seed_{seed}" + (f"_level_{level}" if images else "")
-    folder = workdir / "interpolations" / name
+    kind = "images" if images else "samples"
+    folder = workdir / "interpolations" / f"step_{step}_seed_{seed}_{kind}_level_{level}"
     make_writable(folder)
     parts.adapt(config, model)
     key = jax.random.key(seed)
     if ends is None:
-        strips = model.interpolate(key, pairs, frames)
+        strips = model.interpolate(key, pairs, frames, level)
     else:
         strips = model.interpolate_images(key, ends[::2], ends[1::2], frames, level)
         # The strip's ends are recovered from noise: the images themselves stand beside them.
