@@ -137,7 +137,9 @@ def test_weights_are_unbiased_and_their_logarithms_are_bounds(few_rungs):
 
 def test_the_warm_up_finds_the_steps_of_the_target_acceptance_on_every_marginal():
     model = exact.model(CORRELATED, 6)
-    budget = density.DEFAULT._replace(chains=512, rungs=60, burn_in=10, transitions=2)
+    budget = density.DEFAULT._replace(
+        chains=512, rungs=60, burn_in=0, transitions=2, warmup_steps=300
+    )
     key = jax.random.key(3)
     annealing = density.begin(model, key, points(CORRELATED, 512), budget)
     for later in density.annealed(model, key, annealing, budget):
