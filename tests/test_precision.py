@@ -273,11 +273,13 @@ def table(tmp_path_factory):
 def test_the_command_prints_a_row_a_level_and_precision_and_a_verdict(table):
     printed, result = table
     lines = printed.splitlines()
-    assert len(lines) == 2 + 2 * T + 2 + 2
+    assert len(lines) == 2 + 2 * T + 1 + 2 + 2
     assert [line.split()[:2] for line in lines[2:4]] == [["0", "float32"], ["0", "bfloat16"]]
     assert "nan" not in printed
     numbers = [v for row in result["levels"] for v in row.values() if isinstance(v, float)]
-    assert np.all(np.isfinite([*numbers, *result["samples"].values()]))
+    assert np.all(
+        np.isfinite([*numbers, *result["samples"].values(), *result["log_weight"].values()])
+    )
     assert "accept steps yes" in lines[-2]
     assert "accept steps no (" in lines[-1]
 
@@ -305,6 +307,16 @@ def test_the_shipped_model_is_fit_for_chains_in_float32_and_not_for_accept_steps
         assert half[t]["increment"] > 100 * single[t]["increment"]
         assert 1e-3 < half[t]["path_by_displacement"] < 0.15
         assert half[t]["other_decisions"] > 0.03
+
+
+def test_log_weights_are_right_in_float32_and_not_in_bfloat16(table):
+    """Of annealing through all levels: nats of the digits model, whose F is about 1e4.
+
+    Broken by f in bfloat16 in float32's place.
+    """
+    found = table[1]["log_weight"]
+    assert 1e-4 < found["float32"] < 0.03
+    assert found["bfloat16"] > 10
 
 
 @pytest.mark.parametrize(
