@@ -13,7 +13,8 @@ from jaxtyping import Array, Float, Key
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from drl_jax import train_step
+from drl_jax import images, train_step
+from drl_jax.errors import UserError
 from drl_jax.model import Model
 
 log = logging.getLogger(__name__)
@@ -21,8 +22,21 @@ log = logging.getLogger(__name__)
 # Changes the configuration of a trained model, by what the command line says.
 Revise = Callable[[ConfigDict], ConfigDict]
 
-SHEET = 100  # images on a sheet of 10 x 10
+COLUMNS = 10  # of a sheet of 10 x 10 images
 SILENCE = 30  # seconds after which a log without a bar hears how far things are
+
+
+def require_images(model: Model, mode: str) -> None:
+    """Refuses a model of points for a mode that is for images.
+
+    Raises:
+      UserError: if it is one.
+    """
+    if images.are_points(model.method.energy.shape):
+        raise UserError(
+            f"--mode={mode} is for images, and this is a model of points: --mode=sample and "
+            "--mode=evaluate are for them too"
+        )
 
 
 def adapt(config: ConfigDict, model: Model) -> None:
