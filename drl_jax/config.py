@@ -31,6 +31,7 @@ def default() -> ConfigDict:
                 "channels": 3,  # of an image, or coordinates of a point
                 "crop": "centre",  # before resizing: 'centre' square or 'none'
                 "flip": True,  # random horizontal flips
+                "dequantise": False,  # adds uniform noise, as wide as pixel values are apart
             },
             "diffusion": {
                 "T": 6,  # number of energies; noise levels are 0..T
@@ -81,6 +82,16 @@ def default() -> ConfigDict:
                 "batch_size": 256,
                 "inception_weights": "",  # path of their file; '': no FID, KID, IS
             },
+            "likelihood": {
+                "chains": 256,  # annealed down and up, for bounds of log Z
+                "rungs": 1000,  # densities on the way; at least one a level
+                "transitions": 5,  # of HMC at each
+                "leapfrog": 1,  # steps of one; 1 is MALA
+                "burn_in": 200,  # moves on level 0 that make samples of it out of data
+                "target_acceptance": 0.8,
+                "warmup_steps": 20,  # a level
+                "max_gap": 0.1,  # between the bounds, bits a dimension; wider is refused
+            },
         }
     )
 
@@ -114,6 +125,7 @@ CHOICES = {
 OF_POINTS = {
     "data.channels": 2,
     "data.flip": False,
+    "data.dequantise": False,
     "evaluation.inception_weights": "",
 }
 
@@ -126,6 +138,7 @@ FREE_ON_RESUME = (
     "log.",
     "checkpoint.",
     "evaluation.",
+    "likelihood.",
 )
 
 
@@ -158,6 +171,13 @@ def validate(config: ConfigDict) -> None:
         "evaluation.num_samples",
         "evaluation.num_data",
         "evaluation.batch_size",
+        "likelihood.chains",
+        "likelihood.rungs",
+        "likelihood.transitions",
+        "likelihood.leapfrog",
+        "likelihood.target_acceptance",
+        "likelihood.warmup_steps",
+        "likelihood.max_gap",
     )
     fields, known = dict(flatten(config)), dict(flatten(default()))
     for name in sorted(fields.keys() ^ known.keys()):
@@ -201,15 +221,16 @@ def validate(config: ConfigDict) -> None:
             f"config.mcmc.noise_scale is {config.mcmc.noise_scale}: the accept step of "
             f"{sampler!r} knows no other than 1"
         )
-    if config.mcmc.target_acceptance >= 1:
-        raise UserError(
-            f"config.mcmc.target_acceptance is {config.mcmc.target_acceptance}: it must lie "
-            "in (0, 1)"
-        )
+    for name in ("mcmc.target_acceptance", "likelihood.target_acceptance"):
+        if fields[name] >= 1:
+            raise UserError(f"config.{name} is {fields[name]}: it must lie in (0, 1)")
     for name in ("optim.beta1", "optim.ema_decay"):
         if not 0 <= fields[name] < 1:
             raise UserError(f"config.{name} is {fields[name]}: it must lie in [0, 1)")
-    for name in ("optim.warmup_steps", "optim.decay_steps", "mcmc.noise_scale"):
+    for name in (
+        *("optim.warmup_steps", "optim.decay_steps", "mcmc.noise_scale"),
+        "likelihood.burn_in",
+    ):
         if not 0 <= fields[name] < math.inf:
             raise UserError(f"config.{name} is {fields[name]}: it must not be negative")
     if 0 < fields["optim.decay_steps"] <= fields["optim.warmup_steps"]:

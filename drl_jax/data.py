@@ -349,6 +349,9 @@ def training_batches(
     examples = _prepared(config).seed(config.seed).shuffle().repeat(_EPOCHS)
     if config.data.flip:
         examples = examples.random_map(_flip)  # seeded by the example's place in the run
+    if config.data.dequantise:
+        bin_width = 2 / open_source(config).white
+        examples = examples.random_map(lambda image, rng: _dequantise(image, rng, bin_width))
     batches = examples.batch(size)[process_index::process_count][start_step:]
     return iter(batches.map(lambda image: {"image": image}).to_iter_dataset(_READ_OPTIONS))
 
@@ -400,3 +403,9 @@ def _prepared(config: ConfigDict) -> grain.MapDataset:
 
 def _flip(image: Float[np.ndarray, "H W C"], rng: np.random.Generator) -> np.ndarray:
     return image[:, ::-1] if rng.random() < 0.5 else image
+
+
+def _dequantise(
+    image: Float[np.ndarray, "H W C"], rng: np.random.Generator, bin_width: float
+) -> np.ndarray:
+    return image + bin_width * (rng.random(image.shape, np.float32) - np.float32(0.5))

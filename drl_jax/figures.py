@@ -1,13 +1,14 @@
-"""Curves against steps, and densities in the plane, as PNGs."""
+"""Figures of numbers and of densities in the plane, as PNGs."""
 
 import io
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
-from jaxtyping import Float
+from jaxtyping import ArrayLike, Float
 
+from drl_jax.evaluation.density import History
 from drl_jax.evaluation.plane import Grid, Known
 
 # Panels beside each other, and the size of one [inches].
@@ -62,7 +63,44 @@ def write_curves(path: epath.Path, panels: Sequence[Panel]) -> None:
         axes.set_xlabel("steps")
         axes.grid(alpha=0.3)
         axes.legend(fontsize="x-small")
-    _write(path, figure)
+    _write(figure, path)
+
+
+def write_annealing(path: epath.Path, history: History, log_density: ArrayLike) -> None:
+    """Draws how annealing went, from white noise at the left to data at the right.
+
+    Args:
+      path: of the PNG.
+      history: of both passes.
+      log_density: of each example of the data [nats].
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH * 2, HEIGHT * 2), layout="constrained")
+    panels = (
+        ("log Z of the rung [nats]", history.log_Z),
+        ("effective sample size / chains", history.effective_sample_size),
+        ("acceptance", history.acceptance),
+    )
+    for number, (title, (down, up)) in enumerate(panels, 1):
+        axes = figure.add_subplot(2, 2, number)
+        axes.plot(history.sigma_bar, down, color="tab:blue", label="down, from white noise")
+        axes.plot(
+            history.sigma_bar, up, color="tab:orange", linestyle="--", label="up, from data"
+        )
+        axes.set_xscale("log")
+        axes.invert_xaxis()
+        axes.set_title(title, fontsize="medium")
+        axes.set_xlabel("standard deviation of the noise")
+        axes.grid(alpha=0.3)
+        if number > 1:
+            axes.set_ylim(0, 1.05)
+        axes.legend(fontsize="x-small")
+    axes = figure.add_subplot(2, 2, 4)
+    axes.hist(log_density, bins="auto", color="tab:blue")
+    axes.set_title("log-density of the data [nats]", fontsize="medium")
+    axes.set_ylabel("examples")
+    _write(figure, path)
 
 
 def write_levels(
@@ -118,10 +156,10 @@ def write_levels(
         axes.plot(x[:1], y[:1], "o", markersize=7, color="none", markeredgecolor=colour)
         axes.plot(x[-1:], y[-1:], "o", markersize=7, color=colour, markeredgecolor="white")
     axes.set_title("from white noise (rings) to data (dots)", fontsize="medium")
-    _write(path, figure)
+    _write(figure, path)
 
 
-def _show_density(axes, log_density: Float[np.ndarray, "h w"], greatest: float) -> None:
+def _show_density(axes: Any, log_density: Float[np.ndarray, "h w"], greatest: float) -> None:
     """Shows a log-density, first coordinate to the right, down to DEPTH below the greatest."""
     axes.imshow(
         log_density.T,
@@ -135,13 +173,13 @@ def _show_density(axes, log_density: Float[np.ndarray, "h w"], greatest: float) 
     _bare(axes)
 
 
-def _bare(axes) -> None:
+def _bare(axes: Any) -> None:
     """Takes the ticks away and makes the plane square."""
     axes.set(xlim=(-VIEW, VIEW), ylim=(-VIEW, VIEW), aspect="equal", xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
 
 
-def _write(path: epath.Path, figure) -> None:
+def _write(figure: Any, path: epath.Path) -> None:
     encoded = io.BytesIO()
     # Without the library's version in it, equal numbers are equal files.
     figure.savefig(encoded, format="png", metadata={"Software": None})

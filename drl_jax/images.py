@@ -26,9 +26,14 @@ def as_images(x: ArrayLike, shape: tuple[int, ...]) -> Float[np.ndarray, "n H W 
     """Returns x in float32, if it is at least one image of this shape [H, W, C] in [-1, 1].
 
     Raises:
-      UserError: with the shape or the range that is wrong.
+      UserError: with the dtype, the shape or the range that is wrong.
     """
-    x = np.asarray(x, np.float32)
+    x = np.asarray(x)
+    if x.dtype.kind in "biu":  # whatever their range, they are not scaled to [-1, 1]
+        raise UserError(
+            f"the images are of dtype {x.dtype}: give floating-point numbers in [-1, 1]"
+        )
+    x = x.astype(np.float32)
     if x.ndim != 4 or x.shape[1:] != shape or not len(x):
         given, wanted = ("x".join(map(str, shape)) for shape in (x.shape, shape))
         raise UserError(f"the images are an array of {given}: give one or more of {wanted}")

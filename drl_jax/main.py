@@ -31,6 +31,7 @@ MODES = (
     "interpolate",
     "inpaint",
     "long_run",
+    "likelihood",
     "export",
     "import_original",
 )
@@ -39,7 +40,8 @@ MODES = (
 ONLY_OF = {
     "config": ("train", "import_original"),
     "num_samples": ("sample",),
-    "seed": ("sample", "interpolate", "inpaint", "long_run"),
+    "seed": ("sample", "interpolate", "inpaint", "long_run", "likelihood"),
+    "model": ("likelihood",),
     "num_steps": ("long_run",),
     "num_chains": ("long_run",),
     "levels": ("long_run",),
@@ -61,6 +63,7 @@ IMPORTED = ("config.energy.", "config.data.channels", "config.data.image_size")
 FREE_AFTER_TRAINING = (
     "config.mcmc.",
     "config.evaluation.",
+    "config.likelihood.",
     "config.data.name",
     "config.data.split",
     "config.data.data_dir",
@@ -132,6 +135,13 @@ def define_flags() -> flags.FlagValues:
     flags.DEFINE_enum("mode", "train", MODES, "What to do (train).", flag_values=values)
     flags.DEFINE_string(
         "workdir", None, "Where the run lives; a bucket will do.", flag_values=values
+    )
+    flags.DEFINE_string(
+        "model",
+        None,
+        "Of likelihood: a work directory, an exported file or the name of a model that comes "
+        "with the package, such as digits (the --workdir's own).",
+        flag_values=values,
     )
     flags.DEFINE_integer(
         "num_samples", 100, "Of sample: how many (100).", lower_bound=1, flag_values=values

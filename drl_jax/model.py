@@ -53,27 +53,27 @@ class Model:
         self.mesh = mesh
         self._batch_size = -(-batch_size // mesh.size) * mesh.size
         self._f = jax.jit(method.energy.f)
-        self.generate = self._compile(
+        self.generate = self.compile(
             lambda keys, F, sampler: sampling.generate(
                 keys, F, method.energy.shape, method.schedule, sampler
             )
         )
-        self._descend = self._compile(
+        self._descend = self.compile(
             lambda keys, F, sampler, x, top, bottom: sampling.descend(
                 keys, F, x, top, bottom, method.schedule, sampler
             )
         )
-        self._inpaint = self._compile(
+        self._inpaint = self.compile(
             lambda keys, F, sampler, x, known, rounds: inpainting.inpaint(
                 keys, F, x, known, rounds, method.schedule, sampler
             )
         )
-        self._start = self._compile(
+        self._start = self.compile(
             lambda keys, F, sampler, x_tilde, t, trace: long_run.start(
                 F, x_tilde, t, method.schedule, sampler, trace
             )
         )
-        self._advance = self._compile(
+        self._advance = self.compile(
             lambda keys, F, sampler, chains, x_tilde, t, first, last: long_run.advance(
                 keys, F, chains, x_tilde, t, first, last, method.schedule, sampler
             )
@@ -99,7 +99,7 @@ class Model:
         self, key: Key[Array, ""], n: int
     ) -> Iterator[Float[np.ndarray, "B H W C"]]:
         """Draws n images, a batch at a time: memory does not grow with n."""
-        return self._batches(self.generate, key, np.arange(n))
+        return self.batches(self.generate, key, np.arange(n))
 
     def descend(
         self, key: Key[Array, ""], x: Float[ArrayLike, "n H W C"], top: int, bottom: int
@@ -120,7 +120,7 @@ class Model:
         x = np.asarray(x, np.float32)
         levels = {"top": top, "bottom": bottom}
         return np.concatenate(
-            list(self._batches(self._descend, key, np.arange(len(x)), x, **levels))
+            list(self.batches(self._descend, key, np.arange(len(x)), x, **levels))
         )
 
     def interpolate(
@@ -207,7 +207,7 @@ class Model:
         n = len(x) * completions
         every_x = np.repeat(x, completions, axis=0)
         every_known = np.broadcast_to(known, (n, *known.shape))
-        batches = self._batches(
+        batches = self.batches(
             self._inpaint, key, np.arange(n), every_x, every_known, rounds=rounds
         )
         return np.concatenate(list(batches)).reshape(len(x), completions, *x.shape[1:])
@@ -246,12 +246,12 @@ class Model:
         indices = np.arange(len(t))
         if chains is None:
             trace = np.zeros((len(t), points, 1 + long_run.PROJECTIONS), np.float32)
-            begun = self._batches(self._start, key, indices, x_tilde, t, trace)
+            begun = self.batches(self._start, key, indices, x_tilde, t, trace)
             chains = _concatenated(begun)
         first = int(chains.step[0])
         steps = {"first": first, "last": max(first, num_steps)}
         return _concatenated(
-            self._batches(self._advance, key, indices, chains, x_tilde, t, **steps)
+            self.batches(self._advance, key, indices, chains, x_tilde, t, **steps)
         )
 
     def adapt(
@@ -285,15 +285,15 @@ class Model:
         pairs, frames, *shape = strips.shape
         x = np.asarray(strips).reshape(-1, *shape)
         indices = np.repeat(np.arange(pairs), frames)
-        batches = self._batches(self._descend, key, indices, x, top=level, bottom=0)
+        batches = self.batches(self._descend, key, indices, x, top=level, bottom=0)
         return np.concatenate(list(batches)).reshape(strips.shape)
 
-    def _compile(self, program: Callable) -> Callable:
+    def compile(self, program: Callable) -> Callable:
         """Makes program(keys, F, sampler, *arrays, **settings) run on all devices.
 
         Of the result, (params, tuning, key, indices, arrays, settings) -> arrays, each device
-        holds a block of the examples that `indices` number. Settings are numbers by name;
-        other ones are no other program.
+        holds a block of the examples that `indices` number. Settings are
+        numbers by name, or trees of them, whole on every device; others are no other program.
         """
         method, mesh = self.method, self.mesh
 
@@ -317,13 +317,13 @@ class Model:
 
         return compiled
 
-    def _batches(
+    def batches(
         self,
         compiled: Callable,
         key: Key[Array, ""],
         indices: Int[np.ndarray, "n"],
         *arrays: Any,
-        **settings: int,
+        **settings: Any,
     ) -> Iterator[Any]:
         """Runs a compiled program on the examples of these numbers, a batch at a time.
 

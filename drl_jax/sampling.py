@@ -171,8 +171,8 @@ def recover(
 
 
 def white_noise(keys: Key[Array, "B"], shape: tuple[int, ...], schedule: NoiseSchedule):
-    """Draws the x_T [B, *shape] from which `generate` starts."""
-    return noise.normal(noise.fold(keys, schedule.T), shape)
+    """Draws the x_T [B, *shape] from which `generate` starts, in the schedule's precision."""
+    return noise.normal(noise.fold(keys, schedule.T), shape).astype(schedule.a.dtype)
 
 
 def descend(

@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
+from drl_jax import config as config_lib
 from drl_jax.errors import UserError
 from drl_jax.files import write_whole
 
-NUMBERS = "numbers"  # the array that holds them
+NUMBERS = "numbers"  # the array that holds them, and the settings
 SEAL = 4  # bytes of the checksum, before those of an .npz
 
 
@@ -31,25 +32,33 @@ class Snapshot(NamedTuple):
     arrays: dict[str, np.ndarray]
 
 
-def write(path: epath.Path, snapshot: Snapshot) -> None:
+def write(path: epath.Path, snapshot: Snapshot, settings: dict[str, Any]) -> None:
     """Replaces the file, in one step.
+
+    Args:
+      path: of the file.
+      snapshot: the work so far.
+      settings: by name, what must be the same when a later start goes on from here.
 
     Raises:
       UserError: if it cannot be written.
     """
     encoded = io.BytesIO()
     members: dict[str, Any] = dict(snapshot.arrays)
-    members[NUMBERS] = np.frombuffer(json.dumps(snapshot.numbers).encode(), np.uint8)
+    members[NUMBERS] = np.frombuffer(
+        json.dumps([snapshot.numbers, settings]).encode(), np.uint8
+    )
     np.savez(encoded, **members)
     content = encoded.getvalue()
     write_whole(path, _seal(content) + content)
 
 
-def read(path: epath.Path) -> Snapshot | None:
+def read(path: epath.Path, settings: dict[str, Any]) -> Snapshot | None:
     """Returns what was written last, or None if nothing was.
 
     Raises:
-      UserError: if the file cannot be read, or is not what was written.
+      UserError: if the file cannot be read, is not what was written, or was written with
+        other settings: then, naming every difference.
     """
     if not path.exists():
         return None
@@ -62,7 +71,14 @@ def read(path: epath.Path) -> Snapshot | None:
         raise UserError(f"{path} is damaged: put back a copy, or remove it to begin anew")
     with np.load(io.BytesIO(content)) as members:
         arrays = {name: members[name] for name in members.files}
-    return Snapshot(json.loads(arrays.pop(NUMBERS).tobytes()), arrays)
+    numbers, old = json.loads(arrays.pop(NUMBERS).tobytes())
+    new = json.loads(json.dumps(settings))
+    if different := config_lib.differences(old, new):
+        raise UserError(
+            f"the chains in {path.parent} were begun with other settings "
+            f"({'; '.join(different)}): give another --seed or the old values"
+        )
+    return Snapshot(numbers, arrays)
 
 
 def _seal(content: bytes) -> bytes:

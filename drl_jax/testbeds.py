@@ -6,6 +6,7 @@ normalised log-density, has log Z = 0. A shape in the plane (rings, moons, ...) 
 components closer together than they are wide: its outline is smooth, and just as exact.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -130,15 +131,12 @@ def exact_F(data: Mixture, schedule: NoiseSchedule) -> LevelFn:
     return lambda y, t: energy_marginal(data, t, schedule).log_density(y)
 
 
-def isotropic(
-    means: Float[np.ndarray, "K D"], std: float, weights: Float[np.ndarray, "K"] | None = None
-) -> Mixture:
-    """Returns a mixture of round components of one width, by default of equal weights."""
-    means = jnp.asarray(means)
+def isotropic(means: Float[np.ndarray, "K D"], std: float) -> Mixture:
+    """Returns a mixture of round components of one width and equal weights."""
     K, D = means.shape
-    weights = jnp.full(K, 1 / K) if weights is None else jnp.asarray(weights)
     axes = jnp.broadcast_to(jnp.eye(D), (K, D, D))
-    return Mixture(jnp.log(weights), means, jnp.full((K, D), std**2), axes)
+    variances = jnp.full((K, D), std**2)
+    return Mixture(jnp.full(K, -math.log(K)), jnp.asarray(means), variances, axes)
 
 
 def gaussian(mean: Float[np.ndarray, "D"], covariance: Float[np.ndarray, "D D"]) -> Mixture:

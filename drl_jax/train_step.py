@@ -62,7 +62,7 @@ def train_step(
     energy, schedule = method.energy, method.schedule
     B, T = x.shape[0], schedule.T
     keys = noise.example_keys(jax.random.fold_in(key, state.step), jnp.arange(B))
-    t = jax.vmap(lambda key: jax.random.randint(key, (), 0, T))(noise.fold(keys, 0))
+    t = jax.vmap(lambda key: jax.random.randint(key, (), 0, T, jnp.int32))(noise.fold(keys, 0))
     params, vectors = energy.normalise(state.params, state.vectors)
     if method.objective == "recovery":
         y_pos, x_tilde = positives(noise.fold(keys, 1), x, t, schedule)

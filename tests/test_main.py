@@ -13,7 +13,7 @@ from etils import epath
 from PIL import Image
 
 from drl_jax import main as main_lib
-from drl_jax import model
+from drl_jax import model, progress
 from drl_jax.modes import parts
 
 CONFIG = f"--config={tiny.DIGITS}"
@@ -451,7 +451,7 @@ def test_a_log_hears_how_far_a_long_sampling_is(monkeypatch, caplog):
         def sample_batches(self, key, n):
             yield from (np.zeros((40, 1)), np.ones((40, 1)), np.ones((20, 1)))
 
-    monkeypatch.setattr(parts, "SILENCE", 0)
+    monkeypatch.setattr(progress, "SILENCE", 0)
     with caplog.at_level("INFO", logger="drl_jax"):
         assert [len(batch) for batch in parts.draw(Sampler(), None, 100)] == [40, 40, 20]
     assert caplog.messages == ["40 of 100 images", "80 of 100 images", "100 of 100 images"]

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, DTypeLike, Float, Int, Key
 
 from drl_jax.energies import spectral
 
@@ -51,3 +51,17 @@ def from_network(network: nn.Module, shape: tuple[int, ...], rule: spectral.Rule
         return network.apply({"params": params}, x, t)
 
     return Energy(init, normalise, f, shape)
+
+
+def computed_in(dtype: DTypeLike, energy: Energy) -> Energy:
+    """Returns the energy with f computed in `dtype`, from its parameters and images on.
+
+    What f gives, and so its gradient, has the images' own precision again: what is made of
+    it, F, a chain and its noise, keeps theirs.
+    """
+
+    def f(params, x, t):
+        low = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params)
+        return energy.f(low, x.astype(dtype), t).astype(x.dtype)
+
+    return energy._replace(f=f)

@@ -29,7 +29,7 @@ def init_vectors(
     names = [name for name in flat if rule(name)]
     keys = jax.random.split(key, max(len(names), 1))
     return {
-        name: _unit(jax.random.normal(k, flat[name].shape[-1:]))
+        name: _unit(jax.random.normal(k, flat[name].shape[-1:], jnp.float32))
         for name, k in zip(names, keys, strict=False)
     }
 

@@ -108,11 +108,14 @@ def compare(F: LevelFn, exact: LevelFn, t: int, grid: Grid) -> Known:
 
 
 def shown_levels(schedule: NoiseSchedule, n: int) -> list[int]:
-    """Returns at most n levels, from the top to 0, whose noise falls about evenly."""
-    sigma_bar = np.asarray(schedule.sigma_bar[:-1])
-    wanted = np.linspace(sigma_bar[-1], sigma_bar[0], n)
-    nearest = np.abs(sigma_bar[:, None] - wanted).argmin(axis=0)
-    return sorted({int(t) for t in nearest}, reverse=True)
+    """Returns at most n levels, from the top to 0, closer together towards the data.
+
+    The square root of their noise falls about evenly.
+    """
+    roots = np.sqrt(np.asarray(schedule.sigma_bar[:-1], np.float64))
+    wanted = np.linspace(roots[-1], roots[0], n)
+    nearest = np.argmin(np.abs(roots[:, None] - wanted), axis=0)
+    return sorted(set(nearest.tolist()), reverse=True)
 
 
 def two_sample_test(

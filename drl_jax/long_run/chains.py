@@ -208,7 +208,7 @@ def _conditional(
 def _projections(y: Float[Array, "B *D"]) -> Float[Array, "P B"]:
     """Returns the products of y with fixed random unit vectors."""
     key = jax.random.key(PROJECTIONS)
-    directions = jax.random.normal(key, (PROJECTIONS, *y.shape[1:]))
+    directions = jax.random.normal(key, (PROJECTIONS, *y.shape[1:]), jnp.float32)
     each = list(range(1, y.ndim))
     length = jnp.sqrt(jnp.sum(jnp.square(directions), axis=each))
     return jnp.tensordot(directions, y, [each, each]) / length[:, None]

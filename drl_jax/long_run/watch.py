@@ -11,7 +11,6 @@ each level, from the same noise.
 """
 
 import dataclasses
-import json
 import logging
 import math
 import time
@@ -23,9 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jaxtyping import Array, ArrayLike, Float, Int, Key
-from tqdm import tqdm
 
-from drl_jax import config as config_lib
 from drl_jax import (
     diffusion,
     noise,
@@ -40,6 +37,7 @@ from drl_jax.long_run import chains as long_run
 from drl_jax.long_run import diagnostics
 from drl_jax.long_run.chains import Chains, Seen
 from drl_jax.model import Model
+from drl_jax.progress import Progress
 from drl_jax.snapshots import Snapshot
 
 log = logging.getLogger(__name__)
@@ -48,7 +46,6 @@ COLUMNS = 10  # chains in a picture
 REFERENCE = 1000  # images at most that stand for the data in a Fréchet distance
 CALL = 1.0  # seconds that a call of the compiled program should take
 SAVE = 60.0  # seconds between two saves
-SILENCE = 30.0  # seconds after which a log without a bar hears how far things are
 
 
 class Setting(NamedTuple):
@@ -198,11 +195,8 @@ def run(
       UserError: if the unfinished work is damaged, or was begun with other settings.
       Interrupted: a signal asked for the end; all is saved.
     """
-    settings = json.loads(json.dumps(settings))
     path = folder / "chains.snapshot"
-    snapshot = snapshots.read(path)
-    if snapshot:
-        require_same(snapshot.numbers["settings"], settings, folder)
+    snapshot = snapshots.read(path, settings)
     # Compiles all there is, before a signal would have to wait for it.
     chains, _ = model.long_run(key, setting.x_tilde, setting.t, 0)
     ladder_chains, _ = model.long_run(key, setting.x_tilde, setting.t, 0, points=0)
@@ -211,7 +205,10 @@ def run(
         story = told(snapshot, chains, ladder_chains)
         log.info("going on from step %d of %d", story.chains.step[0], num_steps)
     T = model.method.schedule.T
-    with signals.stop_on_signal() as stop, Progress(left(story, num_steps, T)) as progress:
+    with (
+        signals.stop_on_signal() as stop,
+        Progress(left(story, num_steps, T), "step") as progress,
+    ):
         saved = time.monotonic()
 
         def pause(steps: int) -> None:
@@ -219,14 +216,14 @@ def run(
             nonlocal saved
             progress.add(steps)
             if stop or time.monotonic() - saved > SAVE:
-                snapshots.write(path, snapshot_of(story, settings))
+                snapshots.write(path, snapshot_of(story), settings)
                 saved = time.monotonic()
             if stop:
                 raise Interrupted(stop[0], int(story.chains.step[0]))
 
         watch_conditionals(story, model, key, setting, num_steps, pause)
         watch_ladders(story, model, key, setting, num_steps, pause)
-        snapshots.write(path, snapshot_of(story, settings))
+        snapshots.write(path, snapshot_of(story), settings)
     return story
 
 
@@ -341,23 +338,9 @@ def distance(x: Float[np.ndarray, "n H W C"], reference: Normal) -> float:
     return frechet_distance(fit(_flat(x)), reference) if np.isfinite(x).all() else math.nan
 
 
-def require_same(old: dict[str, Any], new: dict[str, Any], folder: epath.Path) -> None:
-    """Refuses to go on with chains under settings that would change them.
-
-    Raises:
-      UserError: naming every difference.
-    """
-    if different := config_lib.differences(old, new):
-        raise UserError(
-            f"the chains in {folder} were begun with other settings ({'; '.join(different)}): "
-            "give another --seed or the old values"
-        )
-
-
-def snapshot_of(story: Story, settings: dict[str, Any]) -> Snapshot:
+def snapshot_of(story: Story) -> Snapshot:
     """Returns the story so far as what can be kept; `told` is its inverse."""
-    numbers: dict[str, Any] = {"settings": settings}
-    numbers |= {"records": story.records, "rungs": story.rungs}
+    numbers: dict[str, Any] = {"records": story.records, "rungs": story.rungs}
     arrays = _named("chains", story.chains)
     arrays |= {"pictures": np.array(story.pictures)}
     arrays |= {"rung_pictures": np.array(story.rung_pictures)}
@@ -395,28 +378,6 @@ def left(story: Story, num_steps: int, T: int) -> int:
         within = int(story.rung.chains.step[0]) if story.rung.chains else 0
         steps -= (T - 1 - story.rung.level) * (story.rung.total // T) + within
     return max(0, steps)
-
-
-class Progress:
-    """How far things are: a bar on a terminal, plain lines in a log."""
-
-    def __init__(self, total: int):
-        self._bar = tqdm(total=total, unit="step", disable=None)
-        self._done, self._total, self._told = 0, total, time.monotonic()
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._bar.close()
-
-    def add(self, steps: int) -> None:
-        """Takes in that so many more steps are made."""
-        self._done += steps
-        self._bar.update(steps)
-        if self._bar.disable and time.monotonic() - self._told > SILENCE:
-            log.info("%d of %d steps", self._done, self._total)
-            self._told = time.monotonic()
 
 
 def _by_level(x: ArrayLike, setting: Setting) -> np.ndarray:

@@ -67,7 +67,8 @@ def kernel(
       step_size: e, a number a chain.
       leapfrog: L, a number a chain; the longest trajectory sets the cost.
     """
-    momentum = noise.normal(noise.fold(keys, 0), state.position.shape[1:])
+    y = state.position
+    momentum = noise.normal(noise.fold(keys, 0), y.shape[1:]).astype(y.dtype)
     e = noise.per_example(step_size, momentum)
 
     def leap(i, carry):
@@ -84,8 +85,7 @@ def kernel(
     lost = (momentum - end_momentum) * (momentum + end_momentum) / 2
     gain = proposal.log_density - state.log_density + jnp.sum(lost, axis=range(1, lost.ndim))
     acceptance = jnp.where(jnp.isfinite(gain), jnp.exp(jnp.minimum(gain, 0.0)), 0.0)
-    uniform = jax.vmap(jax.random.uniform)(noise.fold(keys, 1))
-    accepted = uniform < acceptance
+    accepted = noise.uniform(noise.fold(keys, 1)) < acceptance
     return _where(accepted, proposal, state), Info(acceptance, accepted)
 
 

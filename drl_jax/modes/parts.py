@@ -2,7 +2,6 @@
 
 import json
 import logging
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,11 +10,12 @@ import numpy as np
 from etils import epath
 from jaxtyping import Array, Float, Key
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
-from drl_jax import images, train_step
+from drl_jax import exported, images, train_step
+from drl_jax import model as model_lib
 from drl_jax.errors import UserError
-from drl_jax.model import Model
+from drl_jax.model import Model, Run
+from drl_jax.progress import Progress
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +23,15 @@ log = logging.getLogger(__name__)
 Revise = Callable[[ConfigDict], ConfigDict]
 
 COLUMNS = 10  # of a sheet of 10 x 10 images
-SILENCE = 30  # seconds after which a log without a bar hears how far things are
+
+
+def load(workdir: epath.Path, revise: Revise, model: str | None) -> Run:
+    """Loads the model that --model names, or else the work directory's own.
+
+    Raises:
+      UserError: if there is none.
+    """
+    return exported.load(model, revise) if model else model_lib.load_run(workdir, revise)
 
 
 def require_images(model: Model, mode: str) -> None:
@@ -54,15 +62,10 @@ def adapt(config: ConfigDict, model: Model) -> None:
 
 def draw(model: Model, key: Key[Array, ""], n: int) -> Iterator[Float[np.ndarray, "B H W C"]]:
     """Yields `model.sample_batches`, and shows how far they are."""
-    done, told = 0, time.monotonic()
-    with tqdm(total=n, unit="image", disable=None) as bar:
+    with Progress(n, "image") as progress:
         for batch in model.sample_batches(key, n):
             yield batch
-            done += len(batch)
-            bar.update(len(batch))
-            if bar.disable and time.monotonic() - told > SILENCE:
-                log.info("%d of %d images", done, n)
-                told = time.monotonic()
+            progress.add(len(batch))
 
 
 def write_json(path: epath.Path, values: dict[str, Any]) -> None:

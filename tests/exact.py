@@ -1,0 +1,27 @@
+"""Models that know the truth: their energy is the testbed's log-density, in closed form."""
+
+import jax.numpy as jnp
+
+from drl_jax import diffusion, parallel, testbeds
+from drl_jax.energies.energy import Energy
+from drl_jax.mcmc import langevin
+from drl_jax.method import Method
+from drl_jax.model import Model
+from drl_jax.recovery import Parameterisation
+from drl_jax.sampling import Sampler
+
+
+def model(data, T, log_Z=0.0, mesh=None):
+    """The exact F of every level, plus log Z."""
+    schedule = diffusion.schedule(T)
+    F = testbeds.exact_F(data, schedule)
+    energy = Energy(
+        init=lambda key: ({}, {}),
+        normalise=lambda params, vectors: (params, vectors),
+        f=lambda params, x, t: F(x, t) + log_Z,
+        shape=data.means.shape[-1:],
+    )
+    sampler = Sampler(langevin.init, langevin.kernel, {"step_size": jnp.ones(T)}, 1)
+    parameterisation = Parameterisation(jnp.ones(T), 0.0)
+    method = Method(energy, schedule, parameterisation, sampler, "recovery")
+    return Model(method, {}, mesh or parallel.make_mesh())
