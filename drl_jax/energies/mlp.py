@@ -10,7 +10,7 @@ from drl_jax.energies.resnet import leaky_relu, time_embedding
 # Of the fastest sinusoid of t on the way through all levels [radians]. At one radian a level,
 # as images have it, a thousand levels would be learned each by itself, and the lowest, where
 # noise hides most of what there is to learn, would have too little to learn from.
-WAY = 100.0
+WAY = 10.0
 FREQUENCY = 3.0  # of the waves at the start, about [radians a unit of x]
 
 

@@ -112,10 +112,10 @@ def shown_levels(schedule: NoiseSchedule, n: int) -> list[int]:
 
     The square root of their noise falls about evenly.
     """
-    roots = np.sqrt(np.asarray(schedule.sigma_bar[:-1], np.float64))
+    roots = np.asarray(schedule.sigma_bar[:-1], np.float64) ** 0.5
     wanted = np.linspace(roots[-1], roots[0], n)
-    nearest = np.argmin(np.abs(roots[:, None] - wanted), axis=0)
-    return sorted(set(nearest.tolist()), reverse=True)
+    nearest = {int(np.abs(roots - root).argmin()) for root in wanted}
+    return sorted(nearest, reverse=True)
 
 
 def two_sample_test(
@@ -138,5 +138,6 @@ def two_sample_test(
     divisions = np.stack([signs, *(rng.permutation(signs) for _ in range(permutations))])
     statistic = -np.sum(divisions @ distance * divisions, axis=1, dtype=np.float64) / n**2
     # Division and mirror image are the same to all but rounding.
-    atleast = statistic[1:] >= statistic[0] - 1e-6 * abs(statistic[0])
-    return float((1 + np.sum(atleast)) / (1 + permutations))
+    found, *others = np.asarray(statistic).tolist()
+    at_least = sum(other >= found - 1e-6 * abs(found) for other in others)
+    return (1 + at_least) / (1 + permutations)
