@@ -22,11 +22,13 @@ def default() -> ConfigDict:
         {
             "seed": 0,
             "data": {
-                "name": "cifar10",  # 'digits', a TFDS name, or 'folder:/path/to/images'
+                # 'digits', a TFDS name, 'folder:/path/to/images', or, of points in the plane,
+                # 'moons', 'rings', 'checkerboard', 'blobs', 'spirals', 'ellipse'.
+                "name": "cifar10",
                 "split": "train",  # of a TFDS data set
                 "data_dir": "",  # where TFDS data lie; '' is TFDS's own place
-                "image_size": 32,
-                "channels": 3,
+                "image_size": 32,  # points have none: it is not read
+                "channels": 3,  # of an image, or coordinates of a point
                 "crop": "centre",  # before resizing: 'centre' square or 'none'
                 "flip": True,  # random horizontal flips
                 "dequantise": False,  # adds uniform noise, as wide as pixel values are apart
@@ -35,10 +37,12 @@ def default() -> ConfigDict:
                 "T": 6,  # number of energies; noise levels are 0..T
             },
             "energy": {
-                "ch": 128,  # width of the first resolution
-                "mult": (1, 2, 2, 2),  # width of each resolution, in units of ch
-                "N": 8,  # residual blocks a resolution
-                "parameterisation": "step",  # F = f / s_t²; 'noise': f / sigma_bar_t - |x|² / 2
+                "network": "resnet",  # for images; 'mlp': for points
+                "ch": 128,  # width of the first resolution; of every layer of an MLP
+                "mult": (1, 2, 2, 2),  # width of each resolution, in units of ch; not of an MLP
+                "N": 8,  # residual blocks a resolution; residual layers of an MLP
+                # F = f / s_t²; 'noise': f / sigma_bar_t - |x|² / 2; 'unit': f - |x|² / 2
+                "parameterisation": "step",
             },
             "mcmc": {
                 "sampler": "langevin",  # or 'mala', 'hmc', 'normal_approximation'
@@ -111,9 +115,18 @@ def load(file: str) -> ConfigDict:
 
 CHOICES = {
     "data.crop": ("centre", "none"),
-    "energy.parameterisation": ("step", "noise"),
+    "energy.network": ("resnet", "mlp"),
+    "energy.parameterisation": ("step", "noise", "unit"),
     "mcmc.sampler": ("langevin", "mala", "hmc", "normal_approximation"),
     "train.objective": ("recovery", "denoising"),
+}
+
+# What of an image's settings points in the plane leave to choose.
+OF_POINTS = {
+    "data.channels": 2,
+    "data.flip": False,
+    "data.dequantise": False,
+    "evaluation.inception_weights": "",
 }
 
 # Changing these between two starts on one work directory cannot change what any
@@ -230,6 +243,13 @@ def validate(config: ConfigDict) -> None:
             raise UserError(
                 f"config.{name} is {fields[name]!r}: use {' or '.join(map(repr, choices))}"
             )
+    if config.energy.network == "mlp":
+        for name, wanted in OF_POINTS.items():
+            if fields[name] != wanted:
+                raise UserError(
+                    f"config.{name} is {fields[name]!r}: config.energy.network 'mlp' is for "
+                    f"points in the plane, with which it must be {wanted!r}"
+                )
 
 
 def flatten(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:

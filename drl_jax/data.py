@@ -1,9 +1,10 @@
-"""Images: where they lie, how they are prepared, and in which order training sees them.
+"""Examples: where they lie, how they are prepared, and in which order training sees them.
 
 `config.data.name` names the source: 'digits' (8x8 grey, inside scikit-learn),
-'folder:/path' (PNG and JPEG), or a TFDS data set that was prepared beforehand in its
-ArrayRecord format. TensorFlow is not imported, unless the images lie in a bucket and
-etils reads that through it.
+'folder:/path' (PNG and JPEG), a TFDS data set that was prepared beforehand in its
+ArrayRecord format, or a shape in the plane (`testbeds.PLANE`), whose examples are points
+instead of images. TensorFlow is not imported, unless the images lie in a bucket and etils
+reads that through it.
 
 Every fault that a user can mend (no such folder, a damaged image, data that are not
 prepared) is a `UserError`, also where a prefetching thread meets it.
@@ -16,12 +17,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import grain
+import jax
 import numpy as np
 from etils import epath
 from jaxtyping import Float, Num, UInt8
 from ml_collections import ConfigDict
 from PIL import Image, UnidentifiedImageError
 
+from drl_jax import testbeds
 from drl_jax.errors import UserError
 
 _PILLOW_MODES = {1: "L", 3: "RGB"}
@@ -30,16 +33,19 @@ _PILLOW_MODES = {1: "L", 3: "RGB"}
 # so there are only as many as keep a training step from waiting.
 _READ_OPTIONS = grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)
 
+POINTS = 100_000  # that stand for a shape in the plane
+_POINTS_BATCHES = 10  # in which they are drawn: each of 10,000 by 400 components
+
 # For ever. `repeat()` without a number makes grain's length overflow in batches of one.
 _EPOCHS = 2**31
 
 
 class Source(Protocol):
-    """Images at random access.
+    """Images, or points, at random access.
 
     Attributes:
-      white: the greatest value a pixel can have; black is 0.
-      identity: tells these images from others.
+      white: the greatest value a pixel can have; black is 0. 0 of points, which have none.
+      identity: tells these examples from others.
       folder: where they lie, if that is a folder.
     """
 
@@ -49,7 +55,7 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Num[np.ndarray, "H W C"]: ...
+    def __getitem__(self, index: int) -> Num[np.ndarray, "*D"]: ...
 
 
 class Digits:
@@ -70,6 +76,25 @@ class Digits:
 
     def __getitem__(self, index: int) -> Num[np.ndarray, "8 8 1"]:
         return self._images[index]
+
+
+class Points:
+    """`POINTS` draws of a shape in the plane; the same ones every time."""
+
+    white = 0.0
+    folder = None
+
+    def __init__(self, name: str):
+        keys = jax.random.split(jax.random.key(0), POINTS)
+        draw = jax.jit(testbeds.PLANE[name]().sample)
+        self._points = np.concatenate([draw(some) for some in np.split(keys, _POINTS_BATCHES)])
+        self.identity = f"{name}, {POINTS} points"
+
+    def __len__(self) -> int:
+        return len(self._points)
+
+    def __getitem__(self, index: int) -> Float[np.ndarray, "2"]:
+        return self._points[index]
 
 
 class Folder:
@@ -133,7 +158,8 @@ class Tfds:
                 f"config.data.name is {name!r}, which TFDS cannot open in "
                 f"{data_dir or 'its default data_dir'}: {reason}; "
                 + (f"did you mean {near}? " if near else "")
-                + "other sources are 'digits' and 'folder:/path'"
+                + "other sources are 'digits', 'folder:/path' and, of points in the plane, "
+                + ", ".join(map(repr, testbeds.PLANE))
             ) from error
         title = f"TFDS data set {name!r}"
         info = builder.info
@@ -226,14 +252,27 @@ def _decode(name: str, read: Callable[[], bytes], channels: int) -> UInt8[np.nda
 
 
 def open_source(config: ConfigDict) -> Source:
-    """Opens the images that `config.data` names and reads the first.
+    """Opens what `config.data` names and reads the first example.
 
     Raises:
-      UserError: where they are not there, not readable, or not of config.data.channels.
+      UserError: where they are not there, not readable, not of config.data.channels, or not
+        for the network.
     """
-    data = config.data
+    data, network = config.data, config.energy.network
+    if (data.name in testbeds.PLANE) != (network == "mlp"):
+        kind, other = (
+            ("points in the plane", "is for images: start from configs/toy2d.py")
+            if network == "resnet"
+            else ("no points", f"is for points: use {' or '.join(map(repr, testbeds.PLANE))}")
+        )
+        raise UserError(
+            f"config.data.name is {data.name!r}, {kind}, and config.energy.network "
+            f"{network!r} {other}"
+        )
     source: Source
-    if data.name == "digits":
+    if data.name in testbeds.PLANE:
+        source = Points(data.name)
+    elif data.name == "digits":
         source = Digits(data.channels)
     elif data.name.startswith("folder:"):
         source = Folder(data.name.removeprefix("folder:"), data.channels)
@@ -280,12 +319,12 @@ def prepare(
 
 def training_batches(
     config: ConfigDict, start_step: int = 0, process_index: int = 0, process_count: int = 1
-) -> Iterator[dict[str, Float[np.ndarray, "B H W C"]]]:
+) -> Iterator[dict[str, Float[np.ndarray, "B *D"]]]:
     """Returns this process's share of every step's batch, without end.
 
     The batch of a step is a function of config.seed and the step alone: not of where the
     run started, nor of the number of processes, whose shares lie one after the other in it.
-    Every epoch goes through all images in a new order; a batch may reach over its end.
+    Every epoch goes through all examples in a new order; a batch may reach over its end.
 
     Args:
       config: of the run; uses seed, data and train.batch_size.
@@ -294,8 +333,8 @@ def training_batches(
       process_count: of all processes.
 
     Returns:
-      An iterator of {'image': float32 in [-1, 1]}, B = config.train.batch_size /
-      process_count.
+      An iterator of {'image': float32 in [-1, 1], or about as large where they are points},
+      B = config.train.batch_size / process_count.
 
     Raises:
       UserError: at the call as `open_source` does; from the iterator where an image is
@@ -319,8 +358,8 @@ def training_batches(
 
 def all_images(
     config: ConfigDict, limit: int | None = None
-) -> Iterator[Float[np.ndarray, "H W C"]]:
-    """Returns every image once, in the source's order, prepared as for training, unflipped.
+) -> Iterator[Float[np.ndarray, "*D"]]:
+    """Returns every example once, in the source's order, prepared as for training, unflipped.
 
     Few are held at a time, however many there are.
 
@@ -353,8 +392,10 @@ def prepared_files(
 
 
 def _prepared(config: ConfigDict) -> grain.MapDataset:
-    """The images of `config.data`, float32 [H, W, C] in [-1, 1], at random access."""
+    """The examples of `config.data`, float32, at random access; images in [-1, 1]."""
     source, data = open_source(config), config.data
+    if not source.white:
+        return grain.MapDataset.source(source)  # points are ready as they are
     # Read once, here: a ConfigDict may change while the threads are at work.
     size, crop, white = data.image_size, data.crop, source.white
     return grain.MapDataset.source(source).map(lambda image: prepare(image, size, crop, white))

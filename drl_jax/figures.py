@@ -1,17 +1,27 @@
-"""Figures of numbers, as PNGs."""
+"""Figures of numbers and of densities in the plane, as PNGs."""
 
 import io
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 from etils import epath
-from jaxtyping import ArrayLike
+from jaxtyping import ArrayLike, Float
 
 from drl_jax.evaluation.density import History
+from drl_jax.evaluation.plane import Grid, Known
 
 # Panels beside each other, and the size of one [inches].
 COLUMNS = 3
 WIDTH, HEIGHT = 4.0, 3.0
+
+# Of the levels of an energy in the plane.
+LEVELS = 6  # shown, at most
+PATHS = 8  # samples whose way is shown
+SIZE = 1.7  # of a panel [inches]
+VIEW = 1.8  # half a panel's side, in units of the data
+DEPTH = 10.0  # of the colours [nats]
+INK = "#3b0f70"  # of the samples, from the densities' colours
 
 
 class Panel(NamedTuple):
@@ -91,6 +101,82 @@ def write_annealing(path: epath.Path, history: History, log_density: ArrayLike) 
     axes.set_title("log-density of the data [nats]", fontsize="medium")
     axes.set_ylabel("examples")
     _write(figure, path)
+
+
+def write_levels(
+    path: epath.Path,
+    known: Mapping[int, Known],
+    on_the_way: Mapping[int, Float[np.ndarray, "n 2"]],
+    grid: Grid,
+) -> None:
+    """Draws the levels of an energy in the plane, from noise on the left to data.
+
+    Above each other: the true density, the learned one, samples; beside them, a few samples'
+    ways down the ladder over the learned density of level 0.
+
+    Args:
+      path: of the PNG.
+      known: what quadrature tells of a level, by level.
+      on_the_way: the same samples at every level at which they were seen, from white noise
+        down to level 0, the levels of `known` among them.
+      grid: of `known`.
+    """
+    from matplotlib.figure import Figure  # half a second, which most modes do not need
+
+    levels = sorted(known, reverse=True)
+    columns = len(levels)
+    figure = Figure(figsize=(SIZE * (columns + 3.1), SIZE * 3.25))
+    figure.set_layout_engine("constrained", w_pad=0.02, h_pad=0.02, wspace=0.01, hspace=0.01)
+    panels = figure.add_gridspec(3, columns + 3)
+    middle = np.abs(grid.axis) <= VIEW
+    view = np.ix_(middle, middle)
+    for column, t in enumerate(levels):
+        log_q, log_p = known[t].log_q[view], known[t].log_p[view]
+        for row, (name, log_density) in enumerate((("true", log_q), ("learned", log_p))):
+            axes = figure.add_subplot(panels[row, column])
+            _show_density(axes, log_density, greatest=log_q.max())
+            if not column:
+                axes.set_ylabel(name)
+            if not row:
+                axes.set_title(f"level {t}", fontsize="medium")
+        axes = figure.add_subplot(panels[2, column])
+        x, y = on_the_way[t].T
+        axes.plot(x, y, ".", color=INK, markersize=1.5, markeredgewidth=0, alpha=0.6)
+        _bare(axes)
+        axes.set_xlabel(f"KL {known[t].kl:.4f}", fontsize="medium")
+        if not column:
+            axes.set_ylabel("samples")
+    axes = figure.add_subplot(panels[:, columns:])
+    _show_density(axes, known[0].log_p[view], greatest=known[0].log_q[view].max())
+    way = np.stack([on_the_way[t] for t in sorted(on_the_way, reverse=True)])
+    for i in range(min(PATHS, way.shape[1])):
+        x, y = way[:, i].T
+        colour = f"C{i}"
+        axes.plot(x, y, color="white", linewidth=0.8, alpha=0.8)
+        axes.plot(x[:1], y[:1], "o", markersize=7, color="none", markeredgecolor=colour)
+        axes.plot(x[-1:], y[-1:], "o", markersize=7, color=colour, markeredgecolor="white")
+    axes.set_title("from white noise (rings) to data (dots)", fontsize="medium")
+    _write(figure, path)
+
+
+def _show_density(axes: Any, log_density: Float[np.ndarray, "h w"], greatest: float) -> None:
+    """Shows a log-density, first coordinate to the right, down to DEPTH below the greatest."""
+    axes.imshow(
+        log_density.T,
+        origin="lower",
+        extent=2 * (-VIEW, VIEW),
+        vmin=greatest - DEPTH,
+        vmax=greatest,
+        cmap="magma",
+        interpolation="bilinear",
+    )
+    _bare(axes)
+
+
+def _bare(axes: Any) -> None:
+    """Takes the ticks away and makes the plane square."""
+    axes.set(xlim=(-VIEW, VIEW), ylim=(-VIEW, VIEW), aspect="equal", xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
 
 
 def _write(figure: Any, path: epath.Path) -> None:

@@ -1,4 +1,4 @@
-"""Pictures: arrays in [-1, 1], and what PNG files are made of them."""
+"""Pictures: arrays in [-1, 1], or points, and what PNG files are made of them."""
 
 import io
 
@@ -12,6 +12,9 @@ from drl_jax.errors import UserError
 GAP = 1  # pixels between tiles, before enlargement
 GREY = 128
 ROUNDING = 1e-5  # by which a resize may leave [-1, 1]
+REACH = 1.5  # half a histogram's side, in units of the data
+BINS = 96  # of a histogram along a side
+POINTS = 2000  # that make one
 
 
 def to_uint8(x: Float[np.ndarray, "*D"]) -> UInt8[np.ndarray, "*D"]:
@@ -57,6 +60,36 @@ def grid(x: Float[np.ndarray, "B H W C"], columns: int) -> UInt8[np.ndarray, "h 
     sheet = np.pad(sheet, ((GAP, 0), (GAP, 0), (0, 0)), constant_values=GREY)
     factor = max(1, 64 // max(H, W))
     return sheet.repeat(factor, axis=0).repeat(factor, axis=1)
+
+
+def histogram(x: Float[np.ndarray, "B 2"]) -> UInt8[np.ndarray, "h w 1"]:
+    """Counts points of the plane in [-REACH, REACH]², the more the whiter; y goes up.
+
+    Square roots of the counts are shown, whose noise is the same in dark and bright places.
+    """
+    edges = np.linspace(-REACH, REACH, BINS + 1)
+    counts, _, _ = np.histogram2d(x[:, 0], x[:, 1], bins=(edges, edges))
+    roots = np.sqrt(counts.T[::-1])
+    bright = to_uint8(2 * roots / max(roots.max(), 1) - 1)[..., None]
+    factor = 512 // BINS
+    return bright.repeat(factor, axis=0).repeat(factor, axis=1)
+
+
+def are_points(shape: tuple[int, ...]) -> bool:
+    """Whether examples of this shape are points, not images [H, W, C]."""
+    return len(shape) == 1
+
+
+def shown(shape: tuple[int, ...], columns: int) -> int:
+    """Returns how many samples of this shape `picture` makes one of."""
+    return POINTS if are_points(shape) else columns**2
+
+
+def picture(x: Float[np.ndarray, "B *D"], columns: int) -> UInt8[np.ndarray, "h w C"]:
+    """Shows samples: images in a grid, as many rows as columns at most, or points."""
+    if are_points(x.shape[1:]):
+        return histogram(x)
+    return grid(x[: shown(x.shape[1:], columns)], columns)
 
 
 def write_png(path: epath.Path, image: UInt8[np.ndarray, "H W C"]) -> None:

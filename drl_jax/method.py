@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from drl_jax import diffusion, recovery
 from drl_jax.diffusion import NoiseSchedule
-from drl_jax.energies import resnet
+from drl_jax.energies import mlp, resnet
 from drl_jax.energies.energy import Energy, Params
 from drl_jax.errors import UserError
 from drl_jax.mcmc import hmc, langevin, mala, normal_approximation
@@ -46,19 +46,19 @@ def from_config(config: ConfigDict) -> Method:
       UserError: if T or the image size is impossible, or the sampler has settings for
         another number of levels.
     """
-    energy = resnet.energy(
-        config.data.image_size,
-        config.data.channels,
-        config.energy.ch,
-        config.energy.mult,
-        config.energy.N,
-    )
     schedule = diffusion.schedule(config.diffusion.T)
+    ch, N, channels = config.energy.ch, config.energy.N, config.data.channels
+    if config.energy.network == "mlp":
+        energy = mlp.energy(channels, ch, N, schedule.T)
+    else:
+        energy = resnet.energy(config.data.image_size, channels, ch, config.energy.mult, N)
     if config.energy.parameterisation == "step":
         s = recovery.step_sizes(schedule, config.mcmc.b_squared)
         parameterisation = Parameterisation(s**2, precision=0.0)
-    else:
+    elif config.energy.parameterisation == "noise":
         parameterisation = Parameterisation(schedule.sigma_bar[:-1], precision=1.0)
+    else:
+        parameterisation = Parameterisation(jnp.ones(schedule.T), precision=1.0)
     sampler = make_sampler(config.mcmc, schedule)
     return Method(energy, schedule, parameterisation, sampler, config.train.objective)
 

@@ -171,9 +171,10 @@ def write_grid(
     workdir: epath.Path,
     writer: metric_writers.MetricWriter,
 ) -> None:
-    """Samples 64 images with the averaged parameters, for TensorBoard and for the eye."""
+    """Samples a picture with the averaged parameters, for TensorBoard and for the eye."""
     sampler.params = generating_params(sampler.method.energy, state)
-    sheet = images.grid(sampler.sample(key, 64), columns=8)
+    n = images.shown(sampler.method.energy.shape, columns=8)
+    sheet = images.picture(sampler.sample(key, n), columns=8)
     writer.write_images(step, {"samples": sheet[None]})
     folder = workdir / "grids"
     folder.mkdir(parents=True, exist_ok=True)

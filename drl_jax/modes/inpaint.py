@@ -44,6 +44,7 @@ def run(
         the folder cannot be written to.
     """
     config, model, step = model_lib.load_run(workdir, revise)
+    parts.require_images(model, "inpaint")
     shape = model.method.energy.shape
     key, mask_key, samples_key = jax.random.split(jax.random.key(seed), 3)
     if mask.lower().endswith(".png"):

@@ -43,6 +43,7 @@ def run(
         cannot be written to.
     """
     config, model, step = model_lib.load_run(workdir, revise)
+    parts.require_images(model, "interpolate")
     schedule = model.method.schedule
     if level is None:
         level = max(1, schedule.T // 3) if images else interpolation.sample_level(schedule)

@@ -39,6 +39,7 @@ def run(
       Interrupted: a signal asked for the end; all is saved.
     """
     config, model, step = model_lib.load_run(workdir, revise)
+    parts.require_images(model, "long_run")
     T = model.method.schedule.T
     few = [group[0] for group in train_step.level_groups(T)]
     watched = np.unique([int(level) for level in levels] or few)

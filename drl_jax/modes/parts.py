@@ -11,8 +11,9 @@ from etils import epath
 from jaxtyping import Array, Float, Key
 from ml_collections import ConfigDict
 
-from drl_jax import exported, train_step
+from drl_jax import exported, images, train_step
 from drl_jax import model as model_lib
+from drl_jax.errors import UserError
 from drl_jax.model import Model, Run
 from drl_jax.progress import Progress
 
@@ -21,7 +22,7 @@ log = logging.getLogger(__name__)
 # Changes the configuration of a trained model, by what the command line says.
 Revise = Callable[[ConfigDict], ConfigDict]
 
-SHEET = 100  # images on a sheet of 10 x 10
+COLUMNS = 10  # of a sheet of 10 x 10 images
 
 
 def load(workdir: epath.Path, revise: Revise, model: str | None) -> Run:
@@ -31,6 +32,19 @@ def load(workdir: epath.Path, revise: Revise, model: str | None) -> Run:
       UserError: if there is none.
     """
     return exported.load(model, revise) if model else model_lib.load_run(workdir, revise)
+
+
+def require_images(model: Model, mode: str) -> None:
+    """Refuses a model of points for a mode that is for images.
+
+    Raises:
+      UserError: if it is one.
+    """
+    if images.are_points(model.method.energy.shape):
+        raise UserError(
+            f"--mode={mode} is for images, and this is a model of points: --mode=sample and "
+            "--mode=evaluate are for them too"
+        )
 
 
 def adapt(config: ConfigDict, model: Model) -> None:

@@ -19,6 +19,8 @@ log = logging.getLogger(__name__)
 def run(workdir: epath.Path, revise: Revise, num_samples: int, seed: int) -> None:
     """Writes samples of the newest checkpoint: PNGs, a grid, and one array (.npz).
 
+    Of points, the grid is a histogram, and there are no other PNGs.
+
     Raises:
       UserError: if there is no checkpoint, or the folder cannot be written to.
     """
@@ -29,12 +31,13 @@ def run(workdir: epath.Path, revise: Revise, num_samples: int, seed: int) -> Non
     batches: list[np.ndarray] = []
     for batch in parts.draw(model, jax.random.key(seed), num_samples):
         first = sum(map(len, batches))
-        for i, image in enumerate(images.to_uint8(batch), first):
-            images.write_png(folder / f"{i:06d}.png", image)
+        if not images.are_points(batch.shape[1:]):
+            for i, image in enumerate(images.to_uint8(batch), first):
+                images.write_png(folder / f"{i:06d}.png", image)
         batches.append(batch)
     x = np.concatenate(batches)
     encoded = io.BytesIO()
     np.savez_compressed(encoded, samples=x)
     (folder / "samples.npz").write_bytes(encoded.getvalue())
-    images.write_png(folder / "grid.png", images.grid(x[: parts.SHEET], columns=10))
+    images.write_png(folder / "grid.png", images.picture(x, parts.COLUMNS))
     log.info("%d samples are in %s", num_samples, folder)
