@@ -3,11 +3,13 @@
 import io
 import json
 import zipfile
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from etils import epath
 from flax import traverse_util
+from ml_collections import ConfigDict
 
 from drl_jax import config as config_lib
 from drl_jax import method, parallel
@@ -23,8 +25,16 @@ SUFFIX = ".npz"
 SHIPPED = epath.resource_path("drl_jax") / "shipped"
 
 
-def load(path_or_name: str) -> Run:
+def load(
+    path_or_name: str,
+    revise: Callable[[ConfigDict], ConfigDict] = lambda config: config,
+) -> Run:
     """Loads a work directory, an exported file, or a model that comes with the package.
+
+    Args:
+      path_or_name: of it.
+      revise: changes the configuration in what can change after training, such as the
+        sampler; what was learned stays as it was.
 
     Raises:
       UserError: if there is none.
@@ -32,11 +42,11 @@ def load(path_or_name: str) -> Run:
     path = epath.Path(path_or_name).expanduser()
     shipped = SHIPPED / f"{path_or_name}{SUFFIX}"
     if path.is_dir():
-        return model_lib.load_run(path)
+        return model_lib.load_run(path, revise)
     if path.suffix == SUFFIX:
-        return read(path)
+        return read(path, revise)
     if "/" not in path_or_name and shipped.is_file():
-        return read(shipped)
+        return read(shipped, revise)
     names = ", ".join(repr(file.stem) for file in SHIPPED.glob(f"*{SUFFIX}"))
     raise UserError(
         f"{path_or_name!r} is no work directory, no exported model, and none that comes with "
@@ -60,8 +70,10 @@ def write(run: Run, file: epath.Path) -> None:
     write_whole(file, encoded.getvalue())
 
 
-def read(file: epath.Path) -> Run:
-    """Reads what `write` wrote.
+def read(
+    file: epath.Path, revise: Callable[[ConfigDict], ConfigDict] = lambda config: config
+) -> Run:
+    """Reads what `write` wrote, and changes its configuration as `load` does.
 
     Raises:
       UserError: if there is no such file, or it is not one of these.
@@ -78,6 +90,8 @@ def read(file: epath.Path) -> Run:
     params: Params = traverse_util.unflatten_dict(
         {name.removeprefix("params/"): value for name, value in flat.items()}, sep="/"
     )
-    learned = generating(method.from_config(config), config.mcmc)
+    built = method.from_config(config)
+    config = revise(config)
+    learned = generating(built, config.mcmc)
     model = Model(learned, params, parallel.make_mesh(), config.evaluation.batch_size)
     return Run(config, model, step)

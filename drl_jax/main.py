@@ -31,6 +31,7 @@ MODES = (
     "interpolate",
     "inpaint",
     "long_run",
+    "ood",
     "export",
     "import_original",
 )
@@ -39,7 +40,7 @@ MODES = (
 ONLY_OF = {
     "config": ("train", "import_original"),
     "num_samples": ("sample",),
-    "seed": ("sample", "interpolate", "inpaint", "long_run"),
+    "seed": ("sample", "interpolate", "inpaint", "long_run", "ood"),
     "num_steps": ("long_run",),
     "num_chains": ("long_run",),
     "levels": ("long_run",),
@@ -50,6 +51,8 @@ ONLY_OF = {
     "mask": ("inpaint",),
     "completions": ("inpaint",),
     "rounds": ("inpaint",),
+    "model": ("ood",),
+    "against": ("ood",),
     "tf_checkpoint": ("import_original",),
     "image_size": ("import_original",),
 }
@@ -162,6 +165,19 @@ def define_flags() -> flags.FlagValues:
         "random:0.5, or a PNG with that in white (centre).",
         flag_values=values,
     )
+    flags.DEFINE_string(
+        "model",
+        None,
+        "Of ood: a work directory, an exported file, or a shipped name such as digits "
+        "(--workdir).",
+        flag_values=values,
+    )
+    flags.DEFINE_list(
+        "against",
+        ["shuffled", "inverted", "uniform"],
+        "Of ood: these three, or other images, as folder:PATH or a TFDS name (these three).",
+        flag_values=values,
+    )
     flags.DEFINE_integer(
         "seed", 0, "Of all noise: equal seeds, equal pictures (0).", 0, 2**32 - 1, values
     )
@@ -229,7 +245,8 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, Sequence[str]]:
         if values.images and values["pairs"].present:
             raise UserError("--pairs is for strips between samples: leave it out with --images")
     if not values.workdir:
-        raise UserError(f"--mode={values.mode} needs the --workdir of a trained model")
+        what = "for its results" if values.model else "of a trained model"
+        raise UserError(f"--mode={values.mode} needs the --workdir {what}")
     return values, changes
 
 
