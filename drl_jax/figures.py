@@ -18,6 +18,7 @@ WIDTH, HEIGHT = 4.0, 3.0
 # Of histograms, which stand in rows, another size [inches].
 NARROW, LOW = 2.2, 2.2
 BINS = 50
+OUTLIERS = 0.1, 99.9  # percentiles beyond which nothing is drawn
 
 
 class Panel(NamedTuple):
@@ -63,13 +64,13 @@ def write_curves(path: epath.Path, panels: Sequence[Panel]) -> None:
 
 
 class Histograms(NamedTuple):
-    """A row of axes, each with the histograms of several sets of numbers, laid over each other.
+    """A row of axes, each with histograms of several sets of numbers, one over the other.
 
     Attributes:
       title: what the numbers are.
       panels: title of each of the axes.
-      values: the numbers, of each panel and in it of each set.
-      notes: a few characters for each of these, written above in the set's colour.
+      values: the numbers of each set, in each panel.
+      notes: a few characters for each set but the first, above each panel.
     """
 
     title: str
@@ -85,38 +86,32 @@ def write_histograms(
 
     Args:
       path: of the file.
-      sets: their names, the same in all panels. The first is drawn as an area, others as lines.
-      rows: of panels, equally many in each.
-      notes: what the notes are.
+      sets: their names, the same in all panels. The first is an area, the others are lines.
+      rows: of equally many panels.
+      notes: what the notes are; each has the colour of its set.
     """
     import matplotlib as mpl
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
-    columns = len(rows[0].panels)
-    figure = Figure(figsize=(NARROW * columns, LOW * len(rows) + 0.5), layout="constrained")
-    colours = ["0.7", *mpl.colormaps["plasma"](np.linspace(0.1, 0.75, len(sets) - 1))]
-    all_axes = figure.subplots(len(rows), columns, squeeze=False)
-    for row, line in zip(rows, all_axes, strict=True):
+    columns, others = len(rows[0].panels), len(sets) - 1
+    size = NARROW * max(columns, 3), LOW * len(rows) + 0.5
+    figure = Figure(figsize=size, layout="constrained")
+    colours = ["0.7", *mpl.colormaps["plasma"](np.linspace(0.1, 0.75, others))]
+    grid = figure.subplots(len(rows), columns, squeeze=False)
+    for row, line in zip(rows, grid, strict=True):
         line[0].set_ylabel(row.title)
-        for axes, title, values, marks in zip(
-            line, row.panels, row.values, row.notes, strict=True
-        ):
-            ends = np.percentile(np.concatenate(values), [0.1, 99.9])
-            bins = np.linspace(*ends, BINS + 1)
-            for i, (x, colour) in enumerate(zip(values, colours, strict=True)):
+        for axes, title, values, marks in zip(line, *row[1:], strict=True):
+            extent = tuple(np.percentile(np.concatenate(values), OUTLIERS))
+            for i, x in enumerate(values):
                 kind = "step" if i else "stepfilled"
-                axes.hist(x, bins, density=True, histtype=kind, color=colour, linewidth=1.5)
-            for i, (mark, colour) in enumerate(zip(marks[1:], colours[1:], strict=True)):
-                at = (i + 0.5) / (len(sets) - 1)
-                axes.text(
-                    *(at, 1.02, mark),
-                    color=colour,
-                    ha="center",
-                    fontsize="small",
-                    transform=axes.transAxes,
-                )
+                share = np.full(len(x), 1 / len(x))  # sets may differ in size
+                axes.hist(x, BINS, extent, weights=share, histtype=kind, color=colours[i])
+            for i, mark in enumerate(marks):
+                style = {"color": colours[i + 1], "ha": "center", "fontsize": "small"}
+                place = (i + 0.5) / others, 1.02  # of the axes' width and height
+                axes.text(*place, mark, transform=axes.transAxes, **style)
             axes.set_title(title, pad=18)
             axes.set_yticks([])
             axes.spines[["left", "right", "top"]].set_visible(False)
@@ -124,7 +119,7 @@ def write_histograms(
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     patches = [Patch(color=c, label=name) for name, c in zip(sets, colours, strict=True)]
     patches.append(Patch(alpha=0, label=notes))
-    figure.legend(handles=patches, loc="outside upper center", ncols=len(patches))
+    figure.legend(handles=patches, loc="outside upper center", ncols=6, frameon=False)
     _write(path, figure)
 
 

@@ -1,9 +1,10 @@
-"""Out-of-distribution scores: how like the data an image is, and how well that tells sets apart.
+"""Out-of-distribution scores: how like the data images are, and how well that tells sets apart.
 
 An image x is diffused to a level and scaled as in training, y = a_{t+1} x_t, and scored by the
-log-density F(y, t) and by the norm |grad_y F(y, t)| of the level's score. Images like the data
-have a high log-density, and lie near its maxima, where the norm is low. Noise of the higher
-levels hides what tells images apart, from fine to coarse.
+log-density F(y, t) and by the norm |grad_y F(y, t)| of the level's score. Of images like the
+data the log-density should be high, and the norm low, since they lie near its maxima. Neither
+has to be so: where another set's scores look more like the data than the data's own, its AUROC
+is below 1/2. The noise of higher levels hides what tells images apart, fine detail first.
 """
 
 import functools
@@ -35,7 +36,7 @@ class Scores(NamedTuple):
 
 
 # Whether images like the data score high (1) or low (-1).
-ORIENTATION = Scores(log_density=1, score_norm=-1)
+ORIENTATION = {"log_density": 1, "score_norm": -1}
 
 
 class Scorer:
@@ -127,7 +128,7 @@ def unlike_images(
 
 
 def auroc(inside: Float[np.ndarray, "n"], outside: Float[np.ndarray, "m"]) -> float:
-    """Returns P(a score inside > one outside) + P(both are equal) / 2.
+    """Returns P(one inside > one outside) + P(both are equal) / 2 of a score.
 
     This is the area under the curve of true against false positives, those inside being the
     positives. Where it is 1/2 the scores do not tell the sets apart; 0 tells as well as 1.
@@ -137,13 +138,10 @@ def auroc(inside: Float[np.ndarray, "n"], outside: Float[np.ndarray, "m"]) -> fl
 
 
 def aurocs(inside: Scores, outside: Scores) -> dict[str, list[float]]:
-    """Returns the AUROC at each level, by each of the `Scores`: 1 where images inside are liker.
-
-    (n images inside, m outside.)
-    """
+    """Returns the AUROC at each level by each of the `Scores`, 1 where all inside are liker."""
     return {
         name: [auroc(sign * i, sign * o) for i, o in zip(*both, strict=True)]
-        for name, sign, *both in zip(Scores._fields, ORIENTATION, inside, outside, strict=True)
+        for (name, sign), *both in zip(ORIENTATION.items(), inside, outside, strict=True)
     }
 
 

@@ -22,7 +22,7 @@ from drl_jax.modes.parts import Revise
 
 log = logging.getLogger(__name__)
 
-WORDS = Scores(log_density="log-density F", score_norm="score norm |∇F|")
+WORDS = {"log_density": "log-density F", "score_norm": "score norm |∇F|"}
 SHOWN = 6  # levels at most that histograms are drawn of
 
 
@@ -139,8 +139,8 @@ def table(
     wide = max(map(len, [title, *map(short, aurocs)]))
     lines = [f"{title:{wide}}  {'at level':15}" + "".join(f"{t:7d}" for t in levels)]
     for name, of_scores in aurocs.items():
-        for words, values in zip(WORDS, of_scores.values(), strict=True):
-            row = "".join(f"{value:7.3f}" for value in values)
+        for score, words in WORDS.items():
+            row = "".join(f"{value:7.3f}" for value in of_scores[score])
             lines.append(f"{short(name):{wide}}  {words:15}{row}")
     return lines
 
@@ -163,7 +163,7 @@ def histograms(
             title,
             [f"level {levels[i]}" for i in shown],
             [[getattr(scores, name)[i] for scores in of_all] for i in shown],
-            [["", *(f"{found[name][i]:.3f}" for found in aurocs)] for i in shown],
+            [[f"{found[name][i]:.3f}" for found in aurocs] for i in shown],
         )
-        for name, title in zip(Scores._fields, WORDS, strict=True)
+        for name, title in WORDS.items()
     ]
