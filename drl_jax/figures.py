@@ -105,9 +105,9 @@ def write_histograms(
         for axes, title, values, marks in zip(line, *row[1:], strict=True):
             extent = tuple(np.percentile(np.concatenate(values), OUTLIERS))
             for i, x in enumerate(values):
-                kind = "step" if i else "stepfilled"
+                style = {"color": colours[i], "histtype": "step" if i else "stepfilled"}
                 share = np.full(len(x), 1 / len(x))  # sets may differ in size
-                axes.hist(x, BINS, extent, weights=share, histtype=kind, color=colours[i])
+                axes.hist(x, BINS, range=extent, weights=share, linewidth=1.5, **style)
             for i, mark in enumerate(marks):
                 style = {"color": colours[i + 1], "ha": "center", "fontsize": "small"}
                 place = (i + 0.5) / others, 1.02  # of the axes' width and height

@@ -163,7 +163,7 @@ def histograms(
             title,
             [f"level {levels[i]}" for i in shown],
             [[getattr(scores, name)[i] for scores in of_all] for i in shown],
-            [[f"{found[name][i]:.3f}" for found in aurocs] for i in shown],
+            [[f"{found[name][i]:.2f}" for found in aurocs] for i in shown],
         )
         for name, title in WORDS.items()
     ]
