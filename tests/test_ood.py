@@ -49,6 +49,7 @@ def model_of(f, shape, schedule=SCHEDULE):
 
 
 def test_auroc_is_the_share_of_pairs_in_order_with_ties_as_halves():
+    """Fails where ties do not count."""
     rng = np.random.default_rng(0)
     inside, outside = rng.integers(0, 8, 50) + 2, rng.integers(0, 8, 30)
     pairs = inside[:, None] - outside
@@ -60,7 +61,7 @@ def test_auroc_is_the_share_of_pairs_in_order_with_ties_as_halves():
 
 
 def test_images_like_the_data_have_a_high_log_density_and_a_low_score_norm():
-    """Of level 0; at level 1 all is reversed. Fails where a sign of `ORIENTATION` is turned."""
+    """At level 0; at level 1 all is reversed. Fails where a sign of `ORIENTATION` is turned."""
     high, low = np.array([3.0, 4.0, 5.0]), np.array([1.0, 2.0])
     inside = Scores(log_density=np.stack([high, -high]), score_norm=np.stack([-high, high]))
     outside = Scores(log_density=np.stack([low, -low]), score_norm=np.stack([-low, low]))
@@ -102,23 +103,27 @@ def test_scores_are_F_and_the_norm_of_its_gradient_at_every_level():
 
 
 def test_scores_of_a_trained_model_are_its_F_and_gradient():
+    """Fails where f is taken for F, and where copies that fill up a batch are kept."""
     model, x, key = digits().model, images()[:5], jax.random.key(2)
-    found = ood.Scorer(model)(key, x)
+
+    @jax.jit
+    @jax.grad
+    def gradient(y, t):
+        return model.method.F(model.params)(y[None], t[None])[0]
+
+    found = ood.Scorer(model, batch_size=8)(key, x)
     for t, y in enumerate(by_hand(key, x).astype(np.float32)):
         F = model.log_density(y, jnp.full(5, t))
         np.testing.assert_allclose(found.log_density[t], F, rtol=2e-5, atol=2e-3)
-
-        @jax.jit
-        @jax.grad
-        def gradient(one, t=t):
-            return model.method.F(model.params)(one[None], jnp.array([t]))[0]
-
-        norm = [np.linalg.norm(gradient(one)) for one in y]
+        norm = [np.linalg.norm(gradient(one, t)) for one in y]
         np.testing.assert_allclose(found.score_norm[t], norm, rtol=1e-4)
 
 
 def test_scores_depend_on_the_image_and_its_number_not_on_the_batch():
-    """Not on its neighbours to the bit; another batch size is another program, which rounds."""
+    """Not on its neighbours to the bit; another batch size is another program, which rounds.
+
+    Fails where an image's key is of its place in the batch.
+    """
     model, key, x = digits().model, jax.random.key(0), images()[:10]
     whole, parts = ood.Scorer(model, 10)(key, x), ood.Scorer(model, 4)
     for one, other in zip(whole, parts(key, x), strict=True):
@@ -189,6 +194,7 @@ def test_unlike_images_depend_on_seed_and_number_alone(name):
 
 
 def test_shuffled_images_keep_their_pixels_each_in_an_order_of_its_own():
+    """Fails where one permutation serves all, and where channels are shuffled apart."""
     rng = np.random.default_rng(0)
     x = rng.uniform(-1, 1, (6, 5, 4, 3)).astype(np.float32)
     found = unlike("shuffled", x)
@@ -205,7 +211,10 @@ def test_inverted_images_are_negatives():
 
 
 def test_uniform_images_have_the_moments_of_independent_uniform_numbers():
-    """Mean 0, variance 1/3 and no correlation of neighbours: false alarms 4e-8 a pixel."""
+    """Mean 0, variance 1/3, no correlation of neighbours: false alarms 4e-8 a number compared.
+
+    Fails for numbers in [0, 1), and where batches repeat each other's.
+    """
     n = 5000
     x = unlike("uniform", np.ones((n, 3, 2, 1), np.float32)).reshape(n, -1)
     assert_mean(x, 0, 1 / 3)
@@ -245,7 +254,10 @@ def test_the_shipped_model_tells_digits_from_what_is_unlike_them(tmp_path, caplo
 
 
 def test_a_set_is_not_told_from_itself(tmp_path):
-    """Images of equal number meet equal noise, so to the last digit."""
+    """Images of equal number meet equal noise, so to the last digit.
+
+    Fails where all sets are given the data's images.
+    """
     folder = tmp_path / "images"
     folder.mkdir()
     for i, x in enumerate(images()[:9, ..., 0]):
