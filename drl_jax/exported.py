@@ -32,7 +32,8 @@ def load(
 
     Args:
       path_or_name: of it.
-      revise: changes the configuration in what can change after training.
+      revise: changes the configuration in what can change after training, such as the
+        sampler; what was learned stays as it was.
 
     Raises:
       UserError: if there is none.
@@ -71,7 +72,7 @@ def write(run: Run, file: epath.Path) -> None:
 def read(
     file: epath.Path, revise: Callable[[ConfigDict], ConfigDict] = lambda config: config
 ) -> Run:
-    """Reads what `write` wrote; `revise` as of `load`.
+    """Reads what `write` wrote, and changes its configuration as `load` does.
 
     Raises:
       UserError: if there is no such file, or it is not one of these.

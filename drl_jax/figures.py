@@ -1,8 +1,8 @@
-"""Figures of numbers and of densities in the plane, as PNGs."""
+"""Curves, histograms and densities in the plane, as PNGs."""
 
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -10,6 +10,9 @@ from jaxtyping import ArrayLike, Float
 
 from drl_jax.evaluation.density import History
 from drl_jax.evaluation.plane import Grid, Known
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Panels beside each other, and the size of one [inches].
 COLUMNS = 3
@@ -22,6 +25,11 @@ SIZE = 1.7  # of a panel [inches]
 VIEW = 1.8  # half a panel's side, in units of the data
 DEPTH = 10.0  # of the colours [nats]
 INK = "#3b0f70"  # of the samples, from the densities' colours
+
+# Of histograms, which stand in rows, another size [inches].
+NARROW, LOW = 2.2, 2.2
+BINS = 50
+OUTLIERS = 0.1, 99.9  # percentiles beyond which nothing is drawn
 
 
 class Panel(NamedTuple):
@@ -63,7 +71,7 @@ def write_curves(path: epath.Path, panels: Sequence[Panel]) -> None:
         axes.set_xlabel("steps")
         axes.grid(alpha=0.3)
         axes.legend(fontsize="x-small")
-    _write(figure, path)
+    _write(path, figure)
 
 
 def write_annealing(path: epath.Path, history: History, log_density: ArrayLike) -> None:
@@ -100,7 +108,7 @@ def write_annealing(path: epath.Path, history: History, log_density: ArrayLike) 
     axes.hist(log_density, bins="auto", color="tab:blue")
     axes.set_title("log-density of the data [nats]", fontsize="medium")
     axes.set_ylabel("examples")
-    _write(figure, path)
+    _write(path, figure)
 
 
 def write_levels(
@@ -156,7 +164,7 @@ def write_levels(
         axes.plot(x[:1], y[:1], "o", markersize=7, color="none", markeredgecolor=colour)
         axes.plot(x[-1:], y[-1:], "o", markersize=7, color=colour, markeredgecolor="white")
     axes.set_title("from white noise (rings) to data (dots)", fontsize="medium")
-    _write(figure, path)
+    _write(path, figure)
 
 
 def _show_density(axes: Any, log_density: Float[np.ndarray, "h w"], greatest: float) -> None:
@@ -179,7 +187,68 @@ def _bare(axes: Any) -> None:
     axes.spines[:].set_visible(False)
 
 
-def _write(figure: Any, path: epath.Path) -> None:
+class Histograms(NamedTuple):
+    """A row of axes, each with histograms of several sets of numbers, one over the other.
+
+    Attributes:
+      title: what the numbers are.
+      panels: title of each of the axes.
+      values: the numbers of each set, in each panel.
+      notes: a few characters for each set but the first, above each panel.
+    """
+
+    title: str
+    panels: Sequence[str]
+    values: Sequence[Sequence[Float[np.ndarray, "n"]]]
+    notes: Sequence[Sequence[str]]
+
+
+def write_histograms(
+    path: epath.Path, sets: Sequence[str], rows: Sequence[Histograms], notes: str
+) -> None:
+    """Draws rows of histograms and writes them.
+
+    Args:
+      path: of the file.
+      sets: their names, the same in all panels. The first is an area, the others are lines.
+      rows: of equally many panels.
+      notes: what the notes are; each has the colour of its set.
+    """
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    columns, others = len(rows[0].panels), len(sets) - 1
+    size = NARROW * max(columns, 3), LOW * len(rows) + 0.5
+    figure = Figure(figsize=size, layout="constrained")
+    colours = ["0.7", *mpl.colormaps["plasma"](np.linspace(0.1, 0.75, others))]
+    grid = figure.subplots(len(rows), columns, squeeze=False)
+    for row, line in zip(rows, grid, strict=True):
+        line[0].set_ylabel(row.title)
+        for axes, title, values, marks in zip(line, *row[1:], strict=True):
+            extent = tuple(np.percentile(np.concatenate(values), OUTLIERS))
+            for i, x in enumerate(values):
+                style = {"color": colours[i], "histtype": "step" if i else "stepfilled"}
+                share = np.full(len(x), 1 / len(x))  # sets may differ in size
+                axes.hist(x, BINS, range=extent, weights=share, linewidth=1.5, **style)
+            for i, mark in enumerate(marks):
+                style = {"color": colours[i + 1], "ha": "center", "fontsize": "small"}
+                place = (i + 0.5) / others, 1.02  # of the axes' width and height
+                axes.text(*place, mark, transform=axes.transAxes, **style)
+            axes.set_title(title, pad=18)
+            axes.set_yticks([])
+            axes.spines[["left", "right", "top"]].set_visible(False)
+            axes.xaxis.set_major_locator(MaxNLocator(3))
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    patches = [Patch(color=c, label=name) for name, c in zip(sets, colours, strict=True)]
+    patches.append(Patch(alpha=0, label=notes))
+    figure.legend(handles=patches, loc="outside upper center", ncols=6, frameon=False)
+    _write(path, figure)
+
+
+def _write(path: epath.Path, figure: "Figure") -> None:
+    """Writes a figure as PNG."""
     encoded = io.BytesIO()
     # Without the library's version in it, equal numbers are equal files.
     figure.savefig(encoded, format="png", metadata={"Software": None})

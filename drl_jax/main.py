@@ -32,6 +32,7 @@ MODES = (
     "inpaint",
     "long_run",
     "likelihood",
+    "ood",
     "export",
     "import_original",
 )
@@ -40,8 +41,8 @@ MODES = (
 ONLY_OF = {
     "config": ("train", "import_original"),
     "num_samples": ("sample",),
-    "seed": ("sample", "interpolate", "inpaint", "long_run", "likelihood"),
-    "model": ("likelihood",),
+    "seed": ("sample", "interpolate", "inpaint", "long_run", "likelihood", "ood"),
+    "model": ("likelihood", "ood"),
     "num_steps": ("long_run",),
     "num_chains": ("long_run",),
     "levels": ("long_run",),
@@ -52,6 +53,7 @@ ONLY_OF = {
     "mask": ("inpaint",),
     "completions": ("inpaint",),
     "rounds": ("inpaint",),
+    "against": ("ood",),
     "tf_checkpoint": ("import_original",),
     "image_size": ("import_original",),
 }
@@ -139,8 +141,8 @@ def define_flags() -> flags.FlagValues:
     flags.DEFINE_string(
         "model",
         None,
-        "Of likelihood: a work directory, an exported file or the name of a model that comes "
-        "with the package, such as digits (the --workdir's own).",
+        "Of likelihood and ood: a work directory, an exported file, or a shipped name such as "
+        "digits (the --workdir's own).",
         flag_values=values,
     )
     flags.DEFINE_integer(
@@ -170,6 +172,12 @@ def define_flags() -> flags.FlagValues:
         "centre",
         "Of inpaint, what is hidden: centre, left, right, top, bottom, checkerboard, "
         "random:0.5, or a PNG with that in white (centre).",
+        flag_values=values,
+    )
+    flags.DEFINE_list(
+        "against",
+        ["shuffled", "inverted", "uniform"],
+        "Of ood: these three, or other images, as folder:PATH or a TFDS name (these three).",
         flag_values=values,
     )
     flags.DEFINE_integer(
@@ -239,7 +247,8 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, Sequence[str]]:
         if values.images and values["pairs"].present:
             raise UserError("--pairs is for strips between samples: leave it out with --images")
     if not values.workdir:
-        raise UserError(f"--mode={values.mode} needs the --workdir of a trained model")
+        what = "for its results" if values.model else "of a trained model"
+        raise UserError(f"--mode={values.mode} needs the --workdir {what}")
     return values, changes
 
 

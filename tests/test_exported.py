@@ -39,6 +39,22 @@ def test_the_model_that_comes_with_the_package_draws_digits():
         assert file.stat().length <= 2_000_000
 
 
+def test_a_shipped_model_takes_another_sampler_and_keeps_what_it_learned():
+    """Its F, too, though that is of the b² it was trained with."""
+
+    def revise(config):
+        config.mcmc.update(K=3, b_squared=1e-3)
+        return config
+
+    ours, revised = exported.load("digits"), exported.load("digits", revise)
+    assert (revised.config.mcmc.K, revised.model.method.sampler.K) == (3, 3)
+    assert ours.model.method.sampler.K != 3
+    step_size, before = (run.model.tuning["step_size"] for run in (revised, ours))
+    assert np.all(step_size > before)
+    x, t = jnp.zeros((6, 8, 8, 1)), jnp.arange(6)
+    np.testing.assert_array_equal(revised.model.log_density(x, t), ours.model.log_density(x, t))
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [

@@ -1,26 +1,12 @@
-"""Annealed importance sampling against normalisers that are known.
+"""The parts of a density against what is known."""
 
-Sampled quantities miss by more than Z = 5.5 of their standard errors with probability 4e-8;
-weights are log-normal rather than normal, and with 256 of spread 0.2 that costs an order of
-magnitude: no test here fails correct code with probability above 1e-6.
-"""
-
-import exact
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats
-from statistical import Z
 
 from drl_jax import diffusion, likelihood, noise, testbeds
-from drl_jax.errors import UserError
-from drl_jax.evaluation import density
-
-CORRELATED = testbeds.gaussian(
-    np.linspace(-0.3, 0.4, 8), 0.02 * np.eye(8) + 0.1 * np.outer(*[np.linspace(0, 1, 8)] * 2)
-)
-LOG_Z = 7.3  # of all models here
 
 
 def line():
@@ -28,10 +14,6 @@ def line():
     one, two = np.array([[-0.6]]), np.array([[0.5]])
     bump = testbeds.isotropic(np.concatenate([one, two]), 0.1)
     return bump._replace(variances=jnp.array([[0.01], [0.04]]))
-
-
-def points(data, n, seed=0):
-    return np.asarray(data.sample(noise.example_keys(jax.random.key(seed), jnp.arange(n))))
 
 
 @pytest.mark.parametrize("T", [1, 6, 1000])
@@ -77,92 +59,6 @@ def test_a_rung_is_a_geometric_mean_of_two_levels():
         found = likelihood.rung_log_density(F, x, jnp.int32(t), jnp.float32(beta), schedule)
         expected = (1 - beta) * level(t) + beta * level(max(t - 1, 0))
         np.testing.assert_allclose(found, expected, rtol=1e-5)
-
-
-CASES = [
-    (testbeds.PLANE["blobs"](), 6),
-    (testbeds.PLANE["blobs"](), 1000),
-    (CORRELATED, 6),
-    (CORRELATED, 1000),
-]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("data", "T"), CASES, ids=["blobs6", "blobs1k", "8d6", "8d1k"])
-def test_the_default_budget_bounds_log_Z_within_0_05_nats(data, T):
-    """Of energies that are right up to a constant. The truth lies between the bounds, as far
-    as their stated errors tell.
-
-    Fails (each tried) with gains taken after the transitions instead of before, with gains
-    the wrong way round, with log Z of white noise left out, and if the transitions target the
-    rung that is left instead of the one that is entered.
-    """
-    model = exact.model(data, T, LOG_Z)
-    found = density.log_partition(model, jax.random.key(1), points(data, 256))
-    for bound, way in ((found.lower, -1), (found.upper, 1)):
-        assert abs(bound.log_Z - LOG_Z) < 0.05
-        assert way * (bound.log_Z - LOG_Z) > -Z * bound.std_error
-        assert bound.effective_sample_size > 200
-        assert bound.meaningful
-
-
-FEW = density.DEFAULT._replace(rungs=80, transitions=1, leapfrog=1, chains=20_000, burn_in=0)
-
-
-@pytest.fixture(scope="module")
-def few_rungs():
-    """Log-weights of both ways along a ladder so short that they vary."""
-    data = testbeds.PLANE["ellipse"]()
-    model = exact.model(data, 6, LOG_Z)
-    key, x = jax.random.key(2), points(data, FEW.chains)
-    annealing = density.begin(model, key, x, FEW)
-    for later in density.annealed(model, key, annealing, FEW):
-        annealing = later
-    return [np.float64(d.gains).sum(axis=1) for d in (annealing.down, annealing.up)]
-
-
-def test_weights_are_unbiased_and_their_logarithms_are_bounds(few_rungs):
-    """E[w] = Z down and 1 / Z up, although E[log w] misses by ten standard errors and more.
-
-    Fails (each tried) if transitions come before the gain, and if a step 10% too long is
-    accepted whatever it does.
-    """
-    for log_w, sign in zip(few_rungs, (1, -1), strict=True):
-        excess = log_w - sign * LOG_Z
-        w, n = np.exp(excess), len(log_w)
-        assert 0.2 < np.std(excess) < 1.5
-        assert abs(np.mean(w) - 1) < Z * np.std(w) / np.sqrt(n)
-        assert np.mean(excess) < -10 * np.std(excess) / np.sqrt(n)
-
-
-def test_the_warm_up_finds_the_steps_of_the_target_acceptance_on_every_marginal():
-    model = exact.model(CORRELATED, 6)
-    budget = density.DEFAULT._replace(
-        chains=512, rungs=60, burn_in=0, transitions=2, warmup_steps=300
-    )
-    key = jax.random.key(3)
-    annealing = density.begin(model, key, points(CORRELATED, 512), budget)
-    for later in density.annealed(model, key, annealing, budget):
-        annealing = later
-    acceptance = annealing.down.acceptance
-    np.testing.assert_allclose(np.mean(acceptance), budget.target_acceptance, atol=0.05)
-    np.testing.assert_allclose(acceptance, budget.target_acceptance, atol=0.15)
-
-
-def test_an_annealing_that_is_stopped_goes_on_to_the_same_bits():
-    """Through `to_arrays` and back, in the middle of either way."""
-    model = exact.model(testbeds.PLANE["ellipse"](), 6)
-    budget = density.DEFAULT._replace(chains=5, rungs=130, burn_in=7, transitions=1)
-    key, x = jax.random.key(4), points(testbeds.PLANE["ellipse"](), 3)
-    begun = density.begin(model, key, x, budget)
-    whole = list(density.annealed(model, key, begun, budget))
-    made = [annealing.made for annealing in whole]
-    assert made[-1] == density.moves(model.method.schedule, budget)
-    assert np.all(np.diff(made) > 0)
-    for stop in (0, len(whole) // 4, 3 * len(whole) // 4):
-        kept = density.from_arrays(density.to_arrays(whole[stop]))
-        *_, end = density.annealed(model, key, kept, budget)
-        jax.tree.map(np.testing.assert_array_equal, end, whole[-1])
 
 
 def test_thousands_of_gains_are_summed_exactly():
@@ -241,31 +137,3 @@ def test_the_bounds_of_all_values_of_a_pixel_add_up_to_no_more_than_one(dequanti
     assert total < 1 + 1e-3
     # A smooth density wastes what lies between spikes, if the pixels are not spread out.
     assert total > (0.9 if dequantised else 0.15)
-
-
-def test_the_density_of_points_is_that_of_their_level_0():
-    data = testbeds.PLANE["ellipse"]()
-    model, x = exact.model(data, 6, LOG_Z), points(data, 4000)
-    log_q, log_P = density.log_likelihood(model, jax.random.key(5), x)
-    assert log_P is None
-    schedule = model.method.schedule
-    _, covariance = testbeds.marginal(data, 0, schedule).mean_and_covariance()
-    entropy = np.linalg.slogdet(2 * np.pi * np.e * np.float64(covariance))[1] / 2
-    # The log-density of a Gaussian in D dimensions varies by D / 2 nats².
-    assert abs(np.mean(log_q) - LOG_Z + entropy) < Z * np.sqrt(2 / 2 / len(x))
-
-
-@pytest.mark.parametrize(
-    ("x", "words"),
-    [
-        (np.zeros((2, 8, 8, 1), np.uint8), "dtype uint8: give floating-point"),
-        (np.full((2, 8, 8, 1), 255.0), r"pixels lie in \[255, 255\]"),
-        (np.full((2, 8, 8, 1), np.nan), "pixels lie in"),
-        (np.zeros((2, 9, 8, 1)), "2x9x8x1: give one or more of 8x8x1"),
-    ],
-)
-def test_data_that_are_no_images_of_the_model_are_one_clear_line(x, words):
-    import drl_jax
-
-    with pytest.raises(UserError, match=f"^[^\n]*{words}[^\n]*$"):
-        density.log_likelihood(drl_jax.load("digits"), jax.random.key(0), x, values=17)

@@ -220,7 +220,7 @@ def test_help_is_short_quick_and_of_this_program_alone():
     assert len(text) < 30
     flags = re.findall(r"^ *--(\w+)", done.stdout, re.MULTILINE)
     modes_own = ["num_samples", "pairs", "frames", "level", "completions", "rounds"]
-    modes_own += ["num_steps", "num_chains", "images", "levels", "mask"]
+    modes_own += ["num_steps", "num_chains", "images", "levels", "mask", "model", "against"]
     modes_own += ["seed", "tf_checkpoint", "image_size"]
     assert flags == ["config", "mode", "workdir", *modes_own]
 

@@ -19,9 +19,9 @@ from etils import epath
 from test_original import assert_close
 
 from drl_jax import config as config_lib
-from drl_jax import data, method, model, noise, parallel, train_state, train_step
+from drl_jax import data, exported, method, model, noise, parallel, train_state, train_step
 from drl_jax.errors import UserError
-from drl_jax.evaluation import inception
+from drl_jax.evaluation import inception, ood
 
 COLLECTIVE = re.compile(
     r"\b(all-reduce|all-gather|all-to-all|reduce-scatter|collective-\w+|send|recv)\b"
@@ -34,6 +34,7 @@ def main(workdir):
     result = {"devices": eight.size}
     result["noise"] = [noise_of(mesh) for mesh in (one, eight)]
     result["features"] = [features_on(mesh) for mesh in (one, eight)]
+    result["scores"] = [scores_on(mesh) for mesh in (one, eight)]
 
     config = make_config()
     start = trained(config, one, None, 0, 20)
@@ -78,6 +79,14 @@ def features_on(mesh):
     extractor = inception.Extractor(random_inception.variables(), mesh, batch_size=8)
     (batch,) = extractor(images)
     return batch
+
+
+def scores_on(mesh):
+    """The shipped model's scores of 11 digits, in batches of 8."""
+    config, shipped, _ = exported.load("digits")
+    x = np.stack(list(data.all_images(config, limit=11)))
+    placed = model.Model(shipped.method, shipped.params, mesh)
+    return tuple(ood.Scorer(placed, batch_size=8)(jax.random.key(0), x))
 
 
 def trained(config, mesh, state, first, n):
@@ -147,6 +156,14 @@ def test_images_have_the_same_features_on_one_and_on_eight_devices(eight):
     for name in ("2048", "logits_unbiased"):
         assert len(on_one[name]) == 5
         assert_close(on_eight[name], on_one[name], 1e-5)
+
+
+@pytest.mark.slow
+def test_images_have_the_same_scores_on_one_and_on_eight_devices(eight):
+    for on_one, on_eight in zip(*eight["scores"], strict=True):
+        assert on_one.shape == (6, 11)
+        for of_level in zip(on_eight, on_one, strict=True):
+            assert_close(*of_level, 2e-5)
 
 
 @pytest.mark.slow
