@@ -183,13 +183,13 @@ def unlike(name, x, seed=0, **kwargs):
 
 @pytest.mark.parametrize("name", ood.UNLIKE)
 def test_unlike_images_depend_on_seed_and_number_alone(name):
-    x = images()
+    x = images()[:14]
     found = unlike(name, x)
     assert (found.shape, found.dtype) == (x.shape, np.float32)
     assert np.abs(found).max() <= 1
     assert np.all(np.abs(found - x).max(axis=(1, 2, 3)) > 0.1)
     np.testing.assert_array_equal(unlike(name, x, batch_size=7), found)
-    np.testing.assert_array_equal(unlike(name, x[:3]), found[:3])
+    np.testing.assert_array_equal(unlike(name, x[:7]), found[:7])
     assert np.all(unlike(name, x, seed=1) == found) == (name == "inverted")
 
 

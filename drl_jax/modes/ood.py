@@ -1,12 +1,13 @@
 """Whether images are unlike the data, told by each level's log-density and score."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
+from jaxtyping import Float
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -54,6 +55,7 @@ def run(
     inside = data.open_source(config)
     others = {name: other_data(config, name) for name in against if name not in ood.UNLIKE}
     limit = config.evaluation.num_data
+    # All are read before anything is written: one may turn out unreadable.
     x = np.stack(list(data.all_images(config, limit)))
     files = {name: np.stack(list(data.all_images(c, limit))) for name, c in others.items()}
     folder = workdir / "ood" / f"step_{step}_seed_{seed}"
@@ -62,17 +64,15 @@ def run(
     scorer = ood.Scorer(trained, config.evaluation.batch_size)
     key, unlike_key = jax.random.split(jax.random.key(seed))
 
-    def scores(name: str, images: Any, n: int) -> Scores:
+    def scores(name: str, images: Iterable[Float[np.ndarray, "H W C"]], n: int) -> Scores:
         log.info("scoring %d images: %s", n, name)
         return scorer(key, tqdm(images, name, n, unit="image", disable=None, leave=False))
 
     of_data = scores(config.data.name, x, len(x))
-    of_others = {
-        name: scores(name, files[name], len(files[name]))
-        if name in files
-        else scores(name, ood.unlike_images(name, unlike_key, x), len(x))
-        for name in against
-    }
+    of_others = {}
+    for name in against:
+        unlike = ood.unlike_images(name, unlike_key, x) if name in ood.UNLIKE else files[name]
+        of_others[name] = scores(name, unlike, len(files.get(name, x)))
     found = {name: ood.aurocs(of_data, of_other) for name, of_other in of_others.items()}
     figures.write_histograms(
         folder / "histograms.png",
