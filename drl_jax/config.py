@@ -31,7 +31,7 @@ def default() -> ConfigDict:
                 "channels": 3,  # of an image, or coordinates of a point
                 "crop": "centre",  # before resizing: 'centre' square or 'none'
                 "flip": True,  # random horizontal flips
-                "dequantise": False,  # adds uniform noise, as wide as pixel values are apart
+                "dequantise": 0.0,  # width of uniform noise added to pixels, their values' distance
             },
             "diffusion": {
                 "T": 6,  # number of energies; noise levels are 0..T
@@ -125,7 +125,7 @@ CHOICES = {
 OF_POINTS = {
     "data.channels": 2,
     "data.flip": False,
-    "data.dequantise": False,
+    "data.dequantise": 0.0,
     "evaluation.inception_weights": "",
 }
 
@@ -229,7 +229,7 @@ def validate(config: ConfigDict) -> None:
             raise UserError(f"config.{name} is {fields[name]}: it must lie in [0, 1)")
     for name in (
         *("optim.warmup_steps", "optim.decay_steps", "mcmc.noise_scale"),
-        "likelihood.burn_in",
+        *("likelihood.burn_in", "data.dequantise"),
     ):
         if not 0 <= fields[name] < math.inf:
             raise UserError(f"config.{name} is {fields[name]}: it must not be negative")

@@ -13,6 +13,7 @@ prepared) is a `UserError`, also where a prefetching thread meets it.
 import difflib
 import hashlib
 import io
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
@@ -278,6 +279,11 @@ def open_source(config: ConfigDict) -> Source:
         source = Folder(data.name.removeprefix("folder:"), data.channels)
     else:
         source = Tfds(data.name, data.split, data.data_dir, data.channels)
+    if data.dequantise and not math.isclose(data.dequantise * source.white, 2, rel_tol=1e-3):
+        raise UserError(
+            f"config.data.dequantise is {data.dequantise:g}, and a pixel's values in "
+            f"{data.name!r} are {2 / source.white:g} apart: set it to that, or to 0"
+        )
     source[0]  # so that an unreadable data set shows before a run has begun
     return source
 
@@ -349,9 +355,8 @@ def training_batches(
     examples = _prepared(config).seed(config.seed).shuffle().repeat(_EPOCHS)
     if config.data.flip:
         examples = examples.random_map(_flip)  # seeded by the example's place in the run
-    if config.data.dequantise:
-        bin_width = 2 / open_source(config).white
-        examples = examples.random_map(lambda image, rng: _dequantise(image, rng, bin_width))
+    if width := config.data.dequantise:
+        examples = examples.random_map(lambda image, rng: _dequantise(image, rng, width))
     batches = examples.batch(size)[process_index::process_count][start_step:]
     return iter(batches.map(lambda image: {"image": image}).to_iter_dataset(_READ_OPTIONS))
 
@@ -406,6 +411,6 @@ def _flip(image: Float[np.ndarray, "H W C"], rng: np.random.Generator) -> np.nda
 
 
 def _dequantise(
-    image: Float[np.ndarray, "H W C"], rng: np.random.Generator, bin_width: float
+    image: Float[np.ndarray, "H W C"], rng: np.random.Generator, width: float
 ) -> np.ndarray:
-    return image + bin_width * (rng.random(image.shape, np.float32) - np.float32(0.5))
+    return image + np.float32(width) * (rng.random(image.shape, np.float32) - np.float32(0.5))

@@ -138,13 +138,6 @@ def define_flags() -> flags.FlagValues:
     flags.DEFINE_string(
         "workdir", None, "Where the run lives; a bucket will do.", flag_values=values
     )
-    flags.DEFINE_string(
-        "model",
-        None,
-        "Of likelihood and ood: a work directory, an exported file, or a shipped name such as "
-        "digits (the --workdir's own).",
-        flag_values=values,
-    )
     flags.DEFINE_integer(
         "num_samples", 100, "Of sample: how many (100).", lower_bound=1, flag_values=values
     )
@@ -172,6 +165,13 @@ def define_flags() -> flags.FlagValues:
         "centre",
         "Of inpaint, what is hidden: centre, left, right, top, bottom, checkerboard, "
         "random:0.5, or a PNG with that in white (centre).",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "model",
+        None,
+        "Of likelihood and ood: a work directory, an exported file, or a shipped name such as "
+        "digits (the --workdir's own).",
         flag_values=values,
     )
     flags.DEFINE_list(

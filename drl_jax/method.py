@@ -1,6 +1,7 @@
 """The method as one value: which network, which noise levels, which chain, which loss."""
 
 import functools
+import math
 from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
@@ -56,7 +57,9 @@ def from_config(config: ConfigDict) -> Method:
         s = recovery.step_sizes(schedule, config.mcmc.b_squared)
         parameterisation = Parameterisation(s**2, precision=0.0)
     elif config.energy.parameterisation == "noise":
-        parameterisation = Parameterisation(schedule.sigma_bar[:-1], precision=1.0)
+        uniform = schedule.a_bar[:-1] * config.data.dequantise / math.sqrt(12)
+        temperature = jnp.hypot(schedule.sigma_bar[:-1], uniform)  # of all noise
+        parameterisation = Parameterisation(temperature, precision=1.0)
     else:
         parameterisation = Parameterisation(jnp.ones(schedule.T), precision=1.0)
     sampler = make_sampler(config.mcmc, schedule)

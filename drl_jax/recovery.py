@@ -14,7 +14,9 @@ levels' orders of magnitude (`Parameterisation`):
   grad f is of order one in each pixel at every level, while s_t² would ask for a gradient of
   2e-6 at the bottom and 4e-4 at the top. The quadratic is the log-density of white noise, to
   which the levels tend: f has only to say how a level differs from it, and since f grows no
-  faster than linearly, exp(F) can be normalised and no chain can run away;
+  faster than linearly, exp(F) can be normalised and no chain can run away. Data that are
+  dequantised bring noise of their own, and sigma_bar_t is the standard deviation of both: with
+  what the levels add alone, the lowest would be steeper than the data are;
 - few dimensions: F = f - |x|² / 2. A density in the plane is smooth at the scale of the lowest
   noise: its log is of order one at every level, and hardly changes over the lowest. Through
   sigma_bar_t, small there, a network would have to shrink as the levels do, to the percent.

@@ -132,7 +132,7 @@ def test_a_mode_that_is_for_images_refuses_points(trained, capsys, args):
         ({"energy__network": "cnn"}, "'cnn': use 'resnet' or 'mlp'"),
         ({"data__channels": 3}, "channels is 3: .*must be 2"),
         ({"data__flip": True}, "flip is True: .*must be False"),
-        ({"data__dequantise": True}, "dequantise is True: .*must be False"),
+        ({"data__dequantise": 0.1}, "dequantise is 0.1: .*must be 0.0"),
         (
             {"evaluation__inception_weights": "x.pth"},
             "inception_weights is 'x.pth': .*must be ''",

@@ -56,7 +56,9 @@ def run(workdir: epath.Path, revise: Revise, model: str | None, seed: int) -> No
     require_usable(Z, budget, x[0].size, schedule.T)
 
     values = round(source.white) + 1 if source.white else None
-    log_q, log_P = density.log_likelihood(trained, data_key, x, values, config.data.dequantise)
+    log_q, log_P = density.log_likelihood(
+        trained, data_key, x, values, dequantised=config.data.dequantise > 0
+    )
     numbers: dict[str, Any] = {
         "step": step,
         "data": source.identity,
