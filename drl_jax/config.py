@@ -31,7 +31,7 @@ def default() -> ConfigDict:
                 "channels": 3,  # of an image, or coordinates of a point
                 "crop": "centre",  # before resizing: 'centre' square or 'none'
                 "flip": True,  # random horizontal flips
-                "dequantise": 0.0,  # width of uniform noise added to pixels, their values' distance
+                "dequantise": 0.0,  # width of uniform noise: how far pixel values are apart
             },
             "diffusion": {
                 "T": 6,  # number of energies; noise levels are 0..T
