@@ -11,15 +11,15 @@ from drl_jax.recovery import Parameterisation
 from drl_jax.sampling import Sampler
 
 
-def model(data, T, log_Z=0.0, mesh=None):
-    """The exact F of every level, plus log Z."""
+def model(data, T, log_Z=0.0, mesh=None, shape=None):
+    """The exact F of every level, plus log Z; of points, or of images of a shape."""
     schedule = diffusion.schedule(T)
     F = testbeds.exact_F(data, schedule)
     energy = Energy(
         init=lambda key: ({}, {}),
         normalise=lambda params, vectors: (params, vectors),
-        f=lambda params, x, t: F(x, t) + log_Z,
-        shape=data.means.shape[-1:],
+        f=lambda params, x, t: F(x.reshape(len(x), -1), t) + log_Z,
+        shape=shape or data.means.shape[-1:],
     )
     sampler = Sampler(langevin.init, langevin.kernel, {"step_size": jnp.ones(T)}, 1)
     parameterisation = Parameterisation(jnp.ones(T), 0.0)
