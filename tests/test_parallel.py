@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 
+import exact
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,9 +20,19 @@ from etils import epath
 from test_original import assert_close
 
 from drl_jax import config as config_lib
-from drl_jax import data, exported, method, model, noise, parallel, train_state, train_step
+from drl_jax import (
+    data,
+    exported,
+    method,
+    model,
+    noise,
+    parallel,
+    testbeds,
+    train_state,
+    train_step,
+)
 from drl_jax.errors import UserError
-from drl_jax.evaluation import inception, ood
+from drl_jax.evaluation import density, inception, ood
 
 COLLECTIVE = re.compile(
     r"\b(all-reduce|all-gather|all-to-all|reduce-scatter|collective-\w+|send|recv)\b"
@@ -35,6 +46,8 @@ def main(workdir):
     result["noise"] = [noise_of(mesh) for mesh in (one, eight)]
     result["features"] = [features_on(mesh) for mesh in (one, eight)]
     result["scores"] = [scores_on(mesh) for mesh in (one, eight)]
+
+    result["bounds"] = [bounds_on(mesh) for mesh in (one, eight)]
 
     config = make_config()
     start = trained(config, one, None, 0, 20)
@@ -71,6 +84,15 @@ def noise_of(mesh):
         return parallel.over_examples(lambda _, k: noise.normal(k, (8, 8, 1)), mesh)((), keys)
 
     return np.asarray(draw(examples))
+
+
+def bounds_on(mesh):
+    """Bounds of log Z by 12 chains, which eight devices fill up to 16."""
+    data = testbeds.PLANE["ellipse"]()
+    budget = density.DEFAULT._replace(chains=12, rungs=50, transitions=2, burn_in=5)
+    x = np.asarray(data.sample(noise.example_keys(jax.random.key(0), jnp.arange(12))))
+    found = density.log_partition(exact.model(data, 6, mesh=mesh), jax.random.key(1), x, budget)
+    return jax.tree.leaves(found)
 
 
 def features_on(mesh):
@@ -164,6 +186,12 @@ def test_images_have_the_same_scores_on_one_and_on_eight_devices(eight):
         assert on_one.shape == (6, 11)
         for of_level in zip(on_eight, on_one, strict=True):
             assert_close(*of_level, 2e-5)
+
+
+@pytest.mark.slow
+def test_bounds_of_log_Z_do_not_depend_on_the_number_of_devices(eight):
+    one, many = eight["bounds"]
+    np.testing.assert_allclose(many, one, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow
