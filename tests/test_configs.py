@@ -24,7 +24,7 @@ MULT = {32: (1, 2, 2, 2), 64: (1, 2, 2, 2, 4), 128: (1, 2, 2, 2, 4, 4)}
 
 
 def test_there_is_a_config_for_each_of_the_papers_tables():
-    assert set(PAPER) | {"digits"} <= {path.stem for path in CONFIGS}
+    assert set(PAPER) | {"digits", "toy2d"} <= {path.stem for path in CONFIGS}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -37,12 +37,10 @@ def test_a_whole_training_step_has_the_shapes_of_its_config(path):
     config = config_lib.load(str(path))
     config_lib.validate(config)
     learned = method.from_config(config)
+    size, channels = config.data.image_size, config.data.channels
+    points = config.energy.network == "mlp"
+    assert learned.energy.shape == ((channels,) if points else (size, size, channels))
     optimiser = train_state.optimiser(config)
-    size, channels, batch = (
-        config.data.image_size,
-        config.data.channels,
-        config.train.batch_size,
-    )
     state = model.abstract_state(config)
     step = functools.partial(
         train_step.train_step,
@@ -51,7 +49,7 @@ def test_a_whole_training_step_has_the_shapes_of_its_config(path):
         ema_decay=config.optim.ema_decay,
         mesh=parallel.make_mesh(),
     )
-    x = jax.ShapeDtypeStruct((batch, size, size, channels), "float32")
+    x = jax.ShapeDtypeStruct((config.train.batch_size, *learned.energy.shape), "float32")
     new_state, metrics = jax.eval_shape(step, state, x, jax.random.key(0))
     same = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), state, new_state)
     assert all(jax.tree.leaves(same))

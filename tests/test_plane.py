@@ -101,10 +101,10 @@ def test_false_alarms_are_as_many_as_the_level_says():
 @pytest.mark.parametrize(
     "change",
     [
-        lambda x: x + np.float32([0.1, 0]),
-        lambda x: x * np.float32(1.15),
+        lambda x: x + np.float32([0.06, 0]),
+        lambda x: x * np.float32(1.1),
         lambda x: np.where(x[:, :1] > 0.6, -x, x),  # a blob goes missing
-        lambda x: draws(len(x), 1, std=0.25),
+        lambda x: draws(len(x), 1, std=0.18),
     ],
     ids=["shifted", "larger", "missing", "wider"],
 )
