@@ -12,9 +12,7 @@ from drl_jax import diffusion, noise, recovery, testbeds
 LEVEL, X_TILDE = 1, 0.1
 DATA = {
     "normal": lambda: testbeds.gaussian(np.array([0.4]), np.array([[0.25]])),
-    "bimodal": lambda: testbeds.isotropic(
-        np.array([[-0.9], [0.9]]), 0.2, np.array([0.4, 0.6])
-    ),
+    "bimodal": lambda: testbeds.isotropic(np.array([[-0.9], [0.9]]), 0.2, np.array([0.4, 0.6])),
 }
 GRID, STEP = np.linspace(-2.5, 2.5, 501, retstep=True)
 

@@ -17,9 +17,7 @@ def exact(T):
     runs = [keep[s:e] for s, e in zip([0, *(ends[:-1] + 1)], ends + 1, strict=True)]
     a_squared = np.array([np.prod(run) for run in runs])
     a_bar_squared = np.cumprod(keep)[ends]
-    return [
-        np.sqrt(v) for v in (a_squared, 1 - a_squared, a_bar_squared, 1 - a_bar_squared)
-    ]
+    return [np.sqrt(v) for v in (a_squared, 1 - a_squared, a_bar_squared, 1 - a_bar_squared)]
 
 
 @pytest.mark.parametrize("T", [6, 1000])

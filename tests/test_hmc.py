@@ -61,7 +61,7 @@ def test_long_chains_have_a_conditionals_moments_where_langevins_have_not(kernel
     Fails if every proposal is accepted, with half the momentum's energy in the acceptance,
     with a gradient kept from a refused proposal, and with the conditional's sigma 2% off.
     """
-    n, steps, s = 100_000, 100, 0.25
+    n, steps, s = 100_000, 150, 0.25
     p = masses(exact(name))
     y = long_chain(name, hmc.init, kernel, n, steps, step_size=s, **tuning)
     assert_moments(y, p)

@@ -172,7 +172,7 @@ def true(moments):
 
 @pytest.mark.parametrize("where", [off, true])
 def test_the_loss_has_the_gradient_of_maximum_likelihood(where):
-    """grad E loss = weight_t tau_t grad E[-log p(y | x_tilde)], at every level, and 0 at the truth.
+    """grad E loss = weight_t tau_t grad E[-log p(y | x_tilde)] at every level, 0 at the truth.
 
     The network is f = tau F, of Gaussian conditionals: with u = 1 / sigma² (0 at the top), of
     precision P + u and mean (h + u x_tilde) / (P + u), so E[-log p] is known. Its gradient in
