@@ -5,4 +5,4 @@ set -euo pipefail
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
-.venv/bin/python -m pytest "$@"
+.venv/bin/python -m pytest --numprocesses=2 --dist=loadfile "$@"

@@ -124,7 +124,8 @@ def test_a_trajectory_of_hmc_returns_when_its_momentum_is_reversed_and_balances(
         rng = np.random.default_rng(0)
         y, p = rng.normal(size=(2, n, 2))
         keys = noise.example_keys(jax.random.key(0), jnp.arange(n))
-        monkeypatch.setattr(jax.random, "uniform", lambda key: 0.0)  # every proposal is taken
+        # So that every proposal is taken.
+        monkeypatch.setattr(noise, "uniform", lambda keys: jnp.zeros(n))
 
         def run(y, momentum):
             monkeypatch.setattr(noise, "normal", lambda keys, shape: jnp.asarray(momentum))
