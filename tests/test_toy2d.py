@@ -12,10 +12,11 @@ import pytest
 import tiny
 from etils import epath
 from PIL import Image
+from statistical import limit
 
 from drl_jax import config as config_lib
 from drl_jax import data, images, method, model, testbeds
-from drl_jax.evaluation import plane
+from drl_jax.evaluation import density, plane
 from drl_jax.modes import evaluate
 
 TOY = tiny.ROOT / "configs" / "toy2d.py"
@@ -226,3 +227,12 @@ def test_an_mlp_learns_a_mixture_and_is_sampled_right(tmp_path):
     assert max(metrics["levels"]["kl"]) <= 0.05
     assert metrics["levels"]["level"][-1] == 0
     assert metrics["two_sample_p_value"] > 0.01  # of perfect models 1% fail
+
+    # Annealing the energy that was learned bounds what quadrature knows.
+    config, learned, _ = model.load_run(workdir)
+    x = np.stack(list(data.all_images(config, limit=1000)))
+    found = density.log_partition(learned, jax.random.key(0), x)
+    log_Z = metrics["levels"]["log_Z"][-1]
+    for bound, way in ((found.lower, -1), (found.upper, 1)):
+        assert abs(bound.log_Z - log_Z) < 0.05
+        assert way * (bound.log_Z - log_Z) > -limit(2) * bound.std_error
