@@ -38,10 +38,12 @@ class Mixture(NamedTuple):
 
     def sample(self, keys: Key[Array, "B"]) -> Float[Array, "B D"]:
         """Draws one point a key."""
-        D = self.means.shape[-1]
-        k = jax.vmap(jax.random.categorical, (0, None))(noise.fold(keys, 0), self.log_weights)
-        z = jnp.sqrt(self.variances[k]) * noise.normal(noise.fold(keys, 1), (D,))
-        return self.means[k] + jnp.einsum("bij,bj->bi", self.axes[k], z)
+        own = 0 if self.means.ndim == 3 else None  # a density an example, or one for all
+        pick = jax.vmap(lambda values, k: values[k], (own, 0))
+        k = jax.vmap(jax.random.categorical, (0, own))(noise.fold(keys, 0), self.log_weights)
+        z = noise.normal(noise.fold(keys, 1), self.means.shape[-1:])
+        z = jnp.sqrt(pick(self.variances, k)) * z
+        return pick(self.means, k) + jnp.einsum("bij,bj->bi", self.axes[k], z)
 
     def log_density(self, x: Float[Array, "B D"]) -> Float[Array, "B"]:
         """Returns log p(x) [nats]."""
@@ -67,19 +69,18 @@ class Mixture(NamedTuple):
     ) -> "Mixture":
         """Returns the density of y given x_tilde = y + sigma eps, one for each x_tilde.
 
-        Component k keeps precision 1 / v_k + 1 / sigma² along each axis, and weighs as much as
-        it explains x_tilde.
+        Component k has precision 1 / v_k + 1 / sigma² along each axis, and weighs as much as
+        it explains x_tilde. Of an infinite sigma nothing is learned.
         """
-        explained = self.blurred(1.0, sigma)._log_joint(x_tilde)
-        noise_variance = jnp.reshape(jnp.asarray(sigma) ** 2, (-1, 1, 1))
-        gain = self.variances / (self.variances + noise_variance)
-        shift = jnp.einsum("kij,bkj->bki", self.axes, gain * self._along_axes(x_tilde))
-        return Mixture(
-            jax.nn.log_softmax(explained, axis=1),
-            self.means + shift,
-            gain * noise_variance,
-            self.axes,
-        )
+        pull = jnp.broadcast_to(1 / jnp.asarray(sigma) ** 2, len(x_tilde))[:, None, None]
+        shrink = 1 / (1 + self.variances * pull)
+        along = self._along_axes(x_tilde)
+        # log N(x_tilde; m_k, v_k + sigma²), but for what all k share.
+        explained = jnp.sum(jnp.log(shrink) - along**2 * pull * shrink, axis=-1) / 2
+        variances = self.variances * shrink
+        shift = jnp.einsum("kij,bkj->bki", self.axes, variances * pull * along)
+        log_weights = jax.nn.log_softmax(self.log_weights + explained, axis=1)
+        return Mixture(log_weights, self.means + shift, variances, self.axes)
 
     def mean_and_covariance(self) -> tuple[Float[Array, "D"], Float[Array, "D D"]]:
         """Returns the mean and the covariance of the whole density."""
@@ -116,13 +117,13 @@ def energy_marginal(
 def conditional(
     data: Mixture,
     x_tilde: Float[Array, "B D"],
-    t: Int[Array, ""] | int,
+    t: Int[Array, "*B"] | int,
     schedule: NoiseSchedule,
 ) -> Mixture:
     """Returns q(y_t | x_{t+1} = x_tilde), t in 0..T-1; at the top the marginal of y."""
-    if t == schedule.T - 1:
-        return energy_marginal(data, jnp.full(len(x_tilde), t), schedule)
-    return energy_marginal(data, t, schedule).given(x_tilde, schedule.sigma[t + 1])
+    t = jnp.asarray(t)
+    sigma = jnp.where(t == schedule.T - 1, jnp.inf, schedule.sigma[t + 1])
+    return energy_marginal(data, t, schedule).given(x_tilde, sigma)
 
 
 def exact_F(data: Mixture, schedule: NoiseSchedule) -> LevelFn:
@@ -134,22 +135,24 @@ def isotropic(
     means: Float[np.ndarray, "K D"], std: float, weights: Float[np.ndarray, "K"] | None = None
 ) -> Mixture:
     """Returns a mixture of round components of one width, by default of equal weights."""
-    means = jnp.asarray(means)
-    K, D = means.shape
-    weights = jnp.full(K, 1 / K) if weights is None else jnp.asarray(weights)
-    axes = jnp.broadcast_to(jnp.eye(D), (K, D, D))
-    return Mixture(jnp.log(weights), means, jnp.full((K, D), std**2), axes)
+    K, D = np.shape(means)
+    weights = np.full(K, 1 / K) if weights is None else weights
+    return mixture(weights, means, np.broadcast_to(std**2 * np.eye(D), (K, D, D)))
 
 
 def gaussian(mean: Float[np.ndarray, "D"], covariance: Float[np.ndarray, "D D"]) -> Mixture:
     """Returns one Gaussian."""
-    variances, axes = np.linalg.eigh(covariance)
-    return Mixture(
-        jnp.zeros(1),
-        jnp.asarray(mean)[None],
-        jnp.asarray(variances)[None],
-        jnp.asarray(axes)[None],
-    )
+    return mixture(np.ones(1), np.asarray(mean)[None], np.asarray(covariance)[None])
+
+
+def mixture(
+    weights: Float[np.ndarray, "K"],
+    means: Float[np.ndarray, "K D"],
+    covariances: Float[np.ndarray, "K D D"],
+) -> Mixture:
+    """Returns Σ_k w_k N(m_k, C_k)."""
+    variances, axes = np.linalg.eigh(covariances)
+    return Mixture(*(jnp.asarray(v) for v in (np.log(weights), means, variances, axes)))
 
 
 def _ellipse() -> Mixture:
