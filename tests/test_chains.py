@@ -75,8 +75,8 @@ def test_long_chains_have_the_exact_stationary_moments_at_every_level():
         variance = 2 / (precision * (1 + DECAY))
         a = float(SCHEDULE.a_y(jnp.asarray(level)))
         x = np.asarray(seen.x[t == level, 0])
-        assert_mean(x, float(mean) / a, float(variance) / a**2)
-        assert_variance(x, float(mean) / a, float(variance) / a**2)
+        assert_mean(x, float(mean) / a, float(variance) / a**2, of=2 * T)
+        assert_variance(x, float(mean) / a, float(variance) / a**2, of=2 * T)
     y = seen.x * SCHEDULE.a_y(t)[:, None]
     np.testing.assert_allclose(seen.displacement, jnp.abs(y - 1.5)[:, 0], atol=1e-6)
     np.testing.assert_allclose(seen.log_density, gaussian(y, t), rtol=1e-4, atol=1e-5)

@@ -2,34 +2,52 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from statistical import assert_covariance, assert_mean, assert_variance
+from statistical import limit
 
-from drl_jax import diffusion
+from drl_jax import diffusion, noise
 from drl_jax.errors import UserError
 
 BETAS = np.linspace(1e-4, 0.02, 1000)
 
 
-def test_t6_levels_are_runs_of_the_linear_schedule():
-    schedule = diffusion.schedule(6)
-    ends = (0, 100, 200, 300, 400, 500, 999)
-    starts = (-1, *ends[:-1])
-    a = [np.prod(np.sqrt(1 - BETAS[s + 1 : e + 1])) for s, e in zip(starts, ends, strict=True)]
-    np.testing.assert_allclose(schedule.a, a, rtol=1e-6)
-    np.testing.assert_allclose(schedule.sigma, np.sqrt(1 - np.square(a)), rtol=1e-6)
-    np.testing.assert_allclose(schedule.a_bar, np.cumprod(a), rtol=1e-6)
-    np.testing.assert_allclose(
-        schedule.sigma, [0.01, 0.32368, 0.51650, 0.63221, 0.71324, 0.77337, 0.99974], atol=5e-6
-    )
+def exact(T):
+    """a, sigma, a_bar, sigma_bar of T6 and T1k by their definition, products of 1 - beta."""
+    ends = np.arange(1001) if T == 1000 else np.array([0, 100, 200, 300, 400, 500, 999])
+    keep = np.append(1 - BETAS, 0.0)
+    runs = [keep[s:e] for s, e in zip([0, *(ends[:-1] + 1)], ends + 1, strict=True)]
+    a_squared = np.array([np.prod(run) for run in runs])
+    a_bar_squared = np.cumprod(keep)[ends]
+    return [np.sqrt(v) for v in (a_squared, 1 - a_squared, a_bar_squared, 1 - a_bar_squared)]
 
 
-def test_t1k_gives_each_level_one_beta_and_ends_in_white_noise():
+@pytest.mark.parametrize("T", [6, 1000])
+def test_the_papers_schedules_are_runs_of_the_betas_to_the_last_digit(T):
+    """In float32 and in float64.
+
+    Fails with a run of T6 begun one beta late, with sigma computed from float32 a, and with
+    the top level's beta left at 0.02.
+    """
+    names = ("a", "sigma", "a_bar", "sigma_bar")
+    for name, expected in zip(names, exact(T), strict=True):
+        found = getattr(diffusion.schedule(T), name)
+        assert found.dtype == jnp.float32
+        np.testing.assert_allclose(found, expected, rtol=1e-7, atol=0, err_msg=name)
+        with jax.enable_x64(True):
+            found = getattr(diffusion.schedule(T), name)
+            assert found.dtype == jnp.float64
+            np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12, err_msg=name)
+
+
+def test_t6_has_the_programs_sigmas():
+    published = [0.01, 0.32368, 0.51650, 0.63221, 0.71324, 0.77337, 0.99974]
+    np.testing.assert_allclose(diffusion.schedule(6).sigma, published, atol=5e-6)
+
+
+def test_t1k_ends_in_white_noise():
     schedule = diffusion.schedule(1000)
     assert schedule.T == 1000
-    np.testing.assert_allclose(schedule.a[:-1], np.sqrt(1 - BETAS), rtol=1e-6)
-    assert schedule.a[-1] == 0
-    assert schedule.sigma[-1] == 1
-    assert schedule.a_bar[-1] == 0
+    assert schedule.a[-1] == schedule.a_bar[-1] == 0
+    assert schedule.sigma[-1] == schedule.sigma_bar[-1] == 1
 
 
 @pytest.mark.parametrize("T", [1, 2, 6, 11, 501, 1000])
@@ -56,27 +74,31 @@ def test_y_is_not_scaled_at_the_top_level_which_is_the_marginal():
 
 
 @pytest.mark.parametrize("T", [6, 1000])
-def test_pairs_have_the_joint_moments_of_the_diffusion(T):
-    """Every level of T6 and ten of T1k; broken by swapping sigma[t + 1] for sigma[t]."""
+def test_pairs_have_the_joint_moments_of_the_diffusion_at_every_level(T):
+    """x_t and what x_{t+1} adds to a x_t are independent normals of known mean and variance.
+
+    That makes the moments of x_{t+1}, and at 1000 levels says more than they do: there
+    sigma_{t+1} is a small part of sigma_bar_{t+1}. Fails with sigma 2% too large in the
+    step or sigma_bar in `diffuse`, a[t] for a[t + 1], a_bar 2% too large, eps of the step
+    that of `diffuse`, and the sign of a flipped.
+    """
+    a, sigma, a_bar, sigma_bar = (jnp.asarray(v, jnp.float32) for v in exact(T))
     schedule = diffusion.schedule(T)
-    x, n = 0.7, 100_000
-    keys = jax.random.split(jax.random.key(0), n)
-    data = jnp.full((n, 1), x)
-    sample = jax.jit(lambda t: diffusion.diffuse_pair(keys, data, jnp.full(n, t), schedule))
-    for t in range(0, T, max(1, T // 10)):
-        x_t, x_tilde = (np.asarray(v, np.float64)[:, 0] for v in sample(t))
-        a_bar, v = np.float64(schedule.a_bar), np.float64(schedule.sigma_bar) ** 2
-        assert_mean(x_t, a_bar[t] * x, v[t])
-        assert_mean(x_tilde, a_bar[t + 1] * x, v[t + 1])
-        assert_variance(x_t, a_bar[t] * x, v[t])
-        assert_variance(x_tilde, a_bar[t + 1] * x, v[t + 1])
-        assert_covariance(
-            x_t - a_bar[t] * x,
-            x_tilde - a_bar[t + 1] * x,
-            schedule.a[t + 1] * v[t],
-            v[t],
-            v[t + 1],
+    x, B, D = 3.0, 500, 240  # 120,000 numbers a level
+    keys = noise.example_keys(jax.random.key(0), jnp.arange(B))
+
+    def moments(t):
+        x_t, x_tilde = diffusion.diffuse_pair(
+            noise.fold(keys, t), jnp.full((B, D), x), jnp.full(B, t), schedule
         )
+        eps_bar = (x_t - a_bar[t] * x) / sigma_bar[t]
+        eps = (x_tilde - a[t + 1] * x_t) / sigma[t + 1]
+        pairs = (eps_bar, eps, eps_bar**2, eps**2, eps_bar * eps)
+        return jnp.stack([jnp.mean(v) for v in pairs])
+
+    found = np.asarray(jax.jit(lambda: jax.lax.map(moments, jnp.arange(T)))(), np.float64)
+    z = (found - [0, 0, 1, 1, 0]) / np.sqrt(np.array([1, 1, 2, 2, 1]) / (B * D))
+    assert np.max(np.abs(z)) < limit(z.size)
 
 
 @pytest.mark.parametrize("T", [6, 1000])

@@ -119,16 +119,16 @@ def true_moments():
 def test_the_hidden_pixel_of_two_has_the_exact_moments_of_the_method(rounds):
     x = inpainted(20_000, rounds)
     mean, variance = exact_moments(rounds)
-    assert_mean(x[:, 1], mean, variance)
-    assert_variance(x[:, 1], mean, variance)
+    assert_mean(x[:, 1], mean, variance, of=2)
+    assert_variance(x[:, 1], mean, variance, of=2)
 
 
 def test_rounds_lead_to_the_true_conditional():
     """One round does not: with it the mean leans to what nothing known would give."""
     mean, variance = true_moments()
     x = inpainted(20_000, 20)[:, 1]
-    assert_mean(x, mean, variance)
-    assert_variance(x, mean, variance)
+    assert_mean(x, mean, variance, of=2)
+    assert_variance(x, mean, variance, of=2)
     one = inpainted(20_000, 1)[:, 1]
     assert 0.75 < (one.mean() - MEAN) / (mean - MEAN) < 0.82
     assert one.var() > 1.1 * variance

@@ -8,7 +8,7 @@ import pytest
 import tiny
 from etils import epath
 from PIL import Image
-from statistical import Z, assert_variance
+from statistical import assert_mean, assert_variance
 from test_sampling import LANGEVIN, SCHEDULE, gaussian
 
 from drl_jax import data, diffusion, images, interpolation, model, noise, sampling
@@ -106,8 +106,8 @@ def test_every_frame_is_the_blend_of_the_images_with_the_noise_of_the_level(leve
     for i, w in enumerate(np.linspace(0, 1, frames)):
         mean = SCHEDULE.a_bar[level] * ((1 - w) * -0.7 + w * 0.4)
         variance = SCHEDULE.sigma_bar[level] ** 2
-        assert abs(np.mean(strips[:, i]) - mean) < Z * np.sqrt(variance / n)
-        assert_variance(strips[:, i], mean, variance)
+        assert_mean(strips[:, i], mean, variance, of=2 * frames)
+        assert_variance(strips[:, i], mean, variance, of=2 * frames)
     # It is the same noise: every step is that of the images.
     step = np.broadcast_to(SCHEDULE.a_bar[level] * 1.1 / (frames - 1), (n, frames - 1))
     np.testing.assert_allclose(np.diff(strips, axis=1), step, atol=1e-5)

@@ -1,16 +1,23 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+from conditionals import (
+    GRID,
+    X_TILDE,
+    assert_moments,
+    exact,
+    log_density_fn,
+    long_chain,
+    masses,
+)
 from statistical import assert_mean, assert_variance
 
-from drl_jax import noise
+from drl_jax import noise, testbeds
 from drl_jax.mcmc import langevin
 
 MEAN, VARIANCE = 1.5, 0.4
-
-
-def log_density(y):
-    return -jnp.sum((y - MEAN) ** 2, axis=1) / (2 * VARIANCE)
+log_density = testbeds.gaussian(np.array([MEAN]), np.array([[VARIANCE]])).log_density
 
 
 def run(n, steps, s, start, noise_scale=1.0):
@@ -39,16 +46,67 @@ def test_every_step_has_the_exact_moments_on_a_gaussian():
     for steps in (1, 2, 5, 40):
         y = run(n, steps, jnp.full(n, s), start=-1.0)
         mean, variance = exact_moments(steps, s, start=-1.0)
-        assert_mean(y, mean, variance)
-        assert_variance(y, mean, variance)
+        assert_mean(y, mean, variance, of=8)
+        assert_variance(y, mean, variance, of=8)
+
+
+def transitions(name, s):
+    """The Langevin step as a matrix on the grid, from row to column, in float64.
+
+    The kernel says where it drifts, with its noise off; the noise is N(0, s²).
+    """
+    n = len(GRID)
+    log_p, keys = log_density_fn(name, n), jax.random.split(jax.random.key(0), n)
+    state = langevin.init(jnp.asarray(GRID)[:, None], log_p)
+    drifted, _ = langevin.kernel(keys, state, log_p, jnp.full(n, s), noise_scale=jnp.zeros(n))
+    moved = np.exp(-((GRID - np.asarray(drifted.position)) ** 2) / (2 * s**2))
+    return moved / moved.sum(axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("name", ["normal", "bimodal"])
+def test_the_stationary_bias_on_a_conditional_falls_with_the_square_of_the_step(name):
+    """Of E y², by the chain's transitions on a grid; on a normal of variance v exactly.
+
+    There it is v / (1 - s² / 4v). Half the step, a quarter of the bias to first order. Fails
+    with the drift 2% too large, with s in the place of s², with the drift's sign flipped, and
+    with the conditional's sigma 2% off.
+    """
+    steps = np.array([0.08, 0.04, 0.02])
+    with jax.enable_x64(True):
+        p = masses(exact(name))
+        stationary = [np.linalg.matrix_power(transitions(name, s), 2**18)[0] for s in steps]
+        bias = (stationary - p) @ GRID**2
+        np.testing.assert_allclose(bias[:-1] / bias[1:], 4, rtol=0.06)
+        if name == "normal":
+            v = float(exact(name).variances[0, 0, 0])
+            np.testing.assert_allclose(bias, v / (1 - steps**2 / (4 * v)) - v, rtol=1e-5)
+        else:  # it is bimodal
+            assert np.sum((p[1:-1] > p[:-2]) & (p[1:-1] > p[2:])) == 2
+            assert p[np.abs(GRID) < 0.2].min() < 0.5 * p[GRID < 0].max()
+
+
+@pytest.mark.parametrize("name", ["normal", "bimodal"])
+def test_long_chains_on_a_conditional_have_the_moments_of_their_transitions(name):
+    """From x_tilde on; they are not the conditional's at so long a step.
+
+    Fails with the noise or the drift 2% too large, and with the conditional's sigma 2% off.
+    """
+    s, steps = 0.2, 250
+    with jax.enable_x64(True):
+        p, moved = masses(exact(name)), transitions(name, s)
+    start = np.argmin(np.abs(GRID - X_TILDE))
+    y = long_chain(name, langevin.init, langevin.kernel, 100_000, steps, step_size=s)
+    assert_moments(y, np.linalg.matrix_power(moved, steps)[start])
+    with pytest.raises(AssertionError, match="standard errors"):
+        assert_moments(y, p)
 
 
 def test_noise_scale_scales_the_noise_alone():
     n, s = 100_000, 0.5
     y = run(n, 10, jnp.full(n, s), start=0.0, noise_scale=0.3)
     mean, variance = exact_moments(10, s, 0.0, noise_scale=0.3)
-    assert_mean(y, mean, variance)
-    assert_variance(y, mean, variance)
+    assert_mean(y, mean, variance, of=2)
+    assert_variance(y, mean, variance, of=2)
 
 
 def test_without_noise_it_climbs_the_gradient():

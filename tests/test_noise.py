@@ -21,8 +21,8 @@ def test_purposes_steps_and_examples_get_different_noise():
 
 def test_noise_is_standard_normal():
     x = noise.normal(noise.example_keys(jax.random.key(1), jnp.arange(200_000)), (2,))
-    assert_mean(x, 0.0, 1.0)
-    assert_variance(x, 0.0, 1.0)
+    assert_mean(x, 0.0, 1.0, of=2)
+    assert_variance(x, 0.0, 1.0, of=2)
 
 
 def test_per_example_scales_each_example():
