@@ -21,17 +21,18 @@ def get_config():
     config.energy.parameterisation = "unit"
     config.mcmc.sampler = "normal_approximation"
     config.mcmc.K = 1
-    config.optim.learning_rate = 1e-2
+    config.optim.learning_rate = 5e-3
     config.optim.warmup_steps = 200
-    config.optim.decay_steps = 6000
+    config.optim.decay_steps = 3000
     config.optim.ema_decay = 0.99
     config.train.objective = "denoising"
+    config.train.levels = "log_noise"
     config.train.batch_size = 1024
-    config.train.num_steps = 6000
+    config.train.num_steps = 3000
     config.log.every_steps = 500
-    config.log.sample_every_steps = 2000
-    config.checkpoint.every_steps = 2000
-    config.checkpoint.keep_every_steps = 6000
+    config.log.sample_every_steps = 1000
+    config.checkpoint.every_steps = 1000
+    config.checkpoint.keep_every_steps = 3000
     config.evaluation.num_samples = 2000
     config.evaluation.batch_size = 2000
     return config

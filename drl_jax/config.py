@@ -62,6 +62,7 @@ def default() -> ConfigDict:
             },
             "train": {
                 "objective": "recovery",  # or 'denoising', which needs no chain
+                "levels": "uniform",  # as they are drawn; 'log_noise': evenly in log sigma_bar
                 "batch_size": 256,
                 "num_steps": 240_000,
                 "loss_limit": 100.0,  # |loss| above it is divergence
@@ -119,6 +120,7 @@ CHOICES = {
     "energy.parameterisation": ("step", "noise", "unit"),
     "mcmc.sampler": ("langevin", "mala", "hmc", "normal_approximation"),
     "train.objective": ("recovery", "denoising"),
+    "train.levels": ("uniform", "log_noise"),
 }
 
 # What of an image's settings points in the plane leave to choose.

@@ -26,6 +26,7 @@ class Method(NamedTuple):
       parameterisation: of F by the network.
       sampler: of the conditionals.
       objective: the loss, 'recovery' or 'denoising'.
+      levels: how training draws them (`train_step.draw_levels`).
     """
 
     energy: Energy
@@ -33,6 +34,7 @@ class Method(NamedTuple):
     parameterisation: Parameterisation
     sampler: Sampler
     objective: Literal["recovery", "denoising"]
+    levels: Literal["uniform", "log_noise"] = "uniform"
 
     def F(self, params: Params) -> LevelFn:
         """Returns the levels' log-density under these (normalised) parameters."""
@@ -63,7 +65,8 @@ def from_config(config: ConfigDict) -> Method:
     else:
         parameterisation = Parameterisation(jnp.ones(schedule.T), precision=1.0)
     sampler = make_sampler(config.mcmc, schedule)
-    return Method(energy, schedule, parameterisation, sampler, config.train.objective)
+    train = config.train
+    return Method(energy, schedule, parameterisation, sampler, train.objective, train.levels)
 
 
 def make_sampler(

@@ -62,7 +62,7 @@ def train_step(
     energy, schedule = method.energy, method.schedule
     B, T = x.shape[0], schedule.T
     keys = noise.example_keys(jax.random.fold_in(key, state.step), jnp.arange(B))
-    t = jax.vmap(lambda key: jax.random.randint(key, (), 0, T, jnp.int32))(noise.fold(keys, 0))
+    t = draw_levels(noise.fold(keys, 0), method)
     params, vectors = energy.normalise(state.params, state.vectors)
     if method.objective == "recovery":
         y_pos, x_tilde = positives(noise.fold(keys, 1), x, t, schedule)
@@ -120,6 +120,23 @@ def level_groups(T: int) -> list[range]:
     G = T if T <= 10 else 10
     bounds = [-(-T * g // G) for g in range(G + 1)]
     return [range(*pair) for pair in itertools.pairwise(bounds)]
+
+
+def draw_levels(keys: Key[Array, "B"], method: Method) -> Int[Array, "B"]:
+    """Draws a level 0..T-1 a key: uniformly, or about evenly in the log of its noise.
+
+    For this level t has probability ∝ sigma_{t+1}² / sigma_bar_{t+1}², by which the noise grows
+    there. That is one over the denoising loss's weight: a mean over such draws is, but for a
+    factor, the conditionals' negative log-likelihood itself, in which no level weighs more
+    than another. Drawn uniformly, the thirty lowest of a thousand levels, all that tell shapes
+    finer than a tenth, would be met by 3% of the examples; so, they are by half.
+    """
+    T = method.schedule.T
+    if method.levels == "uniform":
+        return jax.vmap(lambda key: jax.random.randint(key, (), 0, T, jnp.int32))(keys)
+    log_p = 2 * jnp.log(method.schedule.sigma[1:] / method.schedule.sigma_bar[1:])
+    log_p = log_p.astype(jnp.float32)  # whose noise is float32 whatever the schedule is
+    return jax.vmap(jax.random.categorical, (0, None))(keys, log_p).astype(jnp.int32)
 
 
 def positives(

@@ -296,3 +296,21 @@ def test_the_learning_rate_falls_as_a_cosine_to_zero_where_asked():
         rates.append(-float(update[0]))
     expected = [0.5, *(0.5 * (1 + np.cos(np.pi * np.arange(5) / 4)))]
     np.testing.assert_allclose(rates, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_levels_are_drawn_as_asked():
+    """Evenly in log noise: a level as often as its own noise is of all the noise there.
+
+    Uniform draws, a power of one instead of two, or sigma_bar of the level itself fail.
+    """
+    n = 100_000
+    schedule = diffusion.schedule(100)
+    method = METHOD._replace(schedule=schedule)
+    keys = noise.example_keys(jax.random.key(0), jnp.arange(n))
+    sigma, sigma_bar = (np.asarray(s[1:], float) for s in (schedule.sigma, schedule.sigma_bar))
+    share = (sigma / sigma_bar) ** 2
+    for levels, p in (("uniform", np.ones(100)), ("log_noise", share)):
+        t = train_step.draw_levels(keys, method._replace(levels=levels))
+        expected = n * p / p.sum()
+        counts = np.bincount(np.asarray(t), minlength=100)
+        assert np.abs((counts - expected) / np.sqrt(expected)).max() < 5
