@@ -20,7 +20,8 @@ WIDTH, HEIGHT = 4.0, 3.0
 
 # Of the levels of an energy in the plane.
 LEVELS = 6  # shown, at most
-PATHS = 8  # samples whose way is shown
+# Of the samples whose way is shown, which stand out from the densities' colours.
+PATH_COLOURS = ("white", "#7fdbff", "#b6ff9e", "#ffe27f")
 SIZE = 1.7  # of a panel [inches]
 VIEW = 1.8  # half a panel's side, in units of the data
 DEPTH = 10.0  # of the colours [nats]
@@ -157,12 +158,13 @@ def write_levels(
     axes = figure.add_subplot(panels[:, columns:])
     _show_density(axes, known[0].log_p[view], greatest=known[0].log_q[view].max())
     way = np.stack([on_the_way[t] for t in sorted(on_the_way, reverse=True)])
-    for i in range(min(PATHS, way.shape[1])):
-        x, y = way[:, i].T
-        colour = f"C{i}"
-        axes.plot(x, y, color="white", linewidth=0.8, alpha=0.8)
-        axes.plot(x[:1], y[:1], "o", markersize=7, color="none", markeredgecolor=colour)
-        axes.plot(x[-1:], y[-1:], "o", markersize=7, color=colour, markeredgecolor="white")
+    brightness = np.linspace(0.15, 1, len(way) - 1)  # the later, the brighter
+    for track, colour in zip(way.swapaxes(0, 1), PATH_COLOURS, strict=False):
+        for start, end, alpha in zip(track[:-1], track[1:], brightness, strict=True):
+            x, y = np.stack([start, end], axis=1)
+            axes.plot(x, y, color=colour, linewidth=1.2, alpha=alpha, solid_capstyle="round")
+        axes.plot(*track[:1].T, "o", markersize=7, color="none", markeredgecolor=colour)
+        axes.plot(*track[-1:].T, "o", markersize=8, color=colour, markeredgecolor="white")
     axes.set_title("from white noise (rings) to data (dots)", fontsize="medium")
     _write(path, figure)
 

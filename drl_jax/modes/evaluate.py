@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 STATISTICS = 256  # images on which the levels' statistics are computed
 HELD = 10_000  # images at most that are held in memory, for the distance of raw pixels
 TESTED = 2000  # points at most in the two-sample test, whose time grows with their square
-STOPS = 80  # on the way down, at most, at which points are seen
+STOPS = 60  # on the way down, at most, at which points are seen
 
 
 def run(workdir: epath.Path, revise: Revise) -> None:
