@@ -174,7 +174,7 @@ def test_images_are_kept_at_a_low_level_and_left_at_a_high_one(run):
         (np.zeros((2, 8, 9, 1)), np.zeros((2, 8, 8, 1)), "2x8x9x1: give one or more of 8x8x1"),
         (np.zeros((8, 8, 1)), np.zeros((8, 8, 1)), "array of 8x8x1"),
         (np.zeros((0, 8, 8, 1)), np.zeros((0, 8, 8, 1)), "array of 0x8x8x1"),
-        (np.zeros((2, 8, 8, 1)), np.full((2, 8, 8, 1), 255), r"lie in \[255, 255\]"),
+        (np.zeros((2, 8, 8, 1)), np.full((2, 8, 8, 1), 255.0), r"lie in \[255, 255\]"),
         (np.zeros((2, 8, 8, 1)), np.full((2, 8, 8, 1), np.nan), "nan"),
         (np.zeros((2, 8, 8, 1)), np.zeros((3, 8, 8, 1)), "2 and 3 images"),
     ],

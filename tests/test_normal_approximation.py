@@ -50,7 +50,7 @@ def test_its_divergence_from_the_conditional_falls_with_the_fourth_power_of_sigm
     The conditional's variance is sigma² / (1 - sigma² F'') to first order, and the means
     differ by sigma⁴ F' F'', which costs sigma⁶ only. The kernel says the normal's mean and
     width: its draws where the noise is 0 and 1. At none of the x_tilde is F'' ever near 0.
-    Fails with the drift or the width 1% off, and with F of the level above.
+    Fails with the drift or the width 1% off.
     """
     levels = np.unique(np.geomspace(1, 999, 25).astype(int)) - 1
     with jax.enable_x64(True):

@@ -143,7 +143,7 @@ def test_auroc_of_a_quadratic_energy_is_that_of_the_diffused_data():
     """Where F falls with |y|² and images are two normal numbers, it is V' / (V + V').
 
     V = a_bar² v + sigma_bar² is the variance of x_t, v and v' those of the two sets. A variance
-    of AUROC is at most 4 A (1 - A) / n (both sets meet the same noise): false alarms 1e-6 for all.
+    of AUROC is at most 4 A (1 - A) / n, as both sets meet the same noise: false alarms 1e-6.
     Fails without diffusion, and where a score has the wrong sign.
     """
     n, v = 4000, np.array([0.04, 1.0])

@@ -32,7 +32,7 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B D"], t: Int[Array, "B"]) -> Float[Array, "B"]:
-        temb = time_embedding(t * (WAY / self.T), self.width)
+        temb = time_embedding(jnp.asarray(t) * (WAY / self.T), self.width)
         temb = nn.Dense(self.width, name="temb_0")(temb)
         temb = leaky_relu(nn.Dense(self.width, name="temb_1")(leaky_relu(temb)))
         waves = nn.Dense(
