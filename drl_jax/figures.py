@@ -152,7 +152,7 @@ def write_levels(
         x, y = on_the_way[t].T
         axes.plot(x, y, ".", color=INK, markersize=1.5, markeredgewidth=0, alpha=0.6)
         _bare(axes)
-        axes.set_xlabel(f"KL {known[t].kl:.4f}", fontsize="medium")
+        axes.set_xlabel(f"KL {abs(known[t].kl):.4f}", fontsize="medium")
         if not column:
             axes.set_ylabel("samples")
     axes = figure.add_subplot(panels[:, columns:])

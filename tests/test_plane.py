@@ -73,7 +73,7 @@ def test_levels_go_down_closer_together_and_end_at_the_data():
     assert len(levels) == 6
     assert (levels[0], levels[-1]) == (999, 0)
     assert np.all(np.diff(np.diff(levels)) > 0)
-    assert plane.shown_levels(diffusion.schedule(3), 6) == [2, 1, 0]
+    assert plane.shown_levels(diffusion.schedule(6), 6) == [5, 4, 3, 2, 1, 0]
 
 
 def draws(n, seed, std=0.12):

@@ -111,8 +111,10 @@ def compare(F: LevelFn, exact: LevelFn, t: int, grid: Grid) -> Known:
 def shown_levels(schedule: NoiseSchedule, n: int) -> list[int]:
     """Returns at most n levels, from the top to 0, closer together towards the data.
 
-    The square root of their noise falls about evenly.
+    All, where there are no more than n; else the square root of their noise falls about evenly.
     """
+    if schedule.T <= n:
+        return list(reversed(range(schedule.T)))
     roots = np.asarray(schedule.sigma_bar[:-1], np.float64) ** 0.5
     wanted = np.linspace(roots[-1], roots[0], n)
     nearest = {int(np.abs(roots - root).argmin()) for root in wanted}
