@@ -113,7 +113,7 @@ def shown_levels(schedule: NoiseSchedule, n: int) -> list[int]:
 
     All, where there are no more than n; else the square root of their noise falls about evenly.
     """
-    if schedule.T <= n:
+    if n >= schedule.T:
         return list(reversed(range(schedule.T)))
     roots = np.asarray(schedule.sigma_bar[:-1], np.float64) ** 0.5
     wanted = np.linspace(roots[-1], roots[0], n)
