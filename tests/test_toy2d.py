@@ -214,8 +214,7 @@ def test_saved_configurations_from_before_points_are_of_images():
 
 @pytest.mark.slow
 def test_an_mlp_learns_a_mixture_and_is_sampled_right(tmp_path):
-    """A time embedding of a radian a level, F = f / sigma_bar_t, a loss whose weight falls with
-    the noise, or a sampler with half the noise fail."""
+    """Its density by quadrature, its samples by a two-sample test, its log Z by annealing."""
     workdir = epath.Path(tmp_path)
     learning = {"energy.ch": 64, "energy.N": 2, "train.batch_size": 1024}
     steps = {"train.num_steps": 1500, "optim.decay_steps": 1500, "data.name": "blobs"}
