@@ -303,7 +303,7 @@ def test_a_work_directory_is_scored_where_no_model_is_named(tmp_path):
         (["--workdir="], "needs the --workdir for its results"),
         (["--workdir=", "--model="], "needs the --workdir of a trained model"),
         (["--workdir=broken/0.png"], "cannot write to broken/0.png"),
-        (["--mode=sample"], "--model is for --mode=ood, not for --mode=sample"),
+        (["--mode=sample"], "--model is for --mode=likelihood or ood, not for --mode=sample"),
     ],
 )
 def test_what_cannot_be_scored_is_said_in_a_line(tmp_path, monkeypatch, capsys, args, words):
