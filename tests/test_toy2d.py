@@ -89,7 +89,7 @@ def test_samples_are_an_array_and_one_picture(trained):
 
 
 def test_what_the_metrics_test_are_the_models_samples(trained, monkeypatch):
-    """The ladder is left at each shown level; a key of another level's stop would fail."""
+    """The ladder is left at each shown level."""
     seen = []
     monkeypatch.setattr(
         evaluate.plane, "two_sample_test", lambda rng, x, y: seen.append((x, y)) or 0.5
