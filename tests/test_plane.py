@@ -54,6 +54,15 @@ def test_quadrature_is_the_closed_form_of_gaussians(mean, std):
     )
 
 
+def test_the_first_axis_of_the_grid_goes_with_the_first_coordinate():
+    """Axes exchanged fail (tried)."""
+    F, log_Z = gaussian((1.0, -2.0), (0.5, 0.5))
+    known = plane.compare(F, lambda y, t: F(y, t) - log_Z, 0, GRID)
+    for log_density in (known.log_p, known.log_q):
+        i, j = np.unravel_index(log_density.argmax(), log_density.shape)
+        np.testing.assert_allclose(GRID.axis[[i, j]], [1.0, -2.0], atol=1e-9)
+
+
 def test_kl_sees_a_width_that_is_two_percent_off():
     exact, log_Z = gaussian((0.0, 0.0), (0.1, 0.1))
     wide, _ = gaussian((0.0, 0.0), (0.102, 0.102))
