@@ -202,6 +202,9 @@ def test_a_histogram_has_y_upwards_and_counts_as_brightness():
     bright = np.argwhere(shown == 255)
     assert bright.max() > 0.9 * len(shown)  # to the right
     assert bright[:, 0].max() < 0.1 * len(shown)  # at the top
+    row, column = np.argwhere(shown == 128).mean(axis=0) / len(shown)
+    assert abs(row - 0.5) < 0.02  # in the middle
+    assert column < 0.1  # to the left: exchanged axes fail (tried)
     assert np.unique(shown).tolist() == [0, 128, 255]
     assert images.histogram(np.full((3, 2), 9.0)).max() == 0  # all of them outside
 
