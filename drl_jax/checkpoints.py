@@ -19,6 +19,7 @@ from jax.sharding import Sharding
 from ml_collections import ConfigDict
 
 from drl_jax import config as config_lib
+from drl_jax import processes
 from drl_jax.errors import UserError
 from drl_jax.train_state import TrainState
 
@@ -123,7 +124,10 @@ class Checkpoints:
         """
         faults: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
-            fault = find_fault(self._folder / str(step))
+            is_first = jax.process_index() == 0
+            fault = processes.from_first(
+                find_fault(self._folder / str(step)) if is_first else None
+            )
             if not fault:
                 restored = self._read(step, abstract_state, sharding)
                 for damaged, reason in faults.items():
@@ -162,17 +166,21 @@ class Checkpoints:
 
     def _set_aside(self, damaged: dict[int, str]) -> None:
         """Renames what cannot be read, so that its step can be written again."""
-        if self._config is None:
+        if self._config is None or not damaged:
             return
-        for step in damaged:
-            kept = self._folder / f"{step}.{DAMAGED}"
-            if kept.exists():
-                kept.rmtree()
-            (self._folder / str(step)).rename(kept)
+        if jax.process_index() == 0:
+            for step in damaged:
+                kept = self._folder / f"{step}.{DAMAGED}"
+                if kept.exists():
+                    kept.rmtree()
+                (self._folder / str(step)).rename(kept)
+        processes.from_first(None)  # the others wait for that
         self._manager.reload()
 
     def _seal(self) -> None:
         """Runs in Orbax's thread when all is written, before the checkpoint gets its name."""
+        if jax.process_index():
+            return
         for folder in self._folder.glob(f"{self._saving}*"):
             name, _, rest = folder.name.partition(".")
             if name == str(self._saving) and rest != DAMAGED:

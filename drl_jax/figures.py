@@ -254,4 +254,4 @@ def _write(path: epath.Path, figure: "Figure") -> None:
     encoded = io.BytesIO()
     # Without the library's version in it, equal numbers are equal files.
     figure.savefig(encoded, format="png", metadata={"Software": None})
-    path.write_bytes(encoded.getvalue())
+    write_whole(path, encoded.getvalue())

@@ -1,7 +1,11 @@
-"""Writing to folders that others may look at, or that may not be writable."""
+"""Writing to folders that others may look at, or that may not be writable.
+
+Of several processes only the first one writes: the folder is the same for all.
+"""
 
 import os
 
+import jax
 from etils import epath
 
 from drl_jax.errors import UserError
@@ -30,9 +34,17 @@ def write_whole(path: epath.Path, content: bytes) -> None:
     Raises:
       UserError: if it cannot be written.
     """
+    if jax.process_index():
+        return
     aside = path.parent / f".{path.name}-{os.getpid()}"
     try:
         aside.write_bytes(content)
         aside.replace(path)
     except OSError as error:
         raise UserError(f"cannot write to {path}: {error.strerror}") from error
+
+
+def remove(path: epath.Path) -> None:
+    """Removes a file, if it is there."""
+    if not jax.process_index():
+        path.unlink(missing_ok=True)

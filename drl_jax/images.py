@@ -8,6 +8,7 @@ from jaxtyping import ArrayLike, Float, UInt8
 from PIL import Image
 
 from drl_jax.errors import UserError
+from drl_jax.files import write_whole
 
 GAP = 1  # pixels between tiles, before enlargement
 GREY = 128
@@ -96,4 +97,4 @@ def write_png(path: epath.Path, image: UInt8[np.ndarray, "H W C"]) -> None:
     """Writes one grey (C = 1) or colour (C = 3) image."""
     encoded = io.BytesIO()
     Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(encoded, "PNG")
-    path.write_bytes(encoded.getvalue())
+    write_whole(path, encoded.getvalue())

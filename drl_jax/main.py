@@ -21,6 +21,7 @@ from ml_collections import ConfigDict, config_flags
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from drl_jax import config as config_lib
+from drl_jax import processes
 from drl_jax.errors import Interrupted, UserError
 
 # Each a module of `drl_jax.modes`.
@@ -100,13 +101,39 @@ def main(argv: Sequence[str]) -> int:
 
 
 def run(values: flags.FlagValues, changes: Sequence[str]) -> None:
-    """Runs the mode that the flags name."""
+    """Runs the mode that the flags name, in one process or as one of several."""
+    job = processes.Job(**{name: values[name].value for name in processes.Job._fields})
+    processes.require_possible(job)
+    if job.has_others and not values.workdir:
+        raise UserError("one of several processes needs the --workdir that they share")
     config = None
     if values.config is not None:
         config = changed(config_lib.load(values.config), changes)
     elif values.mode == "import_original":
         config = changed(config_lib.default(), changes)
     prepare_jax()
+    with processes.joined(job):
+        if job.has_others:
+            agree(values, config, changes)
+        run_mode(values, config, changes)
+
+
+def agree(values: flags.FlagValues, config: ConfigDict | None, changes: Sequence[str]) -> None:
+    """Sees that all processes are to do the same, and has only the first one speak.
+
+    Raises:
+      UserError: if they were started with different flags or configurations.
+    """
+    settings = values.flag_values_dict() | dict(config_lib.flatten(config or ConfigDict()))
+    settings |= {"config": None if config else list(changes), "process_id": None}
+    if not processes.require_same(settings):
+        log.setLevel(logging.ERROR)
+
+
+def run_mode(
+    values: flags.FlagValues, config: ConfigDict | None, changes: Sequence[str]
+) -> None:
+    """Runs the mode, with the configuration if it is one that needs it."""
     # JAX and Orbax load with the mode, after the flags are known good.
     mode = importlib.import_module(f"drl_jax.modes.{values.mode}")
     options = {
@@ -182,6 +209,39 @@ def define_flags() -> flags.FlagValues:
     )
     flags.DEFINE_integer(
         "seed", 0, "Of all noise: equal seeds, equal pictures (0).", 0, 2**32 - 1, values
+    )
+    flags.DEFINE_boolean(
+        "distributed",
+        None,
+        "Whether this is one of several processes (as Slurm or the TPU pod says).",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "coordinator_address",
+        None,
+        "Of several processes: HOST:PORT of the first (as the cluster says).",
+        flag_values=values,
+    )
+    flags.DEFINE_integer(
+        "num_processes",
+        None,
+        "How many there are (as the cluster says).",
+        1,
+        flag_values=values,
+    )
+    flags.DEFINE_integer(
+        "process_id",
+        None,
+        "Which this is, from 0 (as the cluster says).",
+        0,
+        flag_values=values,
+    )
+    flags.DEFINE_integer(
+        "timeout",
+        100,
+        "Seconds for which the other processes may be silent (100).",
+        10,
+        flag_values=values,
     )
     flags.DEFINE_string(
         "tf_checkpoint",

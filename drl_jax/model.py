@@ -332,11 +332,13 @@ class Model:
         """
         n = len(indices)
         size = min(self._batch_size, -(-n // self.mesh.size) * self.mesh.size)
+        split = parallel.by_example(self.mesh)
         for start in range(0, n, size):
             rows = np.minimum(np.arange(start, start + size), n - 1)
-            batch = jax.tree.map(lambda array, rows=rows: array[rows], arrays)
-            out = compiled(self.params, self.tuning, key, indices[rows], batch, settings)
-            yield jax.tree.map(lambda x, left=n - start: np.asarray(x)[:left], out)
+            batch = jax.tree.map(lambda array, rows=rows: array[rows], (indices, arrays))
+            numbers, examples = parallel.place(batch, split)
+            out = compiled(self.params, self.tuning, key, numbers, examples, settings)
+            yield jax.tree.map(lambda x, left=n - start: x[:left], parallel.fetch(out))
 
 
 def _concatenated(batches: Iterator[Any]) -> Any:

@@ -6,8 +6,11 @@ training step around it is one `jax.jit` with shardings, which is what pjit has 
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from drl_jax.errors import UserError
@@ -18,9 +21,9 @@ DATA = "data"
 def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Returns a mesh of all devices (or those given) along the one axis `data`."""
     devices = jax.devices() if devices is None else devices
-    return jax.make_mesh(
-        (len(devices),), (DATA,), devices=devices, axis_types=(jax.sharding.AxisType.Auto,)
-    )
+    # In this order each process's share of a batch is one piece of it.
+    devices = sorted(devices, key=lambda device: (device.process_index, device.id))
+    return Mesh(np.array(devices), (DATA,), axis_types=(jax.sharding.AxisType.Auto,))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -31,6 +34,20 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def by_example(mesh: Mesh) -> NamedSharding:
     """The sharding of batches: the first axis is split over the devices."""
     return NamedSharding(mesh, PartitionSpec(DATA))
+
+
+def place(tree: Any, sharding: NamedSharding) -> Any:
+    """Puts numpy arrays, which every process has whole, on the devices of all."""
+    return jax.tree.map(
+        lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), tree
+    )
+
+
+def fetch(tree: Any) -> Any:
+    """Returns arrays on the devices of all processes as numpy arrays, whole in every one."""
+    if jax.process_count() == 1:
+        return jax.tree.map(np.asarray, tree)
+    return multihost_utils.process_allgather(tree, tiled=True)
 
 
 def over_examples(fn: Callable, mesh: Mesh) -> Callable:

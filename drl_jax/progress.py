@@ -3,6 +3,7 @@
 import logging
 import time
 
+import jax
 from tqdm import tqdm
 
 log = logging.getLogger(__name__)
@@ -15,7 +16,8 @@ class Progress:
 
     def __init__(self, total: int, unit: str):
         """Counts to `total`; the unit is a word such as 'step'."""
-        self._bar = tqdm(total=total, unit=unit, disable=None)
+        disable = True if jax.process_index() else None  # None: where there is no terminal
+        self._bar = tqdm(total=total, unit=unit, disable=disable)
         self._done, self._total, self._unit = 0, total, unit
         self._told = time.monotonic()
 

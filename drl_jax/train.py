@@ -4,6 +4,7 @@ import contextlib
 import logging
 import math
 import time
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -114,8 +115,10 @@ def fit(
     )
     copy = jax.jit(lambda state: jax.tree.map(jnp.copy, state), out_shardings=whole)
     start, end = int(state.step), config.train.num_steps
-    batches = data.training_batches(config, start_step=start)
-    writer = metric_writers.create_default_writer(str(workdir), just_logging=False)
+    batches = data.training_batches(config, start, jax.process_index(), jax.process_count())
+    writer = metric_writers.create_default_writer(
+        str(workdir), just_logging=jax.process_index() > 0
+    )
 
     def advance(state: TrainState) -> tuple[TrainState, Metrics]:
         x = jax.make_array_from_process_local_data(split, next(batches)["image"])
@@ -134,10 +137,11 @@ def fit(
         progress = stack.enter_context(
             Progress(start, end, config.log.every_steps, learned.schedule.T, writer)
         )
-        stop: list[int] = []
+        stop: Callable[[], int | None] = lambda: None  # noqa: E731
+        signum = None
         unsettled: tuple[int, Metrics, TrainState | None] | None = None
         for step in range(start, end):
-            if stop:
+            if signum := stop():
                 break
             saves = step > start and step % config.checkpoint.every_steps == 0
             held = copy(state) if saves else None  # the step donates its state
@@ -158,8 +162,8 @@ def fit(
             progress.add(settle(*unsettled))
         settle(int(newest.step), metrics, newest)
         checkpoints.wait()  # while signals can do no harm
-        if stop:
-            raise Interrupted(stop[0], int(newest.step))
+        if signum:
+            raise Interrupted(signum, int(newest.step))
     return newest
 
 
@@ -218,7 +222,8 @@ class Progress:
     ):
         self._groups = train_step.level_groups(T)
         self._done, self._end, self._every, self._writer = start, end, every_steps, writer
-        self._bar = tqdm(initial=start, total=end, unit="step", disable=None, smoothing=0.1)
+        disable = True if jax.process_index() else None  # None: where there is no terminal
+        self._bar = tqdm(initial=start, total=end, unit="step", disable=disable, smoothing=0.1)
         self._recent: list[Metrics] = []
         self._since = (start, time.monotonic())
 

@@ -270,6 +270,6 @@ class Extractor:
         while batch := list(itertools.islice(images, self._batch_size)):
             n = len(batch)
             rows = np.minimum(np.arange(self._batch_size), n - 1)
-            x = jax.device_put(np.stack(batch)[rows], split)
-            found = self._features(self._variables, x)
-            yield {name: np.asarray(value)[:n] for name, value in found.items()}
+            x = parallel.place(np.stack(batch)[rows], split)
+            found = parallel.fetch(self._features(self._variables, x))
+            yield {name: value[:n] for name, value in found.items()}

@@ -41,6 +41,6 @@ def level_statistics(
     for level in levels:
         keys = noise.example_keys(jax.random.fold_in(key, level), jnp.arange(n))
         values = at_level(model.params, x[:n], keys, jnp.full((n,), level))
-        for name, value in zip(names, values, strict=True):
+        for name, value in zip(names, parallel.fetch(values), strict=True):
             statistics[name].append(float(np.mean(value)))
     return statistics

@@ -77,12 +77,12 @@ class Scorer:
         batches = []
         for first, x in _batched(images, self._batch_size):
             rows = np.minimum(np.arange(self._batch_size), len(x) - 1)
-            examples = jax.device_put((first + rows, x[rows]), split)
+            examples = parallel.place((first + rows, x[rows]), split)
             found = [
                 self._at_level((self._model.params, key, level), examples)
                 for level in self.levels
             ]
-            batches.append(np.array(jax.device_get(found))[..., : len(x)])
+            batches.append(np.array(parallel.fetch(found))[..., : len(x)])
         return Scores(*np.concatenate(batches, axis=-1).swapaxes(0, 1))
 
 

@@ -36,7 +36,9 @@ def write(folder: epath.Path, story: Story, setting: Setting, T: int) -> None:
             "rungs": story.rungs,
         },
     }
-    (folder / "long_run.json").write_text(json.dumps(_plain(numbers), indent=2) + "\n")
+    write_whole(
+        folder / "long_run.json", (json.dumps(_plain(numbers), indent=2) + "\n").encode()
+    )
     end = story.records[-1]
     log.info("after %d steps (in brackets: of data):", end["step"])
     for i, level in enumerate(setting.levels):

@@ -26,6 +26,7 @@ from jaxtyping import Array, ArrayLike, Float, Int, Key
 from drl_jax import (
     diffusion,
     noise,
+    processes,
     recovery,
     sampling,
     signals,
@@ -215,11 +216,12 @@ def run(
             """Comes between two calls of the compiled program, when nothing is half done."""
             nonlocal saved
             progress.add(steps)
-            if stop or time.monotonic() - saved > SAVE:
+            signum = stop()
+            if signum or time.monotonic() - saved > SAVE:
                 snapshots.write(path, snapshot_of(story), settings)
                 saved = time.monotonic()
-            if stop:
-                raise Interrupted(stop[0], int(story.chains.step[0]))
+            if signum:
+                raise Interrupted(signum, int(story.chains.step[0]))
 
         watch_conditionals(story, model, key, setting, num_steps, pause)
         watch_ladders(story, model, key, setting, num_steps, pause)
@@ -305,7 +307,7 @@ def strides(first: int, last: int) -> Iterator[int]:
         yield step
         if step == last:
             return
-        took = time.monotonic() - began
+        took = processes.from_first(time.monotonic() - began)
         if took < CALL / 2:
             stride *= 2
         elif took > 2 * CALL:

@@ -16,7 +16,7 @@ from drl_jax import data, figures, signals, snapshots
 from drl_jax.errors import Interrupted, UserError
 from drl_jax.evaluation import density
 from drl_jax.evaluation.density import Annealing, Budget
-from drl_jax.files import make_writable
+from drl_jax.files import make_writable, remove
 from drl_jax.likelihood import Partition
 from drl_jax.model import Model
 from drl_jax.modes import parts
@@ -125,12 +125,13 @@ def watched(
         for later in density.annealed(model, key, annealing, budget):
             progress.add(later.made - annealing.made)
             annealing = later
-            if stop or time.monotonic() - saved > SAVE:
+            signum = stop()
+            if signum or time.monotonic() - saved > SAVE:
                 snapshots.write(path, Snapshot({}, density.to_arrays(annealing)), settings)
                 saved = time.monotonic()
-            if stop:
-                raise Interrupted(stop[0], annealing.made)
-    path.unlink(missing_ok=True)
+            if signum:
+                raise Interrupted(signum, annealing.made)
+    remove(path)
     return annealing
 
 

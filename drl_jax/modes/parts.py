@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from drl_jax import exported, images, train_step
 from drl_jax import model as model_lib
 from drl_jax.errors import UserError
+from drl_jax.files import write_whole
 from drl_jax.model import Model, Run
 from drl_jax.progress import Progress
 
@@ -70,4 +71,4 @@ def draw(model: Model, key: Key[Array, ""], n: int) -> Iterator[Float[np.ndarray
 
 def write_json(path: epath.Path, values: dict[str, Any]) -> None:
     """Writes numbers by name."""
-    path.write_text(json.dumps(values, indent=2) + "\n")
+    write_whole(path, (json.dumps(values, indent=2) + "\n").encode())

@@ -9,7 +9,7 @@ from etils import epath
 
 from drl_jax import images
 from drl_jax import model as model_lib
-from drl_jax.files import make_writable
+from drl_jax.files import make_writable, write_whole
 from drl_jax.modes import parts
 from drl_jax.modes.parts import Revise
 
@@ -38,6 +38,6 @@ def run(workdir: epath.Path, revise: Revise, num_samples: int, seed: int) -> Non
     x = np.concatenate(batches)
     encoded = io.BytesIO()
     np.savez_compressed(encoded, samples=x)
-    (folder / "samples.npz").write_bytes(encoded.getvalue())
+    write_whole(folder / "samples.npz", encoded.getvalue())
     images.write_png(folder / "grid.png", images.picture(x, parts.COLUMNS))
     log.info("%d samples are in %s", num_samples, folder)

@@ -1,0 +1,268 @@
+"""Two processes of four devices each, on one machine, against one process."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import time
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from etils import epath
+from test_train import assert_same, state_of, steps, wait_until
+
+from drl_jax import processes
+from drl_jax.errors import UserError
+
+TIMEOUT = 10  # seconds for which a process may be silent, in these tests
+SHORT = {
+    "train__num_steps": 5,
+    "log__every_steps": 5,
+    "log__sample_every_steps": 2,
+    "checkpoint__every_steps": 2,
+    "evaluation__num_samples": 20,
+}
+
+
+def start(*args, devices=1, **variables):
+    """Starts the program with so many CPU devices."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XLA_FLAGS", f"--xla_force_host_platform_device_count={devices}")
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        return tiny.start(*args, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def free_port():
+    with contextlib.closing(socket.socket()) as taken:
+        taken.bind(("localhost", 0))
+        return taken.getsockname()[1]
+
+
+def start_pair(args, args_of_second=None):
+    """Starts the program as two processes of four devices."""
+    job = [f"--coordinator_address=localhost:{free_port()}", f"--timeout={TIMEOUT}"]
+    return [
+        start(*each, *job, "--num_processes=2", f"--process_id={i}", devices=4)
+        for i, each in enumerate((args, args_of_second or args))
+    ]
+
+
+def ended(*started):
+    """The exit statuses, and what was said."""
+    said = [process.communicate(timeout=200)[0] for process in started]
+    return [process.returncode for process in started], said
+
+
+def ours(said):
+    """What was said without the lines of JAX's runtime."""
+    return [line for line in said.splitlines() if not line.startswith("[Gloo]")]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """A run of two processes, and what they said."""
+    workdir = epath.Path(tmp_path_factory.mktemp("pair") / "run")
+    statuses, said = ended(*start_pair(tiny.training(workdir, **SHORT)))
+    assert statuses == [0, 0], said
+    return workdir, said
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_two_processes_learn_what_one_learns(pair, tmp_path, devices):
+    """On 2 x 4 devices, on 8, and on 1."""
+    workdir, _ = pair
+    alone = epath.Path(tmp_path) / "run"
+    (status,), said = ended(start(*tiny.training(alone, **SHORT), devices=devices))
+    assert status == 0, said
+    state, wanted = state_of(workdir), state_of(alone)
+    assert state.step == wanted.step == 5
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), state, wanted
+    )
+    found, expected = (
+        json.loads((run / "metrics.json").read_text()) for run in (workdir, alone)
+    )
+    assert found["pixel_frechet"] == pytest.approx(expected["pixel_frechet"], rel=1e-3)
+
+
+def test_one_of_them_speaks_and_writes(pair):
+    workdir, (first, second) = pair
+    assert "step 5/5" in first
+    assert "metrics.json are in" in first
+    assert ours(second) == []
+    names = {path.name for path in workdir.iterdir()}
+    (events,) = (name for name in names if name.startswith("events"))
+    assert names == {events, "checkpoints", "grids", "metrics.json", "samples.png"}
+    assert steps(workdir) == [2, 4, 5]
+
+
+def test_what_two_have_learned_is_sampled_by_one_or_by_two(pair):
+    workdir, _ = pair
+    args = "--mode=sample", f"--workdir={workdir}", "--num_samples=10"
+    folder = workdir / "samples" / "step_5_seed_0"
+    found = []
+    for started in (start_pair(args), [start(*args, devices=8)]):
+        statuses, said = ended(*started)
+        assert set(statuses) == {0}, said
+        with np.load(folder / "samples.npz") as arrays:
+            found.append(arrays["samples"])
+        assert len(list(folder.iterdir())) == 12
+        folder.rmtree()
+    np.testing.assert_allclose(*found, atol=1e-4)
+
+
+@pytest.mark.parametrize("signalled", [0, 1])
+def test_a_signal_to_one_saves_for_both_and_together_they_go_on(tmp_path, signalled):
+    """To the bit as if nothing had been."""
+    workdirs = [epath.Path(tmp_path) / name for name in ("stopped", "whole")]
+    changes = SHORT | {"train__num_steps": 60, "log__sample_every_steps": 1000}
+    stopped, whole = (tiny.training(workdir, **changes) for workdir in workdirs)
+    pair = start_pair(stopped)
+    wait_until(lambda: (workdirs[0] / "checkpoints" / "2").exists(), pair[0])
+    pair[signalled].send_signal(signal.SIGTERM)
+    statuses, said = ended(*pair)
+    assert statuses == [143, 143], said
+    *_, newest = steps(workdirs[0])
+    assert 2 <= newest < 60
+    assert f"step {newest} is saved" in said[0]
+    for args in (stopped, whole):
+        statuses, said = ended(*start_pair(args))
+        assert statuses == [0, 0], said
+    assert_same(*(state_of(workdir) for workdir in workdirs))
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_lost_partner_is_told_in_a_clear_line_and_does_not_hang(tmp_path, lost, signum):
+    changes = SHORT | {"train__num_steps": 100_000, "log__sample_every_steps": 1000}
+    pair = start_pair(tiny.training(epath.Path(tmp_path) / "run", **changes))
+    wait_until(lambda: (tmp_path / "run" / "checkpoints" / "2").exists(), pair[0])
+    pair[lost].send_signal(signum)
+    begun = time.monotonic()
+    (status,), (said,) = ended(pair[1 - lost])
+    assert status != 0
+    assert time.monotonic() - begun < 3 * TIMEOUT
+    *_, last = said.splitlines()
+    assert re.fullmatch(rf"error: the other processes .* silent for {TIMEOUT} seconds.*", last)
+    pair[lost].kill()
+    pair[lost].communicate()
+
+
+def test_processes_that_were_told_different_things_are_refused(tmp_path):
+    args, others = (
+        tiny.training(tmp_path / "run", optim__learning_rate=rate) for rate in (1e-3, 2e-3)
+    )
+    statuses, said = ended(*start_pair(args, others))
+    assert statuses == [1, 1]
+    first, second = map(ours, said)
+    assert first == ["error: process 1 of 2 was started with other flags: give all the same"]
+    (line,) = second
+    assert re.fullmatch(
+        r"error: process 1 was .*optim\.learning_rate is 0\.001, here 0\.002\).*", line
+    )
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_coordinator_that_does_not_answer_is_one_line(tmp_path):
+    address = f"localhost:{free_port()}"
+    job = [f"--coordinator_address={address}", "--num_processes=2", "--process_id=1"]
+    begun = time.monotonic()
+    (status,), (said,) = ended(
+        start(*tiny.training(tmp_path / "run"), *job, f"--timeout={TIMEOUT}")
+    )
+    assert status == 1
+    assert time.monotonic() - begun < 3 * TIMEOUT
+    assert re.fullmatch(rf"error: --coordinator_address is '{address}', and nobody.*\n", said)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--num_processes=2"], "--coordinator_address and --process_id missing"),
+        (["--coordinator_address=a:1", "--num_processes=2", "--process_id=2"], "last is 1"),
+        (["--coordinator_address=a", "--num_processes=2", "--process_id=0"], "HOST:PORT"),
+        (
+            [
+                "--nodistributed",
+                "--coordinator_address=a:1",
+                *"--num_processes=2 --process_id=0".split(),
+            ],
+            "--nodistributed is for one process",
+        ),
+        (["--num_processes=0"], "num_processes"),
+    ],
+)
+def test_flags_that_do_not_go_together_are_one_line(tmp_path, capsys, flags, words):
+    assert tiny.main(*tiny.training(tmp_path / "run"), *flags) == 1
+    told = capsys.readouterr().err
+    assert re.fullmatch(r"error: [^\n]*\n", told)
+    assert words in told
+    assert not (tmp_path / "run").exists()
+
+
+def test_several_processes_need_a_workdir(capsys):
+    job = ["--coordinator_address=a:1", "--num_processes=2", "--process_id=0"]
+    assert tiny.main(f"--config={tiny.DIGITS}", *job) == 1
+    assert "needs the --workdir that they share" in capsys.readouterr().err
+
+
+def job(**changes):
+    values = dict.fromkeys(processes.Job._fields) | {"timeout": TIMEOUT} | changes
+    return processes.Job(**values)
+
+
+@pytest.mark.parametrize(
+    ("variables", "several"),
+    [
+        ({}, False),
+        ({"SLURM_NTASKS": "8", "SLURM_STEP_NODELIST": "node[1-2]"}, True),
+        ({"SLURM_NTASKS": "8"}, False),  # in the batch script, outside srun
+        ({"SLURM_NTASKS": "1", "SLURM_STEP_NODELIST": "node1"}, False),
+        ({"TPU_WORKER_HOSTNAMES": "host-0,host-1"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
+    ],
+)
+def test_slurm_and_tpu_pods_are_seen_and_flags_overrule_them(monkeypatch, variables, several):
+    for name in ("SLURM_NTASKS", "SLURM_STEP_NODELIST", "TPU_WORKER_HOSTNAMES"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert job().has_others is several
+    assert job(distributed=False).has_others is False
+    assert job(distributed=True).has_others is True
+
+
+def test_a_slurm_step_of_two_tasks_is_one_job(tmp_path):
+    """With what srun sets, and no flags."""
+    workdir = epath.Path(tmp_path) / "run"
+    step = {
+        "SLURM_JOB_ID": str(os.getpid()),
+        "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_NTASKS": "2",
+        "SLURM_STEP_NUM_NODES": "1",
+    }
+    args = tiny.training(workdir, **SHORT)
+    pair = [
+        start(*args, devices=4, **step, SLURM_PROCID=str(i), SLURM_LOCALID=str(i))
+        for i in range(2)
+    ]
+    statuses, said = ended(*pair)
+    assert statuses == [0, 0], said
+    assert steps(workdir) == [2, 4, 5]
+    assert ours(said[1]) == []
+
+
+def test_outside_a_cluster_a_process_does_not_know_the_others():
+    with (
+        pytest.raises(UserError, match="does not say which") as told,
+        processes.joined(job(distributed=True)),
+    ):
+        pass
+    assert "\n" not in str(told.value)
