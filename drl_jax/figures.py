@@ -10,6 +10,7 @@ from jaxtyping import ArrayLike, Float
 
 from drl_jax.evaluation.density import History
 from drl_jax.evaluation.plane import Grid, Known
+from drl_jax.files import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

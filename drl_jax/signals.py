@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -41,7 +41,7 @@ def stop_on_signal() -> Iterator[Callable[[], int | None]]:
 
 
 @contextlib.contextmanager
-def _handled(handlers: dict[int, Any]) -> Iterator[None]:
+def _handled(handlers: Mapping[Any, Any]) -> Iterator[None]:
     """Has these handlers called, and inside only."""
     before = {signum: signal.signal(signum, handler) for signum, handler in handlers.items()}
     try:

@@ -107,8 +107,8 @@ def test_what_two_have_learned_is_sampled_by_one_or_by_two(pair):
     args = "--mode=sample", f"--workdir={workdir}", "--num_samples=10"
     folder = workdir / "samples" / "step_5_seed_0"
     found = []
-    for started in (start_pair(args), [start(*args, devices=8)]):
-        statuses, said = ended(*started)
+    for begin in (start_pair, lambda args: [start(*args, devices=8)]):
+        statuses, said = ended(*begin(args))
         assert set(statuses) == {0}, said
         with np.load(folder / "samples.npz") as arrays:
             found.append(arrays["samples"])
@@ -192,7 +192,8 @@ def test_a_coordinator_that_does_not_answer_is_one_line(tmp_path):
             [
                 "--nodistributed",
                 "--coordinator_address=a:1",
-                *"--num_processes=2 --process_id=0".split(),
+                "--num_processes=2",
+                "--process_id=0",
             ],
             "--nodistributed is for one process",
         ),

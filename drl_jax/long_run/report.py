@@ -10,6 +10,7 @@ from etils import epath
 
 from drl_jax import figures, images
 from drl_jax.figures import Panel
+from drl_jax.files import write_whole
 from drl_jax.long_run.watch import Setting, Story
 
 log = logging.getLogger(__name__)
