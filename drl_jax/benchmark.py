@@ -99,16 +99,17 @@ def measure(config: ConfigDict, repeats: int) -> dict[str, Any]:
     Returns a dictionary of plain values: the device, the matrix product's FLOP/s in every
     repeat, and a `Row` a program.
     """
-    mesh = parallel.make_mesh()
-    B, K = config.train.batch_size, config.mcmc.K
-    parallel.require_divisible(B, mesh, "train.batch_size")
+    mesh = parallel.make_mesh(**config.mesh)
+    B, K, parts = config.train.batch_size, config.mcmc.K, config.train.parts
+    parallel.require_divisible(B, mesh, "train.batch_size", parts)
     learned = method.from_config(config)
     optimiser = train_state.optimiser(config)
-    whole, split = parallel.replicated(mesh), parallel.by_example(mesh)
+    split = parallel.by_example(mesh)
 
     key = jax.random.key(config.seed)
     create = jax.jit(
-        lambda key: train_state.create(key, learned.energy, optimiser), out_shardings=whole
+        lambda key: train_state.create(key, learned.energy, optimiser),
+        out_shardings=train_state.shardings(learned.energy, optimiser, mesh),
     )
     state = create(key)
     params, _ = jax.jit(learned.energy.normalise)(state.params, state.vectors)
@@ -120,10 +121,14 @@ def measure(config: ConfigDict, repeats: int) -> dict[str, Any]:
     chain_steps = min(K, 5)
     short = learned._replace(sampler=learned.sampler._replace(K=chain_steps))
 
-    def chain(params, keys, x, t):
-        return train_step.negatives(keys, params, x, t, short, mesh)
+    def negatives(params, examples):
+        keys, x, t = examples
+        return train_step.negatives(keys, params, x, t, short)
 
-    step = train_step.compile_for(mesh, learned, optimiser, config.optim.ema_decay)
+    def chain(params, keys, x, t):
+        return parallel.over_examples(negatives, mesh)(params, (keys, x, t))
+
+    step = train_step.compile_for(mesh, learned, optimiser, config.optim.ema_decay, parts)
 
     def train(*_):
         nonlocal state

@@ -110,14 +110,14 @@ class Checkpoints:
     def restore(
         self,
         abstract_state: Callable[[ConfigDict], TrainState],
-        sharding: Sharding,
+        sharding: Callable[[tuple[int, ...]], Sharding],
     ) -> tuple[ConfigDict, TrainState] | None:
         """Returns the newest undamaged checkpoint, or None if there never was one.
 
         Args:
           abstract_state: configuration -> the shapes of its state; may raise `UserError`
             to refuse the configuration found.
-          sharding: of every array restored.
+          sharding: of an array of this shape.
 
         Raises:
           UserError: if all checkpoints are damaged, or this one fits no network of ours.
@@ -147,12 +147,15 @@ class Checkpoints:
         return None
 
     def _read(
-        self, step: int, abstract_state: Callable[[ConfigDict], TrainState], sharding: Sharding
+        self,
+        step: int,
+        abstract_state: Callable[[ConfigDict], TrainState],
+        sharding: Callable[[tuple[int, ...]], Sharding],
     ) -> tuple[ConfigDict, TrainState]:
         config_args = ocp.args.Composite(config=ocp.args.JsonRestore())
         config = config_lib.from_json(self._manager.restore(step, args=config_args)["config"])
         target = jax.tree.map(
-            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding(a.shape)),
             abstract_state(config),
         )
         args = ocp.args.Composite(state=ocp.args.StandardRestore(target))

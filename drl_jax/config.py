@@ -64,9 +64,14 @@ def default() -> ConfigDict:
                 "objective": "recovery",  # or 'denoising', which needs no chain
                 "levels": "uniform",  # as they are drawn; 'log_noise': evenly in log sigma_bar
                 "batch_size": 256,
+                "parts": 1,  # of a device's examples, one after the other, to save memory
                 "num_steps": 240_000,
                 "loss_limit": 100.0,  # |loss| above it is divergence
                 "energy_limit": 1e4,  # and |f|: float32 has few digits left for the loss
+            },
+            "mesh": {
+                "data": -1,  # devices that share a batch; -1: all that fsdp leaves
+                "fsdp": 1,  # and so many, what training carries of the parameters too
             },
             "log": {
                 "every_steps": 100,
@@ -132,11 +137,13 @@ OF_POINTS = {
 }
 
 # Changing these between two starts on one work directory cannot change what any
-# training step computes.
+# training step computes, but for rounding.
 FREE_ON_RESUME = (
+    "train.parts",
     "train.num_steps",
     "train.loss_limit",
     "train.energy_limit",
+    "mesh.",
     "log.",
     "checkpoint.",
     "evaluation.",
@@ -162,9 +169,11 @@ def validate(config: ConfigDict) -> None:
         "mcmc.warmup_steps",
         "optim.learning_rate",
         "train.batch_size",
+        "train.parts",
         "train.num_steps",
         "train.loss_limit",
         "train.energy_limit",
+        "mesh.fsdp",
         "log.every_steps",
         "log.sample_every_steps",
         "checkpoint.every_steps",
@@ -204,6 +213,10 @@ def validate(config: ConfigDict) -> None:
     mult = config.energy.mult
     if not mult or not all(isinstance(m, int) and m > 0 for m in mult):
         raise UserError(f"config.energy.mult is {mult}: give positive whole multipliers")
+    if config.mesh.data != -1 and config.mesh.data < 1:
+        raise UserError(
+            f"config.mesh.data is {config.mesh.data}: give a number of devices, or -1 for all"
+        )
     leapfrog = config.mcmc.leapfrog
     if not leapfrog or not all(isinstance(n, int) and n > 0 for n in leapfrog):
         raise UserError(f"config.mcmc.leapfrog is {leapfrog}: give positive whole numbers")

@@ -379,7 +379,7 @@ def load_run(
     restored = None
     if (workdir / "checkpoints").exists():
         with checkpoints.Checkpoints(workdir) as manager:
-            restored = manager.restore(abstract_state, parallel.replicated(mesh))
+            restored = manager.restore(abstract_state, lambda _: parallel.replicated(mesh))
     if restored is None:
         raise UserError(
             f"no checkpoint to read in {workdir}: train there first (--mode=train), or "
@@ -390,7 +390,7 @@ def load_run(
     config = revise(config)
     model = Model(
         generating(built, config.mcmc),
-        generating_params(built.energy, state),
+        generating_params(built.energy, state, mesh),
         mesh,
         config.evaluation.batch_size,
     )
@@ -404,16 +404,14 @@ def generating(learned: Method, mcmc: ConfigDict) -> Method:
     )
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def generating_params(energy: Energy, state: train_state.TrainState) -> Params:
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def generating_params(energy: Energy, state: train_state.TrainState, mesh: Mesh) -> Params:
     """Returns what images are generated with: the averaged parameters, normalised."""
-    return energy.normalise(state.ema, state.vectors)[0]
+    return energy.normalise(parallel.gather(state.ema, mesh), state.vectors)[0]
 
 
 def abstract_state(config: ConfigDict) -> train_state.TrainState:
     """Returns the shapes of the training state that the configuration asks for."""
-    energy = method.from_config(config).energy
-    create = functools.partial(
-        train_state.create, energy=energy, optimiser=train_state.optimiser(config)
+    return train_state.abstract(
+        method.from_config(config).energy, train_state.optimiser(config)
     )
-    return jax.eval_shape(create, jax.random.key(0))

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from clu import metric_writers
 from etils import epath
-from jax.sharding import Sharding
+from jax.sharding import Mesh
 from jaxtyping import Array, Key
 from ml_collections import ConfigDict
 from tqdm import tqdm
@@ -39,14 +39,16 @@ def train(config: ConfigDict, workdir: epath.Path) -> tuple[Model, int]:
         diverged.
       Interrupted: a signal asked for the end; the state is saved.
     """
-    mesh = parallel.make_mesh()
-    parallel.require_divisible(config.train.batch_size, mesh, "train.batch_size")
+    mesh = parallel.make_mesh(**config.mesh)
+    parallel.require_divisible(
+        config.train.batch_size, mesh, "train.batch_size", config.train.parts
+    )
     learned = method.from_config(config)
     data.open_source(config)
     make_writable(workdir)  # all that can be known to be wrong was found before this line
 
     with Checkpoints(workdir, config) as checkpoints:
-        state = first_state(config, learned, checkpoints, parallel.replicated(mesh))
+        state = first_state(config, learned, checkpoints, mesh)
         sampler = Model(
             model.generating(learned, config.mcmc),
             state.ema,
@@ -55,14 +57,14 @@ def train(config: ConfigDict, workdir: epath.Path) -> tuple[Model, int]:
         )
         if state.step < config.train.num_steps:
             state = fit(state, config, learned, sampler, workdir, checkpoints)
-    sampler.params = generating_params(learned.energy, state)
+    sampler.params = generating_params(learned.energy, state, mesh)
     return sampler, int(state.step)
 
 
 def first_state(
-    config: ConfigDict, learned: Method, checkpoints: Checkpoints, sharding: Sharding
+    config: ConfigDict, learned: Method, checkpoints: Checkpoints, mesh: Mesh
 ) -> TrainState:
-    """Returns the state of the newest checkpoint, or a new one.
+    """Returns the state of the newest checkpoint, or a new one, spread over the devices.
 
     Raises:
       UserError: if the checkpoints are of another configuration, or damaged.
@@ -72,7 +74,9 @@ def first_state(
         config_lib.require_resumable(saved, config)
         return model.abstract_state(config)
 
-    restored = checkpoints.restore(abstract_state, sharding)
+    restored = checkpoints.restore(
+        abstract_state, lambda shape: parallel.fully_sharded(shape, mesh)
+    )
     if restored:
         _, state = restored
         log.info("going on from step %d of %d", int(state.step), config.train.num_steps)
@@ -80,7 +84,8 @@ def first_state(
     init_key, _, _ = run_keys(config.seed)
     optimiser = train_state.optimiser(config)
     create = jax.jit(
-        lambda key: train_state.create(key, learned.energy, optimiser), out_shardings=sharding
+        lambda key: train_state.create(key, learned.energy, optimiser),
+        out_shardings=train_state.shardings(learned.energy, optimiser, mesh),
     )
     return create(init_key)
 
@@ -108,12 +113,16 @@ def fit(
       Interrupted: a signal asked for the end; the state is saved.
     """
     mesh = sampler.mesh
-    whole, split = parallel.replicated(mesh), parallel.by_example(mesh)
+    split = parallel.by_example(mesh)
     _, step_key, sample_key = run_keys(config.seed)
+    optimiser = train_state.optimiser(config)
     step_fn = train_step.compile_for(
-        mesh, learned, train_state.optimiser(config), config.optim.ema_decay
+        *(mesh, learned, optimiser, config.optim.ema_decay, config.train.parts)
     )
-    copy = jax.jit(lambda state: jax.tree.map(jnp.copy, state), out_shardings=whole)
+    copy = jax.jit(
+        lambda state: jax.tree.map(jnp.copy, state),
+        out_shardings=train_state.shardings(learned.energy, optimiser, mesh),
+    )
     start, end = int(state.step), config.train.num_steps
     batches = data.training_batches(config, start, jax.process_index(), jax.process_count())
     writer = metric_writers.create_default_writer(
@@ -176,7 +185,7 @@ def write_grid(
     writer: metric_writers.MetricWriter,
 ) -> None:
     """Samples a picture with the averaged parameters, for TensorBoard and for the eye."""
-    sampler.params = generating_params(sampler.method.energy, state)
+    sampler.params = generating_params(sampler.method.energy, state, sampler.mesh)
     n = images.shown(sampler.method.energy.shape, columns=8)
     sheet = images.picture(sampler.sample(key, n), columns=8)
     writer.write_images(step, {"samples": sheet[None]})

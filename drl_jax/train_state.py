@@ -1,12 +1,17 @@
 """Everything that training carries from one step to the next."""
 
+import functools
+from typing import Any
+
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from jaxtyping import Array, Int, Key
 from ml_collections import ConfigDict
 
+from drl_jax import parallel
 from drl_jax.energies.energy import Energy, Params, Vectors
 
 
@@ -45,6 +50,20 @@ def optimiser(config: ConfigDict) -> optax.GradientTransformation:
     )
     schedule = optax.join_schedules([optax.linear_schedule(0.0, rate, warmup), after], [warmup])
     return optax.adam(lambda count: schedule(count + 1), b1=b1)
+
+
+def abstract(energy: Energy, optimiser: optax.GradientTransformation) -> TrainState:
+    """Returns the shapes and dtypes of a state."""
+    return jax.eval_shape(
+        functools.partial(create, energy=energy, optimiser=optimiser), jax.random.key(0)
+    )
+
+
+def shardings(energy: Energy, optimiser: optax.GradientTransformation, mesh: Mesh) -> Any:
+    """Returns the shardings of a state's arrays (`parallel.fully_sharded`)."""
+    return jax.tree.map(
+        lambda array: parallel.fully_sharded(array.shape, mesh), abstract(energy, optimiser)
+    )
 
 
 def create(

@@ -3,7 +3,7 @@
 import functools
 import itertools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
-from drl_jax import diffusion, noise, parallel, recovery, sampling
+from drl_jax import diffusion, noise, parallel, recovery, sampling, train_state
 from drl_jax.diffusion import NoiseSchedule
 from drl_jax.energies.energy import Params
 from drl_jax.method import Method
@@ -39,6 +39,17 @@ class Metrics(NamedTuple):
     acceptance: Float[Array, "G"]
 
 
+class Seen(NamedTuple):
+    """What a step meets of each example: its level, its loss, and as in `Metrics`."""
+
+    t: Int[Array, "B"]
+    loss: Float[Array, "B"]
+    f_pos: Float[Array, "B"]
+    f_neg: Float[Array, "B"]
+    displacement: Float[Array, "B"]
+    acceptance: Float[Array, "B"]
+
+
 def train_step(
     state: TrainState,
     x: Float[Array, "B *D"],
@@ -47,6 +58,7 @@ def train_step(
     optimiser: optax.GradientTransformation,
     ema_decay: float,
     mesh: Mesh,
+    parts: int = 1,
 ) -> tuple[TrainState, Metrics]:
     """Makes one step of maximum likelihood (Gao et al. 2021, algorithm 1).
 
@@ -58,35 +70,20 @@ def train_step(
       optimiser: makes an update of the gradient.
       ema_decay: of the moving average of the parameters.
       mesh: the devices that share the batch.
+      parts: of a device's examples, which it takes one after the other (`accumulate`).
     """
-    energy, schedule = method.energy, method.schedule
-    B, T = x.shape[0], schedule.T
-    keys = noise.example_keys(jax.random.fold_in(key, state.step), jnp.arange(B))
-    t = draw_levels(noise.fold(keys, 0), method)
-    params, vectors = energy.normalise(state.params, state.vectors)
-    if method.objective == "recovery":
-        y_pos, x_tilde = positives(noise.fold(keys, 1), x, t, schedule)
-        y_neg, acceptance = negatives(noise.fold(keys, 2), params, x_tilde, t, method, mesh)
-        examples, displacement = (y_pos, y_neg, t), recovery.displacement(y_neg, x_tilde)
-    else:  # no chain: nothing to report of one
-        examples = *expected_positives(noise.fold(keys, 1), x, t, schedule), t
-        acceptance = displacement = jnp.full((B,), jnp.nan)
+    keys = noise.example_keys(jax.random.fold_in(key, state.step), jnp.arange(len(x)))
+    params, pull_back, vectors = jax.vjp(
+        lambda raw: method.energy.normalise(raw, state.vectors),
+        parallel.gather(state.params, mesh),
+        has_aux=True,
+    )
 
-    def losses(params, examples):
-        y, other, t = examples
-        if method.objective == "recovery":
-            f = functools.partial(energy.f, params)
-            return recovery.loss(f, y, other, t, schedule)
-        each = recovery.denoising_loss(method.F(params), y, other, t, schedule)
-        # Computed once with the loss: XLA sees that it is the same.
-        return each, (energy.f(params, other, t), jnp.full_like(each, jnp.nan))
+    def on_device(params, examples):
+        return accumulate(lambda part: gradient(params, part, method), params, examples, parts)
 
-    def mean_loss(raw_params):
-        params, _ = energy.normalise(raw_params, state.vectors)
-        each, f_both = parallel.over_examples(losses, mesh)(params, examples)
-        return jnp.mean(each), f_both
-
-    (loss, (f_pos, f_neg)), grads = jax.value_and_grad(mean_loss, has_aux=True)(state.params)
+    grads, seen = parallel.mean_over_examples(on_device, mesh)(params, (keys, x))
+    (grads,) = pull_back(grads)
     updates, opt_state = optimiser.update(grads, state.opt_state, state.params)
     new_params = optax.apply_updates(state.params, updates)
     new_state = TrainState(
@@ -96,23 +93,78 @@ def train_step(
         vectors=vectors,
         opt_state=opt_state,
     )
+    return new_state, summary(seen, optax.tree.norm(grads), method.schedule.T)
 
+
+def gradient(
+    params: Params,
+    examples: tuple[Key[Array, "B"], Float[Array, "B *D"]],
+    method: Method,
+) -> tuple[Params, Seen]:
+    """Returns the gradient of the mean loss of (keys, data x), and what was met on the way.
+
+    It is taken with respect to the parameters that f takes, spectrally normalised.
+    """
+    keys, x = examples
+    schedule = method.schedule
+    t = draw_levels(noise.fold(keys, 0), method)
+    if method.objective == "recovery":
+        y_pos, x_tilde = positives(noise.fold(keys, 1), x, t, schedule)
+        y_neg, acceptance = negatives(noise.fold(keys, 2), params, x_tilde, t, method)
+        displacement = recovery.displacement(y_neg, x_tilde)
+    else:  # no chain: nothing to report of one
+        y, x_tilde = expected_positives(noise.fold(keys, 1), x, t, schedule)
+        acceptance = displacement = jnp.full_like(x, jnp.nan, shape=t.shape)
+
+    def mean_loss(params):
+        f = functools.partial(method.energy.f, params)
+        if method.objective == "recovery":
+            each, (f_pos, f_neg) = recovery.loss(f, y_pos, y_neg, t, schedule)
+        else:
+            each = recovery.denoising_loss(method.F(params), y, x_tilde, t, schedule)
+            # Computed once with the loss: XLA sees that it is the same.
+            f_pos, f_neg = f(x_tilde, t), jnp.full_like(each, jnp.nan)
+        return jnp.mean(each), (each, f_pos, f_neg)
+
+    grads, (each, f_pos, f_neg) = jax.grad(mean_loss, has_aux=True)(params)
+    return grads, Seen(t, each, f_pos, f_neg, displacement, acceptance)
+
+
+def accumulate(
+    fn: Callable[[Any], tuple[Params, Seen]], params: Params, examples: Any, parts: int
+) -> tuple[Params, Seen]:
+    """Returns fn(examples) = (a mean like `params`, each), computed part by part.
+
+    Memory is that of one part of the examples.
+    """
+
+    def add(total, part):
+        mean, each = fn(part)
+        return jax.tree.map(jnp.add, total, mean), each
+
+    split = jax.tree.map(lambda a: a.reshape(parts, -1, *a.shape[1:]), examples)
+    total, each = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), split)
+    joined = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), each)
+    return jax.tree.map(lambda a: a / parts, total), joined
+
+
+def summary(seen: Seen, grad_norm: Float[Array, ""], T: int) -> Metrics:
+    """Returns the means over the batch, or over those of a group of levels."""
     groups = level_groups(T)
-    in_group = jax.nn.one_hot(t * len(groups) // T, len(groups), dtype=x.dtype)
+    in_group = jax.nn.one_hot(seen.t * len(groups) // T, len(groups), dtype=seen.loss.dtype)
     count = jnp.sum(in_group, axis=0)
 
     def group_mean(values):
         return jnp.where(count > 0, values @ in_group / count, jnp.nan)
 
-    metrics = Metrics(
-        loss=loss,
-        grad_norm=optax.tree.norm(grads),
-        f_pos=group_mean(f_pos),
-        f_neg=group_mean(f_neg),
-        displacement=group_mean(displacement),
-        acceptance=group_mean(acceptance),
+    return Metrics(
+        loss=jnp.mean(seen.loss),
+        grad_norm=grad_norm,
+        f_pos=group_mean(seen.f_pos),
+        f_neg=group_mean(seen.f_neg),
+        displacement=group_mean(seen.displacement),
+        acceptance=group_mean(seen.acceptance),
     )
-    return new_state, metrics
 
 
 def level_groups(T: int) -> list[range]:
@@ -168,20 +220,14 @@ def negatives(
     x_tilde: Float[Array, "B *D"],
     t: Int[Array, "B"],
     method: Method,
-    mesh: Mesh,
 ) -> tuple[Float[Array, "B *D"], Float[Array, "B"]]:
-    """Draws y ~ p(y | x_tilde) of the model, each device its own examples' chains.
+    """Draws y ~ p(y | x_tilde) of the model; `params` are spectrally normalised.
 
-    `params` are spectrally normalised. Beside y stands the chains' acceptance.
+    Beside y stands the chains' acceptance.
     """
-
-    def chains(params, examples):
-        keys, x_tilde, t = examples
-        return sampling.sample_conditional(
-            keys, method.F(params), x_tilde, t, method.schedule, method.sampler
-        )
-
-    return parallel.over_examples(chains, mesh)(params, (keys, x_tilde, t))
+    return sampling.sample_conditional(
+        keys, method.F(params), x_tilde, t, method.schedule, method.sampler
+    )
 
 
 def compile_for(
@@ -189,16 +235,18 @@ def compile_for(
     method: Method,
     optimiser: optax.GradientTransformation,
     ema_decay: float,
+    parts: int = 1,
 ) -> Callable[[TrainState, Array, Key[Array, ""]], tuple[TrainState, Metrics]]:
     """Returns the step as one jitted, sharded program; the state passed in is donated."""
 
     def step(state, x, key):
-        return train_step(state, x, key, method, optimiser, ema_decay, mesh)
+        return train_step(state, x, key, method, optimiser, ema_decay, mesh, parts)
 
     whole, split = parallel.replicated(mesh), parallel.by_example(mesh)
+    carried = train_state.shardings(method.energy, optimiser, mesh)
     return jax.jit(
         step,
-        in_shardings=(whole, split, whole),
-        out_shardings=whole,
+        in_shardings=(carried, split, whole),
+        out_shardings=(carried, whole),
         donate_argnums=0,
     )

@@ -15,7 +15,9 @@ from drl_jax.checkpoints import SEAL, Checkpoints
 from drl_jax.errors import UserError
 from drl_jax.train_state import TrainState
 
-SHARDING = parallel.replicated(parallel.make_mesh())
+
+def whole(_):
+    return parallel.replicated(parallel.make_mesh())
 
 
 def make_state(step):
@@ -48,7 +50,7 @@ def save(workdir, *steps, **fields):
 def restored_step(workdir, config=None):
     """The step of the checkpoint that is restored, which must be as it was saved."""
     with Checkpoints(workdir, config) as manager:
-        _, state = manager.restore(abstract, SHARDING)
+        _, state = manager.restore(abstract, whole)
     assert_same(state, make_state(int(state.step)))
     return int(state.step)
 
@@ -104,7 +106,7 @@ DAMAGES = [truncate, empty, flip_a_bit, delete]
 def test_what_is_restored_is_what_was_saved(workdir):
     save(workdir, 3)
     with Checkpoints(workdir) as manager:
-        saved, state = manager.restore(abstract, SHARDING)
+        saved, state = manager.restore(abstract, whole)
     assert_same(state, make_state(3))
     assert saved.to_dict() == make_config().to_dict()
 
@@ -118,7 +120,7 @@ def test_the_work_directory_may_be_a_relative_path(workdir, monkeypatch):
 
 def test_there_is_nothing_to_restore_in_a_new_directory(workdir):
     with Checkpoints(workdir, make_config()) as manager:
-        assert manager.restore(abstract, SHARDING) is None
+        assert manager.restore(abstract, whole) is None
 
 
 def test_a_step_that_donates_the_state_does_not_change_what_is_being_written(workdir):
@@ -229,7 +231,7 @@ def test_a_refused_configuration_leaves_everything_as_it_was(workdir):
         Checkpoints(workdir, make_config()) as manager,
         pytest.raises(UserError, match="no"),
     ):
-        manager.restore(refuse, SHARDING)
+        manager.restore(refuse, whole)
     assert files(workdir) == before
 
 
@@ -243,7 +245,7 @@ def test_another_network_than_the_checkpoint_is_of_is_told_from_damage(workdir):
         Checkpoints(workdir, make_config()) as manager,
         pytest.raises(UserError, match=r"step 2 .* another version"),
     ):
-        manager.restore(wider, SHARDING)
+        manager.restore(wider, whole)
     assert steps(workdir) == [1, 2]
 
 

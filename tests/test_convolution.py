@@ -6,7 +6,6 @@ import numpy as np
 import optax
 import pytest
 from jax import lax
-from jax.sharding import PartitionSpec
 
 from drl_jax import diffusion, model, parallel, recovery, train_state, train_step
 from drl_jax.energies import convolution, resnet
@@ -103,16 +102,15 @@ def test_gradients_survive_a_loop():
 
 
 def test_the_kernels_gradient_is_summed_over_devices():
-    data, whole = PartitionSpec(parallel.DATA), PartitionSpec()
+    def over_devices(kernel, x):
+        x_gradient, kernel_gradient = gradients(conv3x3)(x, kernel)
+        return kernel_gradient, x_gradient
 
-    def over_devices(x, kernel):
-        return gradients(conv3x3)(x, kernel)[1]
-
-    args = arrays(4, 5, 2, 3)
-    mapped = jax.shard_map(
-        over_devices, mesh=parallel.make_mesh(), in_specs=(data, whole), out_specs=whole
-    )
-    assert_equal(jax.jit(mapped)(*args), gradients(autodiff)(*args)[1])
+    x, kernel = arrays(4, 5, 2, 3)
+    mesh = parallel.make_mesh()
+    mapped = jax.jit(parallel.mean_over_examples(over_devices, mesh))
+    found = mapped(kernel, x)[0]
+    assert_equal(found * mesh.size, gradients(autodiff)(x, kernel)[1])
 
 
 def loops(hlo):

@@ -139,10 +139,17 @@ def compiled(config, mesh):
     key = jax.eval_shape(lambda: jax.random.key(0))
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 16))
     keys = jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=split)
-    chains = jax.jit(functools.partial(train_step.negatives, method=learned, mesh=mesh))
+
+    def chains(params, examples):
+        keys, x, t = examples
+        return train_step.negatives(keys, params, x, t, learned)
+
     step = train_step.compile_for(mesh, learned, optimiser, 0.99)
     return (
-        chains.lower(keys, state.params, x, t).compile().as_text(),
+        jax.jit(parallel.over_examples(chains, mesh))
+        .lower(state.params, (keys, x, t))
+        .compile()
+        .as_text(),
         step.lower(state, x, key).compile().as_text(),
     )
 
@@ -259,13 +266,13 @@ def test_what_eight_devices_trained_one_can_load(eight):
     ("batch_size", "nearest"), [(12, "use 8 or 16"), (5, "use 8"), (17, "use 16 or 24")]
 )
 def test_an_unequal_batch_is_refused_with_the_nearest_that_work(batch_size, nearest):
-    mesh = jax.sharding.AbstractMesh((8,), (parallel.DATA,))
+    mesh = jax.sharding.AbstractMesh((4, 2), parallel.AXES)
     with pytest.raises(UserError, match=rf"train.batch_size is {batch_size}, .*: {nearest}$"):
         parallel.require_divisible(batch_size, mesh, "train.batch_size")
 
 
 def test_an_equal_batch_is_taken():
-    mesh = jax.sharding.AbstractMesh((8,), (parallel.DATA,))
+    mesh = jax.sharding.AbstractMesh((4, 2), parallel.AXES)
     parallel.require_divisible(24, mesh, "train.batch_size")
 
 

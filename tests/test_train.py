@@ -42,9 +42,8 @@ def state_of(workdir, step=None):
             if other > step:
                 (workdir / "checkpoints" / str(other)).rmtree()
     with checkpoints.Checkpoints(workdir) as manager:
-        _, state = manager.restore(
-            model.abstract_state, parallel.replicated(parallel.make_mesh())
-        )
+        whole = parallel.replicated(parallel.make_mesh())
+        _, state = manager.restore(model.abstract_state, lambda _: whole)
     return jax.tree.map(np.asarray, state)
 
 

@@ -34,21 +34,15 @@ def _forward(
     )
 
 
+@jax.custom_vjp
 def conv3x3(
     x: Float[Array, "B H W I"], kernel: Float[Array, "3 3 I O"]
 ) -> Float[Array, "B H W O"]:
     """Convolves NHWC images with a 3x3 kernel, stride 1, zeros around the border.
 
-    Reverse-mode differentiable to any order.
+    Reverse-mode differentiable to any order. Inside `shard_map` the kernel must be each
+    device's own, as `parallel.over_examples` makes it.
     """
-    # Under `shard_map` the images differ between devices and the kernel does not. The sum
-    # makes the kernel differ in type, so that autodiff adds up its gradient over the
-    # devices, which a custom gradient does not; XLA drops the zero.
-    return _conv3x3(x, kernel + jnp.zeros_like(x, shape=()))
-
-
-@jax.custom_vjp
-def _conv3x3(x, kernel):
     return _forward(x, kernel)
 
 
@@ -73,7 +67,7 @@ def _transposed(kernel: Float[Array, "3 3 I O"]) -> Float[Array, "3 3 O I"]:
 
 
 def _conv3x3_fwd(x, kernel):
-    return _conv3x3(x, kernel), (x, kernel)
+    return conv3x3(x, kernel), (x, kernel)
 
 
 def _conv3x3_bwd(residuals, g):
@@ -90,7 +84,7 @@ def _kernel_gradient_bwd(residuals, kernel):
     return conv3x3(g, _transposed(kernel)), conv3x3(x, kernel)
 
 
-_conv3x3.defvjp(_conv3x3_fwd, _conv3x3_bwd)
+conv3x3.defvjp(_conv3x3_fwd, _conv3x3_bwd)
 kernel_gradient.defvjp(_kernel_gradient_fwd, _kernel_gradient_bwd)
 
 
