@@ -45,6 +45,12 @@ def train(config: ConfigDict, workdir: epath.Path) -> tuple[Model, int]:
     )
     learned = method.from_config(config)
     data.open_source(config)
+    if names := train_state.kept_whole(model.abstract_state(config).params, mesh):
+        told = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if names[4:] else "")
+        log.warning(
+            "config.mesh.fsdp = %d divides no axis of %s: whole on every device",
+            *(config.mesh.fsdp, told),
+        )
     make_writable(workdir)  # all that can be known to be wrong was found before this line
 
     with Checkpoints(workdir, config) as checkpoints:

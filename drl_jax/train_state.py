@@ -7,6 +7,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from flax import traverse_util
 from jax.sharding import Mesh
 from jaxtyping import Array, Int, Key
 from ml_collections import ConfigDict
@@ -64,6 +65,18 @@ def shardings(energy: Energy, optimiser: optax.GradientTransformation, mesh: Mes
     return jax.tree.map(
         lambda array: parallel.fully_sharded(array.shape, mesh), abstract(energy, optimiser)
     )
+
+
+def kept_whole(params: Params, mesh: Mesh) -> list[str]:
+    """Returns the paths of kernels that no `fsdp` devices of the mesh can share equally."""
+    flat = traverse_util.flatten_dict(params, sep="/")
+    return [
+        path
+        for path, array in flat.items()
+        if mesh.shape[parallel.FSDP] > 1
+        and array.ndim > 1
+        and parallel.fully_sharded(array.shape, mesh).is_fully_replicated
+    ]
 
 
 def create(

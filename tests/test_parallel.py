@@ -18,9 +18,10 @@ import random_inception
 import tiny
 from etils import epath
 from test_original import assert_close
+from test_train import assert_same
 
-from drl_jax import config as config_lib
 from drl_jax import (
+    checkpoints,
     data,
     exported,
     method,
@@ -31,6 +32,7 @@ from drl_jax import (
     train_state,
     train_step,
 )
+from drl_jax import config as config_lib
 from drl_jax.errors import UserError
 from drl_jax.evaluation import density, inception, ood
 
@@ -50,8 +52,18 @@ def main(workdir):
     result["bounds"] = [bounds_on(mesh) for mesh in (one, eight)]
 
     config = make_config()
-    start = trained(config, one, None, 0, 20)
-    result["states"] = [trained(config, mesh, start, 20, 5) for mesh in (one, eight)]
+    folded = parallel.make_mesh(fsdp=4)
+    start = jax.tree.map(np.array, trained(config, one, None, 0, 20))
+    states = [
+        trained(config, one, start, 20, 5),
+        trained(config, eight, start, 20, 5),
+        trained(config, folded, start, 20, 5),
+        trained(config, eight, start, 20, 5, parts=2),
+        trained(config, folded, start, 20, 5, parts=2),
+    ]
+    result["held"] = [held(state) for state in states]
+    result["states"] = [jax.tree.map(np.asarray, state) for state in states]
+    result["restored"] = restored(f"{workdir}/moved", config, states[0])
     result["chains"], result["step"] = compiled(config, eight)
 
     def run(name, **changes):
@@ -60,6 +72,10 @@ def main(workdir):
             return tiny.main(*args), told.getvalue()
 
     result["batch of 12"] = run("refused", train__batch_size=12)
+    result["3 parts"] = run("refused", train__parts=3)
+    result["fsdp of 3"] = run("refused", mesh__fsdp=3)
+    result["data of 2"] = run("refused", mesh__data=2, mesh__fsdp=2)
+    result["width of 12"] = run("wide", energy__ch=12, mesh__fsdp=8, train__parts=2)
     result["batch of 16"] = run("trained", train__batch_size=16)
     sys.stdout.buffer.write(pickle.dumps(result))
 
@@ -111,19 +127,44 @@ def scores_on(mesh):
     return tuple(ood.Scorer(placed, batch_size=8)(jax.random.key(0), x))
 
 
-def trained(config, mesh, state, first, n):
-    """The state after n more steps on the devices of a mesh, as numpy arrays."""
+def trained(config, mesh, state, first, n, parts=1):
+    """The state after n more steps on the devices of a mesh."""
     learned, optimiser = method.from_config(config), train_state.optimiser(config)
     if state is None:
         create = jax.jit(lambda key: train_state.create(key, learned.energy, optimiser))
         state = create(jax.random.key(0))
-    state = jax.device_put(jax.tree.map(np.array, state), parallel.replicated(mesh))
-    step = train_step.compile_for(mesh, learned, optimiser, config.optim.ema_decay)
+    shardings = train_state.shardings(learned.energy, optimiser, mesh)
+    state = jax.device_put(jax.tree.map(np.array, state), shardings)
+    step = train_step.compile_for(mesh, learned, optimiser, config.optim.ema_decay, parts)
     batches = data.training_batches(config, start_step=first)
     for _ in range(n):
         x = jax.device_put(next(batches)["image"], parallel.by_example(mesh))
         state, _ = step(state, x, jax.random.key(1))
-    return jax.tree.map(np.asarray, state)
+    return state
+
+
+def held(state):
+    """What the first device holds, of all the bytes of a state's kernels."""
+    kernels = [a for a in jax.tree.leaves(state) if a.ndim > 1]
+    first = [a.addressable_shards[0].data for a in kernels]
+    return sum(a.nbytes for a in first) / sum(a.nbytes for a in kernels)
+
+
+def restored(workdir, config, state):
+    """A state saved by eight devices, two and eight again, each from the one before."""
+    for devices, fsdp in ((8, 1), (2, 2), (8, 4)):
+        mesh = parallel.make_mesh(jax.devices()[:devices], fsdp=fsdp)
+        with checkpoints.Checkpoints(epath.Path(workdir), config) as manager:
+            if devices == 8 and fsdp == 1:
+                state = jax.device_put(jax.tree.map(np.array, state), parallel.replicated(mesh))
+            else:
+                _, state = manager.restore(
+                    model.abstract_state,
+                    functools.partial(parallel.fully_sharded, mesh=mesh),
+                )
+            state = state.replace(step=state.step + 1)
+            manager.save(state)
+    return held(state), jax.tree.map(np.asarray, state)
 
 
 def compiled(config, mesh):
@@ -202,16 +243,33 @@ def test_bounds_of_log_Z_do_not_depend_on_the_number_of_devices(eight):
 
 
 @pytest.mark.slow
-def test_five_steps_on_one_and_on_eight_devices_end_in_equal_states(eight):
+def test_five_steps_end_in_equal_states_on_any_mesh_and_in_any_parts(eight):
     """Equal to 1e-5 of the greatest entry of each array.
 
+    On 1 x 1, 8 x 1 and 2 x 4 devices, data x fsdp, at once and in two parts.
     From a state that has left its start: there, weights of 1e-10 have gradients of rounding
     alone, which Adam turns into steps of full length (their error reaches 9e-6).
     """
-    on_one, on_eight = eight["states"]
-    assert on_one.step == on_eight.step == 25
-    for a, b in zip(jax.tree.leaves(on_one), jax.tree.leaves(on_eight), strict=True):
-        np.testing.assert_allclose(b, a, rtol=0, atol=1e-5 * np.abs(a).max())
+    on_one, *others = eight["states"]
+    assert len(others) == 4
+    for other in others:
+        assert on_one.step == other.step == 25
+        for a, b in zip(jax.tree.leaves(on_one), jax.tree.leaves(other), strict=True):
+            np.testing.assert_allclose(b, a, rtol=0, atol=1e-5 * np.abs(a).max())
+
+
+@pytest.mark.slow
+def test_along_fsdp_a_device_holds_its_part_of_what_training_carries(eight):
+    """Parameters, average and Adam's moments; of ch = 8 every kernel divides by 4."""
+    assert eight["held"] == [1, 1, 0.25, 1, 0.25]
+
+
+@pytest.mark.slow
+def test_a_state_moves_from_eight_devices_to_two_and_back_unchanged(eight):
+    """From 8 x 1 to 1 x 2 to 2 x 4, data x fsdp."""
+    part, state = eight["restored"]
+    assert part == 0.25
+    assert_same(state.replace(step=state.step - 3), eight["states"][0])
 
 
 @pytest.mark.slow
@@ -250,6 +308,28 @@ def test_a_batch_that_eight_devices_cannot_share_is_refused(eight):
         r"error: config.train.batch_size is 12, .* 8 devices: use 8 or 16\n", told
     )
     assert not (eight["folder"] / "refused").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("run", "told"),
+    [
+        ("3 parts", r"train.batch_size is 16, .* 8 devices times 3 parts: use 24"),
+        ("fsdp of 3", r"mesh is fsdp = 3, and there are 8 devices: fsdp can be 1, 2, 4, 8,.*"),
+        ("data of 2", r"mesh is data = 2 times fsdp = 2, and there are 8 devices: .*"),
+    ],
+)
+def test_a_mesh_or_parts_that_do_not_divide_are_refused(eight, run, told):
+    status, said = eight[run]
+    assert status == 1
+    assert re.fullmatch(rf"error: config.{told}\n", said)
+
+
+@pytest.mark.slow
+def test_kernels_that_do_not_divide_are_named_and_stay_whole(eight):
+    status, said = eight["width of 12"]
+    assert status == 0, said
+    assert re.search(r"fsdp = 8 divides no axis of conv_in/kernel, .*: whole on", said)
 
 
 @pytest.mark.slow

@@ -137,6 +137,32 @@ def test_a_signal_to_one_saves_for_both_and_together_they_go_on(tmp_path, signal
     assert_same(*(state_of(workdir) for workdir in workdirs))
 
 
+def test_a_run_that_eight_devices_began_four_finish(tmp_path):
+    """With the same batches and noise: equal to 1e-5 of the greatest entry of each array."""
+    stopped, whole = (tiny.trained(tmp_path / name) for name in ("stopped", "whole"))
+    changes = SHORT | {"log__sample_every_steps": 100_000, "checkpoint__every_steps": 5}
+
+    def go_on(workdir, num_steps, devices):
+        return start(
+            *tiny.training(workdir, **changes | {"train__num_steps": num_steps}),
+            devices=devices,
+        )
+
+    interrupted = go_on(stopped, 100_000, 8)
+    wait_until((stopped / "checkpoints" / str(tiny.STEPS + 5)).exists, interrupted)
+    interrupted.send_signal(signal.SIGTERM)
+    statuses, said = ended(interrupted)
+    assert statuses == [143], said
+    *_, newest = steps(stopped)
+    for workdir, devices in ((stopped, 4), (whole, 8)):
+        statuses, said = ended(go_on(workdir, newest + 5, devices))
+        assert statuses == [0], said
+    state, wanted = state_of(stopped), state_of(whole)
+    assert state.step == wanted.step == newest + 5
+    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
+
+
 @pytest.mark.parametrize("lost", [0, 1])
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_lost_partner_is_told_in_a_clear_line_and_does_not_hang(tmp_path, lost, signum):
