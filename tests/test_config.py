@@ -48,7 +48,7 @@ def test_every_number_of_the_default_is_checked():
     for name, value in config_lib.flatten(config_lib.default()):
         if isinstance(value, int | float) and not isinstance(value, bool):
             with pytest.raises(UserError, match=rf"config\.{name} is -"):
-                config_lib.validate(changed(**{name.replace(".", "__"): type(value)(-1)}))
+                config_lib.validate(changed(**{name.replace(".", "__"): type(value)(-2)}))
 
 
 def test_a_value_of_another_type_is_refused_with_an_example():
