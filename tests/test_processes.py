@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import os
 import re
 import signal
 import socket
@@ -28,12 +27,10 @@ SHORT = {
 }
 
 
-def start(*args, devices=1, **variables):
+def start(*args, devices=1):
     """Starts the program with so many CPU devices."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XLA_FLAGS", f"--xla_force_host_platform_device_count={devices}")
-        for name, value in variables.items():
-            patch.setenv(name, value)
         return tiny.start(*args, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -273,26 +270,6 @@ def test_slurm_and_tpu_pods_are_seen_and_flags_overrule_them(monkeypatch, variab
     assert job().has_others is several
     assert job(distributed=False).has_others is False
     assert job(distributed=True).has_others is True
-
-
-def test_a_slurm_step_of_two_tasks_is_one_job(tmp_path):
-    """With what srun sets, and no flags."""
-    workdir = epath.Path(tmp_path) / "run"
-    step = {
-        "SLURM_JOB_ID": str(os.getpid()),
-        "SLURM_STEP_NODELIST": "localhost",
-        "SLURM_NTASKS": "2",
-        "SLURM_STEP_NUM_NODES": "1",
-    }
-    args = tiny.training(workdir, **SHORT)
-    pair = [
-        start(*args, devices=4, **step, SLURM_PROCID=str(i), SLURM_LOCALID=str(i))
-        for i in range(2)
-    ]
-    statuses, said = ended(*pair)
-    assert statuses == [0, 0], said
-    assert steps(workdir) == [2, 4, 5]
-    assert ours(said[1]) == []
 
 
 def test_outside_a_cluster_a_process_does_not_know_the_others(tmp_path):
