@@ -298,7 +298,7 @@ def test_without_gcloud_it_says_so(monkeypatch, tmp_path):
 
 # ---- A host of a TPU
 
-SAVING = 1  # second
+SAVING = 3  # seconds
 
 
 @pytest.fixture
