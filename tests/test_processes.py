@@ -1,11 +1,15 @@
 """Two processes of four devices each, on one machine, against one process."""
 
 import contextlib
+import http.server
+import importlib.machinery
+import importlib.util
 import json
 import re
 import signal
 import socket
 import subprocess
+import threading
 import time
 
 import jax
@@ -270,6 +274,35 @@ def test_slurm_and_tpu_pods_are_seen_and_flags_overrule_them(monkeypatch, variab
     assert job().has_others is several
     assert job(distributed=False).has_others is False
     assert job(distributed=True).has_others is True
+
+
+@pytest.mark.parametrize(
+    ("workers", "several"),
+    [(b"unknown:unknown:10.0.0.2,unknown:unknown:10.0.0.3", True), (b"::10.0.0.2", False)],
+)
+def test_a_cloud_tpu_of_several_hosts_is_seen(monkeypatch, workers, several):
+    """As its metadata server lists them; where libtpu is not installed it is not asked."""
+    asked = []
+
+    class Metadata(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append((self.path, self.headers["Metadata-Flavor"]))
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(workers)
+
+    for name in ("SLURM_STEP_NODELIST", "TPU_WORKER_HOSTNAMES"):
+        monkeypatch.delenv(name, raising=False)
+    with http.server.HTTPServer(("localhost", 0), Metadata) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("GCE_METADATA_HOST", f"localhost:{server.server_port}")
+        for is_there in (True, False):
+            found = importlib.machinery.ModuleSpec("libtpu", None) if is_there else None
+            monkeypatch.setattr(importlib.util, "find_spec", lambda _, found=found: found)
+            assert job().has_others is (several and is_there)
+        server.shutdown()
+    attribute = "/computeMetadata/v1/instance/attributes/worker-network-endpoints"
+    assert asked == [(attribute, "Google")]
 
 
 def test_outside_a_cluster_a_process_does_not_know_the_others(tmp_path):
