@@ -14,7 +14,6 @@ parameters, at batch 16: what fits a small computer.
 """
 
 import json
-import pathlib
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -24,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
+from etils import epath
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -249,7 +249,7 @@ def main(argv: Sequence[str]) -> None:
         sys.exit(f"error: {error}")
     print(table(result))
     if _JSON.value:
-        pathlib.Path(_JSON.value).write_text(json.dumps(result, indent=2) + "\n")
+        epath.Path(_JSON.value).write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

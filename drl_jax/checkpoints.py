@@ -103,7 +103,9 @@ class Checkpoints:
         """Where errors of earlier writes arrive, too: they are made in the background."""
         try:
             yield
-        except (OSError, ValueError) as error:  # TensorStore makes ValueError of all
+        except (
+            Exception
+        ) as error:  # the disk's, the bucket's; TensorStore makes ValueError of all
             reason = ": ".join(str(error).split(": ")[-2:])  # before it, every layer's path
             raise UserError(f"cannot write checkpoints to {self._folder}: {reason}") from error
 

@@ -3,12 +3,28 @@
 Of several processes only the first one writes: the folder is the same for all.
 """
 
+import contextlib
 import os
+from collections.abc import Iterator
 
 import jax
 from etils import epath
 
 from drl_jax.errors import UserError
+
+
+@contextlib.contextmanager
+def told(failure: str) -> Iterator[None]:
+    """Has what goes wrong inside told in one line that opens with `failure`.
+
+    Raises:
+      UserError: for whatever the disk or the bucket raises.
+    """
+    try:
+        yield
+    except Exception as error:  # a disk's are OSErrors, a bucket's are TensorFlow's
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise UserError(f"{failure}: {reason}") from error
 
 
 def make_writable(folder: epath.Path) -> None:
@@ -18,12 +34,10 @@ def make_writable(folder: epath.Path) -> None:
       UserError: if they cannot.
     """
     probe = folder / f".probe-{os.getpid()}"
-    try:
+    with told(f"cannot write to {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         probe.write_text("")
         probe.unlink()
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}") from error
 
 
 def write_whole(path: epath.Path, content: bytes) -> None:
@@ -37,11 +51,9 @@ def write_whole(path: epath.Path, content: bytes) -> None:
     if jax.process_index():
         return
     aside = path.parent / f".{path.name}-{os.getpid()}"
-    try:
+    with told(f"cannot write to {path}"):
         aside.write_bytes(content)
         aside.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write to {path}: {error.strerror}") from error
 
 
 def remove(path: epath.Path) -> None:

@@ -27,6 +27,7 @@ from drl_jax import (
 )
 from drl_jax.energies.energy import Energy, Params
 from drl_jax.errors import UserError
+from drl_jax.files import told
 from drl_jax.long_run import chains as long_run
 from drl_jax.long_run.chains import Chains, Seen
 from drl_jax.method import Method
@@ -377,7 +378,9 @@ def load_run(
     workdir = epath.Path(workdir)
     mesh = parallel.make_mesh()
     restored = None
-    if (workdir / "checkpoints").exists():
+    with told(f"cannot read {workdir}"):
+        found = (workdir / "checkpoints").exists()
+    if found:
         with checkpoints.Checkpoints(workdir) as manager:
             restored = manager.restore(abstract_state, lambda _: parallel.replicated(mesh))
     if restored is None:

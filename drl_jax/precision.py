@@ -43,7 +43,6 @@ row of float32 shows what it does on the devices at hand; the reference stays on
 """
 
 import json
-import pathlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -53,6 +52,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from etils import epath
 from jaxtyping import Array, DTypeLike, Float, Int, Key
 from tqdm import tqdm
 
@@ -571,7 +571,7 @@ def main(argv: Sequence[str]) -> int:
         return 1
     print(table(result))
     if values.json:
-        pathlib.Path(values.json).write_text(json.dumps(result, indent=2) + "\n")
+        epath.Path(values.json).write_text(json.dumps(result, indent=2) + "\n")
     return 0
 
 

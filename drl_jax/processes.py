@@ -5,18 +5,23 @@ of GPU machines have them. JAX's distributed runtime joins them; what it does no
 """
 
 import contextlib
+import importlib.util
 import json
 import os
 import signal
 import socket
 import time
+import urllib.request
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
+from etils import epath
 
 from drl_jax import config as config_lib
 from drl_jax.errors import UserError
+
+BOARD = epath.Path("/sys/class/dmi/id/product_name")  # Linux's name of the machine
 
 
 class Job(NamedTuple):
@@ -47,7 +52,29 @@ class Job(NamedTuple):
             any(value is not None for value in given)
             or (in_slurm and os.environ.get("SLURM_NTASKS", "1") != "1")
             or "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
+            or "," in _hosts_of_cloud_tpu()
         )
+
+
+def _hosts_of_cloud_tpu() -> str:
+    """Returns what the metadata server of a Cloud TPU lists, elsewhere nothing.
+
+    Nobody is asked where there cannot be one.
+    """
+    server = os.environ.get("GCE_METADATA_HOST")
+    if not server and (BOARD.exists() and "Google" in BOARD.read_text()):
+        server = "metadata.google.internal"
+    if not server or importlib.util.find_spec("libtpu") is None:
+        return ""
+    request = urllib.request.Request(
+        f"http://{server}/computeMetadata/v1/instance/attributes/worker-network-endpoints",
+        headers={"Metadata-Flavor": "Google"},
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=5) as answer:
+            return answer.read().decode()
+    except OSError:  # a machine that is no TPU's has no such entry
+        return ""
 
 
 def require_possible(job: Job) -> None:

@@ -14,7 +14,7 @@ from etils import epath
 
 from drl_jax import config as config_lib
 from drl_jax.errors import UserError
-from drl_jax.files import write_whole
+from drl_jax.files import told, write_whole
 
 NUMBERS = "numbers"  # the array that holds them, and the settings
 SEAL = 4  # bytes of the checksum, before those of an .npz
@@ -60,12 +60,10 @@ def read(path: epath.Path, settings: dict[str, Any]) -> Snapshot | None:
       UserError: if the file cannot be read, is not what was written, or was written with
         other settings: then, naming every difference.
     """
-    if not path.exists():
-        return None
-    try:
+    with told(f"cannot read {path}"):
+        if not path.exists():
+            return None
         sealed = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
     seal, content = sealed[:SEAL], sealed[SEAL:]
     if seal != _seal(content):
         raise UserError(f"{path} is damaged: put back a copy, or remove it to begin anew")

@@ -1,12 +1,15 @@
 """Two processes of four devices each, on one machine, against one process."""
 
 import contextlib
+import http.server
+import importlib.machinery
+import importlib.util
 import json
-import os
 import re
 import signal
 import socket
 import subprocess
+import threading
 import time
 
 import jax
@@ -28,12 +31,10 @@ SHORT = {
 }
 
 
-def start(*args, devices=1, **variables):
+def start(*args, devices=1):
     """Starts the program with so many CPU devices."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XLA_FLAGS", f"--xla_force_host_platform_device_count={devices}")
-        for name, value in variables.items():
-            patch.setenv(name, value)
         return tiny.start(*args, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -275,24 +276,33 @@ def test_slurm_and_tpu_pods_are_seen_and_flags_overrule_them(monkeypatch, variab
     assert job(distributed=True).has_others is True
 
 
-def test_a_slurm_step_of_two_tasks_is_one_job(tmp_path):
-    """With what srun sets, and no flags."""
-    workdir = epath.Path(tmp_path) / "run"
-    step = {
-        "SLURM_JOB_ID": str(os.getpid()),
-        "SLURM_STEP_NODELIST": "localhost",
-        "SLURM_NTASKS": "2",
-        "SLURM_STEP_NUM_NODES": "1",
-    }
-    args = tiny.training(workdir, **SHORT)
-    pair = [
-        start(*args, devices=4, **step, SLURM_PROCID=str(i), SLURM_LOCALID=str(i))
-        for i in range(2)
-    ]
-    statuses, said = ended(*pair)
-    assert statuses == [0, 0], said
-    assert steps(workdir) == [2, 4, 5]
-    assert ours(said[1]) == []
+@pytest.mark.parametrize(
+    ("workers", "several"),
+    [(b"unknown:unknown:10.0.0.2,unknown:unknown:10.0.0.3", True), (b"::10.0.0.2", False)],
+)
+def test_a_cloud_tpu_of_several_hosts_is_seen(monkeypatch, workers, several):
+    """As its metadata server lists them; where libtpu is not installed it is not asked."""
+    asked = []
+
+    class Metadata(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append((self.path, self.headers["Metadata-Flavor"]))
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(workers)
+
+    for name in ("SLURM_STEP_NODELIST", "TPU_WORKER_HOSTNAMES"):
+        monkeypatch.delenv(name, raising=False)
+    with http.server.HTTPServer(("localhost", 0), Metadata) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("GCE_METADATA_HOST", f"localhost:{server.server_port}")
+        for is_there in (True, False):
+            found = importlib.machinery.ModuleSpec("libtpu", None) if is_there else None
+            monkeypatch.setattr(importlib.util, "find_spec", lambda _, found=found: found)
+            assert job().has_others is (several and is_there)
+        server.shutdown()
+    attribute = "/computeMetadata/v1/instance/attributes/worker-network-endpoints"
+    assert asked == [(attribute, "Google")]
 
 
 def test_outside_a_cluster_a_process_does_not_know_the_others(tmp_path):

@@ -1,0 +1,220 @@
+"""Google Cloud Storage in miniature: one bucket, in memory, as its three clients here see it.
+
+TensorFlow (behind epath and clu's writer) insists on https and on Google's own hosts: it comes
+through a proxy, and trusts a certificate that is made here. TensorStore (behind Orbax's arrays)
+and google-cloud-storage (which Orbax asks how a bucket lists its folders) take an address.
+"""
+
+import datetime
+import json
+import ssl
+import threading
+import urllib.parse
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+
+HOSTS = ("www.googleapis.com", "storage.googleapis.com")
+NAME = "bucket"
+
+
+class Bucket:
+    """Serves until `close`.
+
+    Attributes:
+      objects: the bytes of each, by name.
+      environment: the variables that lead a process here.
+    """
+
+    def __init__(self, folder):
+        self.objects, self.generations, self.uploads = {}, {}, {}
+        self.lock = threading.RLock()
+        pem = folder / "bucket.pem"
+        pem.write_bytes(_certificate())
+        self.tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self.tls.load_cert_chain(pem)
+        self._server = ThreadingHTTPServer(("localhost", 0), _Handler)
+        self._server.bucket = self
+        self._server.daemon_threads = True
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        address = f"http://localhost:{self._server.server_port}"
+        self.environment = {
+            "https_proxy": address,
+            "no_proxy": "localhost",
+            "CURL_CA_BUNDLE": str(pem),
+            "TENSORSTORE_GCS_HTTP_URL": address,
+            "STORAGE_EMULATOR_HOST": address,
+            "GOOGLE_AUTH_TOKEN_FOR_TESTING": "token",
+            "GOOGLE_CLOUD_PROJECT": "project",
+            "NO_GCE_CHECK": "true",
+        }
+
+    def close(self):
+        self._server.shutdown()
+        self._server.server_close()
+
+    def put(self, name, content):
+        with self.lock:
+            self.objects[name] = content
+            self.generations[name] = self.generations.get(name, 0) + 1
+            return self.about(name)
+
+    def about(self, name):
+        """An object's resource."""
+        return {
+            "name": name,
+            "bucket": NAME,
+            "size": str(len(self.objects[name])),
+            "generation": str(self.generations[name]),
+            "metageneration": "1",
+            "updated": "2026-01-01T00:00:00.000Z",
+        }
+
+    def matches(self, name, query):
+        """Whether an object is as the one who asks believes; 0 is of none."""
+        now = self.generations[name] if name in self.objects else 0
+        return query.get("ifGenerationMatch", str(now)) == str(now)
+
+    def listed(self, query):
+        """What is in a folder, or under it where no delimiter is given."""
+        prefix, delimiter = query.get("prefix", ""), query.get("delimiter")
+        items, prefixes = [], set()
+        with self.lock:
+            for name in sorted(self.objects):
+                head, found, _ = name.removeprefix(prefix).partition(delimiter or "\0")
+                if name.startswith(prefix) and found:
+                    prefixes.add(prefix + head + found)
+                elif name.startswith(prefix):
+                    items.append(self.about(name))
+        return {"items": items, "prefixes": sorted(prefixes)}
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def do_CONNECT(self):
+        self.send_response(200)
+        self.end_headers()
+        self.connection = self.server.bucket.tls.wrap_socket(self.connection, server_side=True)
+        self.rfile, self.wfile = self.connection.makefile("rb"), self.connection.makefile("wb")
+        self.close_connection = False
+        while not self.close_connection:
+            self.handle_one_request()
+
+    def reply(self, status, content=b"", **headers):
+        if isinstance(content, dict):
+            content = json.dumps(content).encode()
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+        self.wfile.flush()
+
+    def body(self):
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        chunks = []
+        while size := int(self.rfile.readline(), 16):
+            chunks.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(chunks)
+
+    def handle_any(self):
+        url = urllib.parse.urlsplit(self.path)
+        query = dict(urllib.parse.parse_qsl(url.query))
+        body = self.body()
+        place = url.path.removeprefix("/upload").removeprefix("/storage/v1/b")
+        place, _, target = place.partition("/rewriteTo/")
+        _, of, name = place.split("/", 2) if place.count("/") > 1 else (*place.split("/"), "")
+        if of != NAME:
+            return self.reply(403, {"error": {"code": 403, "message": "not yours"}})
+        name = urllib.parse.unquote(name)
+        with self.server.bucket.lock:
+            if name == "":
+                return self.reply(200, {"name": NAME, "location": "US"})
+            if name == "storageLayout":
+                return self.reply(200, {"hierarchicalNamespace": {"enabled": False}})
+            if name == "o":
+                return self.list_or_upload(query, body)
+            name = name.removeprefix("o/")
+            is_content = url.path == place and not place.startswith("/storage")
+            return self.one(name, query, target, is_content or query.get("alt") == "media")
+
+    def list_or_upload(self, query, body):
+        bucket = self.server.bucket
+        if self.command == "GET":
+            return self.reply(200, bucket.listed(query))
+        if "upload_id" in query:
+            return self.reply(200, bucket.put(bucket.uploads[query["upload_id"]], body))
+        if not bucket.matches(query["name"], query):
+            return self.reply(412)
+        if query["uploadType"] == "media":
+            return self.reply(200, bucket.put(query["name"], body))
+        token = str(len(bucket.uploads))
+        bucket.uploads[token] = query["name"]
+        location = f"https://{HOSTS[0]}/upload/storage/v1/b/{NAME}/o?upload_id={token}"
+        return self.reply(200, Location=location)
+
+    def one(self, name, query, target, content):
+        bucket = self.server.bucket
+        if name not in bucket.objects:
+            return self.reply(404, {"error": {"code": 404, "message": "none"}})
+        if not bucket.matches(name, query):
+            return self.reply(412)
+        if target:
+            other = urllib.parse.unquote(target.removeprefix(f"b/{NAME}/o/"))
+            about = bucket.put(other, bucket.objects[name])
+            return self.reply(200, {"done": True, "resource": about})
+        if self.command == "DELETE":
+            del bucket.objects[name]
+            return self.reply(204)
+        if content:
+            return self.send_content(bucket.objects[name], bucket.generations[name])
+        return self.reply(200, bucket.about(name))
+
+    def send_content(self, content, generation):
+        headers = {"x_goog_generation": str(generation)}
+        if wanted := self.headers.get("Range"):
+            first, _, last = wanted.removeprefix("bytes=").partition("-")
+            part = content[int(first) : int(last) + 1 if last else None]
+            if not part:
+                return self.reply(416, **headers)
+            end = int(first) + len(part) - 1
+            headers["Content_Range"] = f"bytes {first}-{end}/{len(content)}"
+            return self.reply(206, part, **headers)
+        return self.reply(200, content, **headers)
+
+    do_GET = do_POST = do_PUT = do_DELETE = do_HEAD = handle_any
+
+
+def _certificate():
+    """A key and a certificate of itself, for Google's hosts."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, HOSTS[0])])
+    now = datetime.datetime.now(datetime.UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName(h) for h in HOSTS]), False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    encoding = serialization.Encoding.PEM
+    private = key.private_bytes(
+        encoding, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    return private + certificate.public_bytes(encoding)
