@@ -1,11 +1,11 @@
 """Accelerators: what is public of each, and slices of them by name, such as `v5e:16x16`.
 
 TPUs: peaks and matrix units from https://cloud.google.com/tpu/docs/system-architecture-tpu-vm
-and the pages of each version beside it; memory is what XLA:TPU says a program can have ("exceeds
-available HBM"), a little less than the chip's. The clock is the peak over the FLOPs a cycle of
-the matrix units: as published for v3 (0.94 GHz), v4 (1.05 GHz) and v5p (1.75 GHz); of v5e and
-v6e nothing is published. By that, XLA:TPU's own estimates put large matrix products at 80% to
-97% of the peak on every version.
+and the pages of each version beside it; memory is what XLA:TPU says a program can have
+("exceeds available HBM"), a little less than the chip's. The clock is the peak over the FLOPs a
+cycle of the matrix units: as published for v3 (0.94 GHz), v4 (1.05 GHz) and v5p (1.75 GHz); of
+v5e and v6e nothing is published. By that, XLA:TPU's own estimates put large matrix products
+at 70% to 97% of the peak on every version.
 
 GPUs: the data sheets of the SXM boards with 80 GB (dense bfloat16), and what XLA asks of its
 target (`stream_executor.GpuTargetConfigProto`) from the CUDA programming guide's tables.
@@ -13,7 +13,7 @@ target (`stream_executor.GpuTargetConfigProto`) from the CUDA programming guide'
 
 import math
 import re
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from drl_jax.errors import UserError
 
@@ -161,7 +161,7 @@ class Topology(NamedTuple):
         }
 
     @property
-    def description(self) -> dict[str, object]:
+    def description(self) -> dict[str, Any]:
         """What `jax.experimental.topologies.get_topology_desc` wants to know."""
         if self.platform == "cuda":
             return {
@@ -171,7 +171,7 @@ class Topology(NamedTuple):
             }
         # Four chips a host, except where a side is odd.
         host = [*(2 - side % 2 for side in self.shape[:2]), 1]
-        options: dict[str, object] = {"chips_per_host_bounds": host}
+        options: dict[str, Any] = {"chips_per_host_bounds": host}
         if self.chip.megacore:
             options["chip_config_name"] = "megacore"
         return {"platform": "tpu", "topology_name": self.name, **options}

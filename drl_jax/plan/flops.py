@@ -17,7 +17,9 @@ def forward(config: ConfigDict) -> float:
         # Two layers of the time embedding; then the waves, the input, the head; then, of each
         # residual layer, itself and what it makes of the time.
         E = energy.ch
-        return 2.0 * (2 * E * E + channels * E + (E + channels) * E + E * E + 2 * energy.N * E * E)
+        return 2.0 * (
+            2 * E * E + channels * E + (E + channels) * E + E * E + 2 * energy.N * E * E
+        )
     return benchmark.forward_flops(
         config.data.image_size, channels, energy.ch, energy.mult, energy.N
     )

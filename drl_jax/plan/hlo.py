@@ -117,9 +117,7 @@ def parse(text: str) -> Module:
     entry = ""
     instructions: dict[str, Instruction] = {}
     for line in text.splitlines():
-        if line.endswith("{") and (
-            header := re.match(r"(ENTRY )?%?([\w.\-]+) .*->", line)
-        ):
+        if line.endswith("{") and (header := re.match(r"(ENTRY )?%?([\w.\-]+) .*->", line)):
             instructions = computations.setdefault(header[2], {})
             entry = header[2] if header[1] else entry
         elif line.startswith(" ") and " = " in line:
@@ -231,31 +229,26 @@ def trip_count(
     start = _source(loop.operands[0], computation)
     state = start.operands if start and start.opcode == "tuple" else ()
 
-    def value(name: str) -> tuple[int | None, int | None]:
-        """Returns the number that an instruction of the condition is at first, and its place
-        in the loop's state if it has one."""
-        source = _source(name, condition)
-        if source and source.opcode == "get-tuple-element":
-            index = int(source.attribute("index") or 0)
-            return (_number(state[index], computation) if state else None), index
-        return _number(name, condition), None
+    test, scope = _unfused(module, _root(condition), condition)
 
-    compare = _unfused(module, _root(condition))
-    if compare is None:
-        return None
-    compare, operands = compare
-    direction = compare.attribute("direction")
+    def at_first(name: str) -> int | None:
+        """Returns the number that an instruction of the condition is on the first trip."""
+        place = _place(name, scope)
+        if place is None:
+            return _number(name, scope)
+        return _number(state[place], computation) if state else None
+
+    operands, direction = test.operands, test.attribute("direction")
     if direction in ("GT", "GE"):
         operands, direction = operands[::-1], {"GT": "LT", "GE": "LE"}[direction]
-    if direction not in ("LT", "LE") or len(operands) != 2:
+    if direction not in ("LT", "LE"):
         return None
-    (first, place), (bound, _) = map(value, operands)
-    if first is None or bound is None or place is None:
+    counter, bound = operands
+    first, last, place = at_first(counter), at_first(bound), _place(counter, scope)
+    step = None if place is None else _step(module, body, place)
+    if first is None or last is None or not step or step < 0:
         return None
-    step = _step(module, body, place)
-    if not step:
-        return None
-    return max(0, -(-(bound - first + (direction == "LE")) // step))
+    return max(0, -(-(last - first + (direction == "LE")) // step))
 
 
 def _root(computation: dict[str, Instruction]) -> Instruction:
@@ -278,41 +271,41 @@ def _number(name: str, computation: dict[str, Instruction]) -> int | None:
     return int(source.operands[0]) if re.fullmatch(r"-?\d+", source.operands[0]) else None
 
 
+def _place(name: str, computation: dict[str, Instruction]) -> int | None:
+    """Returns which element of a loop's state an instruction is, if it is one."""
+    source = _source(name, computation)
+    if source is None or source.opcode != "get-tuple-element":
+        return None
+    return int(source.attribute("index") or 0)
+
+
 def _unfused(
-    module: Module, instruction: Instruction
-) -> tuple[Instruction, tuple[str, ...]] | None:
-    """Returns the root of a fusion, or the instruction itself, and its operands outside."""
-    called = instruction.attribute("calls")
-    if instruction.opcode != "fusion" or called is None:
-        return instruction, instruction.operands
-    inside = module.computations[called]
+    module: Module, instruction: Instruction, computation: dict[str, Instruction]
+) -> tuple[Instruction, dict[str, Instruction]]:
+    """Returns what a fusion results in, or the instruction itself, and all that it may name."""
+    if instruction.opcode != "fusion":
+        return instruction, computation
+    inside = module.computations[instruction.attribute("calls") or ""]
     root = _root(inside)
     operands = []
     for name in root.operands:
         source = _source(name, inside)
-        if source is None:
-            return None
-        parameter = source.opcode == "parameter"
-        operands.append(instruction.operands[int(source.operands[0])] if parameter else name)
-    return root, tuple(operands)
+        if source and source.opcode == "parameter":
+            name = instruction.operands[int(source.operands[0])]
+        operands.append(name)
+    return root._replace(operands=tuple(operands)), computation | inside
 
 
 def _step(module: Module, body: dict[str, Instruction], place: int) -> int | None:
     """Returns what a trip adds to the counter at this place of the loop's state."""
     root = _root(body)
-    if root.opcode != "tuple":
-        return None
-    update = _source(root.operands[place], body)
+    update = _source(root.operands[place], body) if root.opcode == "tuple" else None
     if update is None:
         return None
-    inside = body
-    if update.opcode == "fusion":
-        inside = module.computations[update.attribute("calls") or ""]
-        update = _root(inside)
-    if update.opcode != "add":
-        return None
-    steps = [number for name in update.operands if (number := _number(name, inside))]
-    return steps[0] if len(steps) == 1 else None
+    update, scope = _unfused(module, update, body)
+    numbers = [_number(name, scope) for name in update.operands]
+    steps = [number for number in numbers if number is not None]
+    return steps[0] if update.opcode == "add" and len(steps) == 1 else None
 
 
 def loops(module: Module, unknown: int = 1) -> list[Loop]:

@@ -38,9 +38,7 @@ class Memory(NamedTuple):
     @property
     def total(self) -> int:
         """What is needed at once."""
-        return (
-            self.arguments + self.outputs - self.aliased + self.temporaries + self.code
-        )
+        return self.arguments + self.outputs - self.aliased + self.temporaries + self.code
 
 
 class Compiled(NamedTuple):
@@ -81,7 +79,7 @@ def mesh_of(topology: Topology) -> Mesh:
 def training_step(config: ConfigDict, mesh: Mesh, batch_size: int) -> jax.stages.Lowered:
     """Lowers the step that training runs."""
     learned = method.from_config(config)
-    step = train_step.compile_for(
+    step: Any = train_step.compile_for(
         mesh, learned, train_state.optimiser(config), config.optim.ema_decay
     )
     x = jax.ShapeDtypeStruct((batch_size, *learned.energy.shape), jnp.float32)
@@ -92,13 +90,12 @@ def sampler(config: ConfigDict, mesh: Mesh, batch_size: int) -> jax.stages.Lower
     """Lowers the program that draws samples, from white noise to data."""
     learned = model.generating(method.from_config(config), config.mcmc)
     state = model.abstract_state(config)
-    params = jax.eval_shape(
-        functools.partial(model.generating_params, learned.energy), state
-    )
+    params = jax.eval_shape(functools.partial(model.generating_params, learned.energy), state)
     drawn = model.Model(learned, params, mesh, batch_size)
     tuning = jax.eval_shape(lambda: drawn.tuning)
     indices = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
-    return drawn.generate.lower(params, tuning, _key(), indices, (), {})
+    generate: Any = drawn.generate
+    return generate.lower(params, tuning, _key(), indices, (), {})
 
 
 def _key() -> Any:
@@ -109,7 +106,7 @@ def compiled(lower: Callable[[], jax.stages.Lowered]) -> Compiled:
     """Compiles a program; one that the device's memory is too small for is no error."""
     start = time.perf_counter()
     try:
-        program = lower().compile()
+        program: Any = lower().compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -131,7 +128,9 @@ def exhausted(message: str) -> float | None:
 
     It says so of all of it, or, of one that is far too big, of its temporaries alone.
     """
-    needs = r"(?:Used|required for HLO temporaries \(|[Tt]rying to allocate) ?([\d.]+)([KMGTP]?)"
+    needs = (
+        r"(?:Used|required for HLO temporaries \(|[Tt]rying to allocate) ?([\d.]+)([KMGTP]?)"
+    )
     if found := re.search(needs, message):
         return float(found[1]) * 1024.0 ** " KMGTP".index(found[2] or " ")
     return None

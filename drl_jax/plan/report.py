@@ -93,18 +93,29 @@ def markdown(plan: dict[str, Any]) -> str:
         ("verdict", *("fits" if each["fits"] else "**does not fit**" for each in programs)),
         ("memory a device", *map(_memory, programs)),
     ]
-    for part in ("arguments", "outputs", "aliased", "temporaries", "code"):
-        rows.append((f"- {part}", *(_size(each.get("bytes", {}).get(part)) for each in programs)))
+    rows += [
+        (f"- {part}", *(_size(each.get("bytes", {}).get(part)) for each in programs))
+        for part in ("arguments", "outputs", "aliased", "temporaries", "code")
+    ]
     rows += [
         ("TFLOP a device", *(f"{each['flops_per_device'] / 1e12:.4g}" for each in programs)),
         ("seconds at the peak", *(f"{each['seconds_at_peak']:.4g}" for each in programs)),
     ]
     if any("estimated_cycles" in each for each in programs):
         rows += [
-            ("estimated cycles", *(_number(each, "estimated_cycles", 1e6, " M") for each in programs)),
+            (
+                "estimated cycles",
+                *(_number(each, "estimated_cycles", 1e6, " M") for each in programs),
+            ),
             ("estimated seconds", *(_number(each, "estimated_seconds") for each in programs)),
-            ("estimated MFU", *(_number(each, "estimated_mfu", 0.01, "%") for each in programs)),
-            ("estimated days of the job", *(_number(each, "estimated_days") for each in programs)),
+            (
+                "estimated MFU",
+                *(_number(each, "estimated_mfu", 0.01, "%") for each in programs),
+            ),
+            (
+                "estimated days of the job",
+                *(_number(each, "estimated_days") for each in programs),
+            ),
         ]
     rows.append(("compiled in", *(f"{each['compile_seconds']:.0f} s" for each in programs)))
     lines = [
@@ -128,7 +139,10 @@ def markdown(plan: dict[str, Any]) -> str:
 def _size(amount: float | None) -> str:
     if amount is None:
         return "?"
-    return f"{amount / GIB:.2f} GiB" if amount >= 0.1 * GIB else f"{amount / 2**20:.1f} MiB"
+    for unit, name in ((GIB, "GiB"), (2**20, "MiB")):
+        if amount >= 0.1 * unit:
+            return f"{amount / unit:.2f} {name}"
+    return f"{amount / 2**10:.2f} KiB"
 
 
 def _memory(program: dict[str, Any]) -> str:
@@ -158,7 +172,9 @@ def _communication(program: dict[str, Any]) -> list[str]:
         return []
     lines = []
     for loop in program["loops"]:
-        trips = "as often as the data say" if loop["trips"] is None else f"{loop['trips']} times"
+        trips = (
+            "as often as the data say" if loop["trips"] is None else f"{loop['trips']} times"
+        )
         lines.append(f"- loop `{loop['name']}`: {trips}, come by {loop['runs']} times")
     for each in program["collectives"]:
         where = f"in loop `{each['loop']}`" if each["loop"] else "outside of loops"
