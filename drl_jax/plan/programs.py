@@ -128,9 +128,7 @@ def exhausted(message: str) -> float | None:
 
     It says so of all of it, or, of one that is far too big, of its temporaries alone.
     """
-    needs = (
-        r"(?:Used|required for HLO temporaries \(|[Tt]rying to allocate) ?([\d.]+)([KMGTP]?)"
-    )
+    needs = r"(?:Used |required for HLO temporaries \()([\d.]+)([KMGTP]?)"
     if found := re.search(needs, message):
         return float(found[1]) * 1024.0 ** " KMGTP".index(found[2] or " ")
     return None

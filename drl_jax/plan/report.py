@@ -16,7 +16,8 @@ TRUST = (
 )
 NO_CYCLES = (
     "XLA:GPU tells no cycles, so no time is estimated: the bound is the FLOPs at the chip's "
-    "bfloat16 peak, and no run is that fast."
+    "bfloat16 peak, and no run is that fast. The size of its program is not told either, nor "
+    "the workspace of cuDNN's convolutions, which is chosen on the GPU: leave room."
 )
 
 
@@ -179,8 +180,8 @@ def _communication(program: dict[str, Any]) -> list[str]:
     for each in program["collectives"]:
         where = f"in loop `{each['loop']}`" if each["loop"] else "outside of loops"
         lines.append(
-            f"- {each['kind']} `{each['name']}`: {_size(each['size'])}, {where}, "
-            f"{each['runs']} times a run"
+            f"- {each['kind']} `{each['name']}`: {_size(each['size'])}, {where}; "
+            f"runs: {each['runs']}"
         )
     if not program["collectives"]:
         lines.append("- no collectives")
