@@ -222,11 +222,12 @@ def test_help_is_short_quick_and_of_this_program_alone():
     assert done.returncode == 0, done.stderr
     *text, imported = done.stdout.splitlines()
     assert imported.startswith("False")
-    assert len(text) < 30
+    assert len(text) < 35
     flags = re.findall(r"^ *--(\w+)", done.stdout, re.MULTILINE)
     modes_own = ["num_samples", "pairs", "frames", "level", "completions", "rounds"]
     modes_own += ["num_steps", "num_chains", "images", "levels", "mask", "model", "against"]
-    modes_own += ["seed", "tf_checkpoint", "image_size"]
+    modes_own += ["seed", "distributed", "coordinator_address", "num_processes", "process_id"]
+    modes_own += ["timeout", "topology", "tf_checkpoint", "image_size"]
     assert flags == ["config", "mode", "workdir", *modes_own]
 
 
