@@ -3,6 +3,7 @@
 python -m drl_jax.main --config=configs/digits.py --workdir=DIR
 python -m drl_jax.main --mode=sample --workdir=DIR
 python -m drl_jax.main --mode=inpaint --mask=centre --workdir=DIR
+python -m drl_jax.main --mode=plan --config=configs/cifar10.py --topology=v5e:2x4
 """
 
 import difflib
@@ -23,6 +24,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from drl_jax import config as config_lib
 from drl_jax import processes
 from drl_jax.errors import Interrupted, UserError
+from drl_jax.plan import chips
 
 # Each a module of `drl_jax.modes`.
 MODES = (
@@ -36,11 +38,13 @@ MODES = (
     "ood",
     "export",
     "import_original",
+    "plan",
 )
 
 # Flags that mean something to some modes only, which take them by these names.
 ONLY_OF = {
-    "config": ("train", "import_original"),
+    "config": ("train", "import_original", "plan"),
+    "topology": ("plan",),
     "num_samples": ("sample",),
     "seed": ("sample", "interpolate", "inpaint", "long_run", "likelihood", "ood"),
     "model": ("likelihood", "ood"),
@@ -104,6 +108,8 @@ def run(values: flags.FlagValues, changes: Sequence[str]) -> None:
     """Runs the mode that the flags name, in one process or as one of several."""
     job = processes.Job._make(values[name].value for name in processes.Job._fields)
     processes.require_possible(job)
+    if values.mode == "plan":
+        job = job._replace(distributed=False)  # wherever it is made
     if job.has_others and not values.workdir:
         raise UserError("one of several processes needs the --workdir that they share")
     config = None
@@ -111,7 +117,7 @@ def run(values: flags.FlagValues, changes: Sequence[str]) -> None:
         config = changed(config_lib.load(values.config), changes)
     elif values.mode == "import_original":
         config = changed(config_lib.default(), changes)
-    prepare_jax()
+    prepare_jax(values.topology)
     with processes.joined(job):
         if job.has_others:
             agree(values, config, changes)
@@ -244,6 +250,12 @@ def define_flags() -> flags.FlagValues:
         flag_values=values,
     )
     flags.DEFINE_string(
+        "topology",
+        None,
+        "Of plan: what to plan for, such as v5e:16x16 or h100:8; none of it need be here.",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
         "tf_checkpoint",
         None,
         "Of import_original: the authors' TensorFlow checkpoint, as in DIR/ckpt-iter240000.",
@@ -279,9 +291,13 @@ def parse(argv: Sequence[str]) -> tuple[flags.FlagValues, Sequence[str]]:
             raise UserError(
                 f"--{name} is for --mode={' or '.join(modes)}, not for --mode={values.mode}"
             )
-    if values.mode == "train":
+    if values.mode in ("train", "plan"):
         if values.config is None:
-            raise UserError("--mode=train needs --config, such as --config=configs/digits.py")
+            raise UserError(
+                f"--mode={values.mode} needs --config, such as --config=configs/digits.py"
+            )
+        if values.mode == "plan" and not values.topology:
+            raise UserError("--mode=plan needs --topology, such as --topology=v5e:2x4")
         return values, changes
     if values.mode == "import_original":
         for name in ("tf_checkpoint", "image_size", "workdir"):
@@ -336,18 +352,30 @@ def changed(config: ConfigDict, changes: Sequence[str]) -> ConfigDict:
     return values.config
 
 
-def pick_workdir(values: flags.FlagValues) -> epath.Path:
-    """Returns --workdir, or picks one under runs/ and says which."""
+def pick_workdir(values: flags.FlagValues) -> epath.Path | None:
+    """Returns --workdir, or picks one under runs/ and says which; a plan does without."""
     if values.workdir:
         return epath.Path(values.workdir).expanduser()
+    if values.mode == "plan":
+        return None
     name = epath.Path(values.config).stem
     workdir = epath.Path("runs") / f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     log.info("no --workdir given: using %s", workdir)
     return workdir
 
 
-def prepare_jax() -> None:
-    """Keeps compiled programs between runs, and TensorFlow (behind clu) quiet."""
+def prepare_jax(topology: str | None = None) -> None:
+    """Keeps compiled programs between runs, and TensorFlow (behind clu) quiet.
+
+    A plan's topology has its compiler loaded instead, and compiles anew, to tell how long that
+    takes.
+
+    Raises:
+      UserError: if there is no such topology.
+    """
+    if topology:
+        os.environ.update(chips.parse(topology).environment)
+        os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # errors alone
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # else it announces itself
     cache = epath.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "drl_jax"

@@ -78,6 +78,11 @@ def tree():
         ([CONFIG, "--config.energy.mult=(1,1.5)"], "energy.mult"),
         ([CONFIG, "--config.energy.mult=()"], "energy.mult"),
         (["--mode=foo"], "train.*sample.*evaluate"),
+        (["--mode=plan"], "--mode=plan needs --config"),
+        (["--mode=plan", CONFIG], "needs --topology"),
+        (["--mode=plan", CONFIG, "--topology=v9:2x2"], "v9.*v3, v4, v5e, v5p, v6e, a100, h100"),
+        (["--mode=plan", CONFIG, "--topology=v5e:2"], "v5e:2.*2 numbers.*v5e:4x4"),
+        ([CONFIG, "--topology=v5e:2x2"], "--topology is for --mode=plan"),
         (["--sed=1"], "'sed'.*seed"),
         (["--mode=sample", "--seed=a"], "seed=a"),
         (["--mode=sample", "--seed=-1"], "seed=-1"),
@@ -217,11 +222,12 @@ def test_help_is_short_quick_and_of_this_program_alone():
     assert done.returncode == 0, done.stderr
     *text, imported = done.stdout.splitlines()
     assert imported.startswith("False")
-    assert len(text) < 30
+    assert len(text) < 35
     flags = re.findall(r"^ *--(\w+)", done.stdout, re.MULTILINE)
     modes_own = ["num_samples", "pairs", "frames", "level", "completions", "rounds"]
     modes_own += ["num_steps", "num_chains", "images", "levels", "mask", "model", "against"]
-    modes_own += ["seed", "tf_checkpoint", "image_size"]
+    modes_own += ["seed", "distributed", "coordinator_address", "num_processes", "process_id"]
+    modes_own += ["timeout", "topology", "tf_checkpoint", "image_size"]
     assert flags == ["config", "mode", "workdir", *modes_own]
 
 

@@ -1,0 +1,1 @@
+"""What a job would need of an accelerator, told on a machine without one."""

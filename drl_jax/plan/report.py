@@ -1,0 +1,188 @@
+"""A plan as plain values, and as Markdown."""
+
+import dataclasses
+from typing import Any
+
+from drl_jax.plan import hlo
+from drl_jax.plan.chips import GIB, Topology
+from drl_jax.plan.programs import Compiled
+
+DAY = 24 * 3600.0
+
+TRUST = (
+    "The time is what XLA:TPU expects of each fused operation by itself, loops multiplied out: "
+    "it leaves out the network, waiting for HBM and for the host, so a run is slower, and only "
+    "a run tells by how much; comparing two programs is what it is good for."
+)
+NO_CYCLES = (
+    "XLA:GPU tells no cycles, so no time is estimated: the bound is the FLOPs at the chip's "
+    "bfloat16 peak, and no run is that fast. The size of its program is not told either, nor "
+    "the workspace of cuDNN's convolutions, which is chosen on the GPU: leave room."
+)
+
+
+@dataclasses.dataclass
+class Program:
+    """What is to be told of one program.
+
+    Attributes:
+      name: of the program.
+      batch_size: global.
+      compiled: what its compilation gave.
+      flops: of one device in one run of it, counted on paper.
+      runs: how often it runs in the job, if that is known.
+      unknown_trips: what a loop counts as whose trips the program's data decide.
+    """
+
+    name: str
+    batch_size: int
+    compiled: Compiled
+    flops: float
+    runs: int | None = None
+    unknown_trips: int = 1
+
+
+def fits(compiled: Compiled, topology: Topology) -> bool:
+    """Whether the compiler found room, and the devices have it."""
+    memory = compiled.memory
+    return memory is not None and memory.total <= topology.chip.memory
+
+
+def values(program: Program, topology: Topology) -> dict[str, Any]:
+    """Returns all that is known of a program as plain values [bytes, seconds, FLOPs]."""
+    chip, compiled = topology.chip, program.compiled
+    known: dict[str, Any] = {
+        "program": program.name,
+        "batch_size": program.batch_size,
+        "examples_per_device": program.batch_size // topology.devices,
+        "fits": fits(compiled, topology),
+        "bytes_needed": compiled.needed,
+        "bytes_available": chip.memory,
+        "compile_seconds": compiled.seconds,
+        "flops_per_device": program.flops,
+        "seconds_at_peak": program.flops / chip.peak,
+    }
+    if compiled.memory is None or compiled.module is None:
+        return known
+    known["bytes"] = compiled.memory._asdict()
+    module, unknown = compiled.module, program.unknown_trips
+    cycles = hlo.cycles(module, unknown) if chip.clock else None
+    if cycles and chip.clock:
+        seconds = cycles / chip.clock
+        known |= {
+            "estimated_cycles": cycles,
+            "estimated_seconds": seconds,
+            "estimated_mfu": program.flops / (seconds * chip.peak),
+        }
+        if program.runs:
+            known |= {"runs": program.runs, "estimated_days": seconds * program.runs / DAY}
+    known["loops"] = [loop._asdict() for loop in hlo.loops(module, unknown)]
+    known["collectives"] = [
+        collective._asdict() for collective in hlo.collectives(module, unknown)
+    ]
+    return known
+
+
+def markdown(plan: dict[str, Any]) -> str:
+    """Returns the plan (`modes.plan`) for a person to read."""
+    programs = plan["programs"]
+    rows = [
+        ("", *(each["program"] for each in programs)),
+        ("---", *("---" for _ in programs)),
+        ("global batch", *(f"{each['batch_size']}" for each in programs)),
+        ("a device", *(f"{each['examples_per_device']}" for each in programs)),
+        ("verdict", *("fits" if each["fits"] else "**does not fit**" for each in programs)),
+        ("memory a device", *map(_memory, programs)),
+    ]
+    rows += [
+        (f"- {part}", *(_size(each.get("bytes", {}).get(part)) for each in programs))
+        for part in ("arguments", "outputs", "aliased", "temporaries", "code")
+    ]
+    rows += [
+        ("TFLOP a device", *(f"{each['flops_per_device'] / 1e12:.4g}" for each in programs)),
+        ("seconds at the peak", *(f"{each['seconds_at_peak']:.4g}" for each in programs)),
+    ]
+    if any("estimated_cycles" in each for each in programs):
+        rows += [
+            (
+                "estimated cycles",
+                *(_number(each, "estimated_cycles", 1e6, " M") for each in programs),
+            ),
+            ("estimated seconds", *(_number(each, "estimated_seconds") for each in programs)),
+            (
+                "estimated MFU",
+                *(_number(each, "estimated_mfu", 0.01, "%") for each in programs),
+            ),
+            (
+                "estimated days of the job",
+                *(_number(each, "estimated_days") for each in programs),
+            ),
+        ]
+    rows.append(("compiled in", *(f"{each['compile_seconds']:.0f} s" for each in programs)))
+    lines = [
+        f"# {plan['config']['data']['name']} on {plan['topology']}",
+        "",
+        f"{plan['devices']} devices: {plan['chip']}, {plan['peak'] / 1e12:.4g} TFLOP/s in "
+        f"bfloat16, {plan['memory'] / GIB:.2f} GiB for a program; JAX {plan['jax']}.",
+        "",
+        *(f"| {' | '.join(row)} |" for row in rows),
+        "",
+        _largest(plan),
+        "",
+        TRUST if plan["clock"] else NO_CYCLES,
+        "",
+    ]
+    for each in programs:
+        lines += [*_communication(each), ""]
+    return "\n".join(lines)
+
+
+def _size(amount: float | None) -> str:
+    if amount is None:
+        return "?"
+    for unit, name in ((GIB, "GiB"), (2**20, "MiB")):
+        if amount >= 0.1 * unit:
+            return f"{amount / unit:.2f} {name}"
+    return f"{amount / 2**10:.2f} KiB"
+
+
+def _memory(program: dict[str, Any]) -> str:
+    needed = program["bytes_needed"]
+    share = "" if needed is None else f" ({needed / program['bytes_available']:.0%})"
+    return f"{_size(needed)}{share}"
+
+
+def _number(program: dict[str, Any], name: str, unit: float = 1.0, suffix: str = "") -> str:
+    return f"{program[name] / unit:.4g}{suffix}" if name in program else "-"
+
+
+def _largest(plan: dict[str, Any]) -> str:
+    largest = plan["largest_batch_size"]
+    if not largest:
+        return "No batch was found that fits: this network needs a device with more memory."
+    seen = next(each for each in plan["tried"] if each["batch_size"] == largest)
+    return (
+        f"Largest global batch that was compiled and fits: {largest} "
+        f"({_size(seen['bytes_needed'])} a device)."
+    )
+
+
+def _communication(program: dict[str, Any]) -> list[str]:
+    """Returns the loops and collectives of a program."""
+    if "collectives" not in program:
+        return []
+    lines = []
+    for loop in program["loops"]:
+        trips = (
+            "as often as the data say" if loop["trips"] is None else f"{loop['trips']} times"
+        )
+        lines.append(f"- loop `{loop['name']}`: {trips}, come by {loop['runs']} times")
+    for each in program["collectives"]:
+        where = f"in loop `{each['loop']}`" if each["loop"] else "outside of loops"
+        lines.append(
+            f"- {each['kind']} `{each['name']}`: {_size(each['size'])}, {where}; "
+            f"runs: {each['runs']}"
+        )
+    if not program["collectives"]:
+        lines.append("- no collectives")
+    return [f"Loops and collectives of the {program['program']}:", "", *lines]

@@ -1,0 +1,53 @@
+import pytest
+
+from drl_jax.errors import UserError
+from drl_jax.plan import chips
+
+
+@pytest.mark.parametrize(
+    ("name", "devices"),
+    [
+        ("v3:2x2", 8),  # two cores a chip, each a device
+        ("v4:2x2x1", 4),  # two cores a chip, one device
+        ("v5e:16x16", 256),
+        ("v5p:4x4x8", 128),
+        ("v6e:1x1", 1),
+        ("h100:8", 8),
+        ("a100:16", 16),
+    ],
+)
+def test_devices_of_a_slice(name, devices):
+    assert chips.parse(name).devices == devices
+
+
+@pytest.mark.parametrize("name", ["v9:2x2", "", "2x4", ":8", "cpu:8"])
+def test_an_unknown_chip_lists_the_known(name):
+    with pytest.raises(UserError) as error:
+        chips.parse(name)
+    assert all(known in str(error.value) for known in chips.CHIPS)
+
+
+@pytest.mark.parametrize(
+    ("name", "example"),
+    [
+        ("v5e", "v5e:4x4"),
+        ("v5e:16", "v5e:4x4"),
+        ("v5e:2x2x2", "v5e:4x4"),
+        ("v5e:0x4", "v5e:4x4"),
+        ("v4:2x2", "v4:4x4x8"),
+        ("h100:2x2", "h100:8"),
+        ("h100:-1", "h100:8"),
+    ],
+)
+def test_a_shape_that_a_chip_does_not_come_in_is_told_with_an_example(name, example):
+    with pytest.raises(UserError, match=f"--topology={name}: .*as in {example}$"):
+        chips.parse(name)
+
+
+@pytest.mark.parametrize(("kind", "GHz"), [("v3", 0.94), ("v4", 1.05), ("v5p", 1.75)])
+def test_clocks_that_are_published_follow_from_peak_and_matrix_units(kind, GHz):
+    assert chips.CHIPS[kind].clock == pytest.approx(GHz * 1e9, rel=0.002)
+
+
+def test_gpus_tell_no_clock():
+    assert chips.CHIPS["h100"].clock is None

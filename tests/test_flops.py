@@ -1,0 +1,56 @@
+import functools
+
+import jax
+import pytest
+
+from drl_jax import config as config_lib
+from drl_jax import method
+from drl_jax.plan import flops
+
+
+@pytest.fixture
+def config():
+    config = config_lib.default()
+    config.energy.N = 1
+    config.mcmc.K = 10
+    return config
+
+
+def passes(config, program):
+    return program(config) / flops.forward(config)
+
+
+def test_a_langevin_step_is_two_passes_and_the_loss_six(config):
+    assert passes(config, flops.training_step) == 2 * 10 + 6
+    assert passes(config, flops.sampling) == 6 * 2 * 10
+
+
+def test_mala_takes_one_gradient_more_for_its_start(config):
+    config.mcmc.sampler = "mala"
+    assert passes(config, flops.training_step) == 2 * 11 + 6
+    assert passes(config, flops.sampling) == 6 * 2 * 11
+
+
+def test_hmc_takes_a_gradient_a_leapfrog_step_the_longest_of_a_training_batch(config):
+    config.mcmc.sampler = "hmc"
+    config.mcmc.leapfrog = (1, 2, 3, 4, 5, 6)
+    assert passes(config, flops.training_step) == 2 * 61 + 6
+    assert passes(config, flops.sampling) == 2 * (6 + 10 * 21)
+    assert flops.leapfrog(config) == 6
+
+
+def test_denoising_needs_no_chain(config):
+    config.diffusion.T, config.train.objective = 1000, "denoising"
+    config.mcmc.sampler, config.mcmc.K = "normal_approximation", 1
+    assert passes(config, flops.training_step) == 6
+    assert passes(config, flops.sampling) == 2000
+
+
+def test_a_network_for_points_is_as_large_as_its_kernels(config):
+    config.energy.network, config.data.channels, config.energy.N = "mlp", 2, 3
+    energy = method.from_config(config).energy
+    params, _ = jax.eval_shape(
+        energy.init, jax.eval_shape(functools.partial(jax.random.key, 0))
+    )
+    kernels = sum(leaf.size for leaf in jax.tree.leaves(params) if leaf.ndim == 2)
+    assert flops.forward(config) == 2 * kernels
