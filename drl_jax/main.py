@@ -106,7 +106,7 @@ def main(argv: Sequence[str]) -> int:
 
 def run(values: flags.FlagValues, changes: Sequence[str]) -> None:
     """Runs the mode that the flags name, in one process or as one of several."""
-    job = processes.Job(*(values[name].value for name in processes.Job._fields))
+    job = processes.Job._make(values[name].value for name in processes.Job._fields)
     processes.require_possible(job)
     if values.mode == "plan":
         job = job._replace(distributed=False)  # wherever it is made
