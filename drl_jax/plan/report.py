@@ -173,16 +173,18 @@ def _communication(program: dict[str, Any]) -> list[str]:
         return []
     lines = []
     for loop in program["loops"]:
-        trips = (
-            "as often as the data say" if loop["trips"] is None else f"{loop['trips']} times"
-        )
-        lines.append(f"- loop `{loop['name']}`: {trips}, come by {loop['runs']} times")
+        trips = "as many as the data say" if loop["trips"] is None else loop["trips"]
+        lines.append(f"- loop `{loop['name']}`: trips: {trips}{_times(loop['runs'])}")
     for each in program["collectives"]:
         where = f"in loop `{each['loop']}`" if each["loop"] else "outside of loops"
+        size = _size(each["size"])
         lines.append(
-            f"- {each['kind']} `{each['name']}`: {_size(each['size'])}, {where}; "
-            f"runs: {each['runs']}"
+            f"- {each['kind']} `{each['name']}`: {size}, {where}{_times(each['runs'])}"
         )
     if not program["collectives"]:
         lines.append("- no collectives")
     return [f"Loops and collectives of the {program['program']}:", "", *lines]
+
+
+def _times(runs: int) -> str:
+    return f", {runs} times" if runs > 1 else ""
