@@ -28,9 +28,9 @@ def run(config: ConfigDict, topology: str, workdir: epath.Path | None) -> None:
         share the batch, or the work directory cannot be written to.
     """
     where = chips.parse(topology)
-    mesh = programs.mesh_of(where)
+    mesh = programs.mesh_of(where, **config.mesh)
     B = config.train.batch_size
-    parallel.require_divisible(B, mesh, "train.batch_size")
+    parallel.require_divisible(B, mesh, "train.batch_size", config.train.parts)
     if workdir:
         make_writable(workdir)
     seen: dict[int, Compiled] = {}

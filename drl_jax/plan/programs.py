@@ -1,6 +1,5 @@
 """The programs of a run, compiled for devices that are not here."""
 
-import functools
 import re
 import time
 from collections.abc import Callable
@@ -57,11 +56,12 @@ class Compiled(NamedTuple):
     module: Module | None
 
 
-def mesh_of(topology: Topology) -> Mesh:
-    """Returns the devices of a topology, to compile for.
+def mesh_of(topology: Topology, data: int = -1, fsdp: int = 1) -> Mesh:
+    """Returns the devices of a topology, to compile for, as a mesh of this shape.
 
     Raises:
-      UserError: if JAX's support of them is not installed, or knows no such topology.
+      UserError: if JAX's support of them is not installed, or knows no such topology; or if
+        they make no such mesh.
     """
     extra = "cuda" if topology.platform == "cuda" else "tpu"
     try:
@@ -73,14 +73,15 @@ def mesh_of(topology: Topology) -> Mesh:
             f"--topology={topology.name}: the compiler for it is not installed: "
             f"pip install 'drl_jax[{extra}]'"
         ) from error
-    return parallel.make_mesh(described.devices)
+    return parallel.make_mesh(described.devices, data, fsdp)
 
 
 def training_step(config: ConfigDict, mesh: Mesh, batch_size: int) -> jax.stages.Lowered:
     """Lowers the step that training runs."""
     learned = method.from_config(config)
     step: Any = train_step.compile_for(
-        mesh, learned, train_state.optimiser(config), config.optim.ema_decay
+        *(mesh, learned, train_state.optimiser(config)),
+        *(config.optim.ema_decay, config.train.parts),
     )
     x = jax.ShapeDtypeStruct((batch_size, *learned.energy.shape), jnp.float32)
     return step.lower(model.abstract_state(config), x, _key())
@@ -90,7 +91,9 @@ def sampler(config: ConfigDict, mesh: Mesh, batch_size: int) -> jax.stages.Lower
     """Lowers the program that draws samples, from white noise to data."""
     learned = model.generating(method.from_config(config), config.mcmc)
     state = model.abstract_state(config)
-    params = jax.eval_shape(functools.partial(model.generating_params, learned.energy), state)
+    params = jax.eval_shape(
+        lambda state: model.generating_params(learned.energy, state, mesh), state
+    )
     drawn = model.Model(learned, params, mesh, batch_size)
     tuning = jax.eval_shape(lambda: drawn.tuning)
     indices = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
