@@ -43,6 +43,7 @@ def default() -> ConfigDict:
                 "N": 8,  # residual blocks a resolution; residual layers of an MLP
                 # F = f / s_t²; 'noise': f / sigma_bar_t - |x|² / 2; 'unit': f - |x|² / 2
                 "parameterisation": "step",
+                "dtype": "float32",  # of f's products; 'bfloat16': as fast as TPUs are
             },
             "mcmc": {
                 "sampler": "langevin",  # or 'mala', 'hmc', 'normal_approximation'
@@ -118,6 +119,7 @@ CHOICES = {
     "data.crop": ("centre", "none"),
     "energy.network": ("resnet", "mlp"),
     "energy.parameterisation": ("step", "noise", "unit"),
+    "energy.dtype": ("float32", "bfloat16"),
     "mcmc.sampler": ("langevin", "mala", "hmc", "normal_approximation"),
     "train.objective": ("recovery", "denoising"),
     "train.levels": ("uniform", "log_noise"),

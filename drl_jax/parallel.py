@@ -36,6 +36,19 @@ def by_example(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(DATA))
 
 
+def compiler_options(mesh: Mesh) -> dict[str, str]:
+    """Returns what a program for these devices asks of its compiler beyond the defaults."""
+    if mesh.devices.flat[0].platform != "tpu":
+        return {}
+    return {
+        # One copy of the code of equal operations: a third of the program, as fast.
+        "xla_tpu_enable_deduplicated_calls": "true",
+        # Gradients of any number and size add up in one reduction.
+        "xla_jf_crs_combiner_threshold_in_bytes": str(2**40),
+        "xla_jf_crs_combiner_threshold_count": str(2**20),
+    }
+
+
 def place(tree: Any, sharding: NamedSharding) -> Any:
     """Puts numpy arrays, which every process has whole, on the devices of all."""
     return jax.tree.map(
@@ -57,8 +70,14 @@ def over_examples(fn: Callable, mesh: Mesh) -> Callable:
     result, is split along its first axis. No device waits for another: fn must treat its
     examples one by one.
     """
+
+    def on_device(shared, batched):
+        # Made a device's own at once: a gradient is then summed over the devices where it
+        # leaves, in one reduction, and not where each piece of it arises.
+        return fn(jax.lax.pcast(shared, DATA, to="varying"), batched)
+
     return jax.shard_map(
-        fn,
+        on_device,
         mesh=mesh,
         in_specs=(PartitionSpec(), PartitionSpec(DATA)),
         out_specs=PartitionSpec(DATA),

@@ -201,4 +201,5 @@ def compile_for(
         in_shardings=(whole, split, whole),
         out_shardings=whole,
         donate_argnums=0,
+        compiler_options=parallel.compiler_options(mesh),
     )

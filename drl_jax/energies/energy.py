@@ -57,7 +57,8 @@ def computed_in(dtype: DTypeLike, energy: Energy) -> Energy:
     """Returns the energy with f computed in `dtype`, from its parameters and images on.
 
     What f gives, and so its gradient, has the images' own precision again: what is made of
-    it, F, a chain and its noise, keeps theirs.
+    it, F, a chain and its noise, keeps theirs. A gradient with respect to the parameters has
+    the parameters' own.
     """
 
     def f(params, x, t):
