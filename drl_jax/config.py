@@ -131,6 +131,7 @@ OF_POINTS = {
     "data.flip": False,
     "data.dequantise": 0.0,
     "evaluation.inception_weights": "",
+    "energy.dtype": "float32",
 }
 
 # Changing these between two starts on one work directory cannot change what any

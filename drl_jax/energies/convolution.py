@@ -30,7 +30,12 @@ def _forward(
     x: Float[Array, "B H W I"], kernel: Float[Array, "3 3 I O"]
 ) -> Float[Array, "B H W O"]:
     return lax.conv_general_dilated(
-        x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        x,
+        kernel.astype(x.dtype),
+        (1, 1),
+        "SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        preferred_element_type=kernel.dtype,
     )
 
 
@@ -39,12 +44,13 @@ def conv3x3(
 ) -> Float[Array, "B H W O"]:
     """Convolves NHWC images with a 3x3 kernel, stride 1, zeros around the border.
 
-    Reverse-mode differentiable to any order.
+    Products are of numbers in x's precision, and their sums have the kernel's. Reverse-mode
+    differentiable to any order.
     """
     # Under `shard_map` the images differ between devices and the kernel does not. The sum
     # makes the kernel differ in type, so that autodiff adds up its gradient over the
     # devices, which a custom gradient does not; XLA drops the zero.
-    return _conv3x3(x, kernel + jnp.zeros_like(x, shape=()))
+    return _conv3x3(x, kernel + jnp.zeros_like(x, kernel.dtype, shape=()))
 
 
 @jax.custom_vjp
@@ -58,7 +64,7 @@ def kernel_gradient(
 ) -> Float[Array, "3 3 I O"]:
     """Returns the gradient of <g, conv3x3(x, kernel)> with respect to the kernel.
 
-    Reverse-mode differentiable to any order.
+    Products are of numbers in x's precision, and their sums have g's. Reverse-mode differentiable to any order.
     """
     return lax.platform_dependent(
         x, g, cpu=_kernel_gradient_by_matmul, default=_kernel_gradient_by_convolution
@@ -72,13 +78,17 @@ def _transposed(kernel: Float[Array, "3 3 I O"]) -> Float[Array, "3 3 O I"]:
     return lax.optimization_barrier(jnp.swapaxes(kernel[::-1, ::-1], 2, 3))
 
 
+def _image_gradient(x, g, kernel):
+    return conv3x3(g.astype(x.dtype), _transposed(kernel)).astype(x.dtype)
+
+
 def _conv3x3_fwd(x, kernel):
     return _conv3x3(x, kernel), (x, kernel)
 
 
 def _conv3x3_bwd(residuals, g):
     x, kernel = residuals
-    return conv3x3(g, _transposed(kernel)), kernel_gradient(x, g)
+    return _image_gradient(x, g, kernel), kernel_gradient(x, g)
 
 
 def _kernel_gradient_fwd(x, g):
@@ -87,7 +97,7 @@ def _kernel_gradient_fwd(x, g):
 
 def _kernel_gradient_bwd(residuals, kernel):
     x, g = residuals
-    return conv3x3(g, _transposed(kernel)), conv3x3(x, kernel)
+    return _image_gradient(x, g, kernel), conv3x3(x, kernel)
 
 
 _conv3x3.defvjp(_conv3x3_fwd, _conv3x3_bwd)
@@ -95,8 +105,15 @@ kernel_gradient.defvjp(_kernel_gradient_fwd, _kernel_gradient_bwd)
 
 
 def _kernel_gradient_by_convolution(x, g):
-    kernel = jnp.zeros_like(x, shape=(3, 3, x.shape[-1], g.shape[-1]))
-    return jax.vjp(lambda kernel: _forward(x, kernel), kernel)[1](g)[0]
+    # Images are channels here, and the channels of x are images.
+    return lax.conv_general_dilated(
+        x,
+        g.astype(x.dtype),
+        (1, 1),
+        ((1, 1), (1, 1)),
+        dimension_numbers=("CHWN", "IHWO", "HWNC"),
+        preferred_element_type=g.dtype,
+    )
 
 
 def _kernel_gradient_by_matmul(x, g):
@@ -109,8 +126,9 @@ def _kernel_gradient_by_matmul(x, g):
         x, g = chunk
         x = jnp.pad(jnp.moveaxis(x, 3, 0), ((0, 0), (0, 0), (1, 1), (1, 1)))
         patches = jnp.stack([x[:, :, i : i + H, j : j + W] for i in range(3) for j in range(3)])
-        return total + patches.reshape(9 * I, -1) @ g.reshape(-1, O), None
+        products = (patches.reshape(9 * I, -1), g.reshape(-1, O).astype(x.dtype))
+        return total + jnp.matmul(*products, preferred_element_type=g.dtype), None
 
     chunks = x.reshape(-1, images, H, W, I), g.reshape(-1, images, H, W, O)
-    total, _ = lax.scan(add, jnp.zeros_like(x, shape=(9 * I, O)), chunks)
+    total, _ = lax.scan(add, jnp.zeros_like(x, g.dtype, shape=(9 * I, O)), chunks)
     return total.reshape(3, 3, I, O)
