@@ -64,7 +64,8 @@ def kernel_gradient(
 ) -> Float[Array, "3 3 I O"]:
     """Returns the gradient of <g, conv3x3(x, kernel)> with respect to the kernel.
 
-    Products are of numbers in x's precision, and their sums have g's. Reverse-mode differentiable to any order.
+    Products are of numbers in x's precision, and their sums have g's. Reverse-mode
+    differentiable to any order.
     """
     return lax.platform_dependent(
         x, g, cpu=_kernel_gradient_by_matmul, default=_kernel_gradient_by_convolution
@@ -105,10 +106,13 @@ kernel_gradient.defvjp(_kernel_gradient_fwd, _kernel_gradient_bwd)
 
 
 def _kernel_gradient_by_convolution(x, g):
+    # Fused with what made its operands, every such convolution would be another program to
+    # compile, on TPUs for seconds each: the barrier leaves one a shape.
+    x, low = lax.optimization_barrier((x, g.astype(x.dtype)))
     # Images are channels here, and the channels of x are images.
     return lax.conv_general_dilated(
         x,
-        g.astype(x.dtype),
+        low,
         (1, 1),
         ((1, 1), (1, 1)),
         dimension_numbers=("CHWN", "IHWO", "HWNC"),
