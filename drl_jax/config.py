@@ -43,6 +43,7 @@ def default() -> ConfigDict:
                 "N": 8,  # residual blocks a resolution; residual layers of an MLP
                 # F = f / s_t²; 'noise': f / sigma_bar_t - |x|² / 2; 'unit': f - |x|² / 2
                 "parameterisation": "step",
+                "dtype": "float32",  # of f's products; 'bfloat16': as fast as TPUs are
             },
             "mcmc": {
                 "sampler": "langevin",  # or 'mala', 'hmc', 'normal_approximation'
@@ -123,6 +124,7 @@ CHOICES = {
     "data.crop": ("centre", "none"),
     "energy.network": ("resnet", "mlp"),
     "energy.parameterisation": ("step", "noise", "unit"),
+    "energy.dtype": ("float32", "bfloat16"),
     "mcmc.sampler": ("langevin", "mala", "hmc", "normal_approximation"),
     "train.objective": ("recovery", "denoising"),
     "train.levels": ("uniform", "log_noise"),
@@ -134,6 +136,7 @@ OF_POINTS = {
     "data.flip": False,
     "data.dequantise": 0.0,
     "evaluation.inception_weights": "",
+    "energy.dtype": "float32",
 }
 
 # Changing these between two starts on one work directory cannot change what any

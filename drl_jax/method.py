@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 from drl_jax import diffusion, recovery
 from drl_jax.diffusion import NoiseSchedule
 from drl_jax.energies import mlp, resnet
-from drl_jax.energies.energy import Energy, Params
+from drl_jax.energies.energy import Energy, Params, computed_in
 from drl_jax.errors import UserError
 from drl_jax.mcmc import hmc, langevin, mala, normal_approximation
 from drl_jax.recovery import LevelFn, Parameterisation
@@ -55,6 +55,8 @@ def from_config(config: ConfigDict) -> Method:
         energy = mlp.energy(channels, ch, N, schedule.T)
     else:
         energy = resnet.energy(config.data.image_size, channels, ch, config.energy.mult, N)
+    if config.energy.dtype == "bfloat16":
+        energy = computed_in(jnp.bfloat16, energy)
     if config.energy.parameterisation == "step":
         s = recovery.step_sizes(schedule, config.mcmc.b_squared)
         parameterisation = Parameterisation(s**2, precision=0.0)

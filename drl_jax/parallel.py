@@ -80,6 +80,19 @@ def gather(tree: PyTree, mesh: Mesh) -> PyTree:
     return jax.lax.with_sharding_constraint(tree, replicated(mesh))
 
 
+def compiler_options(mesh: Mesh) -> dict[str, str]:
+    """Returns what a program for these devices asks of its compiler beyond the defaults."""
+    if mesh.devices.flat[0].platform != "tpu":
+        return {}
+    return {
+        # One copy of the code of equal operations: a third of the program, as fast.
+        "xla_tpu_enable_deduplicated_calls": "true",
+        # Gradients of any number and size add up in one reduction.
+        "xla_jf_crs_combiner_threshold_in_bytes": str(2**40),
+        "xla_jf_crs_combiner_threshold_count": str(2**20),
+    }
+
+
 def place(tree: Any, sharding: NamedSharding) -> Any:
     """Puts numpy arrays, which every process has whole, on the devices of all."""
     return jax.tree.map(

@@ -7,7 +7,7 @@ Data of the model, diffused to each level, meet the same network in three precis
 - float64: everything, on the CPU, in this process (`jax.enable_x64`). What the others miss
   is counted against it.
 - float32: everything, as the package computes.
-- bfloat16: f alone (`energy.computed_in`), from its parameters and images on, as accelerators
+- bfloat16: f alone (`config.energy.dtype`), from its parameters and images on, as accelerators
   would; what is made of f, its gradient and their sums, the chain and its noise in float32.
 
 Where the lowest level's noise is near bfloat16's spacing, 0.004 for pixels near 1, rounding
@@ -58,7 +58,7 @@ from tqdm import tqdm
 
 from drl_jax import data, diffusion, exported, likelihood, noise, recovery, sampling, train_step
 from drl_jax import method as method_lib
-from drl_jax.energies.energy import Params, computed_in
+from drl_jax.energies.energy import Params
 from drl_jax.errors import UserError
 from drl_jax.evaluation import frechet
 from drl_jax.mcmc.log_density import value_and_gradient
@@ -93,10 +93,15 @@ class Way(NamedTuple):
 
 def ways(run: Run) -> list[Way]:
     """Returns float64, the reference, and then the others."""
-    single = method_lib.from_config(run.config)
-    half = single._replace(energy=computed_in(jnp.bfloat16, single.energy))
+
+    def method(dtype):
+        config = run.config.copy_and_resolve_references()
+        config.energy.dtype = dtype
+        return method_lib.from_config(config)
+
+    single, half = method("float32"), method("bfloat16")
     with _x64(np.float64):
-        double = method_lib.from_config(run.config)
+        double = method("float32")  # of arrays in float64, float64
 
     def way(name, dtype, method):
         cast = jax.tree.map(lambda leaf: np.asarray(leaf, dtype), run.model.params)

@@ -249,4 +249,5 @@ def compile_for(
         in_shardings=(carried, split, whole),
         out_shardings=(carried, whole),
         donate_argnums=0,
+        compiler_options=parallel.compiler_options(mesh),
     )

@@ -25,6 +25,7 @@ def test_the_default_is_possible():
         ("data.crop", "middle"),
         ("diffusion.T", 0),
         ("energy.ch", 3),
+        ("energy.dtype", "float16"),
         ("energy.mult", ()),
         ("energy.mult", (1, 0)),
         ("energy.mult", (1, "2")),

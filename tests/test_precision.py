@@ -11,7 +11,17 @@ import pytest
 from jax import lax
 
 import drl_jax
-from drl_jax import data, diffusion, exported, inpainting, noise, precision, recovery, sampling
+from drl_jax import (
+    data,
+    diffusion,
+    exported,
+    inpainting,
+    method,
+    noise,
+    precision,
+    recovery,
+    sampling,
+)
 from drl_jax.energies import mlp, resnet
 from drl_jax.energies.convolution import conv3x3
 from drl_jax.energies.energy import computed_in
@@ -147,6 +157,42 @@ def test_networks_compute_in_the_precision_of_their_images(parts):
     products = re.findall(r":(\w+)\[[\d,]*\] = (?:conv_general_dilated|dot_general)\b", low)
     assert len(products) > 5
     assert set(products) == {"bf16"}
+
+
+@pytest.mark.parametrize("parts", [random_resnet, random_mlp])
+def test_gradients_of_parameters_miss_float32_by_bfloat16s_rounding(parts):
+    """They are float32 and finite, and point the same way. Broken by a `computed_in` whose
+    parameters are constants.
+    """
+    energy, params, x = parts()
+    half = computed_in(jnp.bfloat16, energy)
+
+    def gradient(energy):
+        return jax.jit(jax.grad(lambda params: jnp.sum(energy.f(params, x, LEVELS))))(params)
+
+    for ours, truth in zip(
+        jax.tree.leaves(gradient(half)), jax.tree.leaves(gradient(energy)), strict=True
+    ):
+        assert ours.dtype == truth.dtype == np.float32
+        assert 1e-4 < np.linalg.norm(ours - truth) / np.linalg.norm(truth) < 0.1
+
+
+def test_a_configuration_chooses_bfloat16_for_f_alone():
+    """Broken by a chain's state, or a network's last sum, in bfloat16."""
+    run = exported.load("digits")
+    config = run.config.copy_and_resolve_references()
+    config.energy.dtype = "bfloat16"
+    half = method.from_config(config)
+    _, params, x = shipped()
+    f = np.asarray(jax.jit(half.energy.f)(params, x, LEVELS))
+    assert f.dtype == np.float32
+    assert np.any(f != np.asarray(jnp.asarray(f, jnp.bfloat16), np.float32))
+    keys = noise.example_keys(jax.random.key(0), jnp.arange(B))
+    y, _ = sampling.sample_conditional(
+        *(keys, half.F(params), x, LEVELS, half.schedule, half.sampler._replace(K=2))
+    )
+    assert y.dtype == np.float32
+    assert np.any(y != np.asarray(jnp.asarray(y, jnp.bfloat16), np.float32))
 
 
 def test_the_conditional_log_density_has_float64s_digits():

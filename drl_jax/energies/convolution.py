@@ -30,7 +30,12 @@ def _forward(
     x: Float[Array, "B H W I"], kernel: Float[Array, "3 3 I O"]
 ) -> Float[Array, "B H W O"]:
     return lax.conv_general_dilated(
-        x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        x,
+        kernel.astype(x.dtype),
+        (1, 1),
+        "SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        preferred_element_type=kernel.dtype,
     )
 
 
@@ -40,8 +45,9 @@ def conv3x3(
 ) -> Float[Array, "B H W O"]:
     """Convolves NHWC images with a 3x3 kernel, stride 1, zeros around the border.
 
-    Reverse-mode differentiable to any order. Inside `shard_map` the kernel must be each
-    device's own, as `parallel.over_examples` makes it.
+    Products are of numbers in x's precision, and their sums have the kernel's. Reverse-mode
+    differentiable to any order. Inside `shard_map` the kernel must be each device's own, as
+    `parallel.over_examples` makes it.
     """
     return _forward(x, kernel)
 
@@ -52,7 +58,8 @@ def kernel_gradient(
 ) -> Float[Array, "3 3 I O"]:
     """Returns the gradient of <g, conv3x3(x, kernel)> with respect to the kernel.
 
-    Reverse-mode differentiable to any order.
+    Products are of numbers in x's precision, and their sums have g's. Reverse-mode
+    differentiable to any order.
     """
     return lax.platform_dependent(
         x, g, cpu=_kernel_gradient_by_matmul, default=_kernel_gradient_by_convolution
@@ -66,13 +73,17 @@ def _transposed(kernel: Float[Array, "3 3 I O"]) -> Float[Array, "3 3 O I"]:
     return lax.optimization_barrier(jnp.swapaxes(kernel[::-1, ::-1], 2, 3))
 
 
+def _image_gradient(x, g, kernel):
+    return conv3x3(g.astype(x.dtype), _transposed(kernel)).astype(x.dtype)
+
+
 def _conv3x3_fwd(x, kernel):
     return conv3x3(x, kernel), (x, kernel)
 
 
 def _conv3x3_bwd(residuals, g):
     x, kernel = residuals
-    return conv3x3(g, _transposed(kernel)), kernel_gradient(x, g)
+    return _image_gradient(x, g, kernel), kernel_gradient(x, g)
 
 
 def _kernel_gradient_fwd(x, g):
@@ -81,7 +92,7 @@ def _kernel_gradient_fwd(x, g):
 
 def _kernel_gradient_bwd(residuals, kernel):
     x, g = residuals
-    return conv3x3(g, _transposed(kernel)), conv3x3(x, kernel)
+    return _image_gradient(x, g, kernel), conv3x3(x, kernel)
 
 
 conv3x3.defvjp(_conv3x3_fwd, _conv3x3_bwd)
@@ -89,8 +100,18 @@ kernel_gradient.defvjp(_kernel_gradient_fwd, _kernel_gradient_bwd)
 
 
 def _kernel_gradient_by_convolution(x, g):
-    kernel = jnp.zeros_like(x, shape=(3, 3, x.shape[-1], g.shape[-1]))
-    return jax.vjp(lambda kernel: _forward(x, kernel), kernel)[1](g)[0]
+    # Fused with what made its operands, every such convolution would be another program to
+    # compile, on TPUs for seconds each: the barrier leaves one a shape.
+    x, low = lax.optimization_barrier((x, g.astype(x.dtype)))
+    # Images are channels here, and the channels of x are images.
+    return lax.conv_general_dilated(
+        x,
+        low,
+        (1, 1),
+        ((1, 1), (1, 1)),
+        dimension_numbers=("CHWN", "IHWO", "HWNC"),
+        preferred_element_type=g.dtype,
+    )
 
 
 def _kernel_gradient_by_matmul(x, g):
@@ -103,8 +124,9 @@ def _kernel_gradient_by_matmul(x, g):
         x, g = chunk
         x = jnp.pad(jnp.moveaxis(x, 3, 0), ((0, 0), (0, 0), (1, 1), (1, 1)))
         patches = jnp.stack([x[:, :, i : i + H, j : j + W] for i in range(3) for j in range(3)])
-        return total + patches.reshape(9 * I, -1) @ g.reshape(-1, O), None
+        products = (patches.reshape(9 * I, -1), g.reshape(-1, O).astype(x.dtype))
+        return total + jnp.matmul(*products, preferred_element_type=g.dtype), None
 
     chunks = x.reshape(-1, images, H, W, I), g.reshape(-1, images, H, W, O)
-    total, _ = lax.scan(add, jnp.zeros_like(x, shape=(9 * I, O)), chunks)
+    total, _ = lax.scan(add, jnp.zeros_like(x, g.dtype, shape=(9 * I, O)), chunks)
     return total.reshape(3, 3, I, O)

@@ -54,14 +54,14 @@ def from_network(network: nn.Module, shape: tuple[int, ...], rule: spectral.Rule
 
 
 def computed_in(dtype: DTypeLike, energy: Energy) -> Energy:
-    """Returns the energy with f computed in `dtype`, from its parameters and images on.
+    """Returns the energy with f computed in `dtype`, from its images on.
 
     What f gives, and so its gradient, has the images' own precision again: what is made of
-    it, F, a chain and its noise, keeps theirs.
+    it, F, a chain and its noise, keeps theirs. Parameters and their gradients keep their own:
+    a network multiplies in the precision of its images, and adds up in its parameters'.
     """
 
     def f(params, x, t):
-        low = jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype), params)
-        return energy.f(low, x.astype(dtype), t).astype(x.dtype)
+        return energy.f(params, x.astype(dtype), t).astype(x.dtype)
 
     return energy._replace(f=f)
