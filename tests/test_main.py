@@ -363,7 +363,7 @@ def test_a_trained_model_is_sampled_by_another_sampler_after_a_warm_up(
     workdir, sampler, caplog
 ):
     tiny.trained(copy=workdir)
-    changes = [f"--config.mcmc.sampler={sampler}", "--config.mcmc.warmup_steps=20"]
+    changes = [f"--config.mcmc.sampler={sampler}", "--config.mcmc.warmup_steps=100"]
     assert tiny.main("--mode=sample", f"--workdir={workdir}", "--num_samples=8", *changes) == 0
     acceptances = [float(a) for a in re.findall(r"level \d: .*, acceptance (.*)", caplog.text)]
     np.testing.assert_allclose(acceptances, 6 * [0.65], atol=0.25)
