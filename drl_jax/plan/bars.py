@@ -117,7 +117,19 @@ def fast(values: dict[str, dict[str, Any]]) -> Iterator[Bar]:
 
 
 def flat(few: dict[str, dict[str, Any]], many: dict[str, dict[str, Any]]) -> Iterator[Bar]:
-    """Bars of what a chip's share costs when there are more chips."""
+    """Bars of what a chip's share costs when there are more chips.
+
+    Of the network, which the cycles leave out, it says how many bytes a chip reduces.
+    """
+    sizes = [
+        sum(each["size"] for each in jobs["training step"]["collectives"])
+        for jobs in (few, many)
+    ]
+    yield Bar(
+        "bytes that a step reduces, on many chips and on few",
+        " and ".join(map(str, sizes[::-1])),
+        sizes[1] <= GROWTH * sizes[0],
+    )
     for name in few:
         growth = many[name]["estimated_cycles"] / few[name]["estimated_cycles"]
         yield Bar(
