@@ -376,12 +376,22 @@ def prepare_jax(topology: str | None = None) -> None:
     if topology:
         os.environ.update(chips.parse(topology).environment)
         os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+    elif not has_google_hardware():  # else libtpu, where it is installed, looks for a TPU aloud
+        for name, value in chips.parse("v5e:1x1").environment.items():
+            if name.startswith("TPU_"):
+                os.environ.setdefault(name, value)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # errors alone
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # else it announces itself
     cache = epath.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "drl_jax"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
     # Starting a run is many small programs.
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+
+def has_google_hardware() -> bool:
+    """Whether a device on the PCI bus is Google's, as every TPU is."""
+    vendors = epath.Path("/sys/bus/pci/devices").glob("*/vendor")
+    return any(vendor.read_text().strip() == "0x1ae0" for vendor in vendors)
 
 
 if __name__ == "__main__":

@@ -33,17 +33,18 @@ def run(config: ConfigDict, topology: str, workdir: epath.Path | None) -> None:
     parallel.require_divisible(B, mesh, "train.batch_size", config.train.parts)
     if workdir:
         make_writable(workdir)
+    unit = mesh.size * config.train.parts
     seen: dict[int, Compiled] = {}
 
     def train_with(images: int) -> float | None:
-        """Compiles the training step for so many images a device."""
-        batch = images * mesh.size
+        """Compiles the training step for so many images in each part of each device."""
+        batch = images * unit
         seen[batch] = compiled(
             "training step", batch, lambda: programs.training_step(config, mesh, batch)
         )
         return seen[batch].needed
 
-    first = train_with(B // mesh.size)
+    first = train_with(B // unit)
     unknown = flops.leapfrog(config)
     drawn = -(-config.evaluation.batch_size // mesh.size) * mesh.size
     sampler = compiled("sampler", drawn, lambda: programs.sampler(config, mesh, drawn))
@@ -57,7 +58,7 @@ def run(config: ConfigDict, topology: str, workdir: epath.Path | None) -> None:
             unknown_trips=unknown,
         ),
     ]
-    largest = batches.largest(train_with, B // mesh.size, first, where.chip.memory)
+    largest = batches.largest(train_with, B // unit, first, where.chip.memory)
     plan = {
         "topology": topology,
         "chip": where.chip.title,
@@ -67,7 +68,7 @@ def run(config: ConfigDict, topology: str, workdir: epath.Path | None) -> None:
         "clock": where.chip.clock,
         "jax": jax.__version__,
         "programs": [report.values(each, where) for each in told],
-        "largest_batch_size": largest * mesh.size,
+        "largest_batch_size": largest * unit,
         "tried": [
             {"batch_size": batch, "bytes_needed": each.needed, "fits": report.fits(each, where)}
             for batch, each in seen.items()
