@@ -45,6 +45,13 @@ def test_an_impossible_value_is_refused_by_name(name, value):
         config_lib.validate(changed(**{name.replace(".", "__"): value}))
 
 
+def test_points_in_the_plane_are_computed_in_float32():
+    points = {"energy__network": "mlp", "data__channels": 2, "data__flip": False}
+    config_lib.validate(changed(**points))
+    with pytest.raises(UserError, match=r"energy\.dtype is 'bfloat16': .* must be 'float32'"):
+        config_lib.validate(changed(**points, energy__dtype="bfloat16"))
+
+
 def test_every_number_of_the_default_is_checked():
     for name, value in config_lib.flatten(config_lib.default()):
         if isinstance(value, int | float) and not isinstance(value, bool):

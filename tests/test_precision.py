@@ -80,12 +80,10 @@ def in_float64(tree):
 
 
 def f_and_gradient(energy, params, x):
-    return value_and_gradient(lambda x: energy.f(params, x, LEVELS), x)
-
-
-def computed(energy, params, x):
-    program = jax.jit(f_and_gradient, static_argnums=0)
-    return jax.tree.map(np.asarray, program(energy, params, x))
+    program = jax.jit(
+        lambda params, x: value_and_gradient(lambda x: energy.f(params, x, LEVELS), x)
+    )
+    return jax.tree.map(np.asarray, program(params, x))
 
 
 def misses(ours, truth):
@@ -99,32 +97,32 @@ def misses(ours, truth):
     return of_f, apart / length
 
 
-@pytest.mark.parametrize(
-    ("parts", "low", "high"),
-    [(random_resnet, 5e-3, 0.1), (random_mlp, 2e-3, 0.1), (shipped, 5e-3, 6e-2)],
-)
-def test_energies_and_gradients_miss_float64_by_rounding(parts, low, high):
-    """float32 by 1e-6 and bfloat16 by more than ten thousand times that and not much more.
+@pytest.mark.parametrize("parts", [random_resnet, random_mlp, shipped])
+def test_energies_and_gradients_miss_float64_by_rounding(parts):
+    """float32 by 1e-6, and the resnet in bfloat16 by a thousand times that and not much more.
 
     Gradients by the median of the examples: at a kink of the leaky ReLU any rounding turns
     one. Broken by a cast of x to bfloat16 in the network, by one to float32 (float64 is not
-    that any more), and by a `computed_in` that leaves the parameters as they are.
+    that any more), and by a `computed_in` that leaves the images as they are.
     """
     energy, params, x = parts()
     with jax.enable_x64(True):
         double = in_float64((params, x))
-        truth = computed(energy, *double)
+        truth = f_and_gradient(energy, *double)
         assert {leaf.dtype for leaf in truth} == {np.dtype(np.float64)}
         differences_agree(energy, *double, truth[1])
-    single = computed(energy, params, x)
-    half = computed(computed_in(jnp.bfloat16, energy), params, x)
-    assert {leaf.dtype for leaf in (*single, *half)} == {np.dtype(np.float32)}
+    single = f_and_gradient(energy, params, x)
+    assert {leaf.dtype for leaf in single} == {np.dtype(np.float32)}
     of_f, of_gradient = misses(single, truth)
     assert np.max(of_f) < 3e-6
     assert np.median(of_gradient) < 1e-6
+    if parts is random_mlp:
+        return
+    half = f_and_gradient(computed_in(jnp.bfloat16, energy), params, x)
+    assert {leaf.dtype for leaf in half} == {np.dtype(np.float32)}
     of_f, of_gradient = misses(half, truth)
     assert 1e-3 < np.max(of_f) < 0.1
-    assert low < np.median(of_gradient) < high
+    assert 3e-3 < np.median(of_gradient) < 0.1
 
 
 def differences_agree(energy, params, x, gradient):
@@ -138,53 +136,50 @@ def differences_agree(energy, params, x, gradient):
     assert np.median(np.abs(difference - along)) < 1e-7 * scale
 
 
-def operations(jaxpr):
-    """All of a program, those inside its functions and loops too."""
-    for equation in jaxpr.eqns:
-        yield equation
-        for inner in jax.tree.leaves(
-            list(equation.params.values()), is_leaf=lambda value: hasattr(value, "eqns")
-        ):
-            if hasattr(inner, "eqns"):
-                yield from operations(getattr(inner, "jaxpr", inner))
-
-
 @pytest.mark.parametrize("parts", [random_resnet, random_mlp])
 def test_networks_compute_in_the_precision_of_their_images(parts):
     """Broken by a time embedding that is float32 and not weakly so, in either network."""
     energy, params, x = parts()
 
     def program(params, x):
-        return str(jax.make_jaxpr(lambda x: f_and_gradient(energy, params, x))(x))
+        return str(
+            jax.make_jaxpr(
+                lambda x: value_and_gradient(lambda x: energy.f(params, x, LEVELS), x)
+            )(x)
+        )
 
     with jax.enable_x64(True):
         assert not re.search(r"\bb?f(16|32)\[", program(*in_float64((params, x))))
     assert not re.search(r"\bb?f(16|64)\[", program(params, np.asarray(x)))
 
 
-def test_in_bfloat16_convolutions_multiply_and_float32_adds_up():
-    """In both directions. Broken by a `computed_in` that leaves the images as they are."""
-    energy, params, x = random_resnet()
-    half = computed_in(jnp.bfloat16, energy)
-    gradients = jax.grad(lambda params, x: jnp.sum(half.f(params, x, LEVELS)), (0, 1))
-    program = jax.make_jaxpr(gradients)(params, np.asarray(x))
-    convolutions = [
-        equation
-        for equation in operations(program.jaxpr)
-        if equation.primitive.name == "conv_general_dilated"
-    ]
-    assert len(convolutions) >= 9  # forward, and back to the images and the kernel
-    for convolution in convolutions:
-        assert {v.aval.dtype.name for v in convolution.invars} == {"bfloat16"}
-        assert [v.aval.dtype.name for v in convolution.outvars] == ["float32"]
-
-
-@pytest.mark.parametrize("parts", [random_resnet, random_mlp])
-def test_gradients_of_parameters_miss_float32_by_bfloat16s_rounding(parts):
-    """They are float32 and finite, and point the same way. Broken by a `computed_in` whose
-    parameters are constants.
+def test_convolutions_multiply_in_bfloat16_and_add_up_in_float32():
+    """Of f and both its gradients. Broken by a `computed_in` that leaves the images as they
+    are, by a kernel that is not rounded, and by sums that have the precision of images.
     """
-    energy, params, x = parts()
+    energy, params, x = random_resnet()
+    low = computed_in(jnp.bfloat16, energy).f
+    text = (
+        jax.jit(jax.grad(lambda params, x: jnp.sum(low(params, x, LEVELS)), (0, 1)))
+        .lower(params, x)
+        .as_text()
+    )
+    # On CPUs the kernels' gradients are matrix products, in the loops that add them up.
+    products = re.findall(
+        r"stablehlo\.(?:convolution|dot_general)[^\n]*: "
+        r"\(tensor<[\dx]*x(\w+)>, tensor<[\dx]*x(\w+)>\) -> tensor<[\dx]*x(\w+)>",
+        text,
+    )
+    # Three forward, three backward; two shapes of kernels.
+    assert products.count(("bf16", "bf16", "f32")) >= 3 + 3 + 2
+    assert set(products) == {("bf16", "bf16", "f32"), ("f32", "f32", "f32")}
+
+
+def test_gradients_of_parameters_miss_float32_by_bfloat16s_rounding():
+    """They are float32 and point the same way. Broken by biases that are rounded before they
+    are added: XLA:CPU then adds up their gradients in bfloat16, and half of one is lost.
+    """
+    energy, params, x = random_resnet()
     half = computed_in(jnp.bfloat16, energy)
 
     def gradient(energy):
