@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import socket
+import sys
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -141,7 +142,13 @@ def joined(job: Job) -> Iterator[None]:
                 "--coordinator_address=HOST:PORT, --num_processes and --process_id, or "
                 "--nodistributed"
             ) from error
-        yield
+        try:
+            yield
+        except jax.errors.JaxRuntimeError as error:
+            # Of a collective that the lost one was in. The runtime, asked to shut down, would
+            # wait for it and abort.
+            print(str(error).partition("\n")[0], file=sys.stderr, flush=True)
+            os._exit(1)
 
 
 def _await_coordinator(address: str, timeout: float) -> None:

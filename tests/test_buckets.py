@@ -95,8 +95,8 @@ def test_every_mode_reads_the_run_and_writes_beside_it(trained, mode):
 
 
 def test_every_mode_is_among_them():
-    """An import makes a checkpoint, as training does."""
-    assert {*MODES, "train", "import_original"} == {*main.MODES}
+    """An import makes a checkpoint, as training does; a plan reads no run."""
+    assert {*MODES, "train", "import_original", "plan"} == {*main.MODES}
 
 
 @pytest.mark.slow

@@ -188,7 +188,9 @@ def test_a_lost_partner_is_told_in_a_clear_line_and_does_not_hang(tmp_path, lost
     assert status != 0
     assert took < 6 * TIMEOUT
     *_, last = said.splitlines()
-    assert re.fullmatch(rf"error: the other processes .* silent for {TIMEOUT} seconds.*", last)
+    assert re.fullmatch(
+        rf"error: the other processes .* silent for {TIMEOUT} seconds.*", last
+    ), said
 
 
 def test_processes_that_were_told_different_things_are_refused(tmp_path):
