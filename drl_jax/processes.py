@@ -10,10 +10,9 @@ import json
 import os
 import signal
 import socket
-import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,6 +20,8 @@ from etils import epath
 
 from drl_jax import config as config_lib
 from drl_jax.errors import UserError
+
+ALL_WELL = b"\0"  # ends what the watcher of `_last_word` is told
 
 BOARD = epath.Path("/sys/class/dmi/id/product_name")  # Linux's name of the machine
 
@@ -124,7 +125,7 @@ def joined(job: Job) -> Iterator[None]:
         "the other processes of the job are lost, or never came: one has died or was silent "
         f"for {job.timeout} seconds, its own log says why. Start all of them again, with the "
         "same command, and a run goes on from its newest checkpoint"
-    ):
+    ) as say_before:
         import jax  # not before the fork that `_last_word` makes
 
         if job.process_id and job.coordinator_address:
@@ -145,10 +146,14 @@ def joined(job: Job) -> Iterator[None]:
         try:
             yield
         except jax.errors.JaxRuntimeError as error:
-            # Of a collective that the lost one was in. The runtime, asked to shut down, would
-            # wait for it and abort.
-            print(str(error).partition("\n")[0], file=sys.stderr, flush=True)
+            # Of a collective that the lost one was in: to shut down would be to wait for it.
+            say_before(str(error).partition("\n")[0])
             os._exit(1)
+        except UserError as error:
+            say_before(f"error: {error}")
+            raise
+        finally:  # here it aborts if one was lost
+            jax.distributed.shutdown()
 
 
 def _await_coordinator(address: str, timeout: float) -> None:
@@ -170,22 +175,30 @@ def _await_coordinator(address: str, timeout: float) -> None:
 
 
 @contextlib.contextmanager
-def _last_word(text: str) -> Iterator[None]:
-    """Has `text` said on stderr if this process dies inside, killed or aborted."""
+def _last_word(text: str) -> Iterator[Callable[[str], None]]:
+    """Has `text` said on stderr if this process dies inside, killed or aborted.
+
+    Gives a function that adds a line to be said before it.
+    """
     listening, speaking = os.pipe()
     watcher = os.fork()
     if not watcher:
         for signum in (signal.SIGINT, signal.SIGTERM):  # they mean the one that is watched
             signal.signal(signum, signal.SIG_IGN)
         os.close(speaking)
-        if not os.read(listening, 1):
-            os.write(2, f"error: {text}\n".encode())
+        lines = b"".join(iter(lambda: os.read(listening, 4096), b""))
+        if not lines.endswith(ALL_WELL):
+            os.write(2, lines + f"error: {text}\n".encode())
         os._exit(0)
     os.close(listening)
+
+    def say_before(line: str) -> None:
+        os.write(speaking, f"{line}\n".encode())
+
     try:
-        yield
+        yield say_before
     finally:
-        os.write(speaking, b".")
+        os.write(speaking, ALL_WELL)
         os.close(speaking)
         os.waitpid(watcher, 0)
 
