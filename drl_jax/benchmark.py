@@ -28,7 +28,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from drl_jax import config as config_lib
-from drl_jax import method, noise, parallel, train_state, train_step
+from drl_jax import flops, method, noise, parallel, train_state, train_step
 from drl_jax.errors import UserError
 
 SIDE = 2048  # of the matrices whose product is the yardstick
@@ -66,31 +66,6 @@ def default_config() -> ConfigDict:
     config.energy.N = 2
     config.train.batch_size = 16
     return config
-
-
-def forward_flops(
-    image_size: int, channels: int, ch: int, mult: Sequence[int], N: int
-) -> float:
-    """Returns the FLOPs of the network on one image: convolutions and dense layers.
-
-    A multiplication and an addition are two; taps on the zero border count, as they do in
-    the matrix products that convolutions are made of.
-    """
-
-    def conv(size: int, inputs: int, outputs: int) -> int:
-        return 2 * 9 * size**2 * inputs * outputs
-
-    E = 4 * ch  # width of the time embedding
-    total = 2 * ch * E + 2 * E * E + conv(image_size, channels, ch)
-    width = ch
-    for level, m in enumerate(mult):
-        size = image_size >> level
-        for _ in range(N):
-            total += conv(size, width, m * ch) + 2 * E * m * ch + conv(size, m * ch, m * ch)
-            if width != m * ch:
-                total += conv(size, width, m * ch)
-            width = m * ch
-    return float(total + 2 * E * width)
 
 
 def measure(config: ConfigDict, repeats: int) -> dict[str, Any]:
@@ -135,13 +110,7 @@ def measure(config: ConfigDict, repeats: int) -> dict[str, Any]:
         state, metrics = compiled_step(state, x, key)
         return metrics
 
-    forward = B * forward_flops(
-        config.data.image_size,
-        config.data.channels,
-        config.energy.ch,
-        config.energy.mult,
-        config.energy.N,
-    )
+    forward = B * flops.forward(config)
     bar = tqdm(total=3 + 3 * repeats, disable=None, leave=False)
     compiled_f, f_compile = compiled(jax.jit(learned.energy.f), params, x, t)
     bar.update()
@@ -156,7 +125,11 @@ def measure(config: ConfigDict, repeats: int) -> dict[str, Any]:
             lambda: compiled_chain(params, keys, x, t),
             chain_steps,
         ),
-        (Row("training step", (2 * K + 6) * forward, step_compile, [], []), train, 1),
+        (
+            Row("training step", B * flops.training_step(config), step_compile, [], []),
+            train,
+            1,
+        ),
     ]
     for _, call, _ in programs:
         jax.block_until_ready(call())

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 import jax
 import orbax.checkpoint as ocp
 from etils import epath
+from google.api_core.exceptions import GoogleAPIError
 from jax.sharding import Sharding
 from ml_collections import ConfigDict
 
@@ -103,9 +104,8 @@ class Checkpoints:
         """Where errors of earlier writes arrive, too: they are made in the background."""
         try:
             yield
-        except (
-            Exception
-        ) as error:  # the disk's, the bucket's; TensorStore makes ValueError of all
+        # The disk's, and the bucket's; TensorStore makes ValueError of all.
+        except (OSError, ValueError, GoogleAPIError) as error:
             reason = ": ".join(str(error).split(": ")[-2:])  # before it, every layer's path
             raise UserError(f"cannot write checkpoints to {self._folder}: {reason}") from error
 

@@ -7,8 +7,8 @@ Data of the model, diffused to each level, meet the same network in three precis
 - float64: everything, on the CPU, in this process (`jax.enable_x64`). What the others miss
   is counted against it.
 - float32: everything, as the package computes.
-- bfloat16: f alone (`config.energy.dtype`), from its parameters and images on, as accelerators
-  would; what is made of f, its gradient and their sums, the chain and its noise in float32.
+- bfloat16: the products of f alone (`config.energy.dtype`); their sums, and what is made of
+  f, its gradient, the chain and its noise in float32.
 
 Where the lowest level's noise is near bfloat16's spacing, 0.004 for pixels near 1, rounding
 the images alone loses the gradient. All three meet the same noise (`noise.normal`). Of each
@@ -34,12 +34,12 @@ level, the columns are
 Below the table stands the error of a whole log-weight: the gains of annealed importance
 sampling (`likelihood`) from level to level, of data diffused to each level, added up exactly.
 
-XLA:CPU has no bfloat16 arithmetic here: it multiplies and adds in float32, and rounds what
-goes into a convolution or a matrix product and what comes out of it (seen in the compiled
-program, and tested). Accelerators add up in float32 too, so this is near what they would
-give, but it is not measured on one. There, mind that float32 itself is another thing unless
-`jax_default_matmul_precision` is 'highest': TPUs multiply it in bfloat16, GPUs in TF32. The
-row of float32 shows what it does on the devices at hand; the reference stays on the CPU.
+XLA:CPU has no bfloat16 arithmetic here: it multiplies and adds in float32 what was rounded on
+its way into a convolution or a matrix product (seen in the compiled program, and tested).
+Accelerators add up in float32 too, so this is near what they would give, but it is not measured
+on one. There, mind that float32 itself is another thing unless `jax_default_matmul_precision`
+is 'highest': TPUs multiply it in bfloat16, GPUs in TF32. The row of float32 shows what it does
+on the devices at hand; the reference stays on the CPU.
 """
 
 import json

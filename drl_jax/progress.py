@@ -2,6 +2,7 @@
 
 import logging
 import time
+from typing import Any
 
 import jax
 from tqdm import tqdm
@@ -11,13 +12,17 @@ log = logging.getLogger(__name__)
 SILENCE = 30.0  # seconds after which a log without a bar hears of it
 
 
+def bar(**settings: Any) -> tqdm:
+    """Returns tqdm's bar: on a terminal, and of several processes the first one's alone."""
+    return tqdm(disable=True if jax.process_index() else None, **settings)
+
+
 class Progress:
     """A count of things done, shown while it is open."""
 
     def __init__(self, total: int, unit: str):
         """Counts to `total`; the unit is a word such as 'step'."""
-        disable = True if jax.process_index() else None  # None: where there is no terminal
-        self._bar = tqdm(total=total, unit=unit, disable=disable)
+        self._bar = bar(total=total, unit=unit)
         self._done, self._total, self._unit = 0, total, unit
         self._told = time.monotonic()
 

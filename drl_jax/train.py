@@ -14,7 +14,6 @@ from etils import epath
 from jax.sharding import Mesh
 from jaxtyping import Array, Key
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from drl_jax import config as config_lib
 from drl_jax import data, images, method, model, parallel, signals, train_state, train_step
@@ -23,6 +22,7 @@ from drl_jax.errors import Interrupted, UserError
 from drl_jax.files import make_writable
 from drl_jax.method import Method
 from drl_jax.model import Model, generating_params
+from drl_jax.progress import bar
 from drl_jax.train_state import TrainState
 from drl_jax.train_step import Metrics
 
@@ -237,8 +237,7 @@ class Progress:
     ):
         self._groups = train_step.level_groups(T)
         self._done, self._end, self._every, self._writer = start, end, every_steps, writer
-        disable = True if jax.process_index() else None  # None: where there is no terminal
-        self._bar = tqdm(initial=start, total=end, unit="step", disable=disable, smoothing=0.1)
+        self._bar = bar(initial=start, total=end, unit="step", smoothing=0.1)
         self._recent: list[Metrics] = []
         self._since = (start, time.monotonic())
 

@@ -1,11 +1,30 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from drl_jax import config as config_lib
-from drl_jax import method
-from drl_jax.plan import flops
+from drl_jax import flops, method
+from drl_jax.energies import resnet
+
+
+def test_forward_flops_of_a_network_counted_by_hand():
+    # Embedding 2 -> 8 -> 8; conv_in 1 -> 2 at 4x4; a block of 2 at 4x4; one of 4 at 2x2 with
+    # a skip convolution; head 8 -> 4.
+    dense = 2 * 8 + 8 * 8 + 8 * 2 + 8 * 4 + 8 * 4
+    taps = 9 * (16 * (1 * 2 + 2 * 2 + 2 * 2) + 4 * (2 * 4 + 4 * 4 + 2 * 4))
+    assert flops.resnet(4, 1, ch=2, mult=(1, 2), N=1) == 2 * (dense + taps)
+
+
+def test_forward_flops_are_what_xla_counts():
+    size, ch, mult, N = 64, 32, (1, 2), 2
+    energy = resnet.energy(size, 3, ch=ch, mult=mult, N=N)
+    params, _ = jax.eval_shape(energy.init, jax.random.key(0))
+    x, t = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32), jnp.zeros((1,), jnp.int32)
+    counted = jax.jit(energy.f).lower(params, x, t).cost_analysis()["flops"]
+    # XLA leaves out the taps on the border and counts elementwise operations: a few percent.
+    assert flops.resnet(size, 3, ch, mult, N) == pytest.approx(counted, rel=0.05)
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from drl_jax import config as config_lib
-from drl_jax import parallel
+from drl_jax import flops, parallel
 from drl_jax.files import make_writable, write_whole
 from drl_jax.modes import parts
-from drl_jax.plan import batches, chips, flops, programs, report
+from drl_jax.plan import batches, chips, programs, report
 from drl_jax.plan.chips import GIB
 from drl_jax.plan.programs import Compiled
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from ml_collections import ConfigDict
 
 from drl_jax import config as config_lib
+from drl_jax import flops
 from drl_jax.errors import UserError
 from drl_jax.plan import chips
 
@@ -60,7 +61,7 @@ def load(job: Job) -> ConfigDict:
 
 def compiled(job: Job, *names: str) -> dict[str, dict[str, Any]]:
     """Compiles a job's programs of these names and returns `report.values` of each."""
-    from drl_jax.plan import flops, programs, report  # JAX reads the environment once
+    from drl_jax.plan import programs, report  # JAX reads the environment once
 
     config, topology = load(job), chips.parse(job.topology)
     mesh = programs.mesh_of(topology, **config.mesh)

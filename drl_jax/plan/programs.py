@@ -1,5 +1,6 @@
 """The programs of a run, compiled for devices that are not here."""
 
+import importlib.util
 import re
 import time
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from drl_jax.errors import UserError
 from drl_jax.plan import hlo
 from drl_jax.plan.chips import Topology
 from drl_jax.plan.hlo import Module
+
+COMPILERS = {"tpu": "libtpu", "cuda": "jax_cuda12_plugin"}  # by platform, as Python finds them
 
 
 class Memory(NamedTuple):
@@ -63,16 +66,15 @@ def mesh_of(topology: Topology, data: int = -1, fsdp: int = 1) -> Mesh:
       UserError: if JAX's support of them is not installed, or knows no such topology; or if
         they make no such mesh.
     """
-    extra = "cuda" if topology.platform == "cuda" else "tpu"
-    try:
-        described = topologies.get_topology_desc(**topology.description)
-    except (RuntimeError, NotImplementedError, ImportError) as error:
-        if isinstance(error, jax.errors.JaxRuntimeError):
-            raise UserError(f"--topology={topology.name}: {line(error)}") from error
+    if importlib.util.find_spec(COMPILERS[topology.platform]) is None:
         raise UserError(
             f"--topology={topology.name}: the compiler for it is not installed: "
-            f"pip install 'drl_jax[{extra}]'"
-        ) from error
+            f"pip install 'drl_jax[{topology.platform}]'"
+        )
+    try:
+        described = topologies.get_topology_desc(**topology.description)
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(f"--topology={topology.name}: {line(error)}") from error
     return parallel.make_mesh(described.devices, data, fsdp)
 
 

@@ -1,28 +1,52 @@
 """FLOPs of a configuration's programs, counted on paper.
 
 In units of forward passes of the network: a gradient with respect to the images costs one more,
-one with respect to images and parameters two more.
+one with respect to images and parameters two more. A multiplication and an addition are two.
 """
+
+from collections.abc import Sequence
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from drl_jax import benchmark
-
 
 def forward(config: ConfigDict) -> float:
     """Returns the FLOPs of f for one example: its convolutions and dense layers."""
-    energy, channels = config.energy, config.data.channels
+    energy, data = config.energy, config.data
     if energy.network == "mlp":
-        # Two layers of the time embedding; then the waves, the input, the head; then, of each
-        # residual layer, itself and what it makes of the time.
-        E = energy.ch
-        return 2.0 * (
-            2 * E * E + channels * E + (E + channels) * E + E * E + 2 * energy.N * E * E
-        )
-    return benchmark.forward_flops(
-        config.data.image_size, channels, energy.ch, energy.mult, energy.N
-    )
+        return mlp(data.channels, energy.ch, energy.N)
+    return resnet(data.image_size, data.channels, energy.ch, energy.mult, energy.N)
+
+
+def mlp(dimension: int, width: int, depth: int) -> float:
+    """Returns the FLOPs of `energies.mlp` on one vector."""
+    # Two layers of the time embedding; then the waves, the input, the head; then, of each
+    # residual layer, itself and what it makes of the time.
+    embedding, ends = 2 * width**2, dimension * width + (width + dimension) * width + width**2
+    return 2.0 * (embedding + ends + depth * 2 * width**2)
+
+
+def resnet(image_size: int, channels: int, ch: int, mult: Sequence[int], N: int) -> float:
+    """Returns the FLOPs of `energies.resnet` on one image.
+
+    Taps on the zero border count, as they do in the matrix products that convolutions are
+    made of.
+    """
+
+    def conv(size: int, inputs: int, outputs: int) -> int:
+        return 2 * 9 * size**2 * inputs * outputs
+
+    E = 4 * ch  # width of the time embedding
+    total = 2 * ch * E + 2 * E * E + conv(image_size, channels, ch)
+    width = ch
+    for level, m in enumerate(mult):
+        size = image_size >> level
+        for _ in range(N):
+            total += conv(size, width, m * ch) + 2 * E * m * ch + conv(size, m * ch, m * ch)
+            if width != m * ch:
+                total += conv(size, width, m * ch)
+            width = m * ch
+    return float(total + 2 * E * width)
 
 
 def training_step(config: ConfigDict) -> float:
