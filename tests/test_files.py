@@ -41,3 +41,16 @@ def test_a_file_is_replaced_whole(folder, monkeypatch):
     files.write_whole(file, b"new one")
     assert file.read_bytes() == b"new one"
     assert [path.name for path in folder.iterdir() if not path.name.startswith(".")] == ["file"]
+
+
+def test_of_several_processes_only_the_first_one_writes_and_removes(folder, monkeypatch):
+    file = folder / "file"
+    for process, content in ((1, None), (0, b"of 0"), (1, b"of 0")):
+        monkeypatch.setattr(files.jax, "process_index", lambda process=process: process)
+        files.write_whole(file, f"of {process}".encode())
+        assert (file.read_bytes() if file.exists() else None) == content
+    files.remove(file)
+    assert file.exists()
+    monkeypatch.undo()
+    files.remove(file)
+    assert not file.exists()
