@@ -25,7 +25,6 @@ levels' orders of magnitude (`Parameterisation`):
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -85,30 +84,27 @@ def conditional_log_density(
 
 def loss(
     f: LevelFn,
-    y_pos: Float[Array, "B *D"],
-    y_neg: Float[Array, "B *D"],
+    y: Float[Array, "B *D"],
+    sign: float | Float[Array, ""],
     t: Int[Array, "B"],
     schedule: NoiseSchedule,
-) -> tuple[Float[Array, "B"], tuple[Float[Array, "B"], Float[Array, "B"]]]:
-    """Returns -(sigma_1 / sigma_{t+1}) (f(y_pos, t) - f(y_neg, t)), one a pair, and both f.
+) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
+    """Returns sign (sigma_1 / sigma_{t+1}) f(y, t), one a y, and f: one phase of the loss.
 
-    Its gradient is the maximum-likelihood gradient of the recovery likelihood (Gao et al.
-    2021, eq. 8), weighted by level.
+    The loss is that of y = a_{t+1} x_t of the data (`NoiseSchedule.a_y`), whose sign is -1, and
+    that of as many draws of the model's p(y | x_tilde), whose sign is 1, added up. So added,
+    the gradients with respect to f's parameters are the maximum-likelihood gradient of the
+    recovery likelihood (Gao et al. 2021, eq. 8), weighted by level.
 
     Args:
       f: the network with the parameters to be learned.
-      y_pos: y = a_{t+1} x_t of the data (`NoiseSchedule.a_y`).
-      y_neg: draws of the model's p(y | x_tilde); constants to the gradient.
+      y: of the data, or draws.
+      sign: which of them they are.
       t: levels 0..T-1.
       schedule: the noise levels.
     """
-    # One batch of twice the size, each pair side by side, so that a batch sharded over
-    # devices stays where it is.
-    pairs = jnp.stack([y_pos, jax.lax.stop_gradient(y_neg)], axis=1)
-    f_both = f(pairs.reshape(-1, *y_pos.shape[1:]), jnp.repeat(t, 2)).reshape(-1, 2)
-    f_pos, f_neg = f_both[:, 0], f_both[:, 1]
-    weight = schedule.sigma[1] / schedule.sigma[t + 1]
-    return -weight * (f_pos - f_neg), (f_pos, f_neg)
+    f_y = f(y, t)
+    return sign * schedule.sigma[1] / schedule.sigma[t + 1] * f_y, f_y
 
 
 def denoising_loss(

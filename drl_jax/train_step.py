@@ -111,23 +111,33 @@ def gradient(
     if method.objective == "recovery":
         y_pos, x_tilde = positives(noise.fold(keys, 1), x, t, schedule)
         y_neg, acceptance = negatives(noise.fold(keys, 2), params, x_tilde, t, method)
+
+        def phase(y_and_sign):
+            y, sign = y_and_sign
+
+            def mean_loss(params):
+                f = functools.partial(method.energy.f, params)
+                each, f_y = recovery.loss(f, y, sign, t, schedule)
+                return jnp.mean(each), (each, f_y)
+
+            return jax.grad(mean_loss, has_aux=True)(params)
+
+        # One after the other, in the batch of the chain: compilers share its code.
+        phases = jnp.stack([y_pos, y_neg]), jnp.array([-1.0, 1.0], x.dtype)
+        grads, (each, (f_pos, f_neg)) = add_up(phase, params, phases)
         displacement = recovery.displacement(y_neg, x_tilde)
-    else:  # no chain: nothing to report of one
-        y, x_tilde = expected_positives(noise.fold(keys, 1), x, t, schedule)
-        acceptance = displacement = jnp.full_like(x, jnp.nan, shape=t.shape)
+        return grads, Seen(t, sum(each), f_pos, f_neg, displacement, acceptance)
+
+    y, x_tilde = expected_positives(noise.fold(keys, 1), x, t, schedule)
+    nothing = jnp.full_like(x, jnp.nan, shape=t.shape)
 
     def mean_loss(params):
-        f = functools.partial(method.energy.f, params)
-        if method.objective == "recovery":
-            each, (f_pos, f_neg) = recovery.loss(f, y_pos, y_neg, t, schedule)
-        else:
-            each = recovery.denoising_loss(method.F(params), y, x_tilde, t, schedule)
-            # Computed once with the loss: XLA sees that it is the same.
-            f_pos, f_neg = f(x_tilde, t), jnp.full_like(each, jnp.nan)
-        return jnp.mean(each), (each, f_pos, f_neg)
+        each = recovery.denoising_loss(method.F(params), y, x_tilde, t, schedule)
+        # Computed once with the loss: XLA sees that it is the same.
+        return jnp.mean(each), (each, method.energy.f(params, x_tilde, t))
 
-    grads, (each, f_pos, f_neg) = jax.grad(mean_loss, has_aux=True)(params)
-    return grads, Seen(t, each, f_pos, f_neg, displacement, acceptance)
+    grads, (each, f_pos) = jax.grad(mean_loss, has_aux=True)(params)
+    return grads, Seen(t, each, f_pos, nothing, nothing, nothing)  # no chain, none reported
 
 
 def accumulate(
@@ -137,15 +147,20 @@ def accumulate(
 
     Memory is that of one part of the examples.
     """
-
-    def add(total, part):
-        mean, each = fn(part)
-        return jax.tree.map(jnp.add, total, mean), each
-
     split = jax.tree.map(lambda a: a.reshape(parts, -1, *a.shape[1:]), examples)
-    total, each = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), split)
+    total, each = add_up(fn, params, split)
     joined = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), each)
     return jax.tree.map(lambda a: a / parts, total), joined
+
+
+def add_up(fn: Callable[[Any], tuple[Params, Any]], params: Params, items: Any) -> Any:
+    """Returns the sum of the first of fn(item) = (like `params`, each), and every second."""
+
+    def add(total, item):
+        term, each = fn(item)
+        return jax.tree.map(jnp.add, total, term), each
+
+    return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), items)
 
 
 def summary(seen: Seen, grad_norm: Float[Array, ""], T: int) -> Metrics:

@@ -9,7 +9,7 @@ from jax import lax
 
 from drl_jax import diffusion, model, parallel, recovery, train_state, train_step
 from drl_jax.energies import convolution, resnet
-from drl_jax.energies.convolution import conv3x3
+from drl_jax.energies.convolution import conv3x3, whole_gradient
 from drl_jax.mcmc import langevin
 from drl_jax.method import Method
 from drl_jax.recovery import Parameterisation
@@ -78,6 +78,28 @@ def test_the_kernels_gradient_is_the_same_in_pieces_of_any_size(pixels, monkeypa
     # What accelerators compute, and processors do not.
     whole = convolution._kernel_gradient_by_convolution(x, g)
     assert_equal(convolution.kernel_gradient(x, g), whole)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 128])
+def test_the_kernels_gradient_is_the_same_in_tiles_of_any_width(channels, monkeypatch):
+    """What TPUs compute. Widths that the tiles do not divide are among them."""
+    monkeypatch.setattr(convolution, "CHANNELS", channels)
+    x, kernel = arrays(4, 5, 4, 3)
+    g = autodiff(x, kernel)
+    whole = convolution._kernel_gradient_by_convolution(x, g)
+    assert_equal(convolution._kernel_gradient_by_tiles(x, g), whole)
+
+
+def test_a_gradient_is_the_same_when_it_is_stored_first():
+    def stored(x, kernel):
+        return conv3x3(whole_gradient(jnp.sin(x)), kernel)
+
+    def fused(x, kernel):
+        return autodiff(jnp.sin(x), kernel)
+
+    args = arrays(4, 5, 2, 3)
+    for order in (lambda conv: conv, gradients, second_gradients):
+        assert_equal(jax.jit(order(stored))(*args), jax.jit(order(fused))(*args))
 
 
 @pytest.mark.parametrize("axes", [(0, 0), (0, None), (None, 0)])

@@ -9,7 +9,7 @@ Left to itself, autodiff spells both gradients in ways that XLA:CPU runs slowly:
   same numbers, and one program for every backend.
 - The kernel gradient is a convolution whose window is the whole image, half as fast per
   FLOP as a forward one. On CPUs it is a sum of matrix products here; accelerators keep the
-  convolution, for which they have kernels.
+  convolution, for which they have kernels, and TPUs get it in pieces of one size.
 
 The two are each other's gradients, so both hold at any order of differentiation.
 """
@@ -24,6 +24,9 @@ from jaxtyping import Array, Float
 # Pixels in one of the matrix products of `_kernel_gradient_by_matmul`: enough for the
 # product to run at full speed, few enough for its operands to stay in a core's cache.
 PIXELS = 1024
+
+# Channels in one of the convolutions of `_kernel_gradient_by_tiles`.
+CHANNELS = 128
 
 
 def _forward(
@@ -62,8 +65,24 @@ def kernel_gradient(
     differentiable to any order.
     """
     return lax.platform_dependent(
-        x, g, cpu=_kernel_gradient_by_matmul, default=_kernel_gradient_by_convolution
+        *(x, g),
+        cpu=_kernel_gradient_by_matmul,
+        tpu=_kernel_gradient_by_tiles,
+        default=_kernel_gradient_by_convolution,
     )
+
+
+@jax.custom_vjp
+def whole_gradient(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Returns x; its gradient is computed and stored before it is used.
+
+    XLA:TPU would rather compute it wherever a convolution reads it, convolutions and all:
+    slower, and no two of them the same program.
+    """
+    return x
+
+
+whole_gradient.defvjp(lambda x: (x, None), lambda _, g: (lax.optimization_barrier(g),))
 
 
 def _transposed(kernel: Float[Array, "3 3 I O"]) -> Float[Array, "3 3 O I"]:
@@ -100,17 +119,36 @@ kernel_gradient.defvjp(_kernel_gradient_fwd, _kernel_gradient_bwd)
 
 
 def _kernel_gradient_by_convolution(x, g):
-    # Fused with what made its operands, every such convolution would be another program to
-    # compile, on TPUs for seconds each: the barrier leaves one a shape.
-    x, low = lax.optimization_barrier((x, g.astype(x.dtype)))
+    return _correlate(x, g.astype(x.dtype), g.dtype)
+
+
+def _kernel_gradient_by_tiles(x, g):
+    """Takes CHANNELS of x and CHANNELS of g at a time, which is what a TPU multiplies at once.
+
+    So all widths come down to one shape an image size, and barriers keep out of it what
+    stands around it: one program to compile, where each would take seconds.
+    """
+
+    def split(a):
+        return [a[..., i : i + CHANNELS] for i in range(0, a.shape[-1], CHANNELS)]
+
+    def tile(x, low):
+        return lax.optimization_barrier(_correlate(x, low, g.dtype))
+
+    xs, lows = lax.optimization_barrier((split(x), split(g.astype(x.dtype))))
+    rows = [jnp.concatenate([tile(x, low) for low in lows], axis=3) for x in xs]
+    return jnp.concatenate(rows, axis=2)
+
+
+def _correlate(x, g, dtype):
     # Images are channels here, and the channels of x are images.
     return lax.conv_general_dilated(
         x,
-        low,
+        g,
         (1, 1),
         ((1, 1), (1, 1)),
         dimension_numbers=("CHWN", "IHWO", "HWNC"),
-        preferred_element_type=g.dtype,
+        preferred_element_type=dtype,
     )
 
 

@@ -7,10 +7,11 @@ network starts as its skip connections.
 import functools
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from drl_jax.energies.convolution import conv3x3
+from drl_jax.energies.convolution import conv3x3, whole_gradient
 from drl_jax.energies.energy import Energy, from_network
 from drl_jax.errors import UserError
 
@@ -28,29 +29,26 @@ def time_embedding(t: Int[Array, "B"], ch: int) -> Float[Array, "B ch"]:
 
 
 class Conv(nn.Module):
-    """3x3 convolution with bias; with `gain`, g · (conv + bias), g learned a channel.
+    """3x3 convolution with bias.
 
     What it gives has the parameters' precision, whatever the images have.
     """
 
     features: int
-    gain: bool = False
+    kernel_init: nn.initializers.Initializer = fan_avg
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W I"]) -> Float[Array, "B H W O"]:
-        init = near_zero if self.gain else fan_avg
-        kernel = self.param("kernel", init, (3, 3, x.shape[-1], self.features))
-        h = conv3x3(x, kernel) + self.param("bias", nn.initializers.zeros, (self.features,))
-        if self.gain:
-            h *= self.param("g", nn.initializers.ones, (self.features,))
-        return h
+        kernel = self.param("kernel", self.kernel_init, (3, 3, x.shape[-1], self.features))
+        return conv3x3(x, kernel) + self.param("bias", nn.initializers.zeros, (self.features,))
 
 
 class Block(nn.Module):
     """Residual block with time.
 
     skip(x) + g · (conv(lrelu(h)) + bias),   h = conv(lrelu(x)) + dense(lrelu(temb)),
-    where skip is a 3x3 convolution if the width changes and the identity if not.
+    where skip is a 3x3 convolution if the width changes and the identity if not. The gain g
+    is multiplied into the kernel and the bias beforehand (`with_gains`).
     """
 
     features: int
@@ -62,9 +60,11 @@ class Block(nn.Module):
         h = Conv(self.features, name="conv1")(leaky_relu(x))
         dense = nn.Dense(self.features, kernel_init=fan_avg, name="dense")
         h += dense(leaky_relu(temb))[:, None, None, :]
-        h = Conv(self.features, gain=True, name="conv2")(leaky_relu(h.astype(x.dtype)))
-        h += Conv(self.features, name="skip")(x) if x.shape[-1] != self.features else x
-        return h.astype(x.dtype)
+        h = whole_gradient(h.astype(x.dtype))
+        h = Conv(self.features, near_zero, name="conv2")(leaky_relu(h))
+        if x.shape[-1] != self.features:
+            x = Conv(self.features, name="skip")(x).astype(x.dtype)
+        return whole_gradient((h + x).astype(x.dtype))
 
 
 class ResNet(nn.Module):
@@ -90,7 +90,7 @@ class ResNet(nn.Module):
         temb = dense(4 * self.ch, name="temb_0")(temb)
         temb = dense(4 * self.ch, name="temb_1")(leaky_relu(temb))
 
-        h = Conv(self.ch, name="conv_in")(x).astype(x.dtype)
+        h = whole_gradient(Conv(self.ch, name="conv_in")(x).astype(x.dtype))
         for level, m in enumerate(self.mult):
             if level:
                 h = mean_pool(h)
@@ -118,6 +118,31 @@ def spectral_rule(path: str):
     return "down_to_one" if module == "conv2" else "to_one"
 
 
+def with_gains(energy: Energy) -> Energy:
+    """Gives the second convolution of every block a gain g, learned a channel.
+
+    Since g · (conv(x, W) + b) = conv(x, g W) + g b, it is a factor of parameters, not of
+    images: it is multiplied in once a step, after they are normalised.
+    """
+
+    def init(key):
+        params, vectors = energy.init(key)
+        for block in params.values():
+            if "conv2" in block:
+                block["conv2"]["g"] = jnp.ones_like(block["conv2"]["bias"])
+        return params, vectors
+
+    def normalise(params, vectors):
+        params, vectors = energy.normalise(params, vectors)
+        for block in params.values():
+            if "conv2" in block:
+                g = block["conv2"].pop("g")
+                block["conv2"] = jax.tree.map(lambda p, g=g: g * p, block["conv2"])
+        return params, vectors
+
+    return energy._replace(init=init, normalise=normalise)
+
+
 def require_divisible(size: int, mult: tuple[int, ...]) -> None:
     """Refuses an image size that cannot be halved between the resolutions.
 
@@ -140,4 +165,5 @@ def energy(image_size: int, channels: int, ch: int, mult: tuple[int, ...], N: in
     """
     require_divisible(image_size, mult)
     network = ResNet(ch=ch, mult=tuple(mult), N=N)
-    return from_network(network, (image_size, image_size, channels), spectral_rule)
+    shape = (image_size, image_size, channels)
+    return with_gains(from_network(network, shape, spectral_rule))
