@@ -6,6 +6,8 @@ import zipfile
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import traverse_util
@@ -90,6 +92,10 @@ def read(
         {name.removeprefix("params/"): value for name, value in flat.items()}, sep="/"
     )
     built = method.from_config(config)
+    init, normalise = built.energy.init, built.energy.normalise
+    needed = jax.eval_shape(lambda key: normalise(*init(key))[0], jax.random.key(0))
+    if jax.tree.map(jnp.shape, params) != jax.tree.map(jnp.shape, needed):
+        raise UserError(f"{file} is not of this version's network: export it again")
     config = revise(config)
     learned = generating(built, config.mcmc)
     model = Model(learned, params, parallel.make_mesh(), config.evaluation.batch_size)

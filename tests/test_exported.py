@@ -85,3 +85,13 @@ def test_arrays_that_are_no_model_are_said_in_a_line(tmp_path):
     np.savez(file, samples=np.zeros(3))
     with pytest.raises(UserError, match=r"arrays\.npz is no exported model"):
         exported.read(file)
+
+
+def test_an_export_of_another_network_is_said_in_a_line(tmp_path):
+    """As one of a version whose gains were not yet part of the kernels."""
+    file = tmp_path / "other.npz"
+    with np.load(str(exported.SHIPPED / "digits.npz")) as arrays:
+        gains = {"params/level_0_block_0/conv2/g": np.ones(16, np.float32)}
+        np.savez(file, **arrays, **gains)
+    with pytest.raises(UserError, match=r"other\.npz is not of this version's network"):
+        exported.load(str(file))
