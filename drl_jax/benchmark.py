@@ -1,13 +1,17 @@
-"""How near the training step is to what the machine can do.
+"""How near the programs of a run are to what the machine can do, and how their time grows.
 
     python -m drl_jax.benchmark [--config=configs/cifar10.py] [--batch_size=16] [--json=PATH]
+    python -m drl_jax.benchmark --growth
 
 The floor of a program is the time of its convolutions' and dense layers' FLOPs at the speed
 of a 2048³ float32 matrix product on the same device: one forward pass, 2 for a chain step
 (a gradient with respect to the images), 2K + 6 for a training step (K chain steps, then the
-gradient with respect to the parameters for data and chain ends together). Efficiency is
-floor / time: 1 is the floor. Every repeat measures the product again, just before and just
-after, because machines change their speed.
+gradient with respect to the parameters for data and chain ends). Efficiency is floor / time:
+1 is the floor. Every repeat measures the product again, just before and just after, because
+machines change their speed.
+
+With --growth one size after the other is varied, and the exponent e fitted with which time,
+counted in matrix products, goes as FLOPs to the power of e: above 1, it grows faster than them.
 
 Without --config it measures the paper's network with N = 2 blocks a resolution, 9 million
 parameters, at batch 16: what fits a small computer.
@@ -28,28 +32,56 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from drl_jax import config as config_lib
-from drl_jax import flops, method, noise, parallel, train_state, train_step
+from drl_jax import flops, method, model, noise, parallel, train_state, train_step
 from drl_jax.errors import UserError
 
 SIDE = 2048  # of the matrices whose product is the yardstick
 LEAST_SECONDS = 0.1  # a quicker program is called again until so much time has gone
+CHAIN_STEPS = 5  # at most, of the chain that a chain's step is measured in
+
+# What --growth varies: its name, fields of the configuration, values, and of which program.
+GROWTH = (
+    ("batch", "train.batch_size", (4, 8, 16, 32), "training step"),
+    ("image size", "data.image_size", (16, 32, 64), "training step"),
+    ("N", "energy.N", (1, 2, 4), "training step"),
+    ("K", "mcmc.K", (1, 2, 4, 8), "training step"),
+    ("T", "diffusion.T", (2, 4, 8), "generation"),
+)
 
 _CONFIG = flags.DEFINE_string("config", None, "A file of configs/.")
 _BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Instead of the config's.", 1)
 _K = flags.DEFINE_integer("K", None, "Chain steps, instead of the config's.", 1)
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Measurements of each program.", 1)
 _QUICK = flags.DEFINE_bool("quick", False, "At most K = 5 and 2 repeats.")
+_SAMPLES = flags.DEFINE_integer("samples", 0, "Measure the generation of so many, too.", 0)
+_GROWTH = flags.DEFINE_bool("growth", False, "Vary the sizes, at K = 2, instead.")
 _JSON = flags.DEFINE_string("json", None, "Where to write the numbers as JSON.")
+
+
+class Program(NamedTuple):
+    """A compiled program to measure.
+
+    Attributes:
+      name: of it.
+      flops: of what one of `steps` does.
+      steps: how many one call makes.
+      compile_seconds: tracing, lowering and compilation.
+      call: makes one call.
+    """
+
+    name: str
+    flops: float
+    steps: int
+    compile_seconds: float
+    call: Callable[[], Any]
 
 
 class Row(NamedTuple):
     """What was measured of one program.
 
     Attributes:
-      name: of the program.
-      flops: of one call.
-      compile_seconds: tracing, lowering and compilation.
-      seconds: of one call, a repeat.
+      name, flops, compile_seconds: as in `Program`.
+      seconds: of one step, a repeat.
       efficiency: floor / time, a repeat.
     """
 
@@ -68,89 +100,159 @@ def default_config() -> ConfigDict:
     return config
 
 
-def measure(config: ConfigDict, repeats: int) -> dict[str, Any]:
+class Subject:
+    """A configuration on the devices at hand: its state, a batch, and its programs.
+
+    Raises:
+      UserError: if the devices cannot share the batch.
+    """
+
+    def __init__(self, config: ConfigDict):
+        self.config = config
+        self.mesh = parallel.make_mesh(**config.mesh)
+        self.B = config.train.batch_size
+        parallel.require_divisible(self.B, self.mesh, "train.batch_size", config.train.parts)
+        self.method = method.from_config(config)
+        self.optimiser = train_state.optimiser(config)
+        self.key = jax.random.key(config.seed)
+        energy, split = self.method.energy, parallel.by_example(self.mesh)
+        create = jax.jit(
+            lambda key: train_state.create(key, energy, self.optimiser),
+            out_shardings=train_state.shardings(energy, self.optimiser, self.mesh),
+        )
+        self.state = create(self.key)
+        self.params, _ = jax.jit(energy.normalise)(self.state.params, self.state.vectors)
+        rng = np.random.default_rng(config.seed)
+        x = rng.uniform(-1, 1, (self.B, *energy.shape)).astype(np.float32)
+        self.x, self.t = jax.device_put((x, np.arange(self.B) % config.diffusion.T), split)
+        self.keys = jax.device_put(noise.example_keys(self.key, jnp.arange(self.B)), split)
+
+    def forward_pass(self) -> Program:
+        """Returns f of the batch."""
+        args = self.params, self.x, self.t
+        program, seconds = compiled(jax.jit(self.method.energy.f), *args)
+        work = self.B * flops.forward(self.config)
+        return Program("forward pass", work, 1, seconds, lambda: program(*args))
+
+    def chain_step(self) -> Program:
+        """Returns a chain of the batch, of which a step is to be measured."""
+        steps = min(self.config.mcmc.K, CHAIN_STEPS)
+        short = self.method._replace(sampler=self.method.sampler._replace(K=steps))
+
+        def negatives(params, examples):
+            keys, x, t = examples
+            return train_step.negatives(keys, params, x, t, short)
+
+        chain = jax.jit(parallel.over_examples(negatives, self.mesh))
+        args = self.params, (self.keys, self.x, self.t)
+        program, seconds = compiled(chain, *args)
+        work = 2 * self.B * flops.forward(self.config)
+        return Program("chain step", work, steps, seconds, lambda: program(*args))
+
+    def training_step(self) -> Program:
+        """Returns the step that training runs; each call trains the state on."""
+        config = self.config
+        step = train_step.compile_for(
+            *(self.mesh, self.method, self.optimiser),
+            *(config.optim.ema_decay, config.train.parts),
+        )
+        program, seconds = compiled(step, self.state, self.x, self.key)
+
+        def call():
+            self.state, metrics = program(self.state, self.x, self.key)
+            return metrics
+
+        work = self.B * flops.training_step(config)
+        return Program("training step", work, 1, seconds, call)
+
+    def generation(self, samples: int) -> Program:
+        """Returns the program that draws so many samples, from white noise to data."""
+        learned = model.generating(self.method, self.config.mcmc)
+        drawn = model.Model(learned, self.params, self.mesh, samples)
+        indices = jnp.arange(samples)
+        args: Any = (self.params, drawn.tuning, self.key, indices, (), {})
+        program, seconds = compiled(drawn.generate, *args)
+        work = samples * flops.sampling(self.config)
+        return Program("generation", work, 1, seconds, lambda: program(*args))
+
+
+def measure(config: ConfigDict, repeats: int, samples: int = 0) -> dict[str, Any]:
     """Measures the configuration's programs on the devices at hand.
 
     Returns a dictionary of plain values: the device, the matrix product's FLOP/s in every
     repeat, and a `Row` a program.
+
+    Args:
+      config: of the run.
+      repeats: of every measurement.
+      samples: to generate in one program; 0: none.
     """
-    mesh = parallel.make_mesh(**config.mesh)
-    B, K, parts = config.train.batch_size, config.mcmc.K, config.train.parts
-    parallel.require_divisible(B, mesh, "train.batch_size", parts)
-    learned = method.from_config(config)
-    optimiser = train_state.optimiser(config)
-    split = parallel.by_example(mesh)
-
-    key = jax.random.key(config.seed)
-    create = jax.jit(
-        lambda key: train_state.create(key, learned.energy, optimiser),
-        out_shardings=train_state.shardings(learned.energy, optimiser, mesh),
-    )
-    state = create(key)
-    params, _ = jax.jit(learned.energy.normalise)(state.params, state.vectors)
-    rng = np.random.default_rng(config.seed)
-    x = rng.uniform(-1, 1, (B, *learned.energy.shape)).astype(np.float32)
-    x, t = jax.device_put((x, np.arange(B) % config.diffusion.T), split)
-    keys = jax.device_put(noise.example_keys(key, jnp.arange(B)), split)
-
-    chain_steps = min(K, 5)
-    short = learned._replace(sampler=learned.sampler._replace(K=chain_steps))
-
-    def negatives(params, examples):
-        keys, x, t = examples
-        return train_step.negatives(keys, params, x, t, short)
-
-    def chain(params, keys, x, t):
-        return parallel.over_examples(negatives, mesh)(params, (keys, x, t))
-
-    step = train_step.compile_for(mesh, learned, optimiser, config.optim.ema_decay, parts)
-
-    def train(*_):
-        nonlocal state
-        state, metrics = compiled_step(state, x, key)
-        return metrics
-
-    forward = B * flops.forward(config)
-    bar = tqdm(total=3 + 3 * repeats, disable=None, leave=False)
-    compiled_f, f_compile = compiled(jax.jit(learned.energy.f), params, x, t)
-    bar.update()
-    compiled_chain, chain_compile = compiled(jax.jit(chain), params, keys, x, t)
-    bar.update()
-    compiled_step, step_compile = compiled(step, state, x, key)
-    bar.update()
-    programs: list[tuple[Row, Callable, int]] = [
-        (Row("forward pass", forward, f_compile, [], []), lambda: compiled_f(params, x, t), 1),
-        (
-            Row("chain step", 2 * forward, chain_compile, [], []),
-            lambda: compiled_chain(params, keys, x, t),
-            chain_steps,
-        ),
-        (
-            Row("training step", B * flops.training_step(config), step_compile, [], []),
-            train,
-            1,
-        ),
-    ]
-    for _, call, _ in programs:
-        jax.block_until_ready(call())
-    peaks = []
-    for _ in range(repeats):
-        for row, call, steps in programs:
-            before = matmul_flops_per_second()
-            seconds = seconds_a_call(call) / steps
-            peak = max(before, matmul_flops_per_second())
-            peaks.append(peak)
-            row.seconds.append(seconds)
-            row.efficiency.append(row.flops / (peak * mesh.size) / seconds)
-            bar.update()
-    bar.close()
+    subject = Subject(config)
+    programs = [subject.forward_pass(), subject.chain_step(), subject.training_step()]
+    if samples:
+        programs.append(subject.generation(samples))
+    rows, peaks = timed(programs, repeats, subject.mesh.size)
     return {
-        "device": f"{mesh.size} x {mesh.devices.flat[0].device_kind}",
+        "device": f"{subject.mesh.size} x {subject.mesh.devices.flat[0].device_kind}",
         "config": config_lib.to_json(config),
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(subject.params)),
         "matmul_flops_per_second": peaks,
-        "programs": [row._asdict() for row, _, _ in programs],
+        "programs": [row._asdict() for row in rows],
     }
+
+
+def growth(config: ConfigDict, repeats: int) -> list[dict[str, Any]]:
+    """Varies one size after the other and fits how time grows with the FLOPs.
+
+    Returns of each a dictionary of plain values: what was varied, a `Row` a value, and the
+    exponent of the time, counted in matrix products, in the FLOPs.
+    """
+    found = []
+    bar = tqdm(total=sum(len(values) for _, _, values, _ in GROWTH), disable=None, leave=False)
+    for name, field, values, kind in GROWTH:
+        rows = []
+        for value in values:
+            varied = config.copy_and_resolve_references()
+            varied.update_from_flattened_dict({field: value})
+            config_lib.validate(varied)
+            subject = Subject(varied)
+            program = (
+                subject.generation(subject.B)
+                if kind == "generation"
+                else subject.training_step()
+            )
+            rows += timed([program], repeats, subject.mesh.size)[0]
+            bar.update()
+        work = np.log([row.flops for row in rows])
+        products = work - np.log([np.median(row.efficiency) for row in rows])
+        found.append(
+            {
+                "name": name,
+                "values": list(values),
+                "exponent": float(np.polyfit(work, products, 1)[0]),
+                "programs": [row._asdict() for row in rows],
+            }
+        )
+    bar.close()
+    return found
+
+
+def timed(
+    programs: Sequence[Program], repeats: int, devices: int
+) -> tuple[list[Row], list[float]]:
+    """Returns the measurements of programs, in turns, and the product's FLOP/s beside them."""
+    rows = [Row(p.name, p.flops, p.compile_seconds, [], []) for p in programs]
+    peaks = []
+    for program in programs:
+        jax.block_until_ready(program.call())
+    for _ in tqdm(range(repeats), disable=None, leave=False):
+        for row, program in zip(rows, programs, strict=True):
+            before = matmul_flops_per_second()
+            seconds = seconds_a_call(program.call) / program.steps
+            peaks.append(max(before, matmul_flops_per_second()))
+            row.seconds.append(seconds)
+            row.efficiency.append(row.flops / (peaks[-1] * devices) / seconds)
+    return rows, peaks
 
 
 def compiled(jitted: Any, *args: Any) -> tuple[Callable, float]:
@@ -204,6 +306,20 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def growth_table(found: list[dict[str, Any]]) -> str:
+    """Returns how time grows for a person to read."""
+    lines = [f"{'':22}{'GFLOP':>10}{'ms':>10}{'floor / time':>14}{'exponent':>10}"]
+    for each in found:
+        for value, row in zip(each["values"], each["programs"], strict=True):
+            last = f"{each['exponent']:10.3f}" if value == each["values"][-1] else ""
+            lines.append(
+                f"{each['name'] + ' = ' + str(value):22}{row['flops'] / 1e9:10.4g}"
+                f"{np.median(row['seconds']) * 1e3:10.4g}"
+                f"{np.median(row['efficiency']):14.3f}{last}"
+            )
+    return "\n".join(lines)
+
+
 def main(argv: Sequence[str]) -> None:
     """Measures what the flags say, prints the table, writes the JSON."""
     if len(argv) > 1:
@@ -216,11 +332,17 @@ def main(argv: Sequence[str]) -> None:
         repeats = _REPEATS.value
         if _QUICK.value:
             config.mcmc.K, repeats = min(config.mcmc.K, 5), min(repeats, 2)
+        if _GROWTH.value:
+            config.mcmc.K = _K.value or 2
         config_lib.validate(config)
-        result = measure(config, repeats)
+        result: Any = (
+            growth(config, repeats)
+            if _GROWTH.value
+            else measure(config, repeats, _SAMPLES.value)
+        )
     except UserError as error:
         sys.exit(f"error: {error}")
-    print(table(result))
+    print(growth_table(result) if _GROWTH.value else table(result))
     if _JSON.value:
         epath.Path(_JSON.value).write_text(json.dumps(result, indent=2) + "\n")
 
