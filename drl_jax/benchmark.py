@@ -116,11 +116,7 @@ class Subject:
         self.optimiser = train_state.optimiser(config)
         self.key = jax.random.key(config.seed)
         energy, split = self.method.energy, parallel.by_example(self.mesh)
-        create = jax.jit(
-            lambda key: train_state.create(key, energy, self.optimiser),
-            out_shardings=train_state.shardings(energy, self.optimiser, self.mesh),
-        )
-        self.state = create(self.key)
+        self.state = train_state.create_on(self.mesh, self.key, energy, self.optimiser)
         self.params, _ = jax.jit(energy.normalise)(self.state.params, self.state.vectors)
         rng = np.random.default_rng(config.seed)
         x = rng.uniform(-1, 1, (self.B, *energy.shape)).astype(np.float32)

@@ -89,11 +89,7 @@ def first_state(
         return state
     init_key, _, _ = run_keys(config.seed)
     optimiser = train_state.optimiser(config)
-    create = jax.jit(
-        lambda key: train_state.create(key, learned.energy, optimiser),
-        out_shardings=train_state.shardings(learned.energy, optimiser, mesh),
-    )
-    return create(init_key)
+    return train_state.create_on(mesh, init_key, learned.energy, optimiser)
 
 
 def run_keys(seed: int) -> Key[Array, "3"]:

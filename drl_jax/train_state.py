@@ -79,6 +79,23 @@ def kept_whole(params: Params, mesh: Mesh) -> list[str]:
     ]
 
 
+def create_on(
+    mesh: Mesh,
+    key: Key[Array, ""],
+    energy: Energy,
+    optimiser: optax.GradientTransformation,
+) -> TrainState:
+    """Returns what `create` does, on the devices of a mesh as `shardings` says."""
+    # It runs once, for milliseconds: LLVM would take seconds longer to make it faster.
+    is_cpu = mesh.devices.flat[0].platform == "cpu"
+    make = jax.jit(
+        lambda key: create(key, energy, optimiser),
+        out_shardings=shardings(energy, optimiser, mesh),
+        compiler_options={"xla_backend_optimization_level": 0} if is_cpu else {},
+    )
+    return make(key)
+
+
 def create(
     key: Key[Array, ""], energy: Energy, optimiser: optax.GradientTransformation
 ) -> TrainState:
