@@ -57,7 +57,8 @@ def test_a_training_step_is_as_large_and_slow_as_its_parts(made):
     parts = step["bytes"]
     assert step["bytes_needed"] == sum(parts.values()) - 2 * parts["aliased"]
     assert step["flops_per_device"] == 2 * flops.training_step(config)
-    assert [loop["trips"] for loop in step["loops"]] == [7]
+    # The chain, then the two phases of the loss.
+    assert [loop["trips"] for loop in step["loops"]] == [7, 2]
     seconds = step["estimated_cycles"] / chips.CHIPS["v5e"].clock
     assert step["estimated_seconds"] == pytest.approx(seconds)
     assert step["estimated_mfu"] == pytest.approx(step["seconds_at_peak"] / seconds)
