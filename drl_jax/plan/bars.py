@@ -3,8 +3,8 @@
     python -m drl_jax.plan.bars [--small]
 
 Compiles the paper's programs for TPU topologies, from the root of the project, and prints every
-bar with what was found; the exit status is 1 if one is missed. It takes about a quarter of an
-hour; --small checks what does not depend on the size, on a small network and few chips, in one
+bar with what was found; the exit status is 1 if one is missed. It takes about ten minutes;
+--small checks what does not depend on the size, on a small network and few chips, in one
 minute.
 """
 
