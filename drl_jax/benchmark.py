@@ -29,11 +29,12 @@ import numpy as np
 from absl import app, flags, logging
 from etils import epath
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from drl_jax import config as config_lib
 from drl_jax import flops, method, model, noise, parallel, train_state, train_step
 from drl_jax.errors import UserError
+from drl_jax.files import write_whole
+from drl_jax.progress import Progress
 
 SIDE = 2048  # of the matrices whose product is the yardstick
 LEAST_SECONDS = 0.1  # a quicker program is called again until so much time has gone
@@ -187,7 +188,8 @@ def measure(config: ConfigDict, repeats: int, samples: int = 0) -> dict[str, Any
     programs = [subject.forward_pass(), subject.chain_step(), subject.training_step()]
     if samples:
         programs.append(subject.generation(samples))
-    rows, peaks = timed(programs, repeats, subject.mesh.size)
+    with Progress(repeats * len(programs), "measurement") as progress:
+        rows, peaks = timed(programs, repeats, subject.mesh.size, progress)
     return {
         "device": f"{subject.mesh.size} x {subject.mesh.devices.flat[0].device_kind}",
         "config": config_lib.to_json(config),
@@ -204,50 +206,54 @@ def growth(config: ConfigDict, repeats: int) -> list[dict[str, Any]]:
     exponent of the time, counted in matrix products, in the FLOPs.
     """
     found = []
-    bar = tqdm(total=sum(len(values) for _, _, values, _ in GROWTH), disable=None, leave=False)
-    for name, field, values, kind in GROWTH:
-        rows = []
-        for value in values:
-            varied = config.copy_and_resolve_references()
-            varied.update_from_flattened_dict({field: value})
-            config_lib.validate(varied)
-            subject = Subject(varied)
-            program = (
-                subject.generation(subject.B)
-                if kind == "generation"
-                else subject.training_step()
+    total = repeats * sum(len(values) for _, _, values, _ in GROWTH)
+    with Progress(total, "measurement") as progress:
+        for name, field, values, kind in GROWTH:
+            rows: list[Row] = []
+            for value in values:
+                subject = Subject(varied(config, field, value))
+                generates = kind == "generation"
+                program = (
+                    subject.generation(subject.B) if generates else subject.training_step()
+                )
+                rows += timed([program], repeats, subject.mesh.size, progress)[0]
+            work = np.log([row.flops for row in rows])
+            products = work - np.log([np.median(row.efficiency) for row in rows])
+            found.append(
+                {
+                    "name": name,
+                    "values": list(values),
+                    "exponent": float(np.polyfit(work, products, 1)[0]),
+                    "programs": [row._asdict() for row in rows],
+                }
             )
-            rows += timed([program], repeats, subject.mesh.size)[0]
-            bar.update()
-        work = np.log([row.flops for row in rows])
-        products = work - np.log([np.median(row.efficiency) for row in rows])
-        found.append(
-            {
-                "name": name,
-                "values": list(values),
-                "exponent": float(np.polyfit(work, products, 1)[0]),
-                "programs": [row._asdict() for row in rows],
-            }
-        )
-    bar.close()
     return found
 
 
+def varied(config: ConfigDict, field: str, value: int) -> ConfigDict:
+    """Returns the configuration with another value of one field."""
+    other = config.copy_and_resolve_references()
+    other.update_from_flattened_dict({field: value})
+    config_lib.validate(other)
+    return other
+
+
 def timed(
-    programs: Sequence[Program], repeats: int, devices: int
+    programs: Sequence[Program], repeats: int, devices: int, progress: Progress
 ) -> tuple[list[Row], list[float]]:
     """Returns the measurements of programs, in turns, and the product's FLOP/s beside them."""
     rows = [Row(p.name, p.flops, p.compile_seconds, [], []) for p in programs]
     peaks = []
     for program in programs:
         jax.block_until_ready(program.call())
-    for _ in tqdm(range(repeats), disable=None, leave=False):
+    for _ in range(repeats):
         for row, program in zip(rows, programs, strict=True):
             before = matmul_flops_per_second()
             seconds = seconds_a_call(program.call) / program.steps
             peaks.append(max(before, matmul_flops_per_second()))
             row.seconds.append(seconds)
             row.efficiency.append(row.flops / (peaks[-1] * devices) / seconds)
+            progress.add(1)
     return rows, peaks
 
 
@@ -336,11 +342,12 @@ def main(argv: Sequence[str]) -> None:
             if _GROWTH.value
             else measure(config, repeats, _SAMPLES.value)
         )
+        print(growth_table(result) if _GROWTH.value else table(result))
+        if _JSON.value:
+            text = json.dumps(result, indent=2) + "\n"
+            write_whole(epath.Path(_JSON.value), text.encode())
     except UserError as error:
         sys.exit(f"error: {error}")
-    print(growth_table(result) if _GROWTH.value else table(result))
-    if _JSON.value:
-        epath.Path(_JSON.value).write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from flax import traverse_util
@@ -94,7 +93,7 @@ def read(
     built = method.from_config(config)
     init, normalise = built.energy.init, built.energy.normalise
     needed = jax.eval_shape(lambda key: normalise(*init(key))[0], jax.random.key(0))
-    if jax.tree.map(jnp.shape, params) != jax.tree.map(jnp.shape, needed):
+    if jax.tree.map(np.shape, params) != jax.tree.map(np.shape, needed):
         raise UserError(f"{file} is not of this version's network: export it again")
     config = revise(config)
     learned = generating(built, config.mcmc)

@@ -80,9 +80,12 @@ def gather(tree: PyTree, mesh: Mesh) -> PyTree:
     return jax.lax.with_sharding_constraint(tree, replicated(mesh))
 
 
-def compiler_options(mesh: Mesh) -> dict[str, str]:
+def compiler_options(mesh: Mesh, runs_once: bool = False) -> dict[str, str]:
     """Returns what a program for these devices asks of its compiler beyond the defaults."""
-    if mesh.devices.flat[0].platform != "tpu":
+    platform = mesh.devices.flat[0].platform
+    if platform == "cpu" and runs_once:  # LLVM would take longer than it could ever save
+        return {"xla_backend_optimization_level": "0"}
+    if platform != "tpu":
         return {}
     return {
         # One copy of the code of equal operations: a third of the program, as fast.

@@ -86,12 +86,10 @@ def create_on(
     optimiser: optax.GradientTransformation,
 ) -> TrainState:
     """Returns what `create` does, on the devices of a mesh as `shardings` says."""
-    # It runs once, for milliseconds: LLVM would take seconds longer to make it faster.
-    is_cpu = mesh.devices.flat[0].platform == "cpu"
     make = jax.jit(
         lambda key: create(key, energy, optimiser),
         out_shardings=shardings(energy, optimiser, mesh),
-        compiler_options={"xla_backend_optimization_level": 0} if is_cpu else {},
+        compiler_options=parallel.compiler_options(mesh, runs_once=True),
     )
     return make(key)
 

@@ -112,21 +112,19 @@ def gradient(
         y_pos, x_tilde = positives(noise.fold(keys, 1), x, t, schedule)
         y_neg, acceptance = negatives(noise.fold(keys, 2), params, x_tilde, t, method)
 
+        def phase_loss(params, y, sign):
+            f = functools.partial(method.energy.f, params)
+            each, f_y = recovery.loss(f, y, sign, t, schedule)
+            return jnp.mean(each), (each, f_y)
+
         def phase(y_and_sign):
-            y, sign = y_and_sign
-
-            def mean_loss(params):
-                f = functools.partial(method.energy.f, params)
-                each, f_y = recovery.loss(f, y, sign, t, schedule)
-                return jnp.mean(each), (each, f_y)
-
-            return jax.grad(mean_loss, has_aux=True)(params)
+            return jax.grad(phase_loss, has_aux=True)(params, *y_and_sign)
 
         # One after the other, in the batch of the chain: compilers share its code.
         phases = jnp.stack([y_pos, y_neg]), jnp.array([-1.0, 1.0], x.dtype)
         grads, (each, (f_pos, f_neg)) = add_up(phase, params, phases)
         displacement = recovery.displacement(y_neg, x_tilde)
-        return grads, Seen(t, sum(each), f_pos, f_neg, displacement, acceptance)
+        return grads, Seen(t, jnp.sum(each, axis=0), f_pos, f_neg, displacement, acceptance)
 
     y, x_tilde = expected_positives(noise.fold(keys, 1), x, t, schedule)
     nothing = jnp.full_like(x, jnp.nan, shape=t.shape)
@@ -153,8 +151,13 @@ def accumulate(
     return jax.tree.map(lambda a: a / parts, total), joined
 
 
-def add_up(fn: Callable[[Any], tuple[Params, Any]], params: Params, items: Any) -> Any:
-    """Returns the sum of the first of fn(item) = (like `params`, each), and every second."""
+def add_up(
+    fn: Callable[[Any], tuple[Params, Any]], params: Params, items: Any
+) -> tuple[Params, Any]:
+    """Returns the sum of the first of fn(item) = (like `params`, each), and every second.
+
+    Items are taken one after the other along the first axis of the arrays that they are in.
+    """
 
     def add(total, item):
         term, each = fn(item)

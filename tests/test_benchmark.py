@@ -1,3 +1,4 @@
+import itertools
 import json
 import os
 import subprocess
@@ -5,10 +6,12 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from drl_jax import benchmark, flops
 from drl_jax import config as config_lib
+from drl_jax.progress import Progress
 
 ROOT = Path(__file__).parents[1]
 
@@ -31,8 +34,26 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path):
     assert all(row["name"] in done.stdout and row["efficiency"][0] > 0 for row in rows)
 
 
-def test_growth_varies_a_size_and_fits_the_exponent(monkeypatch):
-    """Of programs whose time is their FLOPs to the power of 1.3, on machines of any speed."""
+@pytest.fixture
+def machine(monkeypatch):
+    """Changes its speed, and is disturbed before or after; a program is as fast as at best."""
+    measured, best = itertools.cycle([1e9, 3e11, 1e14, 2e9]), itertools.cycle([3e11, 1e14])
+    monkeypatch.setattr(benchmark, "matmul_flops_per_second", lambda: next(measured))
+    monkeypatch.setattr(benchmark, "seconds_a_call", lambda call: call() / next(best))
+
+
+def test_efficiency_is_the_floor_of_one_step_over_its_time(machine):
+    """Of 4 steps of 1e9 FLOPs on 2 devices, in the time of a product of 16e9 on one."""
+    programs = [benchmark.Program("chain", 1e9, 4, 0.5, lambda: 16e9)]
+    with Progress(3, "measurement") as progress:
+        (row,), peaks = benchmark.timed(programs, 3, 2, progress)
+    np.testing.assert_allclose(row.efficiency, [1e9 / 2 / (16e9 / 4)] * 3)
+    np.testing.assert_allclose(row.seconds, 4e9 / np.array(peaks))
+    assert peaks == [3e11, 1e14, 3e11]
+
+
+def test_growth_varies_a_size_and_fits_the_exponent(machine, monkeypatch):
+    """Of programs whose time is their FLOPs to the power of 1.3, times the product's."""
     seen = []
 
     class Subject(SimpleNamespace):
@@ -41,16 +62,10 @@ def test_growth_varies_a_size_and_fits_the_exponent(monkeypatch):
 
         def training_step(self):
             seen.append(self.config.mcmc.K)
-            return benchmark.Program("", flops.training_step(self.config), 1, 0.0, None)
-
-    def timed(programs, repeats, devices):
-        work = programs[0].flops
-        speeds = [1e9 * len(seen), 3e11, 1e14][:repeats]
-        seconds = [work**1.3 / (speed * devices) for speed in speeds]
-        return [benchmark.Row("", work, 0.0, seconds, [work**-0.3] * repeats)], speeds
+            work = flops.training_step(self.config)
+            return benchmark.Program("", work, 1, 0.0, lambda: work**1.3)
 
     monkeypatch.setattr(benchmark, "Subject", Subject)
-    monkeypatch.setattr(benchmark, "timed", timed)
     monkeypatch.setattr(benchmark, "GROWTH", (("K", "mcmc.K", (1, 3, 10), "training step"),))
     (found,) = benchmark.growth(config_lib.load("configs/digits.py"), 3)
     assert seen == [1, 3, 10]
@@ -58,13 +73,11 @@ def test_growth_varies_a_size_and_fits_the_exponent(monkeypatch):
     assert "K = 10" in benchmark.growth_table([found])
 
 
-def test_a_size_can_be_varied(monkeypatch):
-    config = config_lib.load("configs/digits.py")
-    small = {"train.batch_size": 8, "energy.ch": 8, "energy.N": 1, "mcmc.K": 1}
-    config.update_from_flattened_dict(small)
-    monkeypatch.setattr(benchmark, "SIDE", 64)
-    monkeypatch.setattr(benchmark, "GROWTH", (("T", "diffusion.T", (2, 3), "generation"),))
-    (found,) = benchmark.growth(config, 1)
-    assert all(row["seconds"][0] > 0 for row in found["programs"])
-    work = [row["flops"] for row in found["programs"]]
-    assert work[1] == pytest.approx(1.5 * work[0])
+@pytest.mark.parametrize(("name", "field", "values", "kind"), benchmark.GROWTH)
+def test_every_size_that_is_varied_costs_more_flops(name, field, values, kind):
+    work = []
+    for value in values:
+        config = benchmark.varied(benchmark.default_config(), field, value)
+        each = flops.sampling if kind == "generation" else flops.training_step
+        work.append(config.train.batch_size * each(config))
+    assert all(b > a for a, b in itertools.pairwise(work))

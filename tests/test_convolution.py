@@ -9,7 +9,7 @@ from jax import lax
 
 from drl_jax import diffusion, model, parallel, recovery, train_state, train_step
 from drl_jax.energies import convolution, resnet
-from drl_jax.energies.convolution import conv3x3, whole_gradient
+from drl_jax.energies.convolution import conv3x3, kernel_gradient, whole_gradient
 from drl_jax.mcmc import langevin
 from drl_jax.method import Method
 from drl_jax.recovery import Parameterisation
@@ -70,24 +70,36 @@ def test_gradients_are_those_of_autodiff(shape):
         assert_equal(jax.jit(order(conv3x3))(*args), jax.jit(order(autodiff))(*args))
 
 
-@pytest.mark.parametrize("pixels", [1, 40, 64, 1024])
-def test_the_kernels_gradient_is_the_same_in_pieces_of_any_size(pixels, monkeypatch):
-    monkeypatch.setattr(convolution, "PIXELS", pixels)
-    x, kernel = arrays(4, 5, 2, 3)
-    g = autodiff(x, kernel)
-    # What accelerators compute, and processors do not.
-    whole = convolution._kernel_gradient_by_convolution(x, g)
-    assert_equal(convolution.kernel_gradient(x, g), whole)
-
-
-@pytest.mark.parametrize("channels", [1, 2, 3, 128])
-def test_the_kernels_gradient_is_the_same_in_tiles_of_any_width(channels, monkeypatch):
-    """What TPUs compute. Widths that the tiles do not divide are among them."""
-    monkeypatch.setattr(convolution, "CHANNELS", channels)
+@pytest.mark.parametrize(
+    ("gradient", "size", "value"),
+    [
+        *[(convolution._kernel_gradient_by_matmul, "PIXELS", n) for n in (1, 40, 64, 1024)],
+        # Widths that the tiles do not divide are among them.
+        *[(convolution._kernel_gradient_by_tiles, "CHANNELS", n) for n in (1, 2, 3, 128)],
+    ],
+)
+def test_the_kernels_gradient_is_the_same_in_pieces_of_any_size(
+    gradient, size, value, monkeypatch
+):
+    monkeypatch.setattr(convolution, size, value)
     x, kernel = arrays(4, 5, 4, 3)
     g = autodiff(x, kernel)
-    whole = convolution._kernel_gradient_by_convolution(x, g)
-    assert_equal(convolution._kernel_gradient_by_tiles(x, g), whole)
+    assert_equal(gradient(x, g), convolution._kernel_gradient_by_convolution(x, g))
+
+
+@pytest.mark.parametrize(
+    ("platform", "convolutions", "products"), [("cpu", 0, 1), ("tpu", 4, 0), ("cuda", 1, 0)]
+)
+def test_every_platform_has_its_own_kernels_gradient(
+    platform, convolutions, products, monkeypatch
+):
+    monkeypatch.setattr(convolution, "CHANNELS", 2)
+    args = arrays(4, 5, 4, 3)
+    g = autodiff(*args)
+    traced = jax.jit(lambda x, g: kernel_gradient(x, g)).trace(args[0], g)  # a new function
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert text.count("stablehlo.convolution") == convolutions
+    assert text.count("stablehlo.dot_general") == products
 
 
 def test_a_gradient_is_the_same_when_it_is_stored_first():
@@ -100,6 +112,8 @@ def test_a_gradient_is_the_same_when_it_is_stored_first():
     args = arrays(4, 5, 2, 3)
     for order in (lambda conv: conv, gradients, second_gradients):
         assert_equal(jax.jit(order(stored))(*args), jax.jit(order(fused))(*args))
+    gradient = jax.grad(lambda x: jnp.sum(whole_gradient(x) ** 2))
+    assert "optimization_barrier" in jax.jit(gradient).lower(args[0]).as_text()
 
 
 @pytest.mark.parametrize("axes", [(0, 0), (0, None), (None, 0)])
