@@ -59,6 +59,14 @@ def test_where_not_even_one_fits_it_is_none(search):
     assert search(lambda batch: None, 16)[0] == 0
 
 
-def test_it_goes_no_further_than_it_can_see(search):
-    assert search(lambda batch: 10 + 0.001 * batch, 4)[0] == 4 * batches.REACH
-    assert search(lambda batch: 10.0, 4)[0] == 4 * batches.REACH
+def test_a_first_batch_far_too_small_is_left_behind(search):
+    """By a line that two small batches draw, but no further at once than it can see."""
+    largest, tried = search(lambda batch: 10 + 0.1 * batch, 4)
+    assert tried == [8, 8 * batches.REACH, 8 * batches.REACH**2, 8400]
+    assert largest == 8400  # 10 + 0.1 * 8400 is 85% of the limit
+
+
+def test_it_ends_where_a_batch_takes_nothing(search):
+    largest, tried = search(lambda batch: 10.0, 4)
+    assert tried == [8, 16, 32, 64]
+    assert largest == 64

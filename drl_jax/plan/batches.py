@@ -7,7 +7,7 @@ from collections.abc import Callable
 AIM = 0.85
 # A batch within so much of the aim is as large as need be.
 NEAR = 0.05
-# Nothing is said of batches larger than so many times the first: too far from what was seen.
+# No guess is larger than so many times what was tried: too far from what was seen.
 REACH = 16
 TRIES = 4
 
@@ -36,7 +36,7 @@ def largest(
     for _ in range(TRIES):
         best = max(filter(fits, tried), default=0)
         guess = propose(tried, limit)
-        guess = min(guess, REACH * first, *(b - 1 for b in tried if not fits(b)))
+        guess = min(guess, REACH * max(tried), *(b - 1 for b in tried if not fits(b)))
         near = best and (tried[best] or 0) >= (AIM - NEAR) * limit
         if near or guess <= best:
             break
