@@ -92,6 +92,14 @@ def test_the_largest_batch_was_compiled_and_fits(made):
     assert largest % 4 == 0
 
 
+def test_it_is_told_that_larger_batches_would_fit(made):
+    """Of so small a network the first few batches fill a thousandth of a chip."""
+    out, values, _ = made
+    needed = max(each["bytes_needed"] for each in values["tried"])
+    assert needed < 0.8 * values["memory"]
+    assert "Larger ones, which would fit too, were not tried." in out
+
+
 def test_a_batch_that_is_far_too_big_does_not_fit_and_one_that_does_is_told():
     toy = tiny.ROOT / "configs" / "toy2d.py"
     fields = (
@@ -108,6 +116,7 @@ def test_a_batch_that_is_far_too_big_does_not_fit_and_one_that_does_is_told():
     assert "the compiler finds no room" in err
     largest = int(out.partition("compiled and fits: ")[2].split()[0])
     assert 10_000_000 < largest < 400_000_000
+    assert "were not tried" not in out
 
 
 def test_a_batch_that_devices_cannot_share_is_refused_in_one_line():

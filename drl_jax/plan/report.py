@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from drl_jax.plan import hlo
+from drl_jax.plan import batches, hlo
 from drl_jax.plan.chips import GIB, Topology
 from drl_jax.plan.programs import Compiled
 
@@ -161,10 +161,14 @@ def _largest(plan: dict[str, Any]) -> str:
     if not largest:
         return "No batch was found that fits: this network needs a device with more memory."
     seen = next(each for each in plan["tried"] if each["batch_size"] == largest)
-    return (
+    told = (
         f"Largest global batch that was compiled and fits: {largest} "
         f"({_size(seen['bytes_needed'])} a device)."
     )
+    is_small = seen["bytes_needed"] < (batches.AIM - batches.NEAR) * plan["memory"]
+    if is_small and all(each["fits"] for each in plan["tried"]):
+        told += " Larger ones, which would fit too, were not tried."
+    return told
 
 
 def _communication(program: dict[str, Any]) -> list[str]:
