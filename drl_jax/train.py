@@ -9,7 +9,6 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from clu import metric_writers
 from etils import epath
 from jax.sharding import Mesh
 from jaxtyping import Array, Key
@@ -18,6 +17,7 @@ from ml_collections import ConfigDict
 from drl_jax import config as config_lib
 from drl_jax import data, images, method, model, parallel, signals, train_state, train_step
 from drl_jax.checkpoints import Checkpoints
+from drl_jax.curves import Curves
 from drl_jax.errors import Interrupted, UserError
 from drl_jax.files import make_writable
 from drl_jax.method import Method
@@ -127,9 +127,6 @@ def fit(
     )
     start, end = int(state.step), config.train.num_steps
     batches = data.training_batches(config, start, jax.process_index(), jax.process_count())
-    writer = metric_writers.create_default_writer(
-        str(workdir), just_logging=jax.process_index() > 0
-    )
 
     def advance(state: TrainState) -> tuple[TrainState, Metrics]:
         x = jax.make_array_from_process_local_data(split, next(batches)["image"])
@@ -144,9 +141,9 @@ def fit(
         return metrics
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(metric_writers.ensure_flushes(writer))
+        curves = stack.enter_context(Curves(workdir, just_logging=jax.process_index() > 0))
         progress = stack.enter_context(
-            Progress(start, end, config.log.every_steps, learned.schedule.T, writer)
+            Progress(start, end, config.log.every_steps, learned.schedule.T, curves)
         )
         stop: Callable[[], int | None] = lambda: None  # noqa: E731
         signum = None
@@ -166,7 +163,7 @@ def fit(
             unsettled = step, metrics, held
             done = step + 1
             if done % config.log.sample_every_steps == 0 and done < end:
-                write_grid(sampler, state, sample_key, done, workdir, writer)
+                write_grid(sampler, state, sample_key, done, workdir, curves)
         newest = copy(state)
         _, metrics = advance(state)
         if unsettled:
@@ -184,13 +181,13 @@ def write_grid(
     key: jax.Array,
     step: int,
     workdir: epath.Path,
-    writer: metric_writers.MetricWriter,
+    curves: Curves,
 ) -> None:
     """Samples a picture with the averaged parameters, for TensorBoard and for the eye."""
     sampler.params = generating_params(sampler.method.energy, state, sampler.mesh)
     n = images.shown(sampler.method.energy.shape, columns=8)
     sheet = images.picture(sampler.sample(key, n), columns=8)
-    writer.write_images(step, {"samples": sheet[None]})
+    curves.write_images(step, {"samples": sheet[None]})
     folder = workdir / "grids"
     folder.mkdir(parents=True, exist_ok=True)
     images.write_png(folder / f"{step:08d}.png", sheet)
@@ -229,10 +226,10 @@ class Progress:
         end: int,
         every_steps: int,
         T: int,
-        writer: metric_writers.MetricWriter,
+        curves: Curves,
     ):
         self._groups = train_step.level_groups(T)
-        self._done, self._end, self._every, self._writer = start, end, every_steps, writer
+        self._done, self._end, self._every, self._curves = start, end, every_steps, curves
         self._bar = bar(initial=start, total=end, unit="step", smoothing=0.1)
         self._recent: list[Metrics] = []
         self._since = (start, time.monotonic())
@@ -264,7 +261,7 @@ class Progress:
             for levels, value in zip(self._groups, getattr(mean, name), strict=True):
                 if np.isfinite(value):
                     scalars[f"{name}/level_{levels[0]}"] = value
-        self._writer.write_scalars(done, scalars)
+        self._curves.write_scalars(done, scalars)
         left = time.strftime("%H:%M:%S", time.gmtime((self._end - done) / rate))
         if self._bar.disable:
             log.info(
