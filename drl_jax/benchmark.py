@@ -2,6 +2,7 @@
 
     python -m drl_jax.benchmark [--config=configs/cifar10.py] [--batch_size=16] [--json=PATH]
     python -m drl_jax.benchmark --growth
+    python -m drl_jax.benchmark --startup --config=configs/digits.py
 
 The floor of a program is the time of its convolutions' and dense layers' FLOPs at the speed
 of a 2048³ float32 matrix product on the same device: one forward pass, 2 for a chain step
@@ -13,12 +14,19 @@ machines change their speed.
 With --growth one size after the other is varied, and the exponent e fitted with which time,
 counted in matrix products, goes as FLOPs to the power of e: above 1, it grows faster than them.
 
+With --startup new processes are timed: one that prints --help, and two that train a model from
+its start to the first step that is reported, without and with what the first has compiled.
+
 Without --config it measures the paper's network with N = 2 blocks a resolution, 9 million
 parameters, at batch 16: what fits a small computer.
 """
 
 import json
+import os
+import resource
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -56,6 +64,7 @@ _REPEATS = flags.DEFINE_integer("repeats", 5, "Measurements of each program.", 1
 _QUICK = flags.DEFINE_bool("quick", False, "At most K = 5 and 2 repeats.")
 _SAMPLES = flags.DEFINE_integer("samples", 0, "Measure the generation of so many, too.", 0)
 _GROWTH = flags.DEFINE_bool("growth", False, "Vary the sizes, at K = 2, instead.")
+_STARTUP = flags.DEFINE_bool("startup", False, "Time new processes of --config, instead.")
 _JSON = flags.DEFINE_string("json", None, "Where to write the numbers as JSON.")
 
 
@@ -177,7 +186,7 @@ def measure(config: ConfigDict, repeats: int, samples: int = 0) -> dict[str, Any
     """Measures the configuration's programs on the devices at hand.
 
     Returns a dictionary of plain values: the device, the matrix product's FLOP/s in every
-    repeat, and a `Row` a program.
+    repeat, the peak of memory in bytes, and a `Row` a program.
 
     Args:
       config: of the run.
@@ -195,6 +204,7 @@ def measure(config: ConfigDict, repeats: int, samples: int = 0) -> dict[str, Any
         "config": config_lib.to_json(config),
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(subject.params)),
         "matmul_flops_per_second": peaks,
+        "peak_memory": peak_memory(),
         "programs": [row._asdict() for row in rows],
     }
 
@@ -228,6 +238,55 @@ def growth(config: ConfigDict, repeats: int) -> list[dict[str, Any]]:
                 }
             )
     return found
+
+
+def startup(config: str) -> dict[str, float]:
+    """Times new processes of `drl_jax.main`: returns the seconds of each.
+
+    "help" is until it has ended, "first step, cold" and "first step, cached" are until the
+    first training step is reported, compiled by this process or by the one before it.
+
+    Args:
+      config: path of a file of configs/.
+
+    Raises:
+      UserError: if training ended before its first step.
+    """
+    main = [sys.executable, "-m", "drl_jax.main"]
+    start = time.perf_counter()
+    subprocess.run([*main, "--help"], stdout=subprocess.DEVNULL, check=True)
+    found = {"help": time.perf_counter() - start}
+    with tempfile.TemporaryDirectory() as folder:
+        environment = os.environ | {"XDG_CACHE_HOME": os.path.join(folder, "cache")}
+        for name in ("cold", "cached"):
+            command = [*main, f"--config={config}", "--config.train.num_steps=1"]
+            command += ["--config.log.every_steps=1", f"--workdir={folder}/{name}"]
+            start = time.perf_counter()
+            process = subprocess.Popen(
+                command,
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+            with process:
+                said = ""
+                for said in process.stdout or ():
+                    if said.startswith("step 1/1 "):
+                        found[f"first step, {name}"] = time.perf_counter() - start
+                        process.kill()
+                        break
+                else:
+                    raise UserError(f"training ended before its first step: {said.strip()}")
+    return found
+
+
+def peak_memory() -> int:
+    """Returns the most bytes that the first device, or on a CPU this process, has held."""
+    if stats := jax.local_devices()[0].memory_stats():
+        return stats["peak_bytes_in_use"]
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def varied(config: ConfigDict, field: str, value: int) -> ConfigDict:
@@ -295,7 +354,8 @@ def table(result: dict[str, Any]) -> str:
         f"{config['data']['image_size']}x{config['data']['image_size']}, "
         f"batch {config['train']['batch_size']}, K = {config['mcmc']['K']}",
         f"matrix product: {np.median(peaks) / 1e9:.0f} GFLOP/s "
-        f"({min(peaks) / 1e9:.0f} to {max(peaks) / 1e9:.0f})",
+        f"({min(peaks) / 1e9:.0f} to {max(peaks) / 1e9:.0f}); "
+        f"peak of memory: {result['peak_memory'] / 2**30:.2f} GiB",
         f"{'':15}{'GFLOP':>10}{'compile':>10}{'ms':>10}{'floor / time':>14}   spread",
     ]
     for row in result["programs"]:
@@ -322,6 +382,11 @@ def growth_table(found: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def startup_table(found: dict[str, float]) -> str:
+    """Returns the times of new processes for a person to read."""
+    return "\n".join(f"{name:20}{seconds:8.2f} s" for name, seconds in found.items())
+
+
 def main(argv: Sequence[str]) -> None:
     """Measures what the flags say, prints the table, writes the JSON."""
     if len(argv) > 1:
@@ -337,12 +402,18 @@ def main(argv: Sequence[str]) -> None:
         if _GROWTH.value:
             config.mcmc.K = _K.value or 2
         config_lib.validate(config)
-        result: Any = (
-            growth(config, repeats)
-            if _GROWTH.value
-            else measure(config, repeats, _SAMPLES.value)
-        )
-        print(growth_table(result) if _GROWTH.value else table(result))
+        result: Any
+        if _STARTUP.value:
+            if not _CONFIG.value:
+                raise UserError("--startup needs a --config, such as configs/digits.py")
+            result = startup(_CONFIG.value)
+            print(startup_table(result))
+        elif _GROWTH.value:
+            result = growth(config, repeats)
+            print(growth_table(result))
+        else:
+            result = measure(config, repeats, _SAMPLES.value)
+            print(table(result))
         if _JSON.value:
             text = json.dumps(result, indent=2) + "\n"
             write_whole(epath.Path(_JSON.value), text.encode())

@@ -11,6 +11,7 @@ import pytest
 
 from drl_jax import benchmark, flops
 from drl_jax import config as config_lib
+from drl_jax.errors import UserError
 from drl_jax.progress import Progress
 
 ROOT = Path(__file__).parents[1]
@@ -28,10 +29,40 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path):
         text=True,
         check=True,
     )
-    rows = json.loads(path.read_text())["programs"]
+    result = json.loads(path.read_text())
+    assert 2**27 < result["peak_memory"] < 2**36
+    rows = result["programs"]
     names = ["forward pass", "chain step", "training step", "generation"]
     assert [row["name"] for row in rows] == names
     assert all(row["name"] in done.stdout and row["efficiency"][0] > 0 for row in rows)
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_new_processes_are_timed_until_the_first_step(tmp_path, monkeypatch, trains):
+    """Of a module that says when it did what, in place of `drl_jax.main`."""
+    says = "print('step 1/1  1 step/s', flush=True)" if trains else "sys.exit('no')"
+    package = tmp_path / "drl_jax"
+    package.mkdir()
+    (package / "main.py").write_text(
+        "import os, sys, time\n"
+        "if '--help' not in sys.argv:\n"
+        "    cache = os.environ['XDG_CACHE_HOME']\n"
+        "    time.sleep(0 if os.path.exists(cache) else 3)\n"
+        "    os.makedirs(cache, exist_ok=True)\n"
+        f"    {says}\n"
+        "    time.sleep(600)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    if not trains:
+        with pytest.raises(UserError, match="before its first step: no"):
+            benchmark.startup("any.py")
+        return
+    found = benchmark.startup("any.py")
+    assert list(found) == ["help", "first step, cold", "first step, cached"]
+    _, cold, cached = found.values()
+    assert cached < 3 < cold < 60
+    assert "first step, cold" in benchmark.startup_table(found)
 
 
 @pytest.fixture
