@@ -11,6 +11,8 @@ Left to itself, autodiff spells both gradients in ways that XLA:CPU runs slowly:
   FLOP as a forward one. On CPUs it is a sum of matrix products here; accelerators keep the
   convolution, for which they have kernels, and TPUs get it in pieces of one size.
 
+And on CPUs wide ones are Winograd's, with fewer products (`winograd.py`).
+
 The two are each other's gradients, so both hold at any order of differentiation.
 """
 
@@ -20,6 +22,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
+
+from drl_jax.energies import winograd
 
 # Pixels in one of the matrix products of `_kernel_gradient_by_matmul`: enough for the
 # product to run at full speed, few enough for its operands to stay in a core's cache.
@@ -32,6 +36,12 @@ CHANNELS = 128
 def _forward(
     x: Float[Array, "B H W I"], kernel: Float[Array, "3 3 I O"]
 ) -> Float[Array, "B H W O"]:
+    if winograd.pays(x, kernel):
+        return lax.platform_dependent(x, kernel, cpu=winograd.conv3x3, default=_direct)
+    return _direct(x, kernel)
+
+
+def _direct(x, kernel):
     return lax.conv_general_dilated(
         x,
         kernel.astype(x.dtype),
