@@ -8,8 +8,9 @@ The floor of a program is the time of its convolutions' and dense layers' FLOPs 
 of a 2048³ float32 matrix product on the same device: one forward pass, 2 for a chain step
 (a gradient with respect to the images), 2K + 6 for a training step (K chain steps, then the
 gradient with respect to the parameters for data and chain ends). Efficiency is floor / time:
-1 is the floor. Every repeat measures the product again, just before and just after, because
-machines change their speed.
+1 is the floor, and more is a program with fewer products than the direct sums have. Every
+repeat measures the matrix product again, just before and just after, because machines change
+their speed.
 
 With --growth one size after the other is varied, and the exponent e fitted with which time,
 counted in matrix products, goes as FLOPs to the power of e: above 1, it grows faster than them.
@@ -65,6 +66,7 @@ _QUICK = flags.DEFINE_bool("quick", False, "At most K = 5 and 2 repeats.")
 _SAMPLES = flags.DEFINE_integer("samples", 0, "Measure the generation of so many, too.", 0)
 _GROWTH = flags.DEFINE_bool("growth", False, "Vary the sizes, at K = 2, instead.")
 _STARTUP = flags.DEFINE_bool("startup", False, "Time new processes of --config, instead.")
+flags.mark_bool_flags_as_mutual_exclusive(["growth", "startup"])
 _JSON = flags.DEFINE_string("json", None, "Where to write the numbers as JSON.")
 
 
@@ -257,7 +259,7 @@ def startup(config: str) -> dict[str, float]:
     subprocess.run([*main, "--help"], stdout=subprocess.DEVNULL, check=True)
     found = {"help": time.perf_counter() - start}
     with tempfile.TemporaryDirectory() as folder:
-        environment = os.environ | {"XDG_CACHE_HOME": os.path.join(folder, "cache")}
+        environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": os.path.join(folder, "cache")}
         for name in ("cold", "cached"):
             command = [*main, f"--config={config}", "--config.train.num_steps=1"]
             command += ["--config.log.every_steps=1", f"--workdir={folder}/{name}"]

@@ -1,11 +1,15 @@
 """The curves and pictures of a run, for TensorBoard."""
 
-from collections.abc import Mapping
-from typing import Any
+import functools
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from clu import asynclib
 from etils import epath
+
+if TYPE_CHECKING:
+    from clu.metric_writers import MetricWriter
 
 
 class Curves:
@@ -16,11 +20,9 @@ class Curves:
     """
 
     def __init__(self, workdir: epath.Path, just_logging: bool = False):
-        """Opens a file in the work directory, or none where another process has one."""
-        self._opens = str(workdir), just_logging
-        self._writer: Any = None
+        """Writes to a file in the work directory, or to none where another process does."""
+        self._workdir, self._just_logging = workdir, just_logging
         self._thread = asynclib.Pool("curves", max_workers=1)  # one: all stays in order
-        self._do = self._thread(self._write)
 
     def __enter__(self) -> "Curves":
         return self
@@ -31,27 +33,23 @@ class Curves:
         Raises:
           asynclib.AsyncError: if something could not be; so may the next call of a method.
         """
-        self._thread(self._close)()
         self._thread.close()
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
         """Adds a point to every curve."""
-        self._do("write_scalars", step, scalars)
+        self._do(lambda writer: writer.write_scalars(step, scalars))
 
     def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
         """Adds pictures, uint8 [number, height, width, channels]."""
-        self._do("write_images", step, images)
+        self._do(lambda writer: writer.write_images(step, images))
 
-    def _write(self, method: str, *values: Any) -> None:
-        if self._writer is None:
-            from clu import metric_writers
+    def _do(self, write: "Callable[[MetricWriter], None]") -> None:
+        self._thread(lambda: write(self._writer))()
 
-            workdir, just_logging = self._opens
-            self._writer = metric_writers.create_default_writer(
-                workdir, just_logging=just_logging, asynchronous=False
-            )
-        getattr(self._writer, method)(*values)
+    @functools.cached_property
+    def _writer(self) -> "MetricWriter":
+        from clu import metric_writers
 
-    def _close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
+        return metric_writers.create_default_writer(
+            str(self._workdir), just_logging=self._just_logging, asynchronous=False
+        )

@@ -46,13 +46,14 @@ def test_new_processes_are_timed_until_the_first_step(tmp_path, monkeypatch, tra
     (package / "main.py").write_text(
         "import os, sys, time\n"
         "if '--help' not in sys.argv:\n"
-        "    cache = os.environ['XDG_CACHE_HOME']\n"
+        "    cache = os.environ['JAX_COMPILATION_CACHE_DIR']\n"
         "    time.sleep(0 if os.path.exists(cache) else 3)\n"
         "    os.makedirs(cache, exist_ok=True)\n"
         f"    {says}\n"
         "    time.sleep(600)\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))  # not a new one
     monkeypatch.chdir(tmp_path)
     if not trains:
         with pytest.raises(UserError, match="before its first step: no"):

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -20,12 +21,11 @@ import drl_jax.modes.train
 from drl_jax.curves import Curves
 from etils import epath
 
-with Curves(epath.Path(sys.argv[1])) as curves:
-    pass
-print("tensorflow" in sys.modules)
-with Curves(epath.Path(sys.argv[1])) as curves:
-    curves.write_scalars(1, {"loss": 0.0})
-print("tensorflow" in sys.modules)
+for scalars in ({}, {"loss": 0.0}):
+    with Curves(epath.Path(sys.argv[1])) as curves:
+        if scalars:
+            curves.write_scalars(1, scalars)
+    print("tensorflow" in sys.modules)
 """
     output = subprocess.check_output([sys.executable, "-c", program, tmp_path], text=True)
     assert output.split() == ["False", "True"]
@@ -42,26 +42,40 @@ def test_all_is_written_in_order_when_it_closes(tmp_path):
     assert [event.step for event in events.Tensors("samples")] == [200]
 
 
+def test_what_is_written_can_be_seen_before_it_closes(tmp_path):
+    curves = Curves(epath.Path(tmp_path))
+    curves.write_scalars(1, {"loss": 0.0})
+    end = time.monotonic() + 60
+    tags = []
+    while not tags and time.monotonic() < end:
+        tags = EventAccumulator(str(tmp_path)).Reload().Tags()["tensors"]
+    assert tags == ["loss"]
+    curves.__exit__()
+
+
 def test_only_one_process_has_a_file(tmp_path):
     with Curves(epath.Path(tmp_path), just_logging=True) as curves:
         curves.write_scalars(1, {"loss": 0.0})
     assert not list(tmp_path.iterdir())
 
 
-def test_what_cannot_be_written_is_told_and_no_step_waits(tmp_path, monkeypatch):
+@pytest.mark.parametrize("broken", ["opened", "written"])
+def test_no_step_waits_and_what_cannot_be_done_is_told(tmp_path, monkeypatch, broken):
     released = threading.Event()
 
     class Full:
         def write_scalars(self, *_):
-            assert released.wait(60)
-            raise OSError("no space left")
+            raise OSError("cannot be written")
 
-        def close(self):
-            pass
+    def create(*_, **__):
+        assert released.wait(60)
+        if broken == "opened":
+            raise OSError("cannot be opened")
+        return Full()
 
-    monkeypatch.setattr(metric_writers, "create_default_writer", lambda *_, **__: Full())
+    monkeypatch.setattr(metric_writers, "create_default_writer", create)
     curves = Curves(epath.Path(tmp_path))
-    curves.write_scalars(1, {"loss": 0.0})  # returns, though nothing is written yet
+    curves.write_scalars(1, {"loss": 0.0})  # returns, though nothing is open yet
     released.set()
-    with pytest.raises(asynclib.AsyncError, match="no space left"):
+    with pytest.raises(asynclib.AsyncError, match=f"cannot be {broken}"):
         curves.__exit__()
