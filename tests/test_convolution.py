@@ -22,6 +22,7 @@ SHAPES = [  # H, W, input and output channels
     (3, 3, 1, 1),
     (1, 2, 2, 5),
     (8, 8, 6, 6),
+    (8, 10, 128, 256),  # Winograd's
 ]
 
 
@@ -40,7 +41,8 @@ def autodiff(x, kernel):
 def arrays(H, W, I, O, *lead):  # noqa: E741
     x_key, kernel_key = jax.random.split(jax.random.key(H * W + I))
     x = jax.random.normal(x_key, (*lead, B, H, W, I))
-    return x, jax.random.normal(kernel_key, (*lead, 3, 3, I, O))
+    kernel = jax.random.normal(kernel_key, (*lead, 3, 3, I, O))
+    return x, kernel / (9 * I) ** 0.5
 
 
 def gradients(conv):
@@ -100,6 +102,25 @@ def test_every_platform_has_its_own_kernels_gradient(
     text = traced.lower(lowering_platforms=(platform,)).as_text()
     assert text.count("stablehlo.convolution") == convolutions
     assert text.count("stablehlo.dot_general") == products
+
+
+@pytest.mark.parametrize(
+    ("shape", "platform", "is_winograds"),
+    [
+        ((8, 8, 256, 256), "cpu", True),
+        ((8, 8, 256, 128), "cpu", True),
+        ((4, 4, 256, 256), "cpu", False),
+        ((9, 8, 256, 256), "cpu", False),
+        ((32, 32, 128, 128), "cpu", False),
+        ((8, 8, 256, 256), "tpu", False),
+        ((8, 8, 256, 256), "cuda", False),
+    ],
+)
+def test_wide_convolutions_on_cpus_are_winograds(shape, platform, is_winograds):
+    traced = jax.jit(lambda *args: conv3x3(*args)).trace(*arrays(*shape))
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert ("stablehlo.dot_general" in text) == is_winograds
+    assert ("stablehlo.convolution" in text) != is_winograds
 
 
 def test_a_gradient_is_the_same_when_it_is_stored_first():
