@@ -259,7 +259,7 @@ def startup(config: str) -> dict[str, float]:
     subprocess.run([*main, "--help"], stdout=subprocess.DEVNULL, check=True)
     found = {"help": time.perf_counter() - start}
     with tempfile.TemporaryDirectory() as folder:
-        environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": os.path.join(folder, "cache")}
+        environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": f"{folder}/cache"}
         for name in ("cold", "cached"):
             command = [*main, f"--config={config}", "--config.train.num_steps=1"]
             command += ["--config.log.every_steps=1", f"--workdir={folder}/{name}"]

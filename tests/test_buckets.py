@@ -122,6 +122,8 @@ def test_a_bucket_of_others_is_told_in_a_line(bucket, capsys, args):
 
 # And what those cases do not come to: nothing but epath, Orbax and clu may reach a file.
 FILE_MODULES = {"fileinput", "glob", "pathlib", "shutil", "tempfile"}
+# Folders of this machine, for processes that are timed on it, and gone with them.
+SCRATCH = {"benchmark.py": ["tempfile"]}
 OF_PROCESSES = {
     "_exit",
     "close",
@@ -160,7 +162,7 @@ def reaches(source):
     ids=lambda path: path.relative_to(tiny.ROOT / "drl_jax").as_posix(),
 )
 def test_no_module_reaches_files_by_itself(module):
-    assert reaches(module.read_text()) == []
+    assert reaches(module.read_text()) == SCRATCH.get(module.name, [])
 
 
 @pytest.mark.parametrize(
