@@ -6,6 +6,7 @@ Of several processes only the first one writes: the folder is the same for all.
 import contextlib
 import os
 from collections.abc import Iterator
+from typing import BinaryIO
 
 import jax
 from etils import epath
@@ -40,20 +41,44 @@ def make_writable(folder: epath.Path) -> None:
         probe.unlink()
 
 
-def write_whole(path: epath.Path, content: bytes) -> None:
-    """Writes a file under another name and then gives it its own, in one step.
+@contextlib.contextmanager
+def whole(path: epath.Path) -> Iterator[BinaryIO]:
+    """Opens a file to be written, which gets its name when all is written, in one step.
 
-    An interrupted write leaves what was there before.
+    An interrupted write leaves what was there before. What goes wrong in a write itself is for
+    the caller to tell.
+
+    Raises:
+      UserError: if it cannot be opened or finished.
+    """
+    if jax.process_index():
+        with open(os.devnull, "wb") as nothing:
+            yield nothing
+        return
+    aside, failure = path.parent / f".{path.name}-{os.getpid()}", f"cannot write to {path}"
+    with told(failure):
+        file = aside.open("wb")
+    try:
+        yield file
+        with told(failure):
+            file.close()
+            aside.replace(path)
+    except BaseException:
+        with contextlib.suppress(Exception):
+            file.close()  # first: a bucket gets the content only now
+        with contextlib.suppress(Exception):
+            aside.unlink(missing_ok=True)
+        raise
+
+
+def write_whole(path: epath.Path, content: bytes) -> None:
+    """Writes a file of this content in one step, as `whole` does.
 
     Raises:
       UserError: if it cannot be written.
     """
-    if jax.process_index():
-        return
-    aside = path.parent / f".{path.name}-{os.getpid()}"
-    with told(f"cannot write to {path}"):
-        aside.write_bytes(content)
-        aside.replace(path)
+    with whole(path) as file, told(f"cannot write to {path}"):
+        file.write(content)
 
 
 def remove(path: epath.Path) -> None:

@@ -329,17 +329,25 @@ class Model:
         """Runs a compiled program on the examples of these numbers, a batch at a time.
 
         Arrays go in and come out in any tree, an example a row of each. The last batch is
-        filled up with copies, so that it needs no program of its own.
+        filled up with copies, so that it needs no program of its own. While the caller has a
+        batch in hand the devices are at work on the next, so that no writing stalls them.
         """
         n = len(indices)
         size = min(self._batch_size, -(-n // self.mesh.size) * self.mesh.size)
         split = parallel.by_example(self.mesh)
-        for start in range(0, n, size):
+
+        def begun(start: int) -> tuple[int, Any]:
             rows = np.minimum(np.arange(start, start + size), n - 1)
-            batch = jax.tree.map(lambda array, rows=rows: array[rows], (indices, arrays))
+            batch = jax.tree.map(lambda array: array[rows], (indices, arrays))
             numbers, examples = parallel.place(batch, split)
             out = compiled(self.params, self.tuning, key, numbers, examples, settings)
-            yield jax.tree.map(lambda x, left=n - start: x[:left], parallel.fetch(out))
+            return n - start, out
+
+        batches = map(begun, range(0, n, size))
+        pending = next(batches, None)
+        while pending:
+            (left, out), pending = pending, next(batches, None)  # which begins the next one
+            yield jax.tree.map(lambda x, left=left: x[:left], parallel.fetch(out))
 
 
 def _concatenated(batches: Iterator[Any]) -> Any:

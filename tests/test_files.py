@@ -1,3 +1,5 @@
+import io
+
 import pytest
 from etils import epath
 
@@ -23,24 +25,38 @@ def test_a_folder_is_made_writable_without_a_trace(folder):
     assert list((folder / "a" / "b").iterdir()) == []
 
 
-def test_a_file_is_replaced_whole(folder, monkeypatch):
-    """Where the write stops half way the old content stays, under its name."""
-    file = folder / "file"
-    files.write_whole(file, b"old")
+class Full(io.FileIO):
+    """A file on a disk that is full after half of what is written."""
 
-    def write_half(self, content):
-        with open(self, "wb") as half:
-            half.write(content[: len(content) // 2])
+    def write(self, content):
+        super().write(content[: len(content) // 2])
         raise OSError(28, "No space left on device")
 
+
+def write_half(file):
+    with files.whole(file) as half:
+        half.write(b"new")
+        raise KeyboardInterrupt
+
+
+def test_a_file_is_replaced_whole(folder, monkeypatch):
+    """Where the write stops half way the old content stays, and nothing beside it."""
+    file = folder / "file"
+    files.write_whole(file, b"old")
     with monkeypatch.context() as patch:
-        patch.setattr(type(file), "write_bytes", write_half)
+        patch.setattr(type(file), "open", lambda self, mode: Full(self, mode))
         with pytest.raises(UserError, match=r"cannot write to .*file: No space left"):
             files.write_whole(file, b"new one")
-    assert file.read_bytes() == b"old"
-    files.write_whole(file, b"new one")
-    assert file.read_bytes() == b"new one"
-    assert [path.name for path in folder.iterdir() if not path.name.startswith(".")] == ["file"]
+    with pytest.raises(KeyboardInterrupt):
+        write_half(file)
+    assert [(path.name, path.read_bytes()) for path in folder.iterdir()] == [("file", b"old")]
+    with files.whole(file) as whole:
+        whole.write(b"new ")
+        whole.write(b"one")
+        assert file.read_bytes() == b"old"
+    assert [(path.name, path.read_bytes()) for path in folder.iterdir()] == [
+        ("file", b"new one")
+    ]
 
 
 def test_of_several_processes_only_the_first_one_writes_and_removes(folder, monkeypatch):

@@ -326,13 +326,13 @@ def samples_of(workdir, n, seed=0):
         == 0
     )
     folder = workdir / "samples" / f"step_{tiny.STEPS}_seed_{seed}"
-    x = np.load(io.BytesIO((folder / "samples.npz").read_bytes()))["samples"]
+    x = np.load(io.BytesIO((folder / "samples.npy").read_bytes()))
     assert x.shape == (n, 8, 8, 1)
     assert x.dtype == np.float32
     assert sorted(path.name for path in folder.iterdir()) == [
         *(f"{i:06d}.png" for i in range(n)),
         "grid.png",
-        "samples.npz",
+        "samples.npy",
     ]
     for i in (0, n - 1):
         png = np.asarray(Image.open(io.BytesIO((folder / f"{i:06d}.png").read_bytes())))

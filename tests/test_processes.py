@@ -110,8 +110,7 @@ def test_what_two_have_learned_is_sampled_by_one_or_by_two(pair):
     for begin in (start_pair, lambda args: [start(*args, devices=8)]):
         statuses, said = ended(*begin(args))
         assert set(statuses) == {0}, said
-        with np.load(folder / "samples.npz") as arrays:
-            found.append(arrays["samples"])
+        found.append(np.load(folder / "samples.npy"))
         assert len(list(folder.iterdir())) == 12
         folder.rmtree()
     np.testing.assert_allclose(*found, atol=1e-4)

@@ -1,3 +1,5 @@
+import collections
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,7 +7,7 @@ import pytest
 from statistical import assert_mean, assert_variance
 
 from drl_jax import diffusion, noise, recovery, sampling, testbeds
-from drl_jax.mcmc import hmc, langevin, mala
+from drl_jax.mcmc import hmc, langevin, mala, normal_approximation
 from drl_jax.sampling import Sampler
 
 SCHEDULE = diffusion.schedule(6)
@@ -161,3 +163,45 @@ def test_a_chain_that_is_stopped_goes_on_as_if_it_had_not_been():
     whole = run(x_tilde, 0, 9)
     np.testing.assert_allclose(run(run(x_tilde, 0, 4), 4, 9), whole, rtol=1e-6)
     assert np.abs(run(run(x_tilde, 0, 4), 0, 5) - whole).max() > 0.01
+
+
+COSTS = [(langevin, {}, (0, 4)), (normal_approximation, {}, (0, 4)), (mala, {}, (5, 5))]
+COSTS.append((hmc, {"leapfrog": jnp.full(6, 3)}, (13, 13)))
+
+
+@pytest.mark.parametrize(
+    ("module", "tuning", "cost"), COSTS, ids=[m.__name__.split(".")[-1] for m, *_ in COSTS]
+)
+def test_a_chain_computes_no_density_and_no_gradient_that_it_does_not_use(module, tuning, cost):
+    """Counted where they are computed, in 4 steps: of the value, and of the gradient.
+
+    HMC's trajectories carry the value along; a network's is one sum more than its gradient.
+
+    Fails with a gradient at Langevin's start, and where a step's log-density is summed up.
+    """
+    counted = collections.Counter()
+
+    def counting(name, value):
+        def count(value):
+            counted[name] += 1
+            return value
+
+        return jax.pure_callback(count, jax.typeof(value), value)
+
+    @jax.custom_vjp
+    def half_square(y):
+        return counting("value", -jnp.sum(y**2, axis=1) / 2)
+
+    half_square.defvjp(
+        lambda y: (half_square(y), y),
+        lambda y, ct: (counting("gradient", -y * ct[:, None]),),
+    )
+    sampler = Sampler(module.init, module.kernel, {"step_size": S} | tuning, K=4)
+    keys = noise.example_keys(jax.random.key(0), jnp.arange(3))
+    chain = jax.jit(
+        lambda x: sampling.sample_conditional(
+            keys, lambda y, t: half_square(y), x, jnp.arange(3), SCHEDULE, sampler
+        )
+    )
+    jax.block_until_ready(chain(jnp.ones((3, 2))))
+    assert (counted["value"], counted["gradient"]) == cost

@@ -82,8 +82,8 @@ def test_evaluating_gives_the_numbers_that_training_ended_with(trained):
 def test_samples_are_an_array_and_one_picture(trained):
     assert tiny.main("--mode=sample", f"--workdir={trained}", "--num_samples=100") == 0
     folder = trained / "samples" / "step_30_seed_0"
-    assert {path.name for path in folder.iterdir()} == {"grid.png", "samples.npz"}
-    x = np.load(io.BytesIO((folder / "samples.npz").read_bytes()))["samples"]
+    assert {path.name for path in folder.iterdir()} == {"grid.png", "samples.npy"}
+    x = np.load(io.BytesIO((folder / "samples.npy").read_bytes()))
     assert (x.shape, x.dtype) == ((100, 2), np.float32)
     np.testing.assert_array_equal(png(folder / "grid.png"), images.histogram(x)[..., 0])
 
