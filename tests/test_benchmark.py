@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -76,7 +78,7 @@ def machine(monkeypatch):
 
 def test_efficiency_is_the_floor_of_one_step_over_its_time(machine):
     """Of 4 steps of 1e9 FLOPs on 2 devices, in the time of a product of 16e9 on one."""
-    programs = [benchmark.Program("chain", 1e9, 4, 0.5, lambda: 16e9)]
+    programs = [benchmark.Program("chain", 1e9, 4, (0.5, 0.1), lambda: 16e9)]
     with Progress(3, "measurement") as progress:
         (row,), peaks = benchmark.timed(programs, 3, 2, progress)
     np.testing.assert_allclose(row.efficiency, [1e9 / 2 / (16e9 / 4)] * 3)
@@ -95,7 +97,7 @@ def test_growth_varies_a_size_and_fits_the_exponent(machine, monkeypatch):
         def training_step(self):
             seen.append(self.config.mcmc.K)
             work = flops.training_step(self.config)
-            return benchmark.Program("", work, 1, 0.0, lambda: work**1.3)
+            return benchmark.Program("", work, 1, (0.0, 0.0), lambda: work**1.3)
 
     monkeypatch.setattr(benchmark, "Subject", Subject)
     monkeypatch.setattr(benchmark, "GROWTH", (("K", "mcmc.K", (1, 3, 10), "training step"),))
@@ -113,3 +115,17 @@ def test_every_size_that_is_varied_costs_more_flops(name, field, values, kind):
         each = flops.sampling if kind == "generation" else flops.training_step
         work.append(config.train.batch_size * each(config))
     assert all(b > a for a, b in itertools.pairwise(work))
+
+
+def test_a_program_is_compiled_and_then_read_from_the_cache():
+    """And JAX's own cache is what it was."""
+    met = []
+    jax.monitoring.register_event_listener(lambda event, **_: met.append(event))
+    before = jax.config.jax_compilation_cache_dir
+    x = jnp.ones((8, 8))
+    program, (cold, cached) = benchmark.compiled(jax.jit(lambda x: jnp.sin(x @ x)), x)
+    hits = [event for event in met if event.startswith("/jax/compilation_cache/cache_")]
+    assert hits == [f"/jax/compilation_cache/cache_{name}" for name in ("misses", "hits")]
+    np.testing.assert_allclose(program(x), np.sin(8 * np.ones((8, 8))), rtol=1e-5)
+    assert min(cold, cached) > 0
+    assert jax.config.jax_compilation_cache_dir == before
