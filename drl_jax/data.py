@@ -11,6 +11,7 @@ prepared) is a `UserError`, also where a prefetching thread meets it.
 """
 
 import difflib
+import functools
 import hashlib
 import io
 import math
@@ -58,8 +59,12 @@ class Source(Protocol):
 
     def __getitem__(self, index: int) -> Num[np.ndarray, "*D"]: ...
 
+    def read(self, indices: Sequence[int]) -> list[Num[np.ndarray, "*D"]]:
+        """Returns many at once."""
+        return [self[index] for index in indices]
 
-class Digits:
+
+class Digits(Source):
     """The 1797 handwritten digits that come with scikit-learn, 8x8 grey."""
 
     white = 16.0
@@ -79,7 +84,7 @@ class Digits:
         return self._images[index]
 
 
-class Points:
+class Points(Source):
     """`POINTS` draws of a shape in the plane; the same ones every time."""
 
     white = 0.0
@@ -98,7 +103,7 @@ class Points:
         return self._points[index]
 
 
-class Folder:
+class Folder(Source):
     """The PNG and JPEG files anywhere below a folder, by path; a bucket's, too.
 
     They become RGB or grey as `channels` (3 or 1) says, and are read when asked for.
@@ -138,7 +143,7 @@ class Folder:
         return read_image(self._files[index], self._channels)
 
 
-class Tfds:
+class Tfds(Source):
     """The images of one split of a TFDS data set that lies prepared as ArrayRecord.
 
     TFDS need not know the data set: what is found in `data_dir` is enough.
@@ -204,9 +209,19 @@ class Tfds:
         return len(self._examples)
 
     def __getitem__(self, index: int) -> UInt8[np.ndarray, "H W C"]:
-        return _decode(
-            f"{index} {self._title}", lambda: self._examples[index]["image"], self._channels
-        )
+        return self._decoded(index, lambda: self._examples[index]["image"])
+
+    def read(self, indices: Sequence[int]) -> list[UInt8[np.ndarray, "H W C"]]:
+        """Returns many at once, as TFDS reads them faster."""
+        try:
+            examples = self._examples.__getitems__(indices)
+        except Exception:  # one by one, it is told which of them cannot be read
+            return super().read(indices)
+        pairs = zip(indices, examples, strict=True)
+        return [self._decoded(index, functools.partial(e.get, "image")) for index, e in pairs]
+
+    def _decoded(self, index: int, read: Callable[[], bytes]) -> UInt8[np.ndarray, "H W C"]:
+        return _decode(f"{index} {self._title}", read, self._channels)
 
 
 def _prepare_command(name: str, data_dir: str) -> str:
@@ -352,13 +367,24 @@ def training_batches(
             f"config.train.batch_size is {config.train.batch_size}: "
             f"it must be a multiple of the {process_count} processes"
         )
-    examples = _prepared(config).seed(config.seed).shuffle().repeat(_EPOCHS)
-    if config.data.flip:
-        examples = examples.random_map(_flip)  # seeded by the example's place in the run
-    if width := config.data.dequantise:
-        examples = examples.random_map(lambda image, rng: _dequantise(image, rng, width))
-    batches = examples.batch(size)[process_index::process_count][start_step:]
-    return iter(batches.map(lambda image: {"image": image}).to_iter_dataset(_READ_OPTIONS))
+    source, B = open_source(config), config.train.batch_size
+    prepared, augmented = _preparation(config, source), _augmentation(config)
+    own = slice(process_index * size, (process_index + 1) * size)
+
+    def drawn(numbers: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        return numbers[own], rng.integers(2**63, size=B)[own]
+
+    def read(numbers_and_keys: tuple[np.ndarray, np.ndarray]) -> dict[str, np.ndarray]:
+        numbers, keys = numbers_and_keys
+        images = map(prepared, source.read(numbers.tolist()))
+        return {
+            "image": np.stack([augmented(*each) for each in zip(images, keys, strict=True)])
+        }
+
+    # Of numbers: what grain does with every example costs more than to decode a small one.
+    numbers = grain.MapDataset.range(len(source)).seed(config.seed).shuffle().repeat(_EPOCHS)
+    steps = numbers.batch(B).random_map(drawn)[start_step:]
+    return iter(steps.map(read).to_iter_dataset(_READ_OPTIONS))
 
 
 def all_images(
@@ -376,7 +402,9 @@ def all_images(
       UserError: at the call as `open_source` does; from the iterator where an image is
         unreadable.
     """
-    return iter(_prepared(config)[:limit].to_iter_dataset(_READ_OPTIONS))
+    source = open_source(config)
+    examples = grain.MapDataset.source(source).map(_preparation(config, source))
+    return iter(examples[:limit].to_iter_dataset(_READ_OPTIONS))
 
 
 def prepared_files(
@@ -396,14 +424,29 @@ def prepared_files(
     )
 
 
-def _prepared(config: ConfigDict) -> grain.MapDataset:
-    """The examples of `config.data`, float32, at random access; images in [-1, 1]."""
-    source, data = open_source(config), config.data
+def _preparation(
+    config: ConfigDict, source: Source
+) -> Callable[[Num[np.ndarray, "*D"]], Float[np.ndarray, "*D"]]:
+    """Returns what makes a source's examples float32; of images, in [-1, 1]."""
     if not source.white:
-        return grain.MapDataset.source(source)  # points are ready as they are
+        return lambda point: point  # they are ready as they are
     # Read once, here: a ConfigDict may change while the threads are at work.
-    size, crop, white = data.image_size, data.crop, source.white
-    return grain.MapDataset.source(source).map(lambda image: prepare(image, size, crop, white))
+    size, crop, white = config.data.image_size, config.data.crop, source.white
+    return lambda image: prepare(image, size, crop, white)
+
+
+def _augmentation(
+    config: ConfigDict,
+) -> Callable[[Float[np.ndarray, "*D"], int], Float[np.ndarray, "*D"]]:
+    """Returns (example, key) -> example, flipped and dequantised as `config.data` says."""
+    flip, width = config.data.flip, config.data.dequantise
+
+    def augmented(image: Float[np.ndarray, "*D"], key: int) -> Float[np.ndarray, "*D"]:
+        rng = np.random.Generator(np.random.Philox(key=key))
+        image = _flip(image, rng) if flip else image
+        return _dequantise(image, rng, width) if width else image
+
+    return augmented if flip or width else lambda image, key: image
 
 
 def _flip(image: Float[np.ndarray, "H W C"], rng: np.random.Generator) -> np.ndarray:

@@ -4,9 +4,10 @@ Of several processes only the first one writes: the folder is the same for all.
 """
 
 import contextlib
+import io
 import os
 from collections.abc import Iterator
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import jax
 from etils import epath
@@ -52,20 +53,18 @@ def whole(path: epath.Path) -> Iterator[BinaryIO]:
       UserError: if it cannot be opened or finished.
     """
     if jax.process_index():
-        with open(os.devnull, "wb") as nothing:
-            yield nothing
+        yield _Nowhere()
         return
     aside, failure = path.parent / f".{path.name}-{os.getpid()}", f"cannot write to {path}"
-    with told(failure):
-        file = aside.open("wb")
     try:
-        yield file
-        with told(failure):
-            file.close()
-            aside.replace(path)
+        with contextlib.ExitStack() as stack:
+            with told(failure):
+                file = stack.enter_context(aside.open("wb"))
+            yield file
+            with told(failure):
+                stack.close()  # a bucket gets the content now
+                aside.replace(path)
     except BaseException:
-        with contextlib.suppress(Exception):
-            file.close()  # first: a bucket gets the content only now
         with contextlib.suppress(Exception):
             aside.unlink(missing_ok=True)
         raise
@@ -85,3 +84,10 @@ def remove(path: epath.Path) -> None:
     """Removes a file, if it is there."""
     if not jax.process_index():
         path.unlink(missing_ok=True)
+
+
+class _Nowhere(io.BytesIO):
+    """Where processes other than the first one write."""
+
+    def write(self, content: Any) -> int:
+        return len(memoryview(content))

@@ -27,7 +27,7 @@ BRIEFLY = [
     "max_gap=1e9",
 ]
 MODES = {
-    "sample": (["--num_samples=10"], r"samples/.*/samples\.npz"),
+    "sample": (["--num_samples=10"], r"samples/.*/samples\.npy"),
     "evaluate": ([], r"metrics\.json"),
     "interpolate": (["--pairs=1", "--frames=3"], r"interpolations/.*/metrics\.json"),
     "inpaint": (["--completions=2", "--rounds=1"], r"inpaintings/.*/metrics\.json"),

@@ -31,7 +31,7 @@ def make_config(name="digits", batch_size=4, channels=1, image_size=8, **fields)
     return config
 
 
-class Numbered:
+class Numbered(data.Source):
     """Image i is 2x2 and grey: a left column of value i, a white right column."""
 
     def __init__(self, count):
@@ -550,9 +550,32 @@ def test_an_unreadable_tfds_image_is_named(tmp_path, stripes):
     _, files = stripes
     examples = [{"image": files[0]}, {"image": files[1][:200]}]
     write_tfds("spoilt", tmp_path, {"image": tfds.features.Image()}, examples)
+    config = tfds_config(tmp_path, "spoilt", image_size=10, batch_size=2)
+    for read in (lambda: list(data.all_images(config)), lambda: take(config, 1)):
+        with pytest.raises(UserError) as error:
+            read()
+        assert "image 1 of TFDS data set 'spoilt', split 'train'" in one_line(error)
+
+
+def test_a_tfds_record_that_cannot_be_read_among_many_is_named(tfds_dir, monkeypatch):
+    """The reader of many tells nothing; the one of one does."""
+    source = data.open_source(tfds_config(tfds_dir))
+    np.testing.assert_array_equal(source.read([5, 2]), [source[5], source[2]])
+
+    def get(self, index):
+        if index == 2:
+            raise ValueError("Failed to read block")
+        return {"image": encoded(np.zeros((10, 12, 3), np.uint8))}
+
+    def get_many(self, indices):
+        raise ValueError("Failed to read")
+
+    monkeypatch.setattr(type(source._examples), "__getitem__", get)
+    monkeypatch.setattr(type(source._examples), "__getitems__", get_many)
     with pytest.raises(UserError) as error:
-        list(data.all_images(tfds_config(tmp_path, "spoilt")))
-    assert "image 1 of TFDS data set 'spoilt', split 'train'" in one_line(error)
+        source.read([5, 2])
+    assert "image 2 of TFDS data set 'stripes', split 'train'" in one_line(error)
+    assert len(source.read([5, 4])) == 2
 
 
 def write_known(name, data_dir, images):
