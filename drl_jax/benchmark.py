@@ -139,8 +139,12 @@ class Subject:
 
     def forward_pass(self) -> Program:
         """Returns f of the batch."""
-        args = self.params, self.x, self.t
-        program, seconds = compiled(jax.jit(self.method.energy.f), *args)
+        f = self.method.energy.f
+        passed = parallel.over_examples(
+            lambda params, examples: f(params, *examples), self.mesh
+        )
+        args = self.params, (self.x, self.t)
+        program, seconds = compiled(jax.jit(passed), *args)
         work = self.B * flops.forward(self.config)
         return Program("forward pass", work, 1, seconds, lambda: program(*args))
 

@@ -33,7 +33,7 @@ _PILLOW_MODES = {1: "L", 3: "RGB"}
 
 # Each thread makes whole batches. A process that ends waits for those begun or buffered,
 # so there are only as many as keep a training step from waiting.
-_READ_OPTIONS = grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)
+_READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
 
 POINTS = 100_000  # that stand for a shape in the plane
 _POINTS_BATCHES = 10  # in which they are drawn: each of 10,000 by 400 components

@@ -11,7 +11,8 @@ Left to itself, autodiff spells both gradients in ways that XLA:CPU runs slowly:
   FLOP as a forward one. On CPUs it is a sum of matrix products here; accelerators keep the
   convolution, for which they have kernels, and TPUs get it in pieces of one size.
 
-And on CPUs wide ones are Winograd's, with fewer products (`winograd.py`).
+And on CPUs wide ones are Winograd's, with fewer products, and so are their kernels' gradients
+(`winograd.py`).
 
 The two are each other's gradients, so both hold at any order of differentiation.
 """
@@ -76,7 +77,7 @@ def kernel_gradient(
     """
     return lax.platform_dependent(
         *(x, g),
-        cpu=_kernel_gradient_by_matmul,
+        cpu=winograd.kernel_gradient if winograd.pays(x, g) else _kernel_gradient_by_matmul,
         tpu=_kernel_gradient_by_tiles,
         default=_kernel_gradient_by_convolution,
     )
