@@ -43,6 +43,7 @@ from ml_collections import ConfigDict
 
 from drl_jax import config as config_lib
 from drl_jax import flops, method, model, noise, parallel, train_state, train_step
+from drl_jax import main as main_lib
 from drl_jax.errors import UserError
 from drl_jax.files import write_whole
 from drl_jax.progress import Progress
@@ -123,7 +124,13 @@ class Subject:
 
     def __init__(self, config: ConfigDict):
         self.config = config
-        self.mesh = parallel.make_mesh(**config.mesh)
+        devices = jax.devices()
+        is_cpu = devices[0].platform == "cpu"
+        if is_cpu:  # as many as `drl_jax.main` would have
+            devices = devices[: main_lib.cpu_devices(config)]
+        self.mesh = parallel.make_mesh(devices, **config.mesh)
+        # A CPU's devices are parts of it: the product that one of them makes has all its cores.
+        self.chips = 1 if is_cpu else self.mesh.size
         self.B = config.train.batch_size
         parallel.require_divisible(self.B, self.mesh, "train.batch_size", config.train.parts)
         self.method = method.from_config(config)
@@ -206,7 +213,7 @@ def measure(config: ConfigDict, repeats: int, samples: int = 0) -> dict[str, Any
     if samples:
         programs.append(subject.generation(samples))
     with Progress(repeats * len(programs), "measurement") as progress:
-        rows, peaks = timed(programs, repeats, subject.mesh.size, progress)
+        rows, peaks = timed(programs, repeats, subject.chips, progress)
     return {
         "device": f"{subject.mesh.size} x {subject.mesh.devices.flat[0].device_kind}",
         "config": config_lib.to_json(config),
@@ -234,7 +241,7 @@ def growth(config: ConfigDict, repeats: int) -> list[dict[str, Any]]:
                 program = (
                     subject.generation(subject.B) if generates else subject.training_step()
                 )
-                rows += timed([program], repeats, subject.mesh.size, progress)[0]
+                rows += timed([program], repeats, subject.chips, progress)[0]
             work = np.log([row.flops for row in rows])
             products = work - np.log([np.median(row.efficiency) for row in rows])
             found.append(
@@ -306,7 +313,7 @@ def varied(config: ConfigDict, field: str, value: int) -> ConfigDict:
 
 
 def timed(
-    programs: Sequence[Program], repeats: int, devices: int, progress: Progress
+    programs: Sequence[Program], repeats: int, chips: int, progress: Progress
 ) -> tuple[list[Row], list[float]]:
     """Returns the measurements of programs, in turns, and the product's FLOP/s beside them."""
     rows = [Row(p.name, p.flops, p.compile_seconds, [], []) for p in programs]
@@ -319,7 +326,7 @@ def timed(
             seconds = seconds_a_call(program.call) / program.steps
             peaks.append(max(before, matmul_flops_per_second()))
             row.seconds.append(seconds)
-            row.efficiency.append(row.flops / (peaks[-1] * devices) / seconds)
+            row.efficiency.append(row.flops / (peaks[-1] * chips) / seconds)
             progress.add(1)
     return rows, peaks
 
@@ -431,6 +438,8 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
     logging.set_verbosity(logging.WARNING)
+    with contextlib.suppress(RuntimeError):  # JAX has its devices already
+        jax.config.update("jax_num_cpu_devices", main_lib.cpu_devices())
     try:
         config = config_lib.load(_CONFIG.value) if _CONFIG.value else default_config()
         config.train.batch_size = _BATCH_SIZE.value or config.train.batch_size

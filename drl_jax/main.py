@@ -76,6 +76,9 @@ FREE_AFTER_TRAINING = (
     "config.data.data_dir",
 )
 
+# A processor is made up of at most so many devices: on more, each has few examples.
+MOST_CPU_DEVICES = 8
+
 log = logging.getLogger("drl_jax")
 
 
@@ -117,7 +120,7 @@ def run(values: flags.FlagValues, changes: Sequence[str]) -> None:
         config = changed(config_lib.load(values.config), changes)
     elif values.mode == "import_original":
         config = changed(config_lib.default(), changes)
-    prepare_jax(values.topology)
+    prepare_jax(values.topology, 1 if job.has_others else cpu_devices(config))
     with processes.joined(job):
         if job.has_others:
             agree(values, config, changes)
@@ -364,11 +367,35 @@ def pick_workdir(values: flags.FlagValues) -> epath.Path | None:
     return workdir
 
 
-def prepare_jax(topology: str | None = None) -> None:
+def cpu_devices(config: ConfigDict | None = None) -> int:
+    """Returns of how many devices JAX should make up the processor: of one a core, or fewer.
+
+    On examples of its own a core need not wait for another in every operation. They are as
+    many as can share a batch of training; without a configuration nothing is trained, and
+    batches are filled up.
+    """
+    affinity = getattr(os, "sched_getaffinity", None)  # which macOS lacks
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    devices = range(1, min(cores, MOST_CPU_DEVICES) + 1)
+    if config is None:
+        return devices[-1]
+    batch, (data, fsdp) = config.train.batch_size, (config.mesh.data, config.mesh.fsdp)
+    return max(
+        (
+            n
+            for n in devices
+            if not batch % (n * config.train.parts) and not n % fsdp and data in (-1, n // fsdp)
+        ),
+        default=1,
+    )
+
+
+def prepare_jax(topology: str | None = None, cpu_devices: int = 1) -> None:
     """Keeps compiled programs between runs, and TensorFlow (behind clu) quiet.
 
     A plan's topology has its compiler loaded instead, and compiles anew, to tell how long that
-    takes.
+    takes. Where JAX runs on a processor, that is so many devices, unless XLA_FLAGS or
+    JAX_NUM_CPU_DEVICES say otherwise.
 
     Raises:
       UserError: if there is no such topology.
@@ -380,6 +407,12 @@ def prepare_jax(topology: str | None = None) -> None:
         for name, value in chips.parse("v5e:1x1").environment.items():
             if name.startswith("TPU_"):
                 os.environ.setdefault(name, value)
+    xla_flags = os.environ.get("XLA_FLAGS", "")
+    if "--xla_force_host_platform_device_count" not in xla_flags:
+        os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(cpu_devices))
+    # At the end of a long step cores may be minutes apart, and XLA would end the process.
+    patience = "--xla_cpu_collective_call_warn_stuck_timeout_seconds=86400"
+    os.environ["XLA_FLAGS"] = f"{patience} {xla_flags}"
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # errors alone
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # else it announces itself
     cache = epath.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "drl_jax"

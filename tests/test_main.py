@@ -12,6 +12,7 @@ import tiny
 from etils import epath
 from PIL import Image
 
+from drl_jax import config as config_lib
 from drl_jax import main as main_lib
 from drl_jax import model, progress
 from drl_jax.modes import parts
@@ -257,6 +258,48 @@ def test_the_cache_of_compiled_programs_is_the_users_if_they_name_one(monkeypatc
     monkeypatch.setattr(os, "environ", {"JAX_COMPILATION_CACHE_DIR": "/theirs"})
     main_lib.prepare_jax()
     assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "/theirs"
+
+
+@pytest.mark.parametrize(
+    ("cores", "changes", "devices"),
+    [
+        (1, {}, 1),
+        (2, {}, 2),
+        (6, {}, 4),  # of 64 examples
+        (96, {}, 8),
+        (6, {"train.batch_size": 30}, 6),
+        (6, {"train.batch_size": 30, "train.parts": 5}, 6),
+        (6, {"train.batch_size": 7}, 1),
+        (6, {"mesh.fsdp": 2}, 4),
+        (6, {"mesh.fsdp": 2, "mesh.data": 1}, 2),
+        (6, {"mesh.fsdp": 3}, 1),  # told by the mesh
+        (6, None, 6),
+    ],
+)
+def test_a_processor_is_a_device_a_core_where_they_share_a_batch(
+    cores, changes, devices, monkeypatch
+):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    if changes is None:
+        assert main_lib.cpu_devices() == devices
+        return
+    config = config_lib.load(str(tiny.DIGITS))
+    config.update_from_flattened_dict(changes)
+    assert main_lib.cpu_devices(config) == devices
+
+
+@pytest.mark.parametrize(
+    ("given", "number"),
+    [
+        ({}, "2"),
+        ({"JAX_NUM_CPU_DEVICES": "5"}, "5"),
+        ({"XLA_FLAGS": "--xla_force_host_platform_device_count=3"}, None),
+    ],
+)
+def test_the_processors_devices_are_the_users_if_they_say(given, number, monkeypatch):
+    monkeypatch.setattr(os, "environ", dict(given))
+    main_lib.prepare_jax(cpu_devices=2)
+    assert os.environ.get("JAX_NUM_CPU_DEVICES") == number
 
 
 @pytest.mark.parametrize("asked", [tiny.STEPS, tiny.STEPS - 1])
