@@ -26,19 +26,44 @@ def draw(shape, channels):
     return jnp.asarray(rng.normal(size=shape)), jnp.asarray(kernel)
 
 
+def direct_gradient(x, kernel):
+    """With respect to the kernel, of the convolution's inner product with itself."""
+    result, vjp = jax.vjp(lambda kernel: direct(x, kernel), kernel)
+    return vjp(result)[0]
+
+
+def gradient(x, kernel):
+    return winograd.kernel_gradient(x, direct(x, kernel))
+
+
+BOTH = [(winograd.conv3x3, direct), (gradient, direct_gradient)]
+
+
+@pytest.mark.parametrize(("ours", "expected"), BOTH)
 @pytest.mark.parametrize("shape", [(1, 2, 2, 1), (2, 8, 8, 5), (3, 10, 4, 2), (1, 16, 16, 256)])
-def test_it_is_the_direct_sum(shape):
+def test_it_is_the_direct_sum(shape, ours, expected):
     args = draw(shape, 7)
-    np.testing.assert_allclose(winograd.conv3x3(*args), direct(*args), rtol=0, atol=1e-13)
+    np.testing.assert_allclose(ours(*args), expected(*args), rtol=1e-12, atol=1e-12)
 
 
-def test_its_errors_in_float32_are_less_than_twice_those_of_the_direct_sum():
+@pytest.mark.parametrize(("ours", "expected"), BOTH)
+@pytest.mark.parametrize(("numbers", "few"), [(1, 1), (2 * 8 * 6 * 7, 2), (10**9, 6)])
+def test_it_is_the_same_a_few_images_at_a_time(numbers, few, ours, expected, monkeypatch):
+    monkeypatch.setattr(winograd, "NUMBERS", numbers)
+    args = draw((6, 8, 6, 5), 7)
+    assert winograd._few(*args) == few
+    np.testing.assert_allclose(ours(*args), expected(*args), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("ours", "expected"), BOTH)
+def test_its_errors_in_float32_are_less_than_twice_those_of_the_direct_sum(ours, expected):
     args = [a.astype(jnp.float32) for a in draw((4, 16, 16, 256), 256)]
-    exact = direct(*(a.astype(jnp.float64) for a in args))
-    ours, others = (
-        jnp.sqrt(jnp.mean((f(*args) - exact) ** 2)) for f in (winograd.conv3x3, direct)
+    exact = expected(*(a.astype(jnp.float64) for a in args))
+    own, others = (
+        jnp.sqrt(jnp.mean((f(*args) - exact) ** 2) / jnp.mean(exact**2))
+        for f in (ours, expected)
     )
-    assert ours < 2 * others < 2e-6
+    assert own < 2 * others < 2e-6
 
 
 def test_images_in_less_precision_than_the_kernel_are_left_to_the_direct_sum():

@@ -11,8 +11,6 @@ Its rounding errors are a third larger than those of the direct sum. The gradien
 to the kernel is Gᵀ [(A Y Aᵀ) * (Bᵀ X B)] G, as many products again.
 """
 
-import math
-
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
@@ -29,8 +27,9 @@ def pays(x: Float[Array, "B H W I"], other: Float[Array, "*D O"]) -> bool:
     save, which go with I * O. The other is a kernel, or images to be correlated with.
     """
     _, H, W, I = x.shape  # noqa: E741
+    O = other.shape[-1]  # noqa: E741
     even = H % 2 == W % 2 == 0 and min(H, W) >= 4
-    return even and min(I, other.shape[-1]) >= 64 and x.dtype == other.dtype
+    return even and min(I, O) >= 32 and I * O >= 32 * 64 and x.dtype == other.dtype
 
 
 def conv3x3(
@@ -74,7 +73,8 @@ def kernel_gradient(
 def _few(x, other):
     """Returns how many images are to be taken at a time."""
     B, H, W, I = x.shape  # noqa: E741
-    return math.gcd(B, max(1, NUMBERS // (H * W * max(I, other.shape[-1]))))
+    most = max(1, NUMBERS // (H * W * max(I, other.shape[-1])))
+    return max(n for n in range(1, min(most, B) + 1) if B % n == 0)
 
 
 def _image_points(x):
