@@ -92,7 +92,7 @@ def test_growth_varies_a_size_and_fits_the_exponent(machine, monkeypatch):
 
     class Subject(SimpleNamespace):
         def __init__(self, config):
-            super().__init__(config=config, mesh=SimpleNamespace(size=2))
+            super().__init__(config=config, chips=2)
 
         def training_step(self):
             seen.append(self.config.mcmc.K)

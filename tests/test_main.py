@@ -302,6 +302,19 @@ def test_the_processors_devices_are_the_users_if_they_say(given, number, monkeyp
     assert os.environ.get("JAX_NUM_CPU_DEVICES") == number
 
 
+def test_jax_has_the_processors_devices():
+    program = (
+        "from drl_jax import main\n"
+        "main.prepare_jax(cpu_devices=3)\n"
+        "import jax\n"
+        "print(jax.devices('cpu'))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tiny.ROOT, capture_output=True, text=True
+    )
+    assert done.stdout.count("CpuDevice") == 3
+
+
 @pytest.mark.parametrize("asked", [tiny.STEPS, tiny.STEPS - 1])
 def test_training_again_where_all_is_done_only_measures_again(workdir, tree, asked):
     tiny.trained(copy=workdir)

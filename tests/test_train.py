@@ -112,7 +112,7 @@ sys.exit(main.main(sys.argv))
     process = subprocess.Popen(
         [sys.executable, "-c", chatter, *args],
         cwd=tiny.ROOT,
-        env=os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tiny.COMPILED)},
+        env=tiny.environment(),
         stdout=theirs,
         stderr=theirs,
     )

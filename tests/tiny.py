@@ -60,9 +60,17 @@ def start(*args, **kwargs):
     return subprocess.Popen(
         [sys.executable, "-m", "drl_jax.main", *map(str, args)],
         cwd=ROOT,
-        env=os.environ | {"JAX_COMPILATION_CACHE_DIR": str(COMPILED)},
+        env=environment(),
         **kwargs,
     )
+
+
+def environment():
+    """That of a process with this one's compiled programs, and as many devices."""
+    variables = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(COMPILED)}
+    if "--xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        variables["JAX_NUM_CPU_DEVICES"] = str(jax.device_count())
+    return variables
 
 
 @functools.cache
