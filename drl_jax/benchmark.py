@@ -42,7 +42,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
 from drl_jax import config as config_lib
-from drl_jax import flops, method, model, noise, parallel, train_state, train_step
+from drl_jax import flops, method, model, noise, parallel, sampling, train_state, train_step
 from drl_jax import main as main_lib
 from drl_jax.errors import UserError
 from drl_jax.files import write_whole
@@ -66,7 +66,7 @@ _BATCH_SIZE = flags.DEFINE_integer("batch_size", None, "Instead of the config's.
 _K = flags.DEFINE_integer("K", None, "Chain steps, instead of the config's.", 1)
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Measurements of each program.", 1)
 _QUICK = flags.DEFINE_bool("quick", False, "At most K = 5 and 2 repeats.")
-_SAMPLES = flags.DEFINE_integer("samples", 0, "Measure the generation of so many, too.", 0)
+_SAMPLES = flags.DEFINE_integer("samples", 64, "Measure the generation of so many.", 0)
 _GROWTH = flags.DEFINE_bool("growth", False, "Vary the sizes, at K = 2, instead.")
 _STARTUP = flags.DEFINE_bool("startup", False, "Time new processes of --config, instead.")
 flags.mark_bool_flags_as_mutual_exclusive(["growth", "startup"])
@@ -186,15 +186,38 @@ class Subject:
         work = self.B * flops.training_step(config)
         return Program("training step", work, 1, seconds, call)
 
-    def generation(self, samples: int) -> Program:
-        """Returns the program that draws so many samples, from white noise to data."""
-        learned = model.generating(self.method, self.config.mcmc)
+    def generation(self, samples: int, whole: bool = False) -> Program:
+        """Returns the program that draws so many samples, from white noise to data.
+
+        Unless it is to be the whole of that, it makes CHAIN_STEPS steps of it, if the first
+        level has so many, or goes down through some levels that have as many together.
+        """
+        config, T = self.config, self.config.diffusion.T
+        levels = T if whole else min(T, max(1, CHAIN_STEPS // config.mcmc.K))
+        if not whole:
+            config = varied(config, "mcmc.K", min(config.mcmc.K, CHAIN_STEPS))
+        learned = model.generating(self.method, config.mcmc)
         drawn = model.Model(learned, self.params, self.mesh, samples)
-        indices = jnp.arange(samples)
-        args: Any = (self.params, drawn.tuning, self.key, indices, (), {})
-        program, seconds = compiled(drawn.generate, *args)
-        work = samples * flops.sampling(self.config)
-        return Program("generation", work, 1, seconds, lambda: program(*args))
+
+        def descend(keys, F, sampler, top, bottom):
+            x = sampling.white_noise(keys, learned.energy.shape, learned.schedule)
+            return sampling.descend(keys, F, x, top, bottom, learned.schedule, sampler)
+
+        indices, settings = jnp.arange(samples), {"top": T, "bottom": T - levels}
+        args: Any = (self.params, drawn.tuning, self.key, indices, (), settings)
+        program, seconds = compiled(drawn.compile(descend), *args)
+        work = samples * flops.sampling(config) * levels / T
+        return Program(f"generation, T{T}", work, 1, seconds, lambda: program(*args))
+
+
+def t1k(config: ConfigDict) -> ConfigDict:
+    """Returns the configuration with the sampling of configs/cifar10_t1k.py."""
+    other = config.copy_and_resolve_references()
+    other.diffusion.T = 1000
+    other.energy.parameterisation = "noise"
+    other.mcmc.sampler, other.mcmc.K = "normal_approximation", 1
+    config_lib.validate(other)
+    return other
 
 
 def measure(config: ConfigDict, repeats: int, samples: int = 0) -> dict[str, Any]:
@@ -206,12 +229,13 @@ def measure(config: ConfigDict, repeats: int, samples: int = 0) -> dict[str, Any
     Args:
       config: of the run.
       repeats: of every measurement.
-      samples: to generate in one program; 0: none.
+      samples: to generate in one program, T6 and T1k; 0: none.
     """
     subject = Subject(config)
     programs = [subject.forward_pass(), subject.chain_step(), subject.training_step()]
     if samples:
         programs.append(subject.generation(samples))
+        programs.append(Subject(t1k(config)).generation(samples))
     with Progress(repeats * len(programs), "measurement") as progress:
         rows, peaks = timed(programs, repeats, subject.chips, progress)
     return {
@@ -239,7 +263,9 @@ def growth(config: ConfigDict, repeats: int) -> list[dict[str, Any]]:
                 subject = Subject(varied(config, field, value))
                 generates = kind == "generation"
                 program = (
-                    subject.generation(subject.B) if generates else subject.training_step()
+                    subject.generation(subject.B, whole=True)
+                    if generates
+                    else subject.training_step()
                 )
                 rows += timed([program], repeats, subject.chips, progress)[0]
             work = np.log([row.flops for row in rows])
@@ -401,13 +427,13 @@ def table(result: dict[str, Any]) -> str:
         f"matrix product: {np.median(peaks) / 1e9:.0f} GFLOP/s "
         f"({min(peaks) / 1e9:.0f} to {max(peaks) / 1e9:.0f}); "
         f"peak of memory: {result['peak_memory'] / 2**30:.2f} GiB",
-        f"{'':15}{'GFLOP':>10}{'compile':>10}{'cached':>10}{'ms':>10}"
+        f"{'':18}{'GFLOP':>10}{'compile':>10}{'cached':>10}{'ms':>10}"
         f"{'floor / time':>14}   spread",
     ]
     for row in result["programs"]:
         efficiency, (cold, cached) = row["efficiency"], row["compile_seconds"]
         lines.append(
-            f"{row['name']:15}{row['flops'] / 1e9:10.4g}{cold:8.1f} s{cached:8.1f} s"
+            f"{row['name']:18}{row['flops'] / 1e9:10.4g}{cold:8.1f} s{cached:8.1f} s"
             f"{np.median(row['seconds']) * 1e3:10.4g}{np.median(efficiency):14.3f}"
             f"   {min(efficiency):.3f} to {max(efficiency):.3f}"
         )

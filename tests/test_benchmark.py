@@ -34,7 +34,8 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path):
     result = json.loads(path.read_text())
     assert 2**27 < result["peak_memory"] < 2**36
     rows = result["programs"]
-    names = ["forward pass", "chain step", "training step", "generation"]
+    names = ["forward pass", "chain step", "training step", "generation, T6"]
+    names += ["generation, T1000"]
     assert [row["name"] for row in rows] == names
     assert all(row["name"] in done.stdout and row["efficiency"][0] > 0 for row in rows)
 
