@@ -2,6 +2,7 @@
 
     python -m drl_jax.benchmark [--config=configs/cifar10.py] [--batch_size=16] [--json=PATH]
     python -m drl_jax.benchmark --growth
+    python -m drl_jax.benchmark --input --config=configs/cifar10.py
     python -m drl_jax.benchmark --startup --config=configs/digits.py
 
 The floor of a program is the time of its convolutions' and dense layers' FLOPs at the speed
@@ -17,6 +18,9 @@ counted in matrix products, goes as FLOPs to the power of e: above 1, it grows f
 
 With --startup new processes are timed: one that prints --help, and two that train a model from
 its start to the first step that is reported, without and with what the first has compiled.
+
+With --input it times the reading of batches: of random images, as PNG files in an ArrayRecord
+data set that TFDS has made, of the configuration's size and batch.
 
 Without --config it measures the paper's network with N = 2 blocks a resolution, 9 million
 parameters, at batch 16: what fits a small computer.
@@ -42,7 +46,17 @@ from jax.experimental.compilation_cache import compilation_cache
 from ml_collections import ConfigDict
 
 from drl_jax import config as config_lib
-from drl_jax import flops, method, model, noise, parallel, sampling, train_state, train_step
+from drl_jax import (
+    data,
+    flops,
+    method,
+    model,
+    noise,
+    parallel,
+    sampling,
+    train_state,
+    train_step,
+)
 from drl_jax import main as main_lib
 from drl_jax.errors import UserError
 from drl_jax.files import write_whole
@@ -50,6 +64,8 @@ from drl_jax.progress import Progress
 
 SIDE = 2048  # of the matrices whose product is the yardstick
 LEAST_SECONDS = 0.1  # a quicker program is called again until so much time has gone
+IMAGES = 20_000  # that --input reads
+BATCHES = 60  # in one of its measurements
 CHAIN_STEPS = 5  # at most, of the chain that a chain's step is measured in
 
 # What --growth varies: its name, fields of the configuration, values, and of which program.
@@ -69,7 +85,8 @@ _QUICK = flags.DEFINE_bool("quick", False, "At most K = 5 and 2 repeats.")
 _SAMPLES = flags.DEFINE_integer("samples", 64, "Measure the generation of so many.", 0)
 _GROWTH = flags.DEFINE_bool("growth", False, "Vary the sizes, at K = 2, instead.")
 _STARTUP = flags.DEFINE_bool("startup", False, "Time new processes of --config, instead.")
-flags.mark_bool_flags_as_mutual_exclusive(["growth", "startup"])
+_INPUT = flags.DEFINE_bool("input", False, "Time the reading of batches, instead.")
+flags.mark_bool_flags_as_mutual_exclusive(["growth", "startup", "input"])
 _JSON = flags.DEFINE_string("json", None, "Where to write the numbers as JSON.")
 
 
@@ -322,6 +339,51 @@ def startup(config: str) -> dict[str, float]:
     return found
 
 
+def reading(config: ConfigDict, repeats: int, images: int = IMAGES) -> dict[str, Any]:
+    """Times the reading of batches out of an ArrayRecord data set of random images.
+
+    Returns of every repeat the batches read a second, with the batch and the images' shape.
+    """
+    import tensorflow_datasets as tfds  # seconds, which only this needs
+
+    rng = np.random.default_rng(config.seed)
+    shape = (config.data.image_size, config.data.image_size, config.data.channels)
+
+    class RandomImages(tfds.core.GeneratorBasedBuilder):
+        name = "random_images"
+        VERSION = tfds.core.Version("1.0.0")
+        url_infos = None  # nothing is downloaded
+
+        def _info(self):
+            features = tfds.features.FeaturesDict({"image": tfds.features.Image(shape=shape)})
+            return tfds.core.DatasetInfo(builder=self, features=features)
+
+        def _split_generators(self, dl_manager):
+            pixels = (rng.integers(256, size=shape, dtype=np.uint8) for _ in range(images))
+            return {"train": enumerate({"image": image} for image in pixels)}
+
+        def _generate_examples(self):
+            raise NotImplementedError  # they are with the splits
+
+    other = config.copy_and_resolve_references()
+    other.data.name, other.data.split = RandomImages.name, "train"
+    tfds.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as folder:
+        builder = RandomImages(data_dir=folder, file_format="array_record")
+        builder.download_and_prepare()
+        other.data.data_dir = folder
+        batches = data.training_batches(other)
+        found = []
+        with Progress(repeats, "measurement") as progress:
+            for _ in range(1 + repeats):  # the first to fill the buffers
+                start = time.perf_counter()
+                for _ in range(BATCHES):
+                    next(batches)
+                found.append(BATCHES / (time.perf_counter() - start))
+                progress.add(len(found) > 1)
+    return {"batch": config.train.batch_size, "shape": shape, "batches_a_second": found[1:]}
+
+
 def peak_memory() -> int:
     """Returns the most bytes that the first device, or on a CPU this process, has held."""
     if stats := jax.local_devices()[0].memory_stats():
@@ -459,6 +521,15 @@ def startup_table(found: dict[str, float]) -> str:
     return "\n".join(f"{name:20}{seconds:8.2f} s" for name, seconds in found.items())
 
 
+def reading_table(found: dict[str, Any]) -> str:
+    """Returns how fast batches are read for a person to read."""
+    speeds, shape = found["batches_a_second"], "x".join(map(str, found["shape"]))
+    return (
+        f"batches of {found['batch']} images of {shape}: {np.median(speeds):.1f} a second "
+        f"({min(speeds):.1f} to {max(speeds):.1f})"
+    )
+
+
 def main(argv: Sequence[str]) -> None:
     """Measures what the flags say, prints the table, writes the JSON."""
     if len(argv) > 1:
@@ -482,6 +553,9 @@ def main(argv: Sequence[str]) -> None:
                 raise UserError("--startup needs a --config, such as configs/digits.py")
             result = startup(_CONFIG.value)
             print(startup_table(result))
+        elif _INPUT.value:
+            result = reading(config, repeats)
+            print(reading_table(result))
         elif _GROWTH.value:
             result = growth(config, repeats)
             print(growth_table(result))

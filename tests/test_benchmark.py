@@ -130,3 +130,14 @@ def test_a_program_is_compiled_and_then_read_from_the_cache():
     np.testing.assert_allclose(program(x), np.sin(8 * np.ones((8, 8))), rtol=1e-5)
     assert min(cold, cached) > 0
     assert jax.config.jax_compilation_cache_dir == before
+
+
+def test_batches_are_read_out_of_random_images(monkeypatch):
+    monkeypatch.setattr(benchmark, "BATCHES", 3)
+    config = config_lib.load("configs/cifar10.py")
+    config.data.image_size, config.train.batch_size = 16, 5
+    found = benchmark.reading(config, 2, images=7)
+    assert (found["batch"], found["shape"]) == (5, (16, 16, 3))
+    assert len(found["batches_a_second"]) == 2
+    assert min(found["batches_a_second"]) > 0
+    assert "batches of 5 images of 16x16x3: " in benchmark.reading_table(found)
