@@ -127,6 +127,7 @@ SCRATCH = {"benchmark.py": ["tempfile"]}
 OF_PROCESSES = {
     "_exit",
     "close",
+    "cpu_count",
     "environ",
     "fork",
     "getpid",
