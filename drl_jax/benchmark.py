@@ -535,7 +535,7 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
     logging.set_verbosity(logging.WARNING)
-    with contextlib.suppress(RuntimeError):  # JAX has its devices already
+    if not main_lib.device_count_is_given():
         jax.config.update("jax_num_cpu_devices", main_lib.cpu_devices())
     try:
         config = config_lib.load(_CONFIG.value) if _CONFIG.value else default_config()

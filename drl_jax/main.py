@@ -407,18 +407,25 @@ def prepare_jax(topology: str | None = None, cpu_devices: int = 1) -> None:
         for name, value in chips.parse("v5e:1x1").environment.items():
             if name.startswith("TPU_"):
                 os.environ.setdefault(name, value)
-    xla_flags = os.environ.get("XLA_FLAGS", "")
-    if "--xla_force_host_platform_device_count" not in xla_flags:
-        os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(cpu_devices))
+    if not device_count_is_given():
+        os.environ["JAX_NUM_CPU_DEVICES"] = str(cpu_devices)
     # At the end of a long step cores may be minutes apart, and XLA would end the process.
     patience = "--xla_cpu_collective_call_warn_stuck_timeout_seconds=86400"
-    os.environ["XLA_FLAGS"] = f"{patience} {xla_flags}"
+    os.environ["XLA_FLAGS"] = f"{patience} {os.environ.get('XLA_FLAGS', '')}"
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # errors alone
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # else it announces itself
     cache = epath.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "drl_jax"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
     # Starting a run is many small programs.
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+
+def device_count_is_given() -> bool:
+    """Whether the environment says how many devices a processor is."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    return (
+        "JAX_NUM_CPU_DEVICES" in os.environ or "--xla_force_host_platform_device_count" in flags
+    )
 
 
 def has_google_hardware() -> bool:
