@@ -46,7 +46,9 @@ def assert_direct(ours, expected, args):
 
 
 @pytest.mark.parametrize(("ours", "expected"), BOTH)
-@pytest.mark.parametrize("shape", [(1, 2, 2, 1), (2, 8, 8, 5), (3, 10, 4, 2), (1, 16, 16, 256)])
+@pytest.mark.parametrize(
+    "shape", [(1, 2, 2, 1), (2, 8, 8, 5), (3, 10, 4, 2), (1, 16, 16, 256), (0, 4, 4, 3)]
+)
 def test_it_is_the_direct_sum(shape, ours, expected):
     assert_direct(ours, expected, draw(shape, 7))
 

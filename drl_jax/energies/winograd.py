@@ -42,12 +42,13 @@ def conv3x3(
     def convolved(x):
         products = jnp.einsum("pqbhwi,pqio->pqbhwo", _image_points(x), kernel_points)
         rows = jnp.stack(_of_products(products), 3)
-        return jnp.stack(_of_products(rows), 4).reshape(*x.shape[:3], -1)
+        return jnp.stack(_of_products(rows), 4).reshape(*x.shape[:3], kernel.shape[-1])
 
     few = _few(x, kernel)
     if few == len(x):
         return convolved(x)
-    return lax.map(convolved, x.reshape(-1, few, *x.shape[1:])).reshape(*x.shape[:3], -1)
+    results = lax.map(convolved, x.reshape(len(x) // few, few, *x.shape[1:]))
+    return results.reshape(*x.shape[:3], kernel.shape[-1])
 
 
 def kernel_gradient(
@@ -58,14 +59,14 @@ def kernel_gradient(
 
     def add(total, chunk):
         x, g = chunk
-        pixels = g.reshape(len(g), g.shape[1] // 2, 2, g.shape[2] // 2, 2, -1)
+        pixels = g.reshape(len(g), g.shape[1] // 2, 2, g.shape[2] // 2, 2, g.shape[-1])
         rows = jnp.stack(_to_products([pixels[:, :, i] for i in range(2)]))
         g_points = jnp.stack(_to_products([rows[..., j, :] for j in range(2)]), 1)
         products = jnp.einsum("pqbhwi,pqbhwo->pqio", _image_points(x), g_points)
         return total + products, None
 
     zeros = jnp.zeros_like(x, shape=(4, 4, x.shape[-1], g.shape[-1]))
-    chunks = [a.reshape(-1, few, *a.shape[1:]) for a in (x, g)]
+    chunks = [a.reshape(len(x) // few, few, *a.shape[1:]) for a in (x, g)]
     total, _ = lax.scan(add, zeros, chunks)
     return _along_both(_to_kernel, total)
 
@@ -74,7 +75,7 @@ def _few(x, other):
     """Returns how many images are to be taken at a time."""
     B, H, W, I = x.shape  # noqa: E741
     most = max(1, NUMBERS // (H * W * max(I, other.shape[-1])))
-    return max(n for n in range(1, min(most, B) + 1) if B % n == 0)
+    return max((n for n in range(1, min(most, B) + 1) if B % n == 0), default=1)
 
 
 def _image_points(x):
