@@ -13,6 +13,8 @@ gradient with respect to the parameters for data and chain ends). Efficiency is 
 repeat measures the matrix product again, just before and just after, because machines change
 their speed.
 
+Generation, by the configuration and as T1k, is measured through CHAIN_STEPS chain steps of it.
+
 With --growth one size after the other is varied, and the exponent e fitted with which time,
 counted in matrix products, goes as FLOPs to the power of e: above 1, it grows faster than them.
 
@@ -47,6 +49,7 @@ from ml_collections import ConfigDict
 
 from drl_jax import config as config_lib
 from drl_jax import (
+    cores,
     data,
     flops,
     method,
@@ -57,7 +60,6 @@ from drl_jax import (
     train_state,
     train_step,
 )
-from drl_jax import main as main_lib
 from drl_jax.errors import UserError
 from drl_jax.files import write_whole
 from drl_jax.progress import Progress
@@ -67,6 +69,14 @@ LEAST_SECONDS = 0.1  # a quicker program is called again until so much time has 
 IMAGES = 20_000  # that --input reads
 BATCHES = 60  # in one of its measurements
 CHAIN_STEPS = 5  # at most, of the chain that a chain's step is measured in
+
+# What makes T1k of T6: as in configs/cifar10_t1k.py.
+T1K = {
+    "diffusion.T": 1000,
+    "energy.parameterisation": "noise",
+    "mcmc.sampler": "normal_approximation",
+    "mcmc.K": 1,
+}
 
 # What --growth varies: its name, fields of the configuration, values, and of which program.
 GROWTH = (
@@ -144,7 +154,7 @@ class Subject:
         devices = jax.devices()
         is_cpu = devices[0].platform == "cpu"
         if is_cpu:  # as many as `drl_jax.main` would have
-            devices = devices[: main_lib.cpu_devices(config)]
+            devices = devices[: cores.devices(config)]
         self.mesh = parallel.make_mesh(devices, **config.mesh)
         # A CPU's devices are parts of it: the product that one of them makes has all its cores.
         self.chips = 1 if is_cpu else self.mesh.size
@@ -204,15 +214,19 @@ class Subject:
         return Program("training step", work, 1, seconds, call)
 
     def generation(self, samples: int, whole: bool = False) -> Program:
-        """Returns the program that draws so many samples, from white noise to data.
+        """Returns the program that draws samples from white noise, or some of its steps.
 
-        Unless it is to be the whole of that, it makes CHAIN_STEPS steps of it, if the first
-        level has so many, or goes down through some levels that have as many together.
+        They are the first CHAIN_STEPS, of a level that has so many, or of several levels.
+
+        Args:
+          samples: how many, filled up to a multiple of the devices.
+          whole: whether to make all steps of all levels.
         """
         config, T = self.config, self.config.diffusion.T
-        levels = T if whole else min(T, max(1, CHAIN_STEPS // config.mcmc.K))
+        samples, levels = -(-samples // self.mesh.size) * self.mesh.size, T
         if not whole:
-            config = varied(config, "mcmc.K", min(config.mcmc.K, CHAIN_STEPS))
+            levels = min(T, max(1, CHAIN_STEPS // config.mcmc.K))
+            config = varied(config, {"mcmc.K": min(config.mcmc.K, CHAIN_STEPS)})
         learned = model.generating(self.method, config.mcmc)
         drawn = model.Model(learned, self.params, self.mesh, samples)
 
@@ -227,16 +241,6 @@ class Subject:
         return Program(f"generation, T{T}", work, 1, seconds, lambda: program(*args))
 
 
-def t1k(config: ConfigDict) -> ConfigDict:
-    """Returns the configuration with the sampling of configs/cifar10_t1k.py."""
-    other = config.copy_and_resolve_references()
-    other.diffusion.T = 1000
-    other.energy.parameterisation = "noise"
-    other.mcmc.sampler, other.mcmc.K = "normal_approximation", 1
-    config_lib.validate(other)
-    return other
-
-
 def measure(config: ConfigDict, repeats: int, samples: int = 0) -> dict[str, Any]:
     """Measures the configuration's programs on the devices at hand.
 
@@ -246,13 +250,14 @@ def measure(config: ConfigDict, repeats: int, samples: int = 0) -> dict[str, Any
     Args:
       config: of the run.
       repeats: of every measurement.
-      samples: to generate in one program, T6 and T1k; 0: none.
+      samples: to generate in one program, by the configuration and as T1k; 0: none.
     """
     subject = Subject(config)
     programs = [subject.forward_pass(), subject.chain_step(), subject.training_step()]
     if samples:
         programs.append(subject.generation(samples))
-        programs.append(Subject(t1k(config)).generation(samples))
+        if T1K["diffusion.T"] != config.diffusion.T:
+            programs.append(Subject(varied(config, T1K)).generation(samples))
     with Progress(repeats * len(programs), "measurement") as progress:
         rows, peaks = timed(programs, repeats, subject.chips, progress)
     return {
@@ -277,7 +282,7 @@ def growth(config: ConfigDict, repeats: int) -> list[dict[str, Any]]:
         for name, field, values, kind in GROWTH:
             rows: list[Row] = []
             for value in values:
-                subject = Subject(varied(config, field, value))
+                subject = Subject(varied(config, {field: value}))
                 generates = kind == "generation"
                 program = (
                     subject.generation(subject.B, whole=True)
@@ -348,31 +353,23 @@ def reading(config: ConfigDict, repeats: int, images: int = IMAGES) -> dict[str,
 
     rng = np.random.default_rng(config.seed)
     shape = (config.data.image_size, config.data.image_size, config.data.channels)
+    pixels = (rng.integers(256, size=shape, dtype=np.uint8) for _ in range(images))
+    name, split = "random_images", "train"
 
-    class RandomImages(tfds.core.GeneratorBasedBuilder):
-        name = "random_images"
-        VERSION = tfds.core.Version("1.0.0")
-        url_infos = None  # nothing is downloaded
+    class Builder(tfds.dataset_builders.AdhocBuilder):
+        url_infos = None  # else it looks for them, by a package that it does not require
 
-        def _info(self):
-            features = tfds.features.FeaturesDict({"image": tfds.features.Image(shape=shape)})
-            return tfds.core.DatasetInfo(builder=self, features=features)
-
-        def _split_generators(self, dl_manager):
-            pixels = (rng.integers(256, size=shape, dtype=np.uint8) for _ in range(images))
-            return {"train": enumerate({"image": image} for image in pixels)}
-
-        def _generate_examples(self):
-            raise NotImplementedError  # they are with the splits
-
-    other = config.copy_and_resolve_references()
-    other.data.name, other.data.split = RandomImages.name, "train"
     tfds.disable_progress_bar()
     with tempfile.TemporaryDirectory() as folder:
-        builder = RandomImages(data_dir=folder, file_format="array_record")
-        builder.download_and_prepare()
-        other.data.data_dir = folder
-        batches = data.training_batches(other)
+        Builder(
+            name=name,
+            version="1.0.0",
+            features=tfds.features.FeaturesDict({"image": tfds.features.Image(shape=shape)}),
+            split_datasets={split: enumerate({"image": image} for image in pixels)},
+            data_dir=folder,
+        ).download_and_prepare(file_format="array_record")
+        where = {"data.name": name, "data.split": split, "data.data_dir": folder}
+        batches = data.training_batches(varied(config, where))
         found = []
         with Progress(repeats, "measurement") as progress:
             for _ in range(1 + repeats):  # the first to fill the buffers
@@ -392,10 +389,10 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def varied(config: ConfigDict, field: str, value: int) -> ConfigDict:
-    """Returns the configuration with another value of one field."""
+def varied(config: ConfigDict, changes: dict[str, Any]) -> ConfigDict:
+    """Returns the configuration with other values of some fields."""
     other = config.copy_and_resolve_references()
-    other.update_from_flattened_dict({field: value})
+    other.update_from_flattened_dict(changes)
     config_lib.validate(other)
     return other
 
@@ -535,8 +532,8 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
     logging.set_verbosity(logging.WARNING)
-    if not main_lib.device_count_is_given():
-        jax.config.update("jax_num_cpu_devices", main_lib.cpu_devices())
+    if not cores.are_given():
+        jax.config.update("jax_num_cpu_devices", cores.devices())
     try:
         config = config_lib.load(_CONFIG.value) if _CONFIG.value else default_config()
         config.train.batch_size = _BATCH_SIZE.value or config.train.batch_size

@@ -22,7 +22,7 @@ from ml_collections import ConfigDict, config_flags
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from drl_jax import config as config_lib
-from drl_jax import processes
+from drl_jax import cores, processes
 from drl_jax.errors import Interrupted, UserError
 from drl_jax.plan import chips
 
@@ -76,9 +76,6 @@ FREE_AFTER_TRAINING = (
     "config.data.data_dir",
 )
 
-# A processor is made up of at most so many devices: on more, each has few examples.
-MOST_CPU_DEVICES = 8
-
 log = logging.getLogger("drl_jax")
 
 
@@ -120,7 +117,7 @@ def run(values: flags.FlagValues, changes: Sequence[str]) -> None:
         config = changed(config_lib.load(values.config), changes)
     elif values.mode == "import_original":
         config = changed(config_lib.default(), changes)
-    prepare_jax(values.topology, 1 if job.has_others else cpu_devices(config))
+    prepare_jax(values.topology, 1 if job.has_others else cores.devices(config))
     with processes.joined(job):
         if job.has_others:
             agree(values, config, changes)
@@ -367,29 +364,6 @@ def pick_workdir(values: flags.FlagValues) -> epath.Path | None:
     return workdir
 
 
-def cpu_devices(config: ConfigDict | None = None) -> int:
-    """Returns of how many devices JAX should make up the processor: of one a core, or fewer.
-
-    On examples of its own a core need not wait for another in every operation. They are as
-    many as can share a batch of training; without a configuration nothing is trained, and
-    batches are filled up.
-    """
-    affinity = getattr(os, "sched_getaffinity", None)  # which macOS lacks
-    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
-    devices = range(1, min(cores, MOST_CPU_DEVICES) + 1)
-    if config is None:
-        return devices[-1]
-    batch, (data, fsdp) = config.train.batch_size, (config.mesh.data, config.mesh.fsdp)
-    return max(
-        (
-            n
-            for n in devices
-            if not batch % (n * config.train.parts) and not n % fsdp and data in (-1, n // fsdp)
-        ),
-        default=1,
-    )
-
-
 def prepare_jax(topology: str | None = None, cpu_devices: int = 1) -> None:
     """Keeps compiled programs between runs, and TensorFlow (behind clu) quiet.
 
@@ -407,25 +381,17 @@ def prepare_jax(topology: str | None = None, cpu_devices: int = 1) -> None:
         for name, value in chips.parse("v5e:1x1").environment.items():
             if name.startswith("TPU_"):
                 os.environ.setdefault(name, value)
-    if not device_count_is_given():
+    if not cores.are_given():
         os.environ["JAX_NUM_CPU_DEVICES"] = str(cpu_devices)
-    # At the end of a long step cores may be minutes apart, and XLA would end the process.
-    patience = "--xla_cpu_collective_call_warn_stuck_timeout_seconds=86400"
-    os.environ["XLA_FLAGS"] = f"{patience} {os.environ.get('XLA_FLAGS', '')}"
+    given = os.environ.get("XLA_FLAGS", "")
+    if cores.PATIENCE not in given:
+        os.environ["XLA_FLAGS"] = f"{cores.PATIENCE} {given}"
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # errors alone
     os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # else it announces itself
     cache = epath.Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "drl_jax"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
     # Starting a run is many small programs.
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-
-
-def device_count_is_given() -> bool:
-    """Whether the environment says how many devices a processor is."""
-    flags = os.environ.get("XLA_FLAGS", "")
-    return (
-        "JAX_NUM_CPU_DEVICES" in os.environ or "--xla_force_host_platform_device_count" in flags
-    )
 
 
 def has_google_hardware() -> bool:

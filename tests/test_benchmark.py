@@ -112,10 +112,34 @@ def test_growth_varies_a_size_and_fits_the_exponent(machine, monkeypatch):
 def test_every_size_that_is_varied_costs_more_flops(name, field, values, kind):
     work = []
     for value in values:
-        config = benchmark.varied(benchmark.default_config(), field, value)
+        config = benchmark.varied(benchmark.default_config(), {field: value})
         each = flops.sampling if kind == "generation" else flops.training_step
         work.append(config.train.batch_size * each(config))
     assert all(b > a for a, b in itertools.pairwise(work))
+
+
+@pytest.mark.parametrize(
+    ("changes", "whole", "levels", "K"),
+    [
+        ({}, False, 1, 5),
+        ({"mcmc.K": 2}, False, 2, 2),
+        (benchmark.T1K, False, 5, 1),
+        ({}, True, 6, 15),
+    ],
+)
+def test_generation_is_measured_through_the_steps_that_are_counted(
+    changes, whole, levels, K, monkeypatch
+):
+    monkeypatch.setattr(
+        benchmark.sampling,
+        "descend",
+        lambda keys, F, x, top, bottom, schedule, sampler: 0 * x + (top - bottom) * sampler.K,
+    )
+    config = benchmark.varied(config_lib.load("configs/digits.py"), changes)
+    program = benchmark.Subject(config).generation(3, whole=whole)
+    x = np.asarray(program.call())
+    np.testing.assert_array_equal(x, np.full_like(x, levels * K))
+    assert program.flops == pytest.approx(len(x) * 2 * levels * K * flops.forward(config))
 
 
 def test_a_program_is_compiled_and_then_read_from_the_cache():
@@ -123,8 +147,15 @@ def test_a_program_is_compiled_and_then_read_from_the_cache():
     met = []
     before = jax.config.jax_compilation_cache_dir
     x = np.ones((8, 8), np.float32)  # of NumPy: making it compiles nothing
-    jax.monitoring.register_event_listener(lambda event, **_: met.append(event))
-    program, (cold, cached) = benchmark.compiled(jax.jit(lambda x: jnp.sin(x @ x)), x)
+
+    def listener(event, **_):
+        met.append(event)
+
+    jax.monitoring.register_event_listener(listener)
+    try:
+        program, (cold, cached) = benchmark.compiled(jax.jit(lambda x: jnp.sin(x @ x)), x)
+    finally:
+        jax.monitoring.unregister_event_listener(listener)
     hits = [event for event in met if event.startswith("/jax/compilation_cache/cache_")]
     assert hits == [f"/jax/compilation_cache/cache_{name}" for name in ("misses", "hits")]
     np.testing.assert_allclose(program(x), np.sin(8 * np.ones((8, 8))), rtol=1e-5)

@@ -12,9 +12,8 @@ import tiny
 from etils import epath
 from PIL import Image
 
-from drl_jax import config as config_lib
+from drl_jax import cores, model, progress
 from drl_jax import main as main_lib
-from drl_jax import model, progress
 from drl_jax.modes import parts
 
 CONFIG = f"--config={tiny.DIGITS}"
@@ -261,34 +260,6 @@ def test_the_cache_of_compiled_programs_is_the_users_if_they_name_one(monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("cores", "changes", "devices"),
-    [
-        (1, {}, 1),
-        (2, {}, 2),
-        (6, {}, 4),  # of 64 examples
-        (96, {}, 8),
-        (6, {"train.batch_size": 30}, 6),
-        (6, {"train.batch_size": 30, "train.parts": 5}, 6),
-        (6, {"train.batch_size": 7}, 1),
-        (6, {"mesh.fsdp": 2}, 4),
-        (6, {"mesh.fsdp": 2, "mesh.data": 1}, 2),
-        (6, {"mesh.fsdp": 3}, 1),  # told by the mesh
-        (6, None, 6),
-    ],
-)
-def test_a_processor_is_a_device_a_core_where_they_share_a_batch(
-    cores, changes, devices, monkeypatch
-):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
-    if changes is None:
-        assert main_lib.cpu_devices() == devices
-        return
-    config = config_lib.load(str(tiny.DIGITS))
-    config.update_from_flattened_dict(changes)
-    assert main_lib.cpu_devices(config) == devices
-
-
-@pytest.mark.parametrize(
     ("given", "number"),
     [
         ({}, "2"),
@@ -299,7 +270,12 @@ def test_a_processor_is_a_device_a_core_where_they_share_a_batch(
 def test_the_processors_devices_are_the_users_if_they_say(given, number, monkeypatch):
     monkeypatch.setattr(os, "environ", dict(given))
     main_lib.prepare_jax(cpu_devices=2)
+    main_lib.prepare_jax(cpu_devices=2)  # as a second run in the same process does
     assert os.environ.get("JAX_NUM_CPU_DEVICES") == number
+    assert os.environ["XLA_FLAGS"].split() == [
+        cores.PATIENCE,
+        *given.get("XLA_FLAGS", "").split(),
+    ]
 
 
 def test_jax_has_the_processors_devices():

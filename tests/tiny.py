@@ -13,6 +13,7 @@ from unittest import mock
 import jax
 from etils import epath
 
+from drl_jax import cores
 from drl_jax import main as main_lib
 
 ROOT = Path(__file__).parents[1]
@@ -68,7 +69,7 @@ def start(*args, **kwargs):
 def environment():
     """That of a process with this one's compiled programs, and as many devices."""
     variables = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(COMPILED)}
-    if "--xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    if not cores.are_given():
         variables["JAX_NUM_CPU_DEVICES"] = str(jax.device_count())
     return variables
 
