@@ -153,7 +153,7 @@ class Subject:
         self.config = config
         devices = jax.devices()
         is_cpu = devices[0].platform == "cpu"
-        if is_cpu:  # as many as `drl_jax.main` would have
+        if is_cpu and not cores.are_given():  # as many as `drl_jax.main` would have
             devices = devices[: cores.devices(config)]
         self.mesh = parallel.make_mesh(devices, **config.mesh)
         # A CPU's devices are parts of it: the product that one of them makes has all its cores.

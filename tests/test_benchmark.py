@@ -22,11 +22,11 @@ ROOT = Path(__file__).parents[1]
 def test_the_command_prints_a_table_and_writes_json(tmp_path):
     path = tmp_path / "benchmark.json"
     command = [sys.executable, "-m", "drl_jax.benchmark", "--quick", "--repeats=1"]
-    command += ["--config=configs/digits.py", "--K=1", "--samples=4"]
+    command += ["--config=configs/digits.py", "--K=1", "--samples=3"]
     done = subprocess.run(
         [*command, f"--json={path}"],
         cwd=ROOT,
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"},
         capture_output=True,
         text=True,
         check=True,

@@ -15,7 +15,7 @@ from drl_jax import cores
         (6, {}, 4),  # of 64 examples
         (96, {}, 8),
         (6, {"train.batch_size": 30}, 6),
-        (6, {"train.batch_size": 30, "train.parts": 5}, 6),
+        (6, {"train.batch_size": 30, "train.parts": 10}, 3),
         (6, {"train.batch_size": 7}, 1),
         (6, {"mesh.fsdp": 2}, 4),
         (6, {"mesh.fsdp": 2, "mesh.data": 1}, 2),
