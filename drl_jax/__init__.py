@@ -16,6 +16,6 @@ def load(path_or_name: str) -> "Model":
     Raises:
       UserError: if there is none.
     """
-    from drl_jax import exported  # JAX and Orbax load with it, not with the package
+    from drl_jax.storage import runs  # JAX and Orbax load with it, not with the package
 
-    return exported.load(path_or_name).model
+    return runs.load(path_or_name).model

@@ -1,16 +1,17 @@
-"""Every knob of a run, in one screen, and what makes a setting impossible.
+"""All settings of a run, and the checks of their values.
 
-A file in `configs/` starts from `default()` and changes what it needs. The configuration
-travels inside each checkpoint as JSON, so that a work directory explains itself.
+Each file in `configs/` starts from `default()` and changes what it needs. Every checkpoint
+contains the configuration as JSON, so that a work directory can be used without other files.
 """
 
+import difflib
 import json
 import math
 import runpy
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from etils import epath
 from ml_collections import ConfigDict
 
 from drl_jax.errors import UserError
@@ -22,57 +23,58 @@ def default() -> ConfigDict:
         {
             "seed": 0,
             "data": {
-                # 'digits', a TFDS name, 'folder:/path/to/images', or, of points in the plane,
-                # 'moons', 'rings', 'checkerboard', 'blobs', 'spirals', 'ellipse'.
+                # 'digits', a TFDS name or 'folder:/path/to/images'; of points in the plane:
+                # 'moons', 'rings', 'checkerboard', 'blobs', 'spirals' or 'ellipse'.
                 "name": "cifar10",
                 "split": "train",  # of a TFDS data set
-                "data_dir": "",  # where TFDS data lie; '' is TFDS's own place
-                "image_size": 32,  # points have none: it is not read
-                "channels": 3,  # of an image, or coordinates of a point
-                "crop": "centre",  # before resizing: 'centre' square or 'none'
+                "data_dir": "",  # where TFDS data sets are stored; '': TFDS's default
+                "image_size": 32,  # height and width [pixels]; ignored for points
+                "channels": 3,  # per pixel; for points, the number of coordinates
+                "crop": "centre",  # 'centre': to a square before resizing; 'none': no crop
                 "flip": True,  # random horizontal flips
-                "dequantise": 0.0,  # width of uniform noise: how far pixel values are apart
+                "dequantise": 0.0,  # width of uniform noise added, in steps of pixel values
             },
             "diffusion": {
                 "T": 6,  # number of energies; noise levels are 0..T
             },
             "energy": {
-                "network": "resnet",  # for images; 'mlp': for points
-                "ch": 128,  # width of the first resolution; of every layer of an MLP
-                "mult": (1, 2, 2, 2),  # width of each resolution, in units of ch; not of an MLP
-                "N": 8,  # residual blocks a resolution; residual layers of an MLP
-                # F = f / s_t²; 'noise': f / sigma_bar_t - |x|² / 2; 'unit': f - |x|² / 2
+                "network": "resnet",  # 'resnet' for images, 'mlp' for points
+                "ch": 128,  # channels at full resolution; for 'mlp', width of each layer
+                "mult": (1, 2, 2, 2),  # channels per resolution, in units of ch; not for 'mlp'
+                "N": 8,  # residual blocks per resolution; for 'mlp', residual layers
+                # F from f: 'step': f / s_t²; 'noise': f / sigma_bar_t - |x|² / 2;
+                # 'unit': f - |x|² / 2
                 "parameterisation": "step",
-                "dtype": "float32",  # of f's products; 'bfloat16': as fast as TPUs are
+                "dtype": "float32",  # of the factors in f's products; or 'bfloat16'
             },
             "mcmc": {
                 "sampler": "langevin",  # or 'mala', 'hmc', 'normal_approximation'
-                "K": 30,  # its steps a level
-                "b_squared": 2e-4,  # b²: sets every level's step size
-                "noise_scale": 1.0,  # of the noise when generating
-                "leapfrog": (5,),  # steps of an HMC trajectory, for all levels or for each
-                "target_acceptance": 0.65,  # of MALA and HMC, after a warm-up when generating
-                "warmup_steps": 100,  # of that warm-up, a level
+                "K": 30,  # MCMC steps per level
+                "b_squared": 2e-4,  # b², from which the step size of each level follows
+                "noise_scale": 1.0,  # factor of the Langevin noise when generating
+                "leapfrog": (5,),  # HMC leapfrog steps: one number, or one per level
+                "target_acceptance": 0.65,  # of MALA and HMC, which adapt before generating
+                "warmup_steps": 100,  # of this adaptation, per level
             },
             "optim": {
                 "learning_rate": 1e-4,
-                "warmup_steps": 1000,
-                "decay_steps": 0,  # cosine decay to zero until then; 0: constant
+                "warmup_steps": 1000,  # linear increase from zero
+                "decay_steps": 0,  # cosine decay, zero at this step; 0: constant
                 "beta1": 0.9,
-                "ema_decay": 0.999,
+                "ema_decay": 0.999,  # of the exponential moving average of the parameters
             },
             "train": {
-                "objective": "recovery",  # or 'denoising', which needs no chain
-                "levels": "uniform",  # as they are drawn; 'log_noise': evenly in log sigma_bar
+                "objective": "recovery",  # or 'denoising', which needs no MCMC
+                "levels": "uniform",  # distribution of t; 'log_noise': even in log sigma_bar
                 "batch_size": 256,
-                "parts": 1,  # of a device's examples, one after the other, to save memory
+                "accumulate": 1,  # gradient accumulation: micro-batches per device and step
                 "num_steps": 240_000,
-                "loss_limit": 100.0,  # |loss| above it is divergence
-                "energy_limit": 1e4,  # and |f|: float32 has few digits left for the loss
+                "loss_limit": 100.0,  # training has diverged if |loss| exceeds this
+                "energy_limit": 1e4,  # or if |f| does: float32 then rounds the loss
             },
             "mesh": {
-                "data": -1,  # devices that share a batch; -1: all that fsdp leaves
-                "fsdp": 1,  # and so many, what training carries of the parameters too
+                "data": -1,  # devices that share a batch; -1: number of devices / fsdp
+                "fsdp": 1,  # devices that share the parameters and the optimiser state
             },
             "log": {
                 "every_steps": 100,
@@ -84,41 +86,30 @@ def default() -> ConfigDict:
                 "keep_every_steps": 50_000,
             },
             "evaluation": {
-                "num_samples": 1000,  # of at most 10,000 for the distance of raw pixels
-                "num_data": 10_000,  # at most so many images stand for the data
+                "num_samples": 1000,  # the pixel Fréchet distance uses up to 10,000 of them
+                "num_data": 10_000,  # images of the data set to compare with, at most
                 "batch_size": 256,
-                "inception_weights": "",  # path of their file; '': no FID, KID, IS
+                "inception_weights": "",  # file of weights; '': no FID, KID, inception score
             },
             "likelihood": {
-                "chains": 256,  # annealed down and up, for bounds of log Z
-                "rungs": 1000,  # densities on the way; at least one a level
-                "transitions": 5,  # of HMC at each
-                "leapfrog": 1,  # steps of one; 1 is MALA
-                "burn_in": 200,  # moves on level 0 that make samples of it out of data
+                "chains": 256,  # per direction of annealing, for the bounds of log Z
+                "distributions": 1000,  # intermediate ones; at least one per level
+                "transitions": 5,  # of HMC, per intermediate distribution
+                "leapfrog": 1,  # leapfrog steps per transition; 1 is MALA
+                "burn_in": 200,  # transitions at level 0 that turn data into samples
                 "target_acceptance": 0.8,
-                "warmup_steps": 20,  # a level
-                "max_gap": 0.1,  # between the bounds, bits a dimension; wider is refused
+                "warmup_steps": 20,  # per level
+                "max_gap": 0.1,  # largest usable gap between the bounds [bits per dimension]
             },
         }
     )
 
 
-def load(file: str) -> ConfigDict:
-    """Returns what `get_config()` of a Python file returns.
-
-    Raises:
-      UserError: if there is no such file, or it gives no configuration.
-    """
-    if not file.endswith(".py") or not epath.Path(file).is_file():
-        raise UserError(f"--config={file}: there is no such Python file")
-    try:
-        config = runpy.run_path(file)["get_config"]()
-    except Exception as error:  # the file is a program: it may raise anything
-        raise UserError(f"--config={file}: {type(error).__name__}: {error}") from error
-    if not isinstance(config, ConfigDict):
-        raise UserError(f"--config={file}: its get_config() returns no ConfigDict")
-    return config
-
+# Old names of fields, as saved by earlier versions, and the present names.
+RENAMED = {
+    "train.parts": "train.accumulate",
+    "likelihood.rungs": "likelihood.distributions",
+}
 
 CHOICES = {
     "data.crop": ("centre", "none"),
@@ -130,7 +121,30 @@ CHOICES = {
     "train.levels": ("uniform", "log_noise"),
 }
 
-# What of an image's settings points in the plane leave to choose.
+# Smallest values of numbers. All other numbers must be positive.
+MINIMUM = {
+    "seed": 0,
+    "data.dequantise": 0,
+    "energy.ch": 4,  # the embedding of t has ch / 2 values: two frequencies at least
+    "mcmc.noise_scale": 0,
+    "mesh.data": -1,
+    "optim.warmup_steps": 0,
+    "optim.decay_steps": 0,
+    "optim.beta1": 0,
+    "optim.ema_decay": 0,
+    "likelihood.burn_in": 0,
+}
+
+# Numbers that have an upper limit must be less than it.
+BELOW = {
+    "seed": 2**32,
+    "mcmc.target_acceptance": 1,
+    "optim.beta1": 1,
+    "optim.ema_decay": 1,
+    "likelihood.target_acceptance": 1,
+}
+
+# Settings of images that must have these values for points in the plane.
 OF_POINTS = {
     "data.channels": 2,
     "data.flip": False,
@@ -139,10 +153,10 @@ OF_POINTS = {
     "energy.dtype": "float32",
 }
 
-# Changing these between two starts on one work directory cannot change what any
-# training step computes, but for rounding.
-FREE_ON_RESUME = (
-    "train.parts",
+# Fields, or sections of fields, that may differ when a run resumes: up to rounding, no
+# training step depends on them.
+CHANGEABLE_ON_RESUME = (
+    "train.accumulate",
     "train.num_steps",
     "train.loss_limit",
     "train.energy_limit",
@@ -154,124 +168,119 @@ FREE_ON_RESUME = (
 )
 
 
+def load(file: str) -> ConfigDict:
+    """Returns what `get_config()` of a Python file returns.
+
+    Raises:
+      UserError: if the file does not exist or raises, or if its configuration does not have
+        the fields of `default()`.
+    """
+    if not file.endswith(".py") or not Path(file).is_file():
+        raise UserError(
+            f"--config={file}: no such Python file; give one such as configs/digits.py"
+        )
+    try:
+        config = runpy.run_path(file)["get_config"]()
+    except Exception as error:  # the file is a program, which can raise anything
+        raise UserError(f"--config={file}: {type(error).__name__}: {error}") from error
+    if not isinstance(config, ConfigDict):
+        raise UserError(
+            f"--config={file}: get_config() returns a {type(config).__name__}; return a "
+            "ConfigDict, such as drl_jax.config.default()"
+        )
+    require_fields(config)
+    return config
+
+
+def require_fields(config: ConfigDict) -> None:
+    """Raises unless the configuration has exactly the fields of `default()`.
+
+    Raises:
+      UserError: naming an unknown or missing field.
+    """
+    fields, known = dict(flatten(config)), dict(flatten(default()))
+    for name in sorted(fields.keys() - known.keys()):
+        raise UserError(unknown_field(name))
+    for name in sorted(known.keys() - fields.keys()):
+        raise UserError(f"config.{name} is missing: start from drl_jax.config.default()")
+
+
+def unknown_field(name: str) -> str:
+    """Returns the error message for a name that is not a field of the configuration."""
+    if name in RENAMED:
+        return f"config.{name} has been renamed: use config.{RENAMED[name]}"
+    known = [f"config.{field}" for field, _ in flatten(default())]
+    similar = difflib.get_close_matches(f"config.{name}", known, n=1)
+    hint = f"did you mean {similar[0]}?" if similar else "drl_jax/config.py lists all fields"
+    return f"config.{name} is unknown: {hint}"
+
+
 def validate(config: ConfigDict) -> None:
-    """Refuses values that no run can use.
+    """Raises unless every value can be used, by itself and with the others.
 
     Raises:
       UserError: naming the field, its value, and what it must be.
     """
-    positive = (
-        "data.image_size",
-        "data.channels",
-        "diffusion.T",
-        "energy.ch",
-        "energy.N",
-        "mcmc.K",
-        "mcmc.b_squared",
-        "mcmc.target_acceptance",
-        "mcmc.warmup_steps",
-        "optim.learning_rate",
-        "train.batch_size",
-        "train.parts",
-        "train.num_steps",
-        "train.loss_limit",
-        "train.energy_limit",
-        "mesh.fsdp",
-        "log.every_steps",
-        "log.sample_every_steps",
-        "checkpoint.every_steps",
-        "checkpoint.keep_last",
-        "checkpoint.keep_every_steps",
-        "evaluation.num_samples",
-        "evaluation.num_data",
-        "evaluation.batch_size",
-        "likelihood.chains",
-        "likelihood.rungs",
-        "likelihood.transitions",
-        "likelihood.leapfrog",
-        "likelihood.target_acceptance",
-        "likelihood.warmup_steps",
-        "likelihood.max_gap",
-    )
-    fields, known = dict(flatten(config)), dict(flatten(default()))
-    for name in sorted(fields.keys() ^ known.keys()):
-        problem = "is unknown" if name in fields else "is missing"
-        raise UserError(f"config.{name} {problem}: start from drl_jax.config.default()")
-    for name, example in known.items():
-        kind = (int, float) if isinstance(example, float) else type(example)
-        if not isinstance(fields[name], kind):
-            raise UserError(
-                f"config.{name} is {fields[name]!r}: give a value such as {example!r}"
-            )
-    for name in positive:
-        if not 0 < fields[name] < math.inf:
-            raise UserError(f"config.{name} is {fields[name]}: it must be positive")
-    if config.energy.ch < 4:
-        raise UserError(
-            f"config.energy.ch is {config.energy.ch}: it must be 4 or more, for two "
-            "frequencies of t"
-        )
-    if not 0 <= config.seed < 2**32:
-        raise UserError(f"config.seed is {config.seed}: it must lie in [0, 2**32)")
-    mult = config.energy.mult
-    if not mult or not all(isinstance(m, int) and m > 0 for m in mult):
-        raise UserError(f"config.energy.mult is {mult}: give positive whole multipliers")
-    if config.mesh.data != -1 and config.mesh.data < 1:
-        raise UserError(
-            f"config.mesh.data is {config.mesh.data}: give a number of devices, or -1 for all"
-        )
-    leapfrog = config.mcmc.leapfrog
-    if not leapfrog or not all(isinstance(n, int) and n > 0 for n in leapfrog):
-        raise UserError(f"config.mcmc.leapfrog is {leapfrog}: give positive whole numbers")
-    sampler, objective, T = config.mcmc.sampler, config.train.objective, config.diffusion.T
-    for name, value in (("mcmc.sampler", sampler), ("train.objective", objective)):
-        if value in ("normal_approximation", "denoising") and T != 1000:
-            raise UserError(
-                f"config.{name} is {value!r}, which needs the small noise of T = 1000 levels; "
-                f"this model has T = {T}"
+    require_fields(config)
+    fields = dict(flatten(config))
+
+    def invalid(name: str, advice: str) -> UserError:
+        return UserError(f"config.{name} is {fields[name]!r}: {advice}")
+
+    for name, example in flatten(default()):
+        value = fields[name]
+        types: Any = (int, float) if isinstance(example, float) else type(example)
+        if not isinstance(value, types):
+            raise invalid(name, f"give a value such as {example!r}")
+        if name in CHOICES and value not in CHOICES[name]:
+            raise invalid(name, f"use {' or '.join(map(repr, CHOICES[name]))}")
+        if isinstance(example, tuple):
+            if not value or not all(isinstance(n, int) and n > 0 for n in value):
+                raise invalid(name, f"give positive whole numbers, such as {example!r}")
+        elif isinstance(example, int | float) and not isinstance(example, bool):
+            _require_in_range(name, value)
+    if config.mesh.data == 0:
+        raise invalid("mesh.data", "give a number of devices, or -1 for all")
+    sampler, T = config.mcmc.sampler, config.diffusion.T
+    for name in ("mcmc.sampler", "train.objective"):
+        if fields[name] in ("normal_approximation", "denoising") and T != 1000:
+            raise invalid(
+                name, f"this needs the small steps of T = 1000 levels; this model has T = {T}"
             )
     if sampler == "normal_approximation" and config.mcmc.K != 1:
-        raise UserError(
-            f"config.mcmc.K is {config.mcmc.K}: {sampler!r} is one draw, set it to 1"
-        )
+        raise invalid("mcmc.K", f"{sampler!r} is a single draw; set it to 1")
     if sampler in ("mala", "hmc") and config.mcmc.noise_scale != 1:
-        raise UserError(
-            f"config.mcmc.noise_scale is {config.mcmc.noise_scale}: the accept step of "
-            f"{sampler!r} knows no other than 1"
+        raise invalid("mcmc.noise_scale", f"the accept step of {sampler!r} requires 1")
+    if 0 < config.optim.decay_steps <= config.optim.warmup_steps:
+        raise invalid(
+            "optim.decay_steps",
+            f"it must exceed config.optim.warmup_steps, {config.optim.warmup_steps}, or be 0",
         )
-    for name in ("mcmc.target_acceptance", "likelihood.target_acceptance"):
-        if fields[name] >= 1:
-            raise UserError(f"config.{name} is {fields[name]}: it must lie in (0, 1)")
-    for name in ("optim.beta1", "optim.ema_decay"):
-        if not 0 <= fields[name] < 1:
-            raise UserError(f"config.{name} is {fields[name]}: it must lie in [0, 1)")
-    for name in (
-        *("optim.warmup_steps", "optim.decay_steps", "mcmc.noise_scale"),
-        *("likelihood.burn_in", "data.dequantise"),
-    ):
-        if not 0 <= fields[name] < math.inf:
-            raise UserError(f"config.{name} is {fields[name]}: it must not be negative")
-    if 0 < fields["optim.decay_steps"] <= fields["optim.warmup_steps"]:
-        raise UserError(
-            f"config.optim.decay_steps is {fields['optim.decay_steps']}: it must come after "
-            f"the {fields['optim.warmup_steps']} warm-up steps, or be 0"
-        )
-    for name, choices in CHOICES.items():
-        if fields[name] not in choices:
-            raise UserError(
-                f"config.{name} is {fields[name]!r}: use {' or '.join(map(repr, choices))}"
-            )
     if config.energy.network == "mlp":
         for name, wanted in OF_POINTS.items():
             if fields[name] != wanted:
-                raise UserError(
-                    f"config.{name} is {fields[name]!r}: config.energy.network 'mlp' is for "
-                    f"points in the plane, with which it must be {wanted!r}"
+                raise invalid(
+                    name,
+                    "config.energy.network 'mlp' is for points in the plane, for which it "
+                    f"must be {wanted!r}",
                 )
 
 
+def _require_in_range(name: str, value: float) -> None:
+    """Raises unless a number is finite and within `MINIMUM` and `BELOW`."""
+    low, high = MINIMUM.get(name), BELOW.get(name, math.inf)
+    if (value > 0 if low is None else value >= low) and value < high:
+        return
+    wanted = "positive" if low is None else f"{low} or more"
+    if high < math.inf:
+        wanted += f" and less than {high}"
+    elif not math.isfinite(value):
+        wanted += " and finite"
+    raise UserError(f"config.{name} is {value}: it must be {wanted}")
+
+
 def flatten(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields each leaf as (dotted name, value), in order."""
+    """Yields every field as (dotted name, value), in order."""
     for name, value in config.items():
         if isinstance(value, ConfigDict):
             yield from flatten(value, f"{prefix}{name}.")
@@ -285,24 +294,31 @@ def to_json(config: ConfigDict) -> dict[str, Any]:
 
 
 def from_json(values: dict[str, Any]) -> ConfigDict:
-    """Inverse of `to_json`: lists become tuples again.
+    """Returns the configuration that `to_json` saved, in this or an earlier version.
 
-    A field that the program did not have when this was saved takes its default, which is
-    what it did then.
+    Lists become tuples again, and old names of fields (`RENAMED`) the present ones. A field
+    that did not exist yet takes its default, which is what the earlier version did.
+
+    Raises:
+      UserError: if it has a field that this version lacks.
     """
-
-    def restore(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: restore(v) for name, v in value.items()}
-        return tuple(value) if isinstance(value, list) else value
-
     config = default()
-    config.update(restore(values))
+    known = dict(flatten(config))
+    for saved, value in flatten(ConfigDict(values)):
+        name = RENAMED.get(saved, saved)
+        if name not in known:
+            raise UserError(
+                f"the saved configuration has the unknown field config.{saved}: use the "
+                "version of drl_jax that saved it, or a newer one"
+            )
+        config.update_from_flattened_dict(
+            {name: tuple(value) if isinstance(value, list) else value}
+        )
     return config
 
 
 def require_resumable(saved: ConfigDict, wanted: ConfigDict) -> None:
-    """Refuses to go on with a run under a configuration that would change it.
+    """Raises if resuming a run with another configuration would change its training steps.
 
     Raises:
       UserError: naming every field that differs, with both values.
@@ -310,18 +326,17 @@ def require_resumable(saved: ConfigDict, wanted: ConfigDict) -> None:
     different = [
         difference
         for difference in differences(dict(flatten(saved)), dict(flatten(wanted)))
-        if not difference.startswith(FREE_ON_RESUME)
+        if not difference.startswith(CHANGEABLE_ON_RESUME)
     ]
     if different:
         raise UserError(
-            "the work directory was made with another config ("
-            + "; ".join(different)
-            + "): give another --workdir or the old values"
+            f"the work directory has another configuration ({'; '.join(different)}): restore "
+            "the old values, or give another --workdir"
         )
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Returns every name whose values differ, with both values."""
+    """Returns one line per name whose values differ, with both values, sorted by name."""
     return [
         f"{name} was {old.get(name)!r}, now {new.get(name)!r}"
         for name in sorted(old.keys() | new.keys())

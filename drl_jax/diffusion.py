@@ -2,9 +2,11 @@
 
     x_{t+1} = a_{t+1} x_t + sigma_{t+1} eps,   a² + sigma² = 1,   eps ~ N(0, I)
 
-(Gao et al. 2021, eq. 4.) Level t is recovered from level t + 1, so T energies stand
-between T + 1 levels.
+(Gao et al. 2021, eq. 4.) There are T energies: energy t = 0..T-1 recovers level t from level
+t + 1. Level 0 is the data with a little noise; level T is white noise.
 """
+
+import itertools
 
 import flax.struct
 import jax.numpy as jnp
@@ -14,8 +16,7 @@ from jaxtyping import Array, Float, Int, Key
 from drl_jax import noise
 from drl_jax.errors import UserError
 
-# The linear schedule of Ho et al. 2020, on which the levels are laid, and the level of
-# pure white noise after its end.
+# The linear schedule of Ho et al. 2020, and a last beta of 1 that makes level T white noise.
 BETAS = np.append(np.linspace(1e-4, 0.02, 1000), 1.0)
 
 
@@ -24,9 +25,9 @@ class NoiseSchedule:
     """The noise levels 0..T.
 
     Attributes:
-      a: signal kept from level t - 1 to level t (level 0: from the data).
-      sigma: noise added in that step; a² + sigma² = 1.
-      a_bar: signal kept from the data to level t, the product of a up to t.
+      a: factor on the signal from level t - 1 to level t; at level 0, from the data.
+      sigma: standard deviation of the noise added in that step, sqrt(1 - a²).
+      a_bar: factor on the signal from the data to level t, the product of a_0..a_t.
       sigma_bar: standard deviation of all noise in level t, sqrt(1 - a_bar²).
     """
 
@@ -37,30 +38,31 @@ class NoiseSchedule:
 
     @property
     def T(self) -> int:
-        """Number of energies; levels are 0..T."""
+        """Number of energies; the noise levels are 0..T."""
         return self.a.shape[0] - 1
 
     def is_marginal(self, t: Int[Array, "B"]) -> Float[Array, "B"]:
-        """1 at the top energy T - 1, learned as a marginal, and 0 below.
+        """Returns 1 where t = T - 1, whose energy is learned as a marginal, and 0 below.
 
-        Level T is white noise already: nothing in it says which x_{T-1} it came from.
+        Level T is white noise and so says nothing about x_{T-1}: the conditional is the
+        marginal.
         """
         return (t == self.T - 1).astype(self.a.dtype)
 
     def a_y(self, t: Int[Array, "B"]) -> Float[Array, "B"]:
-        """The factor in y_t = a_{t+1} x_t; 1 at the top, where y is not scaled."""
+        """Returns the factor a in y_t = a x_t: a_{t+1}, and 1 at t = T - 1."""
         return jnp.where(t == self.T - 1, 1.0, self.a[t + 1])
 
 
 def schedule(T: int) -> NoiseSchedule:
-    """Returns the schedule of T energies.
+    """Returns the noise schedule with T energies.
 
-    Every level is a run of the 1000 betas. T = 1000 gives each level one beta (the
-    paper's T1k); fewer levels are spaced evenly over the first half and the last one
-    takes the rest (T = 6: the paper's T6).
+    Every level covers a run of consecutive betas. With T = 1000 each level covers one beta
+    (the paper's T1k). With fewer, the levels are spaced evenly over the first half of the
+    betas, and the last one covers the rest (T = 6 is the paper's T6).
 
     Raises:
-      UserError: if T levels cannot be laid on 1000 betas.
+      UserError: if T is neither 1..501 nor 1000.
     """
     if T == 1000:
         ends = np.arange(1001)
@@ -68,13 +70,29 @@ def schedule(T: int) -> NoiseSchedule:
         stride = 1000 // (2 * (T - 1)) if T > 1 else 0
         ends = np.append(stride * np.arange(T), 999)
     else:
-        raise UserError(f"T = {T} noise levels: the schedule allows 1 to 501, or 1000")
+        raise UserError(
+            f"T = {T} does not fit the schedule of 1000 betas; use 1 to 501, or 1000"
+        )
     log_a_bar = np.cumsum(0.5 * np.log1p(-BETAS[:-1]))
     a_bar = np.exp(np.append(log_a_bar, -np.inf))[ends]
     a = a_bar / np.append(1.0, a_bar[:-1])
     return NoiseSchedule(
-        *(jnp.asarray(v) for v in (a, np.sqrt(1 - a**2), a_bar, np.sqrt(1 - a_bar**2)))
+        a=jnp.asarray(a),
+        sigma=jnp.asarray(np.sqrt(1 - a**2)),
+        a_bar=jnp.asarray(a_bar),
+        sigma_bar=jnp.asarray(np.sqrt(1 - a_bar**2)),
     )
+
+
+def level_groups(T: int) -> list[range]:
+    """Returns the groups of levels 0..T-1 that are reported together.
+
+    Each level is a group of its own if T <= 10; otherwise there are ten groups of consecutive
+    levels.
+    """
+    G = T if T <= 10 else 10
+    bounds = [-(-T * g // G) for g in range(G + 1)]
+    return [range(start, end) for start, end in itertools.pairwise(bounds)]
 
 
 def diffuse(
@@ -83,8 +101,8 @@ def diffuse(
     t: Int[Array, "B"],
     schedule: NoiseSchedule,
 ) -> Float[Array, "B *D"]:
-    """Draws x_t ~ q(x_t | x) = N(a_bar_t x, sigma_bar_t² I) for data x."""
-    return _blur(keys, x, schedule.a_bar[t], schedule.sigma_bar[t])
+    """Draws x_t ~ q(x_t | x) = N(a_bar_t x, sigma_bar_t² I) for data x, t in 0..T."""
+    return _scale_and_add_noise(keys, x, schedule.a_bar[t], schedule.sigma_bar[t])
 
 
 def step(
@@ -94,7 +112,7 @@ def step(
     schedule: NoiseSchedule,
 ) -> Float[Array, "B *D"]:
     """Draws x_{t+1} ~ q(x_{t+1} | x_t) = N(a_{t+1} x_t, sigma_{t+1}² I), t in 0..T-1."""
-    return _blur(keys, x_t, schedule.a[t + 1], schedule.sigma[t + 1])
+    return _scale_and_add_noise(keys, x_t, schedule.a[t + 1], schedule.sigma[t + 1])
 
 
 def diffuse_pair(
@@ -103,7 +121,7 @@ def diffuse_pair(
     t: Int[Array, "B"],
     schedule: NoiseSchedule,
 ) -> tuple[Float[Array, "B *D"], Float[Array, "B *D"]]:
-    """Draws (x_t, x_{t+1}) jointly from q for data x, levels t in 0..T-1."""
+    """Draws (x_t, x_{t+1}) ~ q(x_t, x_{t+1} | x) for data x, t in 0..T-1."""
     x_t = diffuse(noise.fold(keys, 0), x, t, schedule)
     return x_t, step(noise.fold(keys, 1), x_t, t, schedule)
 
@@ -114,7 +132,7 @@ def posterior(
     t: Int[Array, "B"],
     schedule: NoiseSchedule,
 ) -> tuple[Float[Array, "B *D"], Float[Array, "B"]]:
-    """Returns mean and standard deviation of q(x_t | x_{t+1}, x) for data x, t in 0..T-1.
+    """Returns the mean and standard deviation of q(x_t | x_{t+1}, x) for data x, t in 0..T-1.
 
         mean = (a_{t+1} sigma_bar_t² x_{t+1} + a_bar_t sigma_{t+1}² x) / sigma_bar_{t+1}²
         std = sigma_{t+1} sigma_bar_t / sigma_bar_{t+1}
@@ -122,13 +140,13 @@ def posterior(
     (Ho et al. 2020, eqs. 6 and 7.)
     """
     sigma, sigma_bar = schedule.sigma, schedule.sigma_bar
-    of_next = schedule.a[t + 1] * (sigma_bar[t] / sigma_bar[t + 1]) ** 2
-    of_data = schedule.a_bar[t] * (sigma[t + 1] / sigma_bar[t + 1]) ** 2
-    mean = noise.per_example(of_next, x) * x_next + noise.per_example(of_data, x) * x
+    weight_next = schedule.a[t + 1] * (sigma_bar[t] / sigma_bar[t + 1]) ** 2
+    weight_data = schedule.a_bar[t] * (sigma[t + 1] / sigma_bar[t + 1]) ** 2
+    mean = noise.per_example(weight_next, x) * x_next + noise.per_example(weight_data, x) * x
     return mean, sigma[t + 1] * sigma_bar[t] / sigma_bar[t + 1]
 
 
-def _blur(keys, x, a, sigma):
-    """Draws N(a x, sigma² I), a and sigma a number an example."""
+def _scale_and_add_noise(keys, x, a, sigma):
+    """Draws from N(a x, sigma² I), with one a and one sigma per example."""
     eps = noise.normal(keys, x.shape[1:])
     return noise.per_example(a, x) * x + noise.per_example(sigma, x) * eps

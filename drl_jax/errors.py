@@ -1,17 +1,41 @@
-"""What a user can get wrong, told in one line."""
+"""Exceptions for problems that the user can fix, reported as one line."""
+
+import contextlib
+from collections.abc import Iterator
 
 
 class UserError(ValueError):
-    """Something outside the program is wrong, and its user can put it right.
+    """Something outside the program is wrong and the user can fix it.
 
-    The message is one line: what is wrong, the value, what to do. `drl_jax.main` prints
-    that line and exits with status 1; everything else keeps its traceback.
+    The message is one line: what is wrong, the value, what to do. `drl_jax.main` prints that
+    line and exits with status 1; every other exception keeps its traceback.
     """
 
 
-class Interrupted(Exception):  # noqa: N818  (not an error: the run can go on)
-    """A run was asked to stop by a signal, and its state is saved."""
+class Interrupted(Exception):  # noqa: N818  (not an error: the run can be resumed)
+    """A signal asked the run to stop, and its state was saved.
+
+    Attributes:
+      signum: number of the signal.
+    """
 
     def __init__(self, signum: int, step: int):
         super().__init__(f"stopped by signal {signum}; step {step} is saved")
         self.signum = signum
+
+
+@contextlib.contextmanager
+def as_user_error(failure: str) -> Iterator[None]:
+    """Re-raises any exception as a one-line `UserError`.
+
+    Args:
+      failure: what could not be done; the message is "<failure>: <reason>".
+
+    Raises:
+      UserError: if the body raises an exception of any type.
+    """
+    try:
+        yield
+    except Exception as error:  # local disks raise OSError, buckets raise TensorFlow's errors
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise UserError(f"{failure}: {reason}") from error

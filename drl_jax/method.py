@@ -1,49 +1,58 @@
-"""The method as one value: which network, which noise levels, which chain, which loss."""
+"""The method as one value: network, noise levels, parameterisation and sampler."""
 
 import functools
 import math
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
+from jaxtyping import Array, Shaped
 from ml_collections import ConfigDict
 
 from drl_jax import diffusion, recovery
 from drl_jax.diffusion import NoiseSchedule
-from drl_jax.energies import mlp, resnet
-from drl_jax.energies.energy import Energy, Params, computed_in
 from drl_jax.errors import UserError
 from drl_jax.mcmc import hmc, langevin, mala, normal_approximation
+from drl_jax.networks import mlp, resnet
+from drl_jax.networks.energy import Energy, Params, computed_in
 from drl_jax.recovery import LevelFn, Parameterisation
-from drl_jax.sampling import Sampler
+from drl_jax.sampling.ladder import Conditionals, Sampler
 
 
 class Method(NamedTuple):
-    """What is learned, how, and how its conditionals are sampled.
+    """An energy-based model without its parameters.
 
     Attributes:
-      energy: the network.
-      schedule: the noise levels.
-      parameterisation: of F by the network.
-      sampler: of the conditionals.
-      objective: the loss, 'recovery' or 'denoising'.
-      levels: how training draws them (`train_step.draw_levels`).
+      energy: network f.
+      schedule: noise levels.
+      parameterisation: how the log-density F is computed from f.
+      sampler: Markov chain Monte Carlo kernel for the conditionals.
     """
 
     energy: Energy
     schedule: NoiseSchedule
     parameterisation: Parameterisation
     sampler: Sampler
-    objective: Literal["recovery", "denoising"]
-    levels: Literal["uniform", "log_noise"] = "uniform"
 
     def F(self, params: Params) -> LevelFn:
-        """Returns the levels' log-density under these (normalised) parameters."""
+        """Returns the log-density of every level, given normalised parameters."""
         f = functools.partial(self.energy.f, params)
         return recovery.log_density(f, self.parameterisation)
 
+    def conditionals(
+        self, params: Params, tuning: dict[str, Shaped[Array, "T"]] | None = None
+    ) -> Conditionals:
+        """Returns the conditionals of all levels, given normalised parameters.
+
+        Args:
+          params: normalised parameters of the network.
+          tuning: settings of the sampler; by default its own.
+        """
+        sampler = self.sampler if tuning is None else self.sampler._replace(tuning=tuning)
+        return Conditionals(self.F(params), self.schedule, sampler)
+
 
 def from_config(config: ConfigDict) -> Method:
-    """Builds what the configuration names, with the sampler of its training.
+    """Builds the method that a configuration describes, with the sampler used in training.
 
     Raises:
       UserError: if T or the image size is impossible, or the sampler has settings for
@@ -61,28 +70,36 @@ def from_config(config: ConfigDict) -> Method:
         s = recovery.step_sizes(schedule, config.mcmc.b_squared)
         parameterisation = Parameterisation(s**2, precision=0.0)
     elif config.energy.parameterisation == "noise":
+        # Dequantised data bring uniform noise of their own, of variance width² / 12.
         uniform = schedule.a_bar[:-1] * config.data.dequantise / math.sqrt(12)
-        temperature = jnp.hypot(schedule.sigma_bar[:-1], uniform)  # of all noise
+        temperature = jnp.hypot(schedule.sigma_bar[:-1], uniform)
         parameterisation = Parameterisation(temperature, precision=1.0)
     else:
         parameterisation = Parameterisation(jnp.ones(schedule.T), precision=1.0)
-    sampler = make_sampler(config.mcmc, schedule)
-    train = config.train
-    return Method(energy, schedule, parameterisation, sampler, train.objective, train.levels)
+    return Method(energy, schedule, parameterisation, make_sampler(config.mcmc, schedule))
+
+
+def for_generation(method: Method, mcmc: ConfigDict) -> Method:
+    """Returns the method with the sampler and the noise scale of `config.mcmc`.
+
+    The parameterisation stays the one that the network was trained with.
+    """
+    return method._replace(sampler=make_sampler(mcmc, method.schedule, mcmc.noise_scale))
 
 
 def make_sampler(
     mcmc: ConfigDict, schedule: NoiseSchedule, noise_scale: float = 1.0
 ) -> Sampler:
-    """Builds the sampler that `config.mcmc` names.
+    """Builds the sampler that `config.mcmc` describes.
 
     Args:
       mcmc: this part of the configuration.
-      schedule: the noise levels.
-      noise_scale: of the noise, in a sampler that allows for it.
+      schedule: noise levels.
+      noise_scale: factor of the noise, for the samplers that have one (Langevin and the
+        normal approximation).
 
     Raises:
-      UserError: if the leapfrog steps are for another number of levels.
+      UserError: if the leapfrog steps are given for another number of levels.
     """
     T = schedule.T
     step_size = recovery.step_sizes(schedule, mcmc.b_squared)
@@ -98,7 +115,7 @@ def make_sampler(
     if len(mcmc.leapfrog) not in (1, T):
         raise UserError(
             f"config.mcmc.leapfrog is {mcmc.leapfrog}: give one number for all levels, or "
-            f"one for each of the {T}"
+            f"{T} numbers, one per level"
         )
     leapfrog = jnp.broadcast_to(jnp.asarray(mcmc.leapfrog), (T,))
     return Sampler(hmc.init, hmc.kernel, {"step_size": step_size, "leapfrog": leapfrog}, mcmc.K)

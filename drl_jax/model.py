@@ -1,5 +1,6 @@
-"""A trained model in the hand: energies and samples, as arrays in [-1, 1]."""
+"""A trained model: evaluates log-densities and draws samples, as arrays in [-1, 1]."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -7,144 +8,196 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from jax.sharding import Mesh
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key
-from ml_collections import ConfigDict
 
-from drl_jax import (
-    checkpoints,
-    images,
-    inpainting,
-    interpolation,
-    masks,
-    method,
-    noise,
-    parallel,
-    recovery,
-    sampling,
-    train_state,
-)
-from drl_jax.energies.energy import Energy, Params
+from drl_jax import noise
 from drl_jax.errors import UserError
-from drl_jax.files import told
-from drl_jax.long_run import chains as long_run
-from drl_jax.long_run.chains import Chains, Seen
 from drl_jax.method import Method
+from drl_jax.networks.energy import Params
+from drl_jax.runtime import sharding
+from drl_jax.runtime.batching import Engine
+from drl_jax.sampling import chains as chains_lib
+from drl_jax.sampling import inpainting, interpolation, ladder, masks
+from drl_jax.sampling.chains import Chains, Observation
+
+ROUNDING = 1e-5  # distance by which a resized image may leave [-1, 1]
 
 _sample_strips = jax.jit(interpolation.sample_strips, static_argnames="frames")
 _image_strips = jax.jit(interpolation.image_strips, static_argnames="frames")
 
 
+class Programs(NamedTuple):
+    """The compiled programs of a model, shared by the models that `Model.adapt` returns."""
+
+    f: Callable
+    F: Callable
+    generate: Callable
+    descend: Callable
+    inpaint: Callable
+    start_chains: Callable
+    advance_chains: Callable
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
 class Model:
-    """A network with its parameters, compiled for the devices at hand.
+    """A network with its parameters, on the devices of a mesh. Immutable.
+
+    Use `Model.create`, `drl_jax.load` or `storage.runs.load` to make one.
 
     Attributes:
-      method: the network, the noise levels and the sampler.
-      params: spectrally normalised parameters, replaced freely: nothing recompiles.
-      tuning: of the sampler, a number a level (`sampling.Sampler`), replaced as freely.
-      mesh: the devices.
+      method: network, noise levels and sampler.
+      params: normalised parameters.
+      engine: runs programs in batches on the devices.
+      programs: compiled programs, none of which depends on the values of the parameters or
+        of the sampler's tuning.
     """
 
-    def __init__(self, method: Method, params: Params, mesh: Mesh, batch_size: int = 256):
-        """Binds the parameters; at most about `batch_size` chains run at a time."""
-        self.method = method
-        self.params = params
-        self.tuning = method.sampler.tuning
-        self.mesh = mesh
-        self._batch_size = -(-batch_size // mesh.size) * mesh.size
-        self._f = jax.jit(method.energy.f)
-        self.generate = self.compile(
-            lambda keys, F, sampler: sampling.generate(
-                keys, F, method.energy.shape, method.schedule, sampler
-            )
+    method: Method
+    params: Params
+    engine: Engine
+    programs: Programs
+
+    @classmethod
+    def create(
+        cls, method: Method, params: Params, mesh: Mesh, batch_size: int = 256
+    ) -> "Model":
+        """Returns the model of a method with these parameters.
+
+        Args:
+          method: network, noise levels and sampler.
+          params: normalised parameters.
+          mesh: devices that share each batch.
+          batch_size: largest number of chains to run at once, rounded up to a multiple of the
+            number of devices.
+        """
+        engine = Engine(mesh, batch_size)
+        programs = Programs(
+            f=jax.jit(method.energy.f),
+            F=jax.jit(lambda params, x, t: method.F(params)(x, t)),
+            generate=_compile(
+                engine,
+                method,
+                lambda keys, conditionals: ladder.generate(
+                    keys, conditionals, method.energy.shape
+                ),
+            ),
+            descend=_compile(engine, method, ladder.descend),
+            inpaint=_compile(engine, method, inpainting.inpaint),
+            start_chains=_compile(
+                engine, method, lambda _, *arguments: chains_lib.start(*arguments)
+            ),
+            advance_chains=_compile(engine, method, chains_lib.advance),
         )
-        self._descend = self.compile(
-            lambda keys, F, sampler, x, top, bottom: sampling.descend(
-                keys, F, x, top, bottom, method.schedule, sampler
-            )
-        )
-        self._inpaint = self.compile(
-            lambda keys, F, sampler, x, known, rounds: inpainting.inpaint(
-                keys, F, x, known, rounds, method.schedule, sampler
-            )
-        )
-        self._start = self.compile(
-            lambda keys, F, sampler, x_tilde, t, trace: long_run.start(
-                F, x_tilde, t, method.schedule, sampler, trace
-            )
-        )
-        self._advance = self.compile(
-            lambda keys, F, sampler, chains, x_tilde, t, first, last: long_run.advance(
-                keys, F, chains, x_tilde, t, first, last, method.schedule, sampler
-            )
+        return cls(method, params, engine, programs)
+
+    def __repr__(self) -> str:
+        sizes = [leaf.size for leaf in jax.tree.leaves(self.params)]
+        sampler = self.method.sampler.kernel.__module__.rpartition(".")[2]
+        return (
+            f"Model(shape={self.shape}, T={self.T}, parameters={sum(sizes):,}, "
+            f"sampler={sampler}, K={self.method.sampler.K}, devices={self.mesh.size})"
         )
 
-    def f(self, x: Float[Array, "B H W C"], t: Int[Array, "B"]) -> Float[Array, "B"]:
-        """Returns the network's output for images x at levels t in 0..T-1."""
-        return self._f(self.params, x, t)
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one example: [H, W, C] for images, [D] for vectors."""
+        return self.method.energy.shape
 
-    def log_density(self, x: Float[Array, "B H W C"], t: Int[Array, "B"]) -> Float[Array, "B"]:
-        """Returns F(x, t), the log-density of level t up to a constant [nats]."""
-        return recovery.log_density(self.f, self.method.parameterisation)(x, t)
+    @property
+    def T(self) -> int:
+        """Number of levels."""
+        return self.method.schedule.T
 
-    def sample(self, key: Key[Array, ""], n: int) -> Float[np.ndarray, "n H W C"]:
-        """Draws n images. The i-th depends on the key and on i alone.
+    @property
+    def mesh(self) -> Mesh:
+        """Devices that share each batch."""
+        return self.engine.mesh
 
-        To the bit for equal batches; another batch size is another program, which rounds
-        otherwise, and a chain may turn a rounding into a visible difference.
+    @property
+    def step_size(self) -> Float[np.ndarray, "T"]:
+        """Step size of the sampler at every level."""
+        return np.asarray(self.method.sampler.tuning["step_size"])
+
+    def with_params(self, params: Params) -> "Model":
+        """Returns a model with other (normalised) parameters. Nothing is compiled again."""
+        return dataclasses.replace(self, params=params)
+
+    def with_step_size(self, step_size: Float[ArrayLike, "T"]) -> "Model":
+        """Returns a model with other step sizes. Nothing is compiled again."""
+        sampler = self.method.sampler
+        tuning = sampler.tuning | {"step_size": jnp.asarray(step_size)}
+        method = self.method._replace(sampler=sampler._replace(tuning=tuning))
+        return dataclasses.replace(self, method=method)
+
+    def f(self, x: Float[ArrayLike, "B *D"], t: Int[ArrayLike, "B"]) -> Float[Array, "B"]:
+        """Evaluates the network on x at levels t in 0..T-1."""
+        return self.programs.f(self.params, jnp.asarray(x), jnp.asarray(t))
+
+    def log_density(
+        self, x: Float[ArrayLike, "B *D"], t: Int[ArrayLike, "B"]
+    ) -> Float[Array, "B"]:
+        """Returns F(x, t), the log-density of level t in 0..T-1 up to a constant [nats]."""
+        return self.programs.F(self.params, jnp.asarray(x), jnp.asarray(t))
+
+    def sample(self, key: Key[Array, ""], n: int) -> Float[np.ndarray, "n *D"]:
+        """Draws n samples. The i-th depends only on the key and i.
+
+        This holds to the bit for equal batch sizes. Another batch size is another compiled
+        program with other rounding errors, which a chain can amplify to visible differences.
         """
         return np.concatenate(list(self.sample_batches(key, n)))
 
     def sample_batches(
         self, key: Key[Array, ""], n: int
-    ) -> Iterator[Float[np.ndarray, "B H W C"]]:
-        """Draws n images, a batch at a time: memory does not grow with n."""
-        return self.batches(self.generate, key, np.arange(n))
+    ) -> Iterator[Float[np.ndarray, "B *D"]]:
+        """Draws n samples one batch at a time, so that memory does not grow with n."""
+        return self.run(self.programs.generate, key, np.arange(n))
 
     def descend(
-        self, key: Key[Array, ""], x: Float[ArrayLike, "n H W C"], top: int, bottom: int
-    ) -> Float[np.ndarray, "n H W C"]:
-        """Draws x_bottom from x = x_top, level by level (`sampling.descend`).
+        self, key: Key[Array, ""], x: Float[ArrayLike, "n *D"], top: int, bottom: int
+    ) -> Float[np.ndarray, "n *D"]:
+        """Draws x_bottom given x = x_top, level by level (`ladder.descend`).
 
-        From white noise, `descend(key, x, T, 0)` generates, and with stops on the way makes
-        the same images.
+        `descend(key, x_T, top=T, bottom=0)` generates samples from white noise x_T. Stopping at
+        levels in between gives the same samples.
 
         Raises:
           UserError: if not 0 <= bottom <= top <= T.
         """
-        T = self.method.schedule.T
-        if not 0 <= bottom <= top <= T:
+        if not 0 <= bottom <= top <= self.T:
             raise UserError(
-                f"no way down from level {top} to {bottom}: levels are {T}, white noise, to 0"
+                f"cannot descend from level {top} to level {bottom}: levels go from "
+                f"{self.T} (white noise) down to 0"
             )
         x = np.asarray(x, np.float32)
-        levels = {"top": top, "bottom": bottom}
-        return np.concatenate(
-            list(self.batches(self._descend, key, np.arange(len(x)), x, **levels))
+        indices = np.arange(len(x))
+        return _concatenate(
+            self.run(self.programs.descend, key, indices, x, top=top, bottom=bottom)
         )
 
     def interpolate(
         self, key: Key[Array, ""], pairs: int, frames: int, level: int | None = None
     ) -> Float[np.ndarray, "pairs frames H W C"]:
-        """Draws strips between samples, through their noise (`interpolation.sample_strips`).
+        """Interpolates between samples through a noise level (`interpolation.sample_strips`).
 
-        Each starts at the sample of its number: the first frames are `sample(key, pairs)`.
+        The first frames are `sample(key, pairs)`.
 
         Args:
-          key: of all noise.
-          pairs: how many strips.
-          frames: of a strip.
-          level: where the strips start, in 1..T; None for `interpolation.sample_level`.
+          key: random key.
+          pairs: number of pairs of samples.
+          frames: number of images per strip, including both ends.
+          level: noise level at which the pairs are interpolated, in 1..T; by default
+            `interpolation.sample_level`.
 
         Raises:
-          UserError: another level.
+          UserError: if the level is not in 1..T.
         """
         keys = noise.example_keys(key, jnp.arange(2 * pairs))
         schedule = self.method.schedule
         level = interpolation.sample_level(schedule) if level is None else level
         interpolation.require_level(level, schedule.T)
-        x_T = sampling.white_noise(keys, self.method.energy.shape, schedule)
+        x_T = ladder.white_noise(keys, self.shape, schedule)
         ends = self.descend(key, x_T, schedule.T, level)
         strips = _sample_strips(ends[:pairs], ends[pairs:], frames)
         return self._recover_strips(key, strips, level)
@@ -157,25 +210,31 @@ class Model:
         frames: int,
         level: int,
     ) -> Float[np.ndarray, "pairs frames H W C"]:
-        """Draws strips between images, through a noise level (`interpolation.image_strips`).
+        """Interpolates between given images through a noise level.
+
+        See `interpolation.image_strips`.
 
         Args:
-          key: of all noise.
-          first: images in [-1, 1], where the strips start.
-          last: images in [-1, 1], where they end.
-          frames: of a strip.
-          level: the noise level in 1..T, from little change to none of the images left.
+          key: random key.
+          first: images in [-1, 1] at the start of the strips.
+          last: images in [-1, 1] at the end of the strips.
+          frames: number of images per strip, including both ends.
+          level: noise level in 1..T at which the images are interpolated. At 1 they hardly
+            change; at T nothing of them is left.
 
         Raises:
-          UserError: other images, or another level.
+          UserError: if the images do not fit the model, or the level is not in 1..T.
         """
-        energy, schedule = self.method.energy, self.method.schedule
-        first, last = (images.as_images(x, energy.shape) for x in (first, last))
-        if len(first) != len(last):
-            raise UserError(f"{len(first)} and {len(last)} images make no pairs: give as many")
+        schedule = self.method.schedule
+        starts, ends = as_images(first, self.shape), as_images(last, self.shape)
+        if len(starts) != len(ends):
+            raise UserError(
+                f"{len(starts)} first images and {len(ends)} last images cannot be paired: "
+                "give equal numbers"
+            )
         interpolation.require_level(level, schedule.T)
-        keys = noise.example_keys(key, jnp.arange(len(first)))
-        strips = _image_strips(keys, first, last, frames, level, schedule)
+        keys = noise.example_keys(key, jnp.arange(len(starts)))
+        strips = _image_strips(keys, starts, ends, frames, level, schedule)
         return self._recover_strips(key, strips, level)
 
     def inpaint(
@@ -186,139 +245,125 @@ class Model:
         completions: int = 1,
         rounds: int = 10,
     ) -> Float[np.ndarray, "n completions H W C"]:
-        """Draws completions of images of which some pixels are known (`inpainting.inpaint`).
+        """Draws the unknown pixels of images given the known ones (`inpainting.inpaint`).
 
         Args:
-          key: of all noise.
-          x: images in [-1, 1]; what they hold at unknown pixels is without effect.
-          known: the mask, true where a pixel is known, such as `masks.named` gives.
-          completions: of each image.
-          rounds: how often each level is drawn.
+          key: random key.
+          x: images in [-1, 1]; their values at unknown pixels have no effect.
+          known: mask, true where a pixel is known; see `masks.named`.
+          completions: number of completions per image.
+          rounds: number of times each level is drawn.
 
         Returns:
-          images that equal x where it is known, to the bit.
+          images that equal x at known pixels, exactly.
 
         Raises:
-          UserError: other images, another mask, or no rounds.
+          UserError: if the images or the mask do not fit the model, or rounds < 1.
         """
-        x, known = images.as_images(x, self.method.energy.shape), np.asarray(known)
-        masks.require_mask(known, self.method.energy.shape)
+        images, known = as_images(x, self.shape), np.asarray(known)
+        masks.require_mask(known, self.shape)
         if rounds < 1:
-            raise UserError(f"rounds is {rounds}: every level must be drawn once or more")
-        n = len(x) * completions
-        every_x = np.repeat(x, completions, axis=0)
-        every_known = np.broadcast_to(known, (n, *known.shape))
-        batches = self.batches(
-            self._inpaint, key, np.arange(n), every_x, every_known, rounds=rounds
+            raise UserError(f"rounds is {rounds}: it must be 1 or more")
+        n = len(images) * completions
+        completed = _concatenate(
+            self.run(
+                self.programs.inpaint,
+                key,
+                np.arange(n),
+                np.repeat(images, completions, axis=0),
+                np.broadcast_to(known, (n, *known.shape)),
+                rounds=rounds,
+            )
         )
-        return np.concatenate(list(batches)).reshape(len(x), completions, *x.shape[1:])
+        return completed.reshape(len(images), completions, *images.shape[1:])
 
     def long_run(
         self,
         key: Key[Array, ""],
-        x_tilde: Float[ArrayLike, "n H W C"],
+        x_tilde: Float[ArrayLike, "n *D"],
         t: Int[ArrayLike, "n"],
         num_steps: int,
         chains: Chains | None = None,
-        points: int = long_run.POINTS,
-    ) -> tuple[Chains, Seen]:
-        """Takes chains on p(y | x_tilde), which start from x_tilde, to step `num_steps`.
+        points: int = chains_lib.POINTS,
+    ) -> tuple[Chains, Observation]:
+        """Runs chains on p(y | x_tilde), started at y = x_tilde, up to step `num_steps`.
 
-        Given its own chains it goes on with them, to the bit as if it had never stopped.
-        Levels and steps are data: nothing compiles again for others.
+        Given chains that it returned before, it continues them, to the bit as if they had not
+        been interrupted. Levels and numbers of steps are traced: other values compile nothing.
 
         Args:
-          key: of all noise.
-          x_tilde: the conditions, x_{t+1}; white noise at t = T - 1.
-          t: level of each chain, 0..T-1.
-          num_steps: to be made in all, those made before included.
-          chains: as it returned them; None starts new ones.
-          points: of a new chain's trace, at most, and even; 0 for no trace.
+          key: random key.
+          x_tilde: conditions x_{t+1}; white noise at t = T - 1.
+          t: level of each chain, in 0..T-1.
+          num_steps: total number of steps, including those made before.
+          chains: chains to continue; None starts new ones.
+          points: maximum length of a new chain's trace, even; 0 for no trace.
 
         Returns:
-          the chains, their traces with them, and where they are, both of numpy arrays.
+          the chains with their traces, and an observation of them, as numpy arrays.
 
         Raises:
-          UserError: other levels, or a sampler that makes no chain.
+          UserError: if a level is out of range, or the sampler is not a Markov chain.
         """
         x_tilde, t = np.asarray(x_tilde, np.float32), np.asarray(t, np.int32)
-        long_run.require_levels(t, self.method.schedule.T)
-        long_run.require_chain(self.method.sampler)
+        chains_lib.require_levels(t, self.T)
+        chains_lib.require_chain(self.method.sampler)
         indices = np.arange(len(t))
         if chains is None:
-            trace = np.zeros((len(t), points, 1 + long_run.PROJECTIONS), np.float32)
-            begun = self.batches(self._start, key, indices, x_tilde, t, trace)
-            chains = _concatenated(begun)
+            trace = np.zeros((len(t), points, 1 + chains_lib.PROJECTIONS), np.float32)
+            chains = _concatenate(
+                self.run(self.programs.start_chains, key, indices, x_tilde, t, trace)
+            )
         first = int(chains.step[0])
-        steps = {"first": first, "last": max(first, num_steps)}
-        return _concatenated(
-            self.batches(self._advance, key, indices, chains, x_tilde, t, **steps)
+        return _concatenate(
+            self.run(
+                self.programs.advance_chains,
+                key,
+                indices,
+                chains,
+                x_tilde,
+                t,
+                first=first,
+                last=max(first, num_steps),
+            )
         )
 
     def adapt(
         self, key: Key[Array, ""], num_steps: int = 100, target: float = 0.65, chains: int = 16
-    ) -> tuple[Float[np.ndarray, "T"], Float[np.ndarray, "T"]]:
-        """Adapts the step size of MALA or HMC at every level, on chains thrown away.
+    ) -> tuple["Model", Float[np.ndarray, "T"]]:
+        """Adapts the step sizes of MALA or HMC, on chains that are then discarded.
 
-        Every device makes the same chains, so the result does not depend on their number.
+        Every device runs the same chains, so the result does not depend on their number.
+
+        Args:
+          key: random key.
+          num_steps: number of steps per level.
+          target: mean acceptance probability to reach.
+          chains: number of chains.
 
         Returns:
-          step size and acceptance of every level (`sampling.warm_up`).
+          the adapted model, and the acceptance probability at each level (`ladder.warm_up`).
         """
-        method = self.method
 
-        @functools.partial(jax.jit, out_shardings=parallel.replicated(self.mesh))
+        @functools.partial(jax.jit, out_shardings=sharding.replicated(self.mesh))
         def program(params, key):
             keys = noise.example_keys(key, jnp.arange(chains))
-            return sampling.warm_up(
-                *(keys, method.F(params), method.energy.shape, method.schedule),
-                *(method.sampler, num_steps, target),
-            )
+            conditionals = self.method.conditionals(params)
+            return ladder.warm_up(keys, conditionals, self.shape, num_steps, target)
 
         step_size, acceptance = program(self.params, key)
-        self.tuning = self.tuning | {"step_size": step_size}
-        return np.asarray(step_size), np.asarray(acceptance)
-
-    def _recover_strips(
-        self, key: Key[Array, ""], strips: Float[Array, "pairs frames H W C"], level: int
-    ) -> Float[np.ndarray, "pairs frames H W C"]:
-        """Makes images of strips of x_level; the frames of a strip share their noise."""
-        pairs, frames, *shape = strips.shape
-        x = np.asarray(strips).reshape(-1, *shape)
-        indices = np.repeat(np.arange(pairs), frames)
-        batches = self.batches(self._descend, key, indices, x, top=level, bottom=0)
-        return np.concatenate(list(batches)).reshape(strips.shape)
+        return self.with_step_size(step_size), np.asarray(acceptance)
 
     def compile(self, program: Callable) -> Callable:
-        """Makes program(keys, F, sampler, *arrays, **settings) run on all devices.
+        """Compiles a program over examples for the devices, to be passed to `run`.
 
-        Of the result, (params, tuning, key, indices, arrays, settings) -> arrays, each device
-        holds a block of the examples that `indices` number. Settings are
-        numbers by name, or trees of them, whole on every device; others are no other program.
+        Args:
+          program: (keys [B], conditionals, *arrays [B, ...], **settings) -> arrays [B, ...],
+            which treats every example independently.
         """
-        method, mesh = self.method, self.mesh
+        return _compile(self.engine, self.method, program)
 
-        def on_device(shared, examples):
-            params, tuning, settings = shared
-            keys, arrays = examples
-            sampler = method.sampler._replace(tuning=tuning)
-            return program(keys, method.F(params), sampler, *arrays, **settings)
-
-        whole, split = parallel.replicated(mesh), parallel.by_example(mesh)
-
-        @functools.partial(
-            jax.jit,
-            in_shardings=(whole, whole, whole, split, split, whole),
-            out_shardings=split,
-        )
-        def compiled(params, tuning, key, indices, arrays, settings):
-            keys = noise.example_keys(key, indices)
-            shared = params, tuning, settings
-            return parallel.over_examples(on_device, mesh)(shared, (keys, arrays))
-
-        return compiled
-
-    def batches(
+    def run(
         self,
         compiled: Callable,
         key: Key[Array, ""],
@@ -326,103 +371,74 @@ class Model:
         *arrays: Any,
         **settings: Any,
     ) -> Iterator[Any]:
-        """Runs a compiled program on the examples of these numbers, a batch at a time.
+        """Runs a compiled program on n examples and yields its results batch by batch.
 
-        Arrays go in and come out in any tree, an example a row of each. The last batch is
-        filled up with copies, so that it needs no program of its own. While the caller has a
-        batch in hand the devices are at work on the next, so that no writing stalls them.
+        Args:
+          compiled: program from `compile`.
+          key: random key.
+          indices: numbers that are folded into the key, one per example.
+          *arrays: trees of arrays with the examples along the first axis.
+          **settings: trees of numbers, the same for all examples; traced values.
         """
-        n = len(indices)
-        size = min(self._batch_size, -(-n // self.mesh.size) * self.mesh.size)
-        split = parallel.by_example(self.mesh)
+        shared, examples = self.arguments(key, indices, *arrays, **settings)
+        return self.engine.run(compiled, shared, self.engine.split(examples))
 
-        def begun(start: int) -> tuple[int, Any]:
-            rows = np.minimum(np.arange(start, start + size), n - 1)
-            batch = jax.tree.map(lambda array: array[rows], (indices, arrays))
-            numbers, examples = parallel.place(batch, split)
-            out = compiled(self.params, self.tuning, key, numbers, examples, settings)
-            return n - start, out
+    def arguments(
+        self, key: Key[Array, ""], indices: Any, *arrays: Any, **settings: Any
+    ) -> tuple[Any, Any]:
+        """Returns the two arguments of a compiled program: shared values, and examples."""
+        shared = self.params, self.method.sampler.tuning, key, settings
+        return shared, (indices, arrays)
 
-        batches = map(begun, range(0, n, size))
-        pending = next(batches, None)
-        while pending:
-            (left, out), pending = pending, next(batches, None)  # which begins the next one
-            yield jax.tree.map(lambda x, left=left: x[:left], parallel.fetch(out))
-
-
-def _concatenated(batches: Iterator[Any]) -> Any:
-    """Returns batches of one tree of arrays as one batch."""
-    return jax.tree.map(lambda *parts: np.concatenate(parts), *batches)
+    def _recover_strips(
+        self, key: Key[Array, ""], strips: Float[Array, "pairs frames H W C"], level: int
+    ) -> Float[np.ndarray, "pairs frames H W C"]:
+        """Recovers images from strips of x_level; the frames of a strip share their noise."""
+        pairs, frames, *shape = strips.shape
+        x = np.asarray(strips).reshape(-1, *shape)
+        indices = np.repeat(np.arange(pairs), frames)
+        images = self.run(self.programs.descend, key, indices, x, top=level, bottom=0)
+        return _concatenate(images).reshape(strips.shape)
 
 
-class Run(NamedTuple):
-    """What a work directory holds.
-
-    Attributes:
-      config: of its training.
-      model: with the averaged parameters of the newest readable checkpoint.
-      step: training steps behind them.
-    """
-
-    config: ConfigDict
-    model: Model
-    step: int
-
-
-def load_run(
-    workdir: str | epath.Path,
-    revise: Callable[[ConfigDict], ConfigDict] = lambda config: config,
-) -> Run:
-    """Loads a work directory.
-
-    Args:
-      workdir: of a run.
-      revise: changes the configuration in what can change after training, such as the
-        sampler; what was learned stays as it was.
+def as_images(x: ArrayLike, shape: tuple[int, ...]) -> Float[np.ndarray, "n H W C"]:
+    """Returns x in float32, after checking that it holds images of this shape in [-1, 1].
 
     Raises:
-      UserError: if it holds no readable checkpoint.
+      UserError: naming the dtype, shape or range that is wrong.
     """
-    workdir = epath.Path(workdir)
-    mesh = parallel.make_mesh()
-    restored = None
-    with told(f"cannot read {workdir}"):
-        found = (workdir / "checkpoints").exists()
-    if found:
-        with checkpoints.Checkpoints(workdir) as manager:
-            restored = manager.restore(abstract_state, lambda _: parallel.replicated(mesh))
-    if restored is None:
+    x = np.asarray(x)
+    if x.dtype.kind in "biu":  # integers have not been scaled to [-1, 1]
         raise UserError(
-            f"no checkpoint to read in {workdir}: train there first (--mode=train), or "
-            "give the --workdir of a trained model"
+            f"the images are of dtype {x.dtype}: give floating-point numbers in [-1, 1]"
         )
-    config, state = restored
-    built = method.from_config(config)
-    config = revise(config)
-    model = Model(
-        generating(built, config.mcmc),
-        generating_params(built.energy, state, mesh),
-        mesh,
-        config.evaluation.batch_size,
-    )
-    return Run(config, model, int(state.step))
+    x = x.astype(np.float32)
+    if x.ndim != 4 or x.shape[1:] != shape or not len(x):
+        given, wanted = ("x".join(map(str, shape)) for shape in (x.shape, shape))
+        raise UserError(
+            f"the images are an array of shape {given}: give one or more images of {wanted}"
+        )
+    if not np.abs(x).max() <= 1 + ROUNDING:  # also true of NaN
+        raise UserError(
+            f"the images' pixels lie in [{x.min():g}, {x.max():g}]: scale or clip them to "
+            "[-1, 1]"
+        )
+    return x
 
 
-def generating(learned: Method, mcmc: ConfigDict) -> Method:
-    """Returns the method with the sampler, and its noise scale, of `config.mcmc`."""
-    return learned._replace(
-        sampler=method.make_sampler(mcmc, learned.schedule, mcmc.noise_scale)
-    )
+def _compile(engine: Engine, method: Method, program: Callable) -> Callable:
+    """Returns a compiled program that takes `Model.arguments`."""
+
+    def on_device(shared, examples):
+        params, tuning, key, settings = shared
+        indices, arrays = examples
+        keys = noise.example_keys(key, indices)
+        conditionals = method.conditionals(params, tuning)
+        return program(keys, conditionals, *arrays, **settings)
+
+    return engine.compile(on_device)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2))
-def generating_params(energy: Energy, state: train_state.TrainState, mesh: Mesh) -> Params:
-    """Returns what images are generated with: the averaged parameters, normalised."""
-    return energy.normalise(parallel.gather(state.ema, mesh), state.vectors)[0]
-
-
-def abstract_state(config: ConfigDict) -> train_state.TrainState:
-    """Returns the shapes of the training state that the configuration asks for."""
-    return train_state.abstract(
-        method.from_config(config).energy, train_state.optimiser(config)
-    )
+def _concatenate(batches: Iterator[Any]) -> Any:
+    """Concatenates batches of the same tree of arrays."""
+    return jax.tree.map(lambda *parts: np.concatenate(parts), *batches)

@@ -1,45 +1,50 @@
-"""Recovery likelihood: each level's energy, its conditional given the next, and the loss.
+"""The recovery likelihood: log-densities, conditionals and losses.
 
-The network f(x, t) gives unnormalised log-densities, higher = more probable (f is the
-*negative* energy). Writing y = a_{t+1} x_t and x_tilde = x_{t+1},
+The network f(x, t) is the *negative* energy: higher means more probable. A `Parameterisation`
+turns it into F(y, t), the log-density of y_t up to a constant. Write y = a_{t+1} x_t and
+x_tilde = x_{t+1}. Then
 
     p(y | x_tilde) ∝ exp( F(y, t) - |x_tilde - y|² / (2 sigma_{t+1}²) )
 
-(Gao et al. 2021, eqs. 3 and 11). A temperature tau_t for each level spares the network the
-levels' orders of magnitude (`Parameterisation`):
+(Gao et al. 2021, eqs. 3 and 11). At t = T - 1, x_tilde is white noise: there is no quadratic
+term, and y = x_t.
 
-- few levels (T6): F = f / s_t², s_t the Langevin step, as in the authors' program;
-- many levels (T1k): F = f / sigma_bar_t - |x|² / 2. Level t is data blurred by noise
-  sigma_bar_t eps, and its score is grad F = -E[eps | x] / sigma_bar_t (Tweedie's formula). So
-  grad f is of order one in each pixel at every level, while s_t² would ask for a gradient of
-  2e-6 at the bottom and 4e-4 at the top. The quadratic is the log-density of white noise, to
-  which the levels tend: f has only to say how a level differs from it, and since f grows no
-  faster than linearly, exp(F) can be normalised and no chain can run away. Data that are
-  dequantised bring noise of their own, and sigma_bar_t is the standard deviation of both: with
-  what the levels add alone, the lowest would be steeper than the data are;
-- few dimensions: F = f - |x|² / 2. A density in the plane is smooth at the scale of the lowest
-  noise: its log is of order one at every level, and hardly changes over the lowest. Through
-  sigma_bar_t, small there, a network would have to shrink as the levels do, to the percent.
+The slope of F differs between levels by orders of magnitude. A temperature tau_t per level
+keeps that out of the network:
+
+- Few levels (T6): F = f / s_t² with s_t the Langevin step size, as in the authors' program.
+- Many levels (T1k): F = f / sigma_bar_t - |x|² / 2. Level t is data plus noise sigma_bar_t eps,
+  and its score is grad F = -E[eps | x] / sigma_bar_t (Tweedie's formula). The gradient of f is
+  thus of order one per pixel at every level; with s_t² it would have to be 2e-6 at the lowest
+  level and 4e-4 at the highest. The quadratic is the log-density of white noise, which the
+  levels approach, so f models only the difference from it. Since f grows no faster than
+  linearly, exp(F) can be normalised and no chain diverges. For dequantised data, sigma_bar_t
+  includes the dequantisation noise; without it, F would be steeper at the lowest level than
+  the data are.
+- Few dimensions: F = f - |x|² / 2. A density in the plane is smooth at the scale of the lowest
+  noise levels: its logarithm is of order one at every level, and almost the same at the lowest.
+  If f were divided by sigma_bar_t, which is small there, it would have to shrink in proportion
+  to it, accurately to within a percent.
 """
 
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Key
 
-from drl_jax import noise
+from drl_jax import diffusion, noise
 from drl_jax.diffusion import NoiseSchedule
 from drl_jax.mcmc.log_density import value_and_gradient
 
-# (x [B, ...], t [B]) -> [B]: a network f with its parameters bound, or its F.
+# (x [B, ...], t [B]) -> [B]: a network f with its parameters bound, or the F made from it.
 LevelFn = Callable[[Float[Array, "B *D"], Int[Array, "B"]], Float[Array, "B"]]
 
 
 def step_sizes(schedule: NoiseSchedule, b_squared: float) -> Float[Array, "T"]:
-    """Returns the paper's Langevin step s_t of every level.
+    """Returns the paper's Langevin step size s_t per level.
 
-    s_t² = b² c_t² sigma_{t+1}² with c_t² = sigma_bar_t / sigma_bar_0 (Gao et al. 2021,
+    s_t² = b² c_t² sigma_{t+1}², where c_t² = sigma_bar_t / sigma_bar_0 (Gao et al. 2021,
     section 3.4).
     """
     c_squared = schedule.sigma_bar[:-1] / schedule.sigma_bar[0]
@@ -47,11 +52,11 @@ def step_sizes(schedule: NoiseSchedule, b_squared: float) -> Float[Array, "T"]:
 
 
 class Parameterisation(NamedTuple):
-    """How the log-density comes of the network: F = f / tau_t - rho |x|² / 2.
+    """The log-density as a function of the network: F = f / tau_t - rho |x|² / 2.
 
     Attributes:
-      temperature: tau_t, a number a level.
-      precision: rho: 1 if white noise is the reference measure, 0 if there is none.
+      temperature: tau_t, one number per level.
+      precision: rho, 1 if white noise is the reference measure, 0 without one.
     """
 
     temperature: Float[Array, "T"]
@@ -59,7 +64,7 @@ class Parameterisation(NamedTuple):
 
 
 def log_density(f: LevelFn, parameterisation: Parameterisation) -> LevelFn:
-    """Returns F(x, t), the log-density of level t up to a constant."""
+    """Returns the function F(x, t), the log-density of level t up to a constant."""
     temperature, precision = parameterisation
 
     def F(x: Float[Array, "B *D"], t: Int[Array, "B"]) -> Float[Array, "B"]:
@@ -76,10 +81,33 @@ def conditional_log_density(
     t: Int[Array, "B"],
     schedule: NoiseSchedule,
 ) -> Float[Array, "B"]:
-    """Returns log p(y | x_tilde) up to a constant; at t = T - 1 the marginal F itself."""
+    """Returns log p(y | x_tilde) up to a constant; at t = T - 1, the marginal F(y, t)."""
     squared_distance = jnp.sum(jnp.square(x_tilde - y), axis=range(1, y.ndim))
     quadratic = squared_distance / (2 * schedule.sigma[t + 1] ** 2)
     return F(y, t) - (1 - schedule.is_marginal(t)) * quadratic
+
+
+def positives(
+    keys: Key[Array, "B"],
+    x: Float[Array, "B *D"],
+    t: Int[Array, "B"],
+    schedule: NoiseSchedule,
+) -> tuple[Float[Array, "B *D"], Float[Array, "B *D"]]:
+    """Draws positive samples (y, x_tilde) ~ q(y_t, x_{t+1} | x) for data x, t in 0..T-1."""
+    x_t, x_tilde = diffusion.diffuse_pair(keys, x, t, schedule)
+    return noise.per_example(schedule.a_y(t), x) * x_t, x_tilde
+
+
+def expected_positives(
+    keys: Key[Array, "B"],
+    x: Float[Array, "B *D"],
+    t: Int[Array, "B"],
+    schedule: NoiseSchedule,
+) -> tuple[Float[Array, "B *D"], Float[Array, "B *D"]]:
+    """Draws x_tilde as `positives` does, and returns (E[y_t | x_tilde, x], x_tilde)."""
+    x_tilde = diffusion.diffuse(keys, x, t + 1, schedule)
+    x_t, _ = diffusion.posterior(x, x_tilde, t, schedule)
+    return noise.per_example(schedule.a_y(t), x) * x_t, x_tilde
 
 
 def loss(
@@ -89,17 +117,19 @@ def loss(
     t: Int[Array, "B"],
     schedule: NoiseSchedule,
 ) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
-    """Returns sign (sigma_1 / sigma_{t+1}) f(y, t), one a y, and f: one phase of the loss.
+    """Returns one phase of the recovery likelihood's loss per example, and f(y, t).
 
-    The loss is that of y = a_{t+1} x_t of the data (`NoiseSchedule.a_y`), whose sign is -1, and
-    that of as many draws of the model's p(y | x_tilde), whose sign is 1, added up. So added,
-    the gradients with respect to f's parameters are the maximum-likelihood gradient of the
-    recovery likelihood (Gao et al. 2021, eq. 8), weighted by level.
+        loss = sign (sigma_1 / sigma_{t+1}) f(y, t)
+
+    The positive phase takes y from the data (`positives`), with sign -1. The negative phase
+    takes as many samples y of the model's p(y | x_tilde), as constants, with sign 1. The sum of
+    both has the gradient of the recovery likelihood's negative logarithm with respect to f's
+    parameters (Gao et al. 2021, eq. 8), weighted by level.
 
     Args:
       f: the network with the parameters to be learned.
-      y: of the data, or draws.
-      sign: which of them they are.
+      y: positive or negative samples.
+      sign: -1 for positive samples, 1 for negative ones.
       t: levels 0..T-1.
       schedule: the noise levels.
     """
@@ -114,20 +144,21 @@ def denoising_loss(
     t: Int[Array, "B"],
     schedule: NoiseSchedule,
 ) -> Float[Array, "B"]:
-    """Returns the normal approximation's weighted error, one a pair.
+    """Returns the loss of the normal approximation (denoising score matching) per example.
 
         w_t / D · |y - x_tilde - sigma² grad F(x_tilde, t)|² / (2 sigma²),   sigma = sigma_{t+1}
 
-    is the negative log-likelihood of y under N(x_tilde + sigma² grad F(x_tilde), sigma² I),
-    without its constant, per dimension (Gao et al. 2021, section 3.3). The weight
-    w_t = sigma_bar_{t+1}² / sigma_{t+1}² makes all levels weigh the same: with y the mean of
-    its draws given the data, the error is |eps_bar + sigma_bar_{t+1} grad F|² / (2 D), the
-    loss of Ho et al. (2020, eq. 14). Its gradient is one of a gradient; it needs no chain.
+    Without the weight w_t, this is the negative log-likelihood of y under the normal
+    approximation N(x_tilde + sigma² grad F(x_tilde), sigma² I), per dimension and up to a
+    constant (Gao et al. 2021, section 3.3). The weight w_t = sigma_bar_{t+1}² / sigma_{t+1}²
+    gives all levels the same importance: with x_tilde = a_bar_{t+1} x + sigma_bar_{t+1} eps_bar
+    and y = E[y_t | x_tilde, x], the loss is |eps_bar + sigma_bar_{t+1} grad F|² / (2 D), as in
+    Ho et al. (2020, eq. 14). It needs no chain, but the gradient of a gradient.
 
     Args:
       F: the log-density with the parameters to be learned.
-      y: draws of a_{t+1} x_t given x_tilde and the data, or their mean: the same gradient
-        in expectation, and less noise.
+      y: samples of y_t given x_tilde and the data (`positives`), or their mean
+        (`expected_positives`), which has the same expected gradient with less variance.
       x_tilde: x_{t+1} of the data.
       t: levels 0..T-1.
       schedule: the noise levels.
@@ -142,5 +173,5 @@ def denoising_loss(
 def displacement(
     y_neg: Float[Array, "B *D"], x_tilde: Float[Array, "B *D"]
 ) -> Float[Array, "B"]:
-    """Returns the distance a chain has come from its start, |y_neg - x_tilde|."""
+    """Returns the Euclidean distance |y_neg - x_tilde| from a chain's start to its end."""
     return jnp.sqrt(jnp.sum(jnp.square(y_neg - x_tilde), axis=range(1, y_neg.ndim)))

@@ -2,9 +2,9 @@ import subprocess
 import sys
 
 import pytest
-import tiny
+from helpers import tiny
 
-from drl_jax.plan import bars
+from drl_jax.tools.plan import bars
 
 
 def values(**changes):
@@ -74,7 +74,7 @@ def test_a_sampler_that_communicates_is_named():
 
 
 def test_a_small_job_keeps_to_every_bar_that_does_not_depend_on_size():
-    command = [sys.executable, "-m", "drl_jax.plan.bars", "--small"]
+    command = [sys.executable, "-m", "drl_jax.tools.plan.bars", "--small"]
     done = subprocess.run(command, cwd=tiny.ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()

@@ -1,6 +1,6 @@
 import pytest
 
-from drl_jax.plan import batches
+from drl_jax.tools.plan import batches
 
 LIMIT = 1000.0
 

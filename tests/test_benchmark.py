@@ -11,17 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from drl_jax import benchmark, flops
 from drl_jax import config as config_lib
 from drl_jax.errors import UserError
-from drl_jax.progress import Progress
+from drl_jax.runtime.progress import Progress
+from drl_jax.tools import benchmark, flops
 
 ROOT = Path(__file__).parents[1]
 
 
 def test_the_command_prints_a_table_and_writes_json(tmp_path):
     path = tmp_path / "benchmark.json"
-    command = [sys.executable, "-m", "drl_jax.benchmark", "--quick", "--repeats=1"]
+    command = [sys.executable, "-m", "drl_jax.tools.benchmark", "--quick", "--repeats=1"]
     command += ["--config=configs/digits.py", "--K=1", "--samples=3"]
     done = subprocess.run(
         [*command, f"--json={path}"],

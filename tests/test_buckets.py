@@ -6,8 +6,8 @@ import json
 import re
 
 import pytest
-import tiny
-from bucket import Bucket
+from helpers import tiny
+from helpers.bucket import Bucket
 
 from drl_jax import main
 

@@ -4,16 +4,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from statistical import assert_mean, assert_variance
-from test_sampling import SCHEDULE, gaussian, marginal
+from helpers.gaussian_ladder import SCHEDULE, gaussian, marginal
+from helpers.statistical import assert_mean, assert_variance
 
 from drl_jax import method, noise
 from drl_jax.config import default
 from drl_jax.errors import UserError
-from drl_jax.long_run import chains as long_run
-from drl_jax.long_run import diagnostics
 from drl_jax.mcmc import hmc, langevin
-from drl_jax.sampling import Sampler
+from drl_jax.metrics import diagnostics
+from drl_jax.sampling import chains as long_run
+from drl_jax.sampling.ladder import Sampler
 
 T = 6
 DECAY = 0.8  # r: what a Langevin step leaves of a distance on the Gaussian conditionals

@@ -1,7 +1,7 @@
 import pytest
 
 from drl_jax.errors import UserError
-from drl_jax.plan import chips
+from drl_jax.tools.plan import chips
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 import nbclient
 import nbformat
 import pytest
-import tiny
+from helpers import tiny
 
 
 @pytest.mark.slow

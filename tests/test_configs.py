@@ -7,7 +7,10 @@ import jax
 import pytest
 
 from drl_jax import config as config_lib
-from drl_jax import method, model, parallel, train_state, train_step
+from drl_jax import method, model
+from drl_jax.runtime import sharding
+from drl_jax.training import state as train_state
+from drl_jax.training import step as train_step
 
 CONFIGS = sorted((pathlib.Path(__file__).resolve().parents[1] / "configs").glob("*.py"))
 
@@ -47,14 +50,14 @@ def test_a_whole_training_step_has_the_shapes_of_its_config(path):
         method=learned,
         optimiser=optimiser,
         ema_decay=config.optim.ema_decay,
-        mesh=parallel.make_mesh(),
+        mesh=sharding.make_mesh(),
     )
     x = jax.ShapeDtypeStruct((config.train.batch_size, *learned.energy.shape), "float32")
     new_state, metrics = jax.eval_shape(step, state, x, jax.random.key(0))
     same = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), state, new_state)
     assert all(jax.tree.leaves(same))
     assert metrics.loss.shape == ()
-    assert metrics.f_pos.shape == (len(train_step.level_groups(config.diffusion.T)),)
+    assert metrics.f_pos.shape == (len(diffusion.level_groups(config.diffusion.T)),)
 
 
 @pytest.mark.parametrize("name", PAPER)

@@ -7,13 +7,16 @@ import optax
 import pytest
 from jax import lax
 
-from drl_jax import diffusion, model, parallel, recovery, train_state, train_step
-from drl_jax.energies import convolution, resnet
-from drl_jax.energies.convolution import conv3x3, kernel_gradient, whole_gradient
+from drl_jax import diffusion, model, recovery
 from drl_jax.mcmc import langevin
 from drl_jax.method import Method
+from drl_jax.networks import convolution, resnet
+from drl_jax.networks.convolution import conv3x3, kernel_gradient, whole_gradient
 from drl_jax.recovery import Parameterisation
-from drl_jax.sampling import Sampler
+from drl_jax.runtime import sharding
+from drl_jax.sampling.ladder import Sampler
+from drl_jax.training import state as train_state
+from drl_jax.training import step as train_step
 
 B = 8
 SHAPES = [  # H, W, input and output channels
@@ -169,8 +172,8 @@ def test_the_kernels_gradient_is_summed_over_devices():
         return kernel_gradient, x_gradient
 
     x, kernel = arrays(4, 5, 2, 3)
-    mesh = parallel.make_mesh()
-    mapped = jax.jit(parallel.mean_over_examples(over_devices, mesh))
+    mesh = sharding.make_mesh()
+    mapped = jax.jit(sharding.mean_over_examples(over_devices, mesh))
     found = mapped(kernel, x)[0]
     assert_equal(found * mesh.size, gradients(autodiff)(x, kernel)[1])
 
@@ -195,7 +198,7 @@ def loops(hlo):
 
 
 def generation():
-    method, mesh = tiny_method(), parallel.make_mesh()
+    method, mesh = tiny_method(), sharding.make_mesh()
     params, _ = method.energy.init(jax.random.key(0))
     program = model.Model(method, params, mesh).generate
     key = jax.random.key(1)
@@ -203,7 +206,7 @@ def generation():
 
 
 def training():
-    method, mesh = tiny_method(), parallel.make_mesh()
+    method, mesh = tiny_method(), sharding.make_mesh()
     optimiser = optax.adam(1e-4)
     state = train_state.create(jax.random.key(0), method.energy, optimiser)
     x = jnp.zeros((B, *method.energy.shape))

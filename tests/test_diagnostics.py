@@ -1,6 +1,6 @@
 import numpy as np
 
-from drl_jax.long_run import diagnostics
+from drl_jax.metrics import diagnostics
 
 
 def test_independent_draws_are_worth_their_number():

@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from statistical import limit
+from helpers.statistical import limit
 
 from drl_jax import diffusion, noise
 from drl_jax.errors import UserError

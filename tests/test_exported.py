@@ -2,13 +2,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 from etils import epath
+from helpers import tiny
 
 import drl_jax
-from drl_jax import exported, model
+from drl_jax import model
 from drl_jax.errors import UserError
-from drl_jax.evaluation import frechet
+from drl_jax.metrics import frechet
+from drl_jax.storage import exported
 
 
 def test_an_exported_file_is_the_model_of_its_work_directory(tmp_path):

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import pytest
 
 from drl_jax import config as config_lib
-from drl_jax import flops, method
-from drl_jax.energies import resnet
+from drl_jax import method
+from drl_jax.networks import resnet
+from drl_jax.tools import flops
 
 
 def test_forward_flops_of_a_network_counted_by_hand():

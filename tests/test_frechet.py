@@ -3,10 +3,10 @@ import functools
 import numpy as np
 import pytest
 import scipy.linalg
-from random_inception import FOLDER, needs_fixtures
+from helpers.fixtures import INCEPTION
 
 from drl_jax.errors import UserError
-from drl_jax.evaluation import frechet
+from drl_jax.metrics import frechet
 
 
 def streamed(x, size=32):
@@ -43,10 +43,9 @@ def test_distance_agrees_with_the_matrix_square_root(fit):
     assert frechet.frechet_distance(fit(a), fit(b)) == pytest.approx(expected, rel=1e-8)
 
 
-@needs_fixtures
 @FITS
 def test_distance_of_features_is_torch_fidelitys_fid(fit):
-    with np.load(FOLDER / "metrics.npz") as metrics:
+    with np.load(INCEPTION / "metrics.npz") as metrics:
         a, b = fit(metrics["features_a"]), fit(metrics["features_b"])
         assert frechet.frechet_distance(a, b) == pytest.approx(metrics["fid"], rel=1e-6)
 

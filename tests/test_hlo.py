@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from drl_jax.plan import hlo
+from drl_jax.tools.plan import hlo
 
 # As XLA:TPU writes it: 3 trips of a loop of 4 trips with a step of 2 up to 8, a fusion with
 # cycles of its own that count as the whole's, a conditional, and collectives of all kinds.

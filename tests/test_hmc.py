@@ -4,14 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conditionals import assert_moments, exact, long_chain, masses, schedule
-from statistical import assert_mean, assert_variance
+from helpers.conditionals import assert_moments, exact, long_chain, masses, schedule
+from helpers.statistical import assert_mean, assert_variance
 
-from drl_jax import noise, recovery, testbeds
+from drl_jax import noise, recovery
+from drl_jax.data import mixtures
 from drl_jax.mcmc import hmc, langevin, mala
 
 MEAN, VARIANCE = np.array([1.5, -0.5]), np.array([0.4, 2.0])
-GAUSSIAN = testbeds.gaussian(MEAN, np.diag(VARIANCE))
+GAUSSIAN = mixtures.gaussian(MEAN, np.diag(VARIANCE))
 
 
 def gaussian(y):
@@ -72,15 +73,15 @@ def test_long_chains_have_a_conditionals_moments_where_langevins_have_not(kernel
 
 def in_the_plane(n):
     """A conditional of T6 in the plane: a function of n positions, and its closed form."""
-    data = testbeds.PLANE["blobs"]()
+    data = mixtures.PLANE["blobs"]()
     x_tilde, t = jnp.array([[0.2, -0.1]]), 2
-    F = testbeds.exact_F(data, schedule())
+    F = mixtures.exact_F(data, schedule())
 
     def log_density_fn(y):
         starts = jnp.broadcast_to(x_tilde, (n, 2))
         return recovery.conditional_log_density(F, y, starts, jnp.full(n, t), schedule())
 
-    return log_density_fn, testbeds.conditional(data, x_tilde, t, schedule())
+    return log_density_fn, mixtures.conditional(data, x_tilde, t, schedule())
 
 
 def test_mala_balances_every_pair_of_a_grid_of_proposals(monkeypatch):

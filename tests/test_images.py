@@ -2,12 +2,12 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from drl_jax import images
+from drl_jax.plots import images
 
 
 def test_pixels_map_from_unit_range_and_are_clipped():
     x = np.array([-2.0, -1.0, 0.0, 1.0, 3.0])
-    np.testing.assert_array_equal(images.to_uint8(x), [0, 0, 128, 255, 255])
+    np.testing.assert_array_equal(pipeline.to_uint8(x), [0, 0, 128, 255, 255])
 
 
 def test_a_grid_has_grey_gaps_around_enlarged_tiles():

@@ -4,19 +4,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import random_inception
-from random_inception import FOLDER, needs_fixtures
-from test_original import assert_close
+from helpers import random_inception
+from helpers.fixtures import INCEPTION, assert_close
 
-from drl_jax import parallel
-from drl_jax.evaluation import inception, weights
+from drl_jax.metrics import inception, weights
+from drl_jax.runtime import sharding
 
 NAMES = ("64", "192", "768", "2048", "logits_unbiased", "logits")
 
 
 @pytest.fixture(scope="module")
 def expected():
-    with np.load(FOLDER / "expected.npz") as arrays:
+    with np.load(INCEPTION / "expected.npz") as arrays:
         return dict(arrays)
 
 
@@ -31,15 +30,13 @@ def found(expected):
     return {size: {n: split[n][i] for n in split} for i, size in enumerate(images)}
 
 
-@needs_fixtures
 def test_the_files_tensors_have_the_names_and_shapes_of_the_networks_variables():
-    lines = (FOLDER / "names.txt").read_text().splitlines()
+    lines = (INCEPTION / "names.txt").read_text().splitlines()
     assert sorted(lines) == sorted(
         f"{name} {shape}" for name, (_, shape) in weights.file_places().items()
     )
 
 
-@needs_fixtures
 @pytest.mark.parametrize("size", [32, 64, 299])
 @pytest.mark.parametrize("name", NAMES)
 def test_features_are_those_of_torch_fidelity(found, expected, size, name):
@@ -74,7 +71,7 @@ def test_an_extractor_yields_every_images_features_once_in_order(monkeypatch, n)
         return dict.fromkeys(NAMES, variables["scale"] * pixels)
 
     monkeypatch.setattr(inception.Network, "apply", corner)
-    mesh = parallel.make_mesh(jax.devices()[:1])
+    mesh = sharding.make_mesh(jax.devices()[:1])
     extractor = inception.Extractor({"scale": jnp.float32(128)}, mesh, batch_size=4)
     images = [np.full((5, 5, 3), i, np.uint8) for i in range(n)]
     batches = list(extractor(iter(images)))

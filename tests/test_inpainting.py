@@ -1,20 +1,18 @@
 import functools
-import json
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
-from etils import epath
-from PIL import Image
-from statistical import assert_mean, assert_variance
+from helpers import tiny
+from helpers.statistical import assert_mean, assert_variance
 
-from drl_jax import data, diffusion, inpainting, masks, model, noise
+from drl_jax import diffusion, model, noise
+from drl_jax.data import pipeline
 from drl_jax.errors import UserError
 from drl_jax.mcmc import hmc, langevin, mala, normal_approximation
-from drl_jax.sampling import Sampler
+from drl_jax.sampling import inpainting, masks
+from drl_jax.sampling.ladder import Sampler
 
 T = 6
 SCHEDULE = diffusion.schedule(T)
@@ -197,7 +195,7 @@ def run():
 
 
 def test_a_trained_model_keeps_what_is_known_and_completes_it_in_many_ways(run):
-    x = np.stack(list(data.all_images(run.config, limit=5)))
+    x = np.stack(list(pipeline.all_images(run.config, limit=5)))
     known = masks.named("centre", 8, jax.random.key(0))
     completed = run.model.inpaint(jax.random.key(0), x, known, completions=3, rounds=2)
     assert completed.shape == (5, 3, 8, 8, 1)
@@ -225,69 +223,3 @@ def test_a_trained_model_keeps_what_is_known_and_completes_it_in_many_ways(run):
 def test_what_cannot_be_completed_is_refused(run, x, known, rounds, words):
     with pytest.raises(UserError, match=words):
         run.model.inpaint(jax.random.key(0), x, known, rounds=rounds)
-
-
-def test_inpainting_writes_input_mask_completions_and_truth(tmp_path):
-    workdir = tiny.trained(copy=tmp_path / "run")
-    hidden = np.zeros((8, 8), np.uint8)
-    hidden[2:4, 5:] = 255
-    Image.fromarray(hidden).save(tmp_path / "patch.PNG")
-    command = ["--mode=inpaint", f"--workdir={workdir}", "--completions=2", "--rounds=1"]
-    assert tiny.main(*command, f"--mask={tmp_path / 'patch.PNG'}", "--seed=3") == 0
-    folder = workdir / "inpaintings" / f"step_{tiny.STEPS}_seed_3_patch"
-    assert sorted(path.name for path in folder.iterdir()) == ["grid.png", "metrics.json"]
-    metrics = json.loads((folder / "metrics.json").read_text())
-    assert metrics.keys() == {
-        *("step", "completion_to_truth", "between_completions", "sample_to_truth")
-    }
-    sheet = np.asarray(Image.open(folder / "grid.png"))
-    tiles = sheet[8:, 8:].reshape(8, 72, 5, 72).swapaxes(1, 2)[..., :64:8, :64:8]
-    truth = tiles[:, -1]
-    want = np.stack(list(data.all_images(model.load_run(workdir).config, limit=8)))[..., 0]
-    np.testing.assert_allclose(truth / 127.5 - 1, want, atol=0.5 / 127)
-    np.testing.assert_array_equal(tiles[:, 0], np.where(hidden, 128, truth))
-    np.testing.assert_array_equal(tiles[:, 1], np.broadcast_to(hidden, truth.shape))
-    for completion in (tiles[:, 2], tiles[:, 3]):
-        np.testing.assert_array_equal(completion == truth, completion == truth)
-        np.testing.assert_array_equal(np.where(hidden, truth, completion), truth)
-        assert np.mean(completion[:, hidden > 0] != truth[:, hidden > 0]) > 0.5
-
-
-def test_files_are_completed_too(tmp_path):
-    workdir = tiny.trained(copy=tmp_path / "run")
-    Image.new("RGB", (20, 30), (255, 255, 255)).save(tmp_path / "white.jpg")
-    command = ["--mode=inpaint", f"--workdir={workdir}", "--completions=2", "--rounds=1"]
-    assert tiny.main(*command, "--mask=random:0.3", f"--images={tmp_path / 'white.jpg'}") == 0
-    folder = workdir / "inpaintings" / f"step_{tiny.STEPS}_seed_0_random_0.3"
-    sheet = np.asarray(Image.open(folder / "grid.png"))
-    assert sheet.shape == (80, (5 * 9 + 1) * 8)
-    assert np.all(sheet[8:72, -72:-8] == 255)
-
-
-@pytest.mark.parametrize(
-    ("args", "words"),
-    [
-        (["--mask=center"], "'center' is unknown: did you mean 'centre'"),
-        (["--mask=random:1"], r"'random:1'.*in \(0, 1\)"),
-        (["--mask=random:0.001"], "hides no pixel"),
-        (["--mask=small.png"], "mask is 4x8x1, the images are 8x8"),
-        (["--mask=black.png"], "hides no pixel"),
-        (["--mask=white.png"], "hides every pixel"),
-        (["--mask=nonesuch.png"], "cannot read image nonesuch.png"),
-        (["--images=nonesuch.png"], "cannot read image nonesuch.png"),
-        (["--completions=1"], "completions=1"),
-        (["--rounds=0"], "rounds=0"),
-        (["--frames=4"], "--frames is for --mode=interpolate, not for --mode=inpaint"),
-    ],
-)
-def test_what_cannot_be_inpainted_is_said_in_a_line(tmp_path, monkeypatch, capsys, args, words):
-    monkeypatch.chdir(tmp_path)
-    Image.new("L", (8, 4), 255).save("small.png")
-    Image.new("L", (8, 8), 0).save("black.png")
-    Image.new("L", (8, 8), 255).save("white.png")
-    workdir = epath.Path(tiny.trained())
-    assert tiny.main("--mode=inpaint", f"--workdir={workdir}", *args) == 1
-    told = re.findall(r"^error: .*$", capsys.readouterr().err, re.MULTILINE)
-    assert len(told) == 1
-    assert re.search(words, told[0])
-    assert not (workdir / "inpaintings").exists()

@@ -1,18 +1,17 @@
-import json
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
-from etils import epath
-from PIL import Image
-from statistical import assert_mean, assert_variance
-from test_sampling import LANGEVIN, SCHEDULE, gaussian
+from helpers import tiny
+from helpers.gaussian_ladder import LANGEVIN, SCHEDULE, gaussian
+from helpers.statistical import assert_mean, assert_variance
 
-from drl_jax import data, diffusion, images, interpolation, model, noise, sampling
+from drl_jax import diffusion, model, noise
+from drl_jax.data import pipeline
 from drl_jax.errors import UserError
+from drl_jax.plots import images
+from drl_jax.sampling import interpolation, ladder
 
 SHAPE = (8, 8, 3)
 KEYS = noise.example_keys(jax.random.key(0), jnp.arange(4))
@@ -25,7 +24,7 @@ image_strips = jax.jit(interpolation.image_strips, static_argnames="frames")
 
 @jax.jit
 def descend(keys, x, level):
-    return sampling.descend(keys, gaussian, x, level, 0, SCHEDULE, LANGEVIN)
+    return ladder.descend(keys, gaussian, x, level, 0, SCHEDULE, LANGEVIN)
 
 
 def white(key, n, shape=SHAPE):
@@ -68,10 +67,10 @@ def recovered(strips, level):
 
 
 def test_a_strip_of_samples_ends_in_the_samples_of_its_ends():
-    first = sampling.white_noise(KEYS, (5,), SCHEDULE)
+    first = ladder.white_noise(KEYS, (5,), SCHEDULE)
     strips = sample_strips(first, white(3, 4, (5,)), 4)
     x = recovered(strips, SCHEDULE.T)
-    generated = sampling.generate(KEYS, gaussian, (5,), SCHEDULE, LANGEVIN)
+    generated = ladder.generate(KEYS, gaussian, (5,), SCHEDULE, LANGEVIN)
     np.testing.assert_allclose(x[:, 0], generated, atol=1e-5)
     np.testing.assert_allclose(x[:, -1], descend(KEYS, strips[:, -1], SCHEDULE.T), atol=1e-5)
     assert jnp.abs(x[:, -1] - x[:, 0]).min() > 1e-3
@@ -153,7 +152,7 @@ def test_strips_of_a_trained_model_start_at_its_samples(run):
 
 def test_images_are_kept_at_a_low_level_and_left_at_a_high_one(run):
     trained, config = run.model, run.config
-    x = np.stack(list(data.all_images(config, limit=8)))
+    x = np.stack(list(pipeline.all_images(config, limit=8)))
     a, b = x[:4], x[4:]
     key = jax.random.key(0)
     kept, programs = [], []
@@ -183,82 +182,6 @@ def test_other_images_are_refused_in_a_line(run, first, last, words):
     with pytest.raises(UserError, match=words) as error:
         run.model.interpolate_images(jax.random.key(0), first, last, 3, 1)
     assert "\n" not in str(error.value)
-
-
-def png(path, value, size=(8, 8)):
-    Image.new("L", size, value).save(path)
-    return path
-
-
-def test_interpolating_between_samples_writes_a_strip_a_pair_and_its_numbers(tmp_path):
-    workdir = tiny.trained(copy=tmp_path / "run")
-    command = ["--mode=interpolate", f"--workdir={workdir}", "--pairs=3", "--frames=5"]
-    assert tiny.main(*command, "--seed=4") == 0
-    folder = workdir / "interpolations" / f"step_{tiny.STEPS}_seed_4_samples_level_5"
-    assert sorted(path.name for path in folder.iterdir()) == [
-        *("000.png", "001.png", "002.png", "grid.png", "metrics.json")
-    ]
-    metrics = json.loads((folder / "metrics.json").read_text())
-    assert metrics.pop("step") == tiny.STEPS
-    assert {name: len(values) for name, values in metrics.items()} == {
-        "smoothness": 3,
-        "length": 3,
-        "distance": 3,
-    }
-    assert all(1 < s < 4 for s in metrics["smoothness"])
-    assert np.all(np.greater_equal(metrics["length"], metrics["distance"]))
-    sheet = np.asarray(Image.open(folder / "grid.png"))
-    assert sheet.shape == ((3 * 9 + 1) * 8, (5 * 9 + 1) * 8)
-    strip = np.asarray(Image.open(folder / "001.png"))
-    np.testing.assert_array_equal(sheet[9 * 8 : (2 * 9 + 1) * 8], strip)
-
-
-def test_interpolating_between_files_shows_them_beside_the_strip(tmp_path):
-    workdir = tiny.trained(copy=tmp_path / "run")
-    # Of other sizes than the model's: prepared as for training.
-    files = [png(tmp_path / f"{v}.png", v, (16, 20)) for v in (0, 255, 102, 153)]
-    command = ["--mode=interpolate", f"--workdir={workdir}", "--frames=3"]
-    assert tiny.main(*command, f"--images={','.join(map(str, files))}", "--level=1") == 0
-    folder = workdir / "interpolations" / f"step_{tiny.STEPS}_seed_0_images_level_1"
-    sheet = np.asarray(Image.open(folder / "grid.png"))[8::72, 8::72]
-    assert sheet.shape == (2, 5)
-    np.testing.assert_array_equal(sheet[:, [0, -1]], [[0, 255], [102, 153]])
-    assert len(json.loads((folder / "metrics.json").read_text())["smoothness"]) == 2
-
-
-@pytest.mark.parametrize(
-    ("args", "words"),
-    [
-        (["--images=A.png"], "1 images.*pair"),
-        (["--images=A.png,nonesuch.png"], "cannot read image nonesuch.png"),
-        (["--images=A.png,B.txt"], "B.txt: it is no image"),
-        (["--images=A.png,A.png", "--level=0"], "level is 0.*1.*6"),
-        (["--images=A.png,A.png", "--level=7"], "level is 7.*1.*6"),
-        (["--images=A.png,A.png", "--level=x"], "level=x"),
-        (["--images=A.png,A.png", "--pairs=2"], "--pairs.*--images"),
-        (["--level=9"], "level is 9.*1.*6"),
-        (["--frames=2"], "frames=2"),
-        (["--pairs=0"], "pairs=0"),
-        (["--num_samples=2"], "--num_samples is for --mode=sample, not for"),
-        (["--mask=left"], "--mask is for --mode=inpaint, not for --mode=interpolate"),
-    ],
-)
-def test_what_cannot_be_interpolated_is_said_in_a_line(
-    tmp_path, monkeypatch, capsys, args, words
-):
-    monkeypatch.chdir(tmp_path)
-    png("A.png", 0)
-    epath.Path("B.txt").write_text("no image")
-    assert tiny.main("--mode=interpolate", f"--workdir={tiny.trained()}", *args) == 1
-    assert_one_line(capsys, words)
-    assert not (tiny.trained() / "interpolations").exists()
-
-
-def assert_one_line(capsys, words):
-    err = capsys.readouterr().err
-    told = [line for line in err.splitlines() if line.startswith("error: ")]
-    assert len(told) == 1, err
-    assert re.search(words, told[0]), err
 
 
 def test_the_range_allows_for_what_a_resize_rounds():

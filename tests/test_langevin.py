@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conditionals import (
+from helpers.conditionals import (
     GRID,
     X_TILDE,
     assert_moments,
@@ -11,13 +11,14 @@ from conditionals import (
     long_chain,
     masses,
 )
-from statistical import assert_mean, assert_variance
+from helpers.statistical import assert_mean, assert_variance
 
-from drl_jax import noise, testbeds
+from drl_jax import noise
+from drl_jax.data import mixtures
 from drl_jax.mcmc import langevin
 
 MEAN, VARIANCE = 1.5, 0.4
-log_density = testbeds.gaussian(np.array([MEAN]), np.array([[VARIANCE]])).log_density
+log_density = mixtures.gaussian(np.array([MEAN]), np.array([[VARIANCE]])).log_density
 
 
 def run(n, steps, s, start, noise_scale=1.0):

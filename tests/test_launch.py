@@ -12,9 +12,9 @@ import sysconfig
 import time
 
 import pytest
-import tiny
 from etils import epath
-from test_train import steps, wait_until
+from helpers import tiny
+from helpers.runs import steps, wait_until
 
 LAUNCH = tiny.ROOT / "launch"
 SCRIPTS = sorted(LAUNCH.glob("*.sh"))

@@ -8,13 +8,14 @@ import sys
 import jax
 import numpy as np
 import pytest
-import tiny
 from etils import epath
+from helpers import tiny
 from PIL import Image
 
-from drl_jax import cores, model, progress
 from drl_jax import main as main_lib
-from drl_jax.modes import parts
+from drl_jax import model
+from drl_jax.runtime import cpu_devices, progress
+from drl_jax.tasks import common
 
 CONFIG = f"--config={tiny.DIGITS}"
 IMPORT = "--mode=import_original", "--tf_checkpoint=nonesuch", "--image_size=8", "--workdir=x"
@@ -273,7 +274,7 @@ def test_the_processors_devices_are_the_users_if_they_say(given, number, monkeyp
     main_lib.prepare_jax(cpu_devices=2)  # as a second run in the same process does
     assert os.environ.get("JAX_NUM_CPU_DEVICES") == number
     assert os.environ["XLA_FLAGS"].split() == [
-        cores.PATIENCE,
+        cpu_devices.PATIENCE,
         *given.get("XLA_FLAGS", "").split(),
     ]
 
@@ -491,5 +492,5 @@ def test_a_log_hears_how_far_a_long_sampling_is(monkeypatch, caplog):
 
     monkeypatch.setattr(progress, "SILENCE", 0)
     with caplog.at_level("INFO", logger="drl_jax"):
-        assert [len(batch) for batch in parts.draw(Sampler(), None, 100)] == [40, 40, 20]
+        assert [len(batch) for batch in common.draw(Sampler(), None, 100)] == [40, 40, 20]
     assert caplog.messages == ["40 of 100 images", "80 of 100 images", "100 of 100 images"]

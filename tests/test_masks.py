@@ -2,8 +2,8 @@ import jax
 import numpy as np
 import pytest
 
-from drl_jax import masks
 from drl_jax.errors import UserError
+from drl_jax.sampling import masks
 
 KEY = jax.random.key(0)
 

@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from drl_jax.energies import mlp
+from drl_jax.networks import mlp
 
 
 def test_one_number_a_vector_different_by_level_and_differentiable():

@@ -1,20 +1,20 @@
 import weakref
 
-import exact
 import jax
 import numpy as np
 import pytest
 from etils import epath
+from helpers import exact
 from ml_collections import ConfigDict
 
-from drl_jax import testbeds
+from drl_jax.data import mixtures
 from drl_jax.model import Run
-from drl_jax.modes import parts, sample
+from drl_jax.tasks import common, sample
 
 
 @pytest.fixture
 def model():
-    data = testbeds.gaussian(np.zeros(4), np.eye(4))
+    data = mixtures.gaussian(np.zeros(4), np.eye(4))
     return exact.model(data, 6, shape=(2, 2, 1))
 
 
@@ -53,10 +53,10 @@ def test_samples_are_written_as_they_come(model, monkeypatch, tmp_path):
             drawn.append(weakref.ref(batch))
             yield batch
 
-    monkeypatch.setattr(parts, "draw", draw)
+    monkeypatch.setattr(common, "draw", draw)
     run = Run(ConfigDict(), model, 5)
     monkeypatch.setattr(sample.model_lib, "load_run", lambda *_: run)
-    monkeypatch.setattr(parts, "adapt", lambda *_: None)
+    monkeypatch.setattr(common, "adapt", lambda *_: None)
     sample.run(epath.Path(tmp_path), lambda config: config, 700, 0)
     folder = tmp_path / "samples" / "step_5_seed_0"
     np.testing.assert_array_equal(np.load(folder / "samples.npy"), x)

@@ -1,7 +1,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from statistical import assert_mean, assert_variance
+from helpers.statistical import assert_mean, assert_variance
 
 from drl_jax import noise
 

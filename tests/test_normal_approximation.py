@@ -1,21 +1,22 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from statistical import assert_mean, assert_variance
+from helpers.statistical import assert_mean, assert_variance
 
-from drl_jax import diffusion, noise, recovery, testbeds
+from drl_jax import diffusion, noise, recovery
+from drl_jax.data import mixtures
 from drl_jax.mcmc import normal_approximation
 
 
 def data():
-    return testbeds.mixture(
+    return mixtures.mixture(
         np.array([0.3, 0.7]), np.array([[-0.6], [0.5]]), np.array([[[0.08]], [[0.15]]])
     )
 
 
 def draw(keys, t, x_tilde, schedule, noise_scale=1.0):
     """One draw for every x_tilde [B, D] at its level t [B], with the exact energies."""
-    F = testbeds.exact_F(data(), schedule)
+    F = mixtures.exact_F(data(), schedule)
 
     def log_density_fn(y):
         return recovery.conditional_log_density(F, y, x_tilde, t, schedule)
@@ -38,7 +39,7 @@ def test_from_x_tilde_it_draws_the_papers_normal_distribution():
     draws = jax.jit(lambda t: draw(noise.fold(keys, t), jnp.full(n, t), x_tilde, schedule))
     for t in levels:
         variance = float(schedule.sigma[t + 1]) ** 2
-        score = testbeds.energy_marginal(data(), t, schedule).score(x_tilde[:1])[0, 0]
+        score = mixtures.energy_marginal(data(), t, schedule).score(x_tilde[:1])[0, 0]
         y = np.asarray(draws(t))
         assert_mean(y, -0.8 + variance * float(score), variance, of=2 * len(levels))
         assert_variance(y, -0.8 + variance * float(score), variance, of=2 * len(levels))
@@ -66,12 +67,12 @@ def test_its_divergence_from_the_conditional_falls_with_the_fourth_power_of_sigm
             mean, width = ends[0], ends[1] - ends[0]
             u, du = np.linspace(-9, 9, 2001, retstep=True)
             log_normal = -(u**2) / 2 - np.log(2 * np.pi) / 2 - np.log(width)[:, None]
-            exact = testbeds.conditional(data(), x_tilde, t, schedule)
+            exact = mixtures.conditional(data(), x_tilde, t, schedule)
             y = jnp.asarray(mean[:, None] + width[:, None] * u)
             log_exact = jax.vmap(exact.log_density, 1, 1)(y[:, :, None])
             masses = np.exp(-(u**2) / 2) / np.sqrt(2 * np.pi) * du
             divergence = (log_normal - np.asarray(log_exact)) @ masses
-            score = testbeds.energy_marginal(data(), t, schedule).score
+            score = mixtures.energy_marginal(data(), t, schedule).score
             curvature = jax.grad(lambda y, score=score: score(y).sum())(x_tilde)[:, 0]
             scaled = divergence / (np.square(curvature) / 4)
             small = sigma < 0.03

@@ -1,24 +1,20 @@
 import functools
-import json
-import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
-from PIL import Image
-from statistical import assert_mean, limit
+from helpers.statistical import assert_mean, limit
 
-from drl_jax import config as config_lib
-from drl_jax import data, diffusion, exported, noise, parallel, recovery
-from drl_jax.energies.energy import Energy
-from drl_jax.errors import UserError
-from drl_jax.evaluation import ood
-from drl_jax.evaluation.ood import Scores
+from drl_jax import diffusion, noise, recovery
+from drl_jax.data import pipeline
 from drl_jax.method import Method
+from drl_jax.metrics import ood
+from drl_jax.metrics.ood import Scores
 from drl_jax.model import Model
-from drl_jax.modes import ood as mode
+from drl_jax.networks.energy import Energy
+from drl_jax.runtime import sharding
+from drl_jax.storage import exported
 
 T = 6
 SCHEDULE = diffusion.schedule(T)
@@ -35,7 +31,7 @@ def digits():
 
 @functools.cache
 def images():
-    return np.stack(list(data.all_images(digits().config, limit=40)))
+    return np.stack(list(pipeline.all_images(digits().config, limit=40)))
 
 
 def model_of(f, shape, schedule=SCHEDULE):
@@ -45,7 +41,7 @@ def model_of(f, shape, schedule=SCHEDULE):
     parameterisation = recovery.Parameterisation(temperature, 0.0)
     sampler = digits().model.method.sampler
     method = Method(energy, schedule, parameterisation, sampler, "recovery")
-    return Model(method, {}, parallel.make_mesh())
+    return Model(method, {}, sharding.make_mesh())
 
 
 def test_auroc_is_the_share_of_pairs_in_order_with_ties_as_halves():
@@ -223,105 +219,3 @@ def test_uniform_images_have_the_moments_of_independent_uniform_numbers():
     assert_mean(x[1:] * x[:-1], 0, 1 / 9)
     assert 0.999 < x.max() < 1
     assert -1 <= x.min() < -0.999
-
-
-def test_the_shipped_model_tells_digits_from_what_is_unlike_them(tmp_path, caplog):
-    """At the low levels; at the top they are noise for the most part.
-
-    Of all 1797: level 0 by F 1.000 each, by the norm 1.000, 1.000 and 0.999; level 4 by F
-    0.694 (shuffled), 0.919 (inverted) and 0.676 (uniform).
-    """
-    args = [f"--workdir={tmp_path}", "--config.evaluation.num_data=300"]
-    with caplog.at_level("INFO", logger="drl_jax"):
-        assert tiny.main("--mode=ood", "--model=digits", *args) == 0
-    folder = tmp_path / "ood" / "step_5000_seed_0"
-    assert sorted(path.name for path in folder.iterdir()) == ["histograms.png", "ood.json"]
-    assert min(Image.open(folder / "histograms.png").size) > 400
-    found = json.loads((folder / "ood.json").read_text())
-    assert found["levels"] == [*range(T)]
-    assert (
-        found["in"] | {"name": "digits", "identity": "digits", "num_images": 300} == found["in"]
-    )
-    assert [*found["against"]] == ["shuffled", "inverted", "uniform"]
-    for name, of_set in found["against"].items():
-        assert of_set["num_images"] == 300
-        for of_score in of_set["auroc"].values():
-            assert min(of_score[:2]) > 0.99
-            assert 0.6 < min(of_score[4:]) < 0.95
-        row = " ".join(f"{auroc:6.3f}" for auroc in of_set["auroc"]["log_density"])
-        pattern = re.compile(rf"{name} +log-density F +{row.strip()}")
-        assert any(pattern.fullmatch(line) for line in caplog.messages)
-
-
-def test_a_set_is_not_told_from_itself(tmp_path):
-    """Images of equal number meet equal noise, so to the last digit.
-
-    Fails where all sets are given the data's images.
-    """
-    folder = tmp_path / "images"
-    folder.mkdir()
-    for i, x in enumerate(images()[:9, ..., 0]):
-        Image.fromarray(np.uint8(np.round((x + 1) * 127.5))).save(folder / f"{i}.png")
-    args = [
-        f"--workdir={tmp_path}",
-        "--model=digits",
-        "--seed=3",
-        "--config.evaluation.batch_size=8",
-    ]
-    args += [f"--config.data.name=folder:{folder}", f"--against=folder:{folder},digits"]
-    assert tiny.main("--mode=ood", *args, "--config.evaluation.num_data=12") == 0
-    found = json.loads((tmp_path / "ood" / "step_5000_seed_3" / "ood.json").read_text())
-    again, more = found["against"].values()
-    assert (found["in"]["num_images"], more["num_images"]) == (9, 12)
-    assert {*again["auroc"]["log_density"], *again["auroc"]["score_norm"]} == {0.5}
-    assert again["median"] == found["in"]["median"]
-    assert more["median"] != found["in"]["median"]
-
-
-def test_a_work_directory_is_scored_where_no_model_is_named(tmp_path):
-    workdir = tiny.trained(copy=tmp_path / "run")
-    args = ["--against=inverted", "--config.evaluation.num_data=20"]
-    assert tiny.main("--mode=ood", f"--workdir={workdir}", *args) == 0
-    found = json.loads((workdir / "ood" / f"step_{tiny.STEPS}_seed_0" / "ood.json").read_text())
-    assert (found["model"], found["in"]["num_images"]) == (str(workdir), 20)
-    assert [*found["against"]] == ["inverted"]
-
-
-@pytest.mark.parametrize(
-    ("args", "words"),
-    [
-        (["--against="], "--against names no images: give some of shuffled"),
-        (["--against=shufled"], "--against=shufled is none of shuffled.*TFDS cannot open"),
-        (["--against=uniform,folder:nonesuch"], "--against=folder:nonesuch .*no such folder"),
-        (["--against=folder:empty"], "--against=folder:empty .*no .png, .jpg or .jpeg"),
-        (["--against=folder:broken"], "cannot read image broken/1.png"),
-        (["--config.data.name=folder:nonesuch"], "data.name is 'folder:nonesuch'.*no such"),
-        (["--config.data.channels=3"], "channels=3 is for --mode=train"),
-        (["--config.evaluation.num_data=0"], "num_data is 0"),
-        (["--model=nonesuch"], "'nonesuch' is no work directory"),
-        (["--model="], "no checkpoint to read in run"),
-        (["--workdir="], "needs the --workdir for its results"),
-        (["--workdir=", "--model="], "needs the --workdir of a trained model"),
-        (["--workdir=broken/0.png"], "cannot write to broken/0.png"),
-        (["--mode=sample"], "--model is for --mode=likelihood or ood, not for --mode=sample"),
-    ],
-)
-def test_what_cannot_be_scored_is_said_in_a_line(tmp_path, monkeypatch, capsys, args, words):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(mode.ood, "Scorer", None)
-    for name in ("empty", "broken"):
-        (tmp_path / name).mkdir()
-    Image.new("L", (8, 8)).save("broken/0.png")
-    (tmp_path / "broken" / "1.png").write_bytes(b"no image")
-    before = sorted(tmp_path.rglob("*"))
-    capsys.readouterr()
-    assert tiny.main("--mode=ood", "--model=digits", "--workdir=run", *args) == 1
-    assert re.fullmatch(rf"error: .*{words}.*\n", capsys.readouterr().err)
-    assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_images_of_other_channels_are_refused():
-    config = config_lib.default()
-    with pytest.raises(UserError, match=r"--against=digits .* 1 channel, .*channels is 3"):
-        mode.other_data(config, "digits")
-    assert config.data.name == "cifar10"

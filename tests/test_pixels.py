@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from drl_jax.evaluation import pixels
+from drl_jax.metrics import pixels
 
 
 def test_pixel_metrics_say_distance_scale_and_range():

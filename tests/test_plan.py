@@ -6,14 +6,15 @@ import sys
 
 import jax
 import pytest
-import tiny
 from etils import epath
+from helpers import tiny
 
 from drl_jax import config as config_lib
-from drl_jax import flops, model
 from drl_jax import main as main_lib
+from drl_jax import model
 from drl_jax.errors import UserError
-from drl_jax.plan import chips, programs
+from drl_jax.tools import flops
+from drl_jax.tools.plan import chips, programs
 
 SMALL = {
     "energy.ch": 8,
@@ -138,7 +139,7 @@ def test_a_compiler_that_is_not_there_is_one_line(monkeypatch, topology, extra):
 def test_devices_are_as_many_as_the_compiler_has_for_the_topology():
     names = ["v3:2x2", "v4:2x2x1", "v4:4x4x4", "v5e:1x1", "v5e:16x16", "v5p:2x2x1", "v6e:2x4"]
     code = (
-        "import sys; from drl_jax.plan import chips, programs\n"
+        "import sys; from drl_jax.tools.plan import chips, programs\n"
         "for name in sys.argv[1:]: print(programs.mesh_of(chips.parse(name)).size)"
     )
     environment = os.environ | chips.parse("v5e:1x1").environment

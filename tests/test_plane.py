@@ -2,10 +2,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from statistical import limit
+from helpers.statistical import limit
 
-from drl_jax import diffusion, testbeds
-from drl_jax.evaluation import plane
+from drl_jax import diffusion
+from drl_jax.data import mixtures
+from drl_jax.metrics import plane
 
 SCHEDULE = diffusion.schedule(1000)
 GRID = plane.square()
@@ -31,7 +32,7 @@ def kl_of_gaussians(mean, std, mean_p, std_p):
 @pytest.mark.parametrize("name", ["ellipse", "blobs", "moons"])  # of few components: quick
 def test_the_exact_energy_has_log_z_0_and_kl_0_at_the_lowest_and_the_highest_level(name):
     """An area 1% off fails (tried)."""
-    exact = jax.jit(testbeds.exact_F(testbeds.PLANE[name](), SCHEDULE))
+    exact = jax.jit(mixtures.exact_F(mixtures.PLANE[name](), SCHEDULE))
     for t in (0, 999):
         known = plane.compare(exact, exact, t, GRID)
         assert abs(known.log_normaliser) < 2e-5  # float32 log-densities
@@ -88,7 +89,7 @@ def test_levels_go_down_closer_together_and_end_at_the_data():
 
 def draws(n, seed, std=0.12):
     """Of the eight blobs, with this width."""
-    blobs = testbeds.PLANE["blobs"]()
+    blobs = mixtures.PLANE["blobs"]()
     blobs = blobs._replace(variances=jnp.full_like(blobs.variances, std**2))
     keys = jax.random.split(jax.random.key(seed), n)
     return np.asarray(jax.jit(blobs.sample)(keys))

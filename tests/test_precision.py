@@ -11,24 +11,18 @@ import pytest
 from jax import lax
 
 import drl_jax
-from drl_jax import (
-    data,
-    diffusion,
-    exported,
-    inpainting,
-    method,
-    noise,
-    precision,
-    recovery,
-    sampling,
-)
-from drl_jax.energies import mlp, resnet
-from drl_jax.energies.convolution import conv3x3
-from drl_jax.energies.energy import computed_in
+from drl_jax import diffusion, method, noise, recovery
+from drl_jax.data import pipeline
 from drl_jax.mcmc import hmc, langevin, mala, normal_approximation
 from drl_jax.mcmc.log_density import value_and_gradient
+from drl_jax.networks import mlp, resnet
+from drl_jax.networks.convolution import conv3x3
+from drl_jax.networks.energy import computed_in
 from drl_jax.recovery import Parameterisation
-from drl_jax.sampling import Sampler
+from drl_jax.sampling import inpainting, ladder
+from drl_jax.sampling.ladder import Sampler
+from drl_jax.storage import exported
+from drl_jax.tools import precision
 
 B, T = 24, 6
 LEVELS = np.arange(B, dtype=np.int32) % T
@@ -63,7 +57,7 @@ def random_mlp():
 
 def shipped():
     run = exported.load("digits")
-    x = np.stack(list(data.all_images(run.config, B)))
+    x = np.stack(list(pipeline.all_images(run.config, B)))
     keys, schedule = noise.example_keys(jax.random.key(2), jnp.arange(B)), diffusion.schedule(T)
     x_t = diffusion.diffuse(keys, x, LEVELS, schedule)
     return run.model.method.energy, run.model.params, x_t
@@ -203,7 +197,7 @@ def test_a_configuration_chooses_bfloat16_for_f_alone():
     assert f.dtype == np.float32
     assert np.any(f != np.asarray(jnp.asarray(f, jnp.bfloat16), np.float32))
     keys = noise.example_keys(jax.random.key(0), jnp.arange(B))
-    y, _ = sampling.sample_conditional(
+    y, _ = ladder.sample_conditional(
         *(keys, half.F(params), x, LEVELS, half.schedule, half.sampler._replace(K=2))
     )
     assert y.dtype == np.float32
@@ -269,7 +263,7 @@ def test_chains_of_thirty_steps_are_the_same_in_float32_and_float64(module):
         schedule, F, sampler = parts_of_a_chain(module, params, x.dtype)
         keys = noise.example_keys(jax.random.key(5), jnp.arange(B))
         program = jax.jit(
-            lambda x: sampling.sample_conditional(keys, F, x, LEVELS, schedule, sampler)
+            lambda x: ladder.sample_conditional(keys, F, x, LEVELS, schedule, sampler)
         )
         return jax.tree.map(np.asarray, program(x))
 
@@ -294,7 +288,7 @@ def test_generation_warm_up_and_inpainting_run_in_float64(module):
         schedule, F, sampler = parts_of_a_chain(module, in_float64(params), np.float64)
         sampler = sampler._replace(K=1)
         keys = noise.example_keys(jax.random.key(5), jnp.arange(2))
-        x = jax.jit(lambda keys: sampling.generate(keys, F, (5,), schedule, sampler))(keys)
+        x = jax.jit(lambda keys: ladder.generate(keys, F, (5,), schedule, sampler))(keys)
         known = jnp.array([True, False, False, True, False])
         inpainted = jax.eval_shape(
             lambda x: inpainting.inpaint(keys, F, x, known, 2, schedule, sampler), x
@@ -302,7 +296,7 @@ def test_generation_warm_up_and_inpainting_run_in_float64(module):
         assert x.dtype == inpainted.dtype == np.float64
         if module in (mala, hmc):
             adapted = jax.eval_shape(
-                lambda keys: sampling.warm_up(keys, F, (5,), schedule, sampler, 4, 0.65), keys
+                lambda keys: ladder.warm_up(keys, F, (5,), schedule, sampler, 4, 0.65), keys
             )
             assert {a.dtype for a in adapted} == {np.dtype(np.float64)}
     assert np.all(np.isfinite(x))

@@ -15,11 +15,11 @@ import time
 import jax
 import numpy as np
 import pytest
-import tiny
 from etils import epath
-from test_train import assert_same, state_of, steps, wait_until
+from helpers import tiny
+from helpers.runs import assert_same, state_of, steps, wait_until
 
-from drl_jax import processes
+from drl_jax.runtime import processes
 
 TIMEOUT = 10  # seconds for which a process may be silent, in these tests
 SHORT = {

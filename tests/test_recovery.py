@@ -2,9 +2,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from statistical import assert_mean
+from helpers.statistical import assert_mean
 
-from drl_jax import diffusion, noise, recovery, testbeds, train_step
+from drl_jax import diffusion, noise, recovery
+from drl_jax.data import mixtures
 from drl_jax.mcmc.log_density import value_and_gradient
 from drl_jax.recovery import Parameterisation
 
@@ -47,8 +48,8 @@ def test_the_conditional_of_the_exact_energy_is_bayes_rule(T, t):
     """
     with jax.enable_x64(True):
         schedule = diffusion.schedule(T)
-        data = testbeds.isotropic(np.array([[-0.9], [0.9]]), 0.2, np.array([0.4, 0.6]))
-        F = testbeds.exact_F(data, schedule)
+        data = mixtures.isotropic(np.array([[-0.9], [0.9]]), 0.2, np.array([0.4, 0.6]))
+        F = mixtures.exact_F(data, schedule)
         grid, h = np.linspace(-8, 8, 16001, retstep=True)
         y, x_tilde = grid[:, None], np.full((len(grid), 1), 0.3)
         log_p, gradient = value_and_gradient(
@@ -59,10 +60,10 @@ def test_the_conditional_of_the_exact_energy_is_bayes_rule(T, t):
         )
         evidence = 1.0
         if t < T - 1:
-            of_next = testbeds.marginal(data, t + 1, schedule).log_density(x_tilde[:1])[0]
+            of_next = mixtures.marginal(data, t + 1, schedule).log_density(x_tilde[:1])[0]
             evidence = np.sqrt(2 * np.pi) * schedule.sigma[t + 1] * np.exp(of_next)
         assert np.trapezoid(np.exp(log_p) / evidence, grid) == pytest.approx(1, rel=1e-9)
-        exact = testbeds.conditional(data, x_tilde, t, schedule)
+        exact = mixtures.conditional(data, x_tilde, t, schedule)
         np.testing.assert_allclose(
             log_p - np.log(evidence), exact.log_density(y), rtol=1e-9, atol=1e-9
         )
@@ -171,7 +172,7 @@ def test_the_loss_has_the_gradient_of_maximum_likelihood(where):
     and positives exchanged, the weight squared or left out, y unscaled or the top's scaled,
     and x_tilde drawn at level t.
     """
-    data = testbeds.gaussian(np.array([0.4]), np.array([[0.25]]))
+    data = mixtures.gaussian(np.array([0.4]), np.array([[0.25]]))
     moments = joint_moments(data, SCHEDULE)
     theta = jnp.stack(where(moments))
     u = (1 - SCHEDULE.is_marginal(LEVELS)) / SCHEDULE.sigma[1:] ** 2
@@ -191,10 +192,10 @@ def test_the_loss_has_the_gradient_of_maximum_likelihood(where):
     @jax.jit
     def gradients(keys):
         x = data.sample(noise.fold(keys, 0))
-        y, x_tilde = train_step.positives(noise.fold(keys, 1), x, t, SCHEDULE)
+        y, x_tilde = recovery.positives(noise.fold(keys, 1), x, t, SCHEDULE)
         h, P = theta[:, t, None, None]
-        model = testbeds.Mixture(jnp.zeros((6 * n, 1)), h / P, 1 / P, jnp.ones((1, 1, 1)))
-        y_neg = model.given(x_tilde, 1 / jnp.sqrt(u[t])).sample(noise.fold(keys, 2))
+        model = mixtures.Mixture(jnp.zeros((6 * n, 1)), h / P, 1 / P, jnp.ones((1, 1, 1)))
+        y_neg = model.posterior(x_tilde, 1 / jnp.sqrt(u[t])).sample(noise.fold(keys, 2))
 
         def loss(theta, y, y_neg, t):
             tau = S[t] ** 2
@@ -225,7 +226,7 @@ def test_the_denoising_loss_has_the_gradient_of_the_divergence(where):
     with jax.enable_x64(True):
         many = diffusion.schedule(1000)
         t = jnp.arange(1000)
-        data = testbeds.gaussian(np.array([0.4]), np.array([[0.25]]))
+        data = mixtures.gaussian(np.array([0.4]), np.array([[0.25]]))
         moments = mean, mean_next, variance, variance_next, covariance = joint_moments(
             data, many
         )
@@ -264,7 +265,7 @@ def test_the_denoising_loss_has_the_gradient_of_the_divergence(where):
             np.testing.assert_allclose(found[0, :-1] / weight[:-1], 0, atol=1e-10)
 
 
-@pytest.mark.parametrize("draw", [train_step.positives, train_step.expected_positives])
+@pytest.mark.parametrize("draw", [recovery.positives, recovery.expected_positives])
 def test_drawn_pairs_give_the_denoising_losss_gradient(draw):
     """In the mean; with y drawn or its mean given the data, by the energy F = 0 in h and P.
 
@@ -273,7 +274,7 @@ def test_drawn_pairs_give_the_denoising_losss_gradient(draw):
     """
     many, n = diffusion.schedule(1000), 200_000
     levels = jnp.array([0, 300, 998, 999])
-    data = testbeds.gaussian(np.array([0.4]), np.array([[0.25]]))
+    data = mixtures.gaussian(np.array([0.4]), np.array([[0.25]]))
     t = jnp.repeat(levels, n)
     keys = noise.example_keys(jax.random.key(0), jnp.arange(len(t)))
 
@@ -303,7 +304,7 @@ def test_the_mean_of_y_given_the_data_is_noise_of_unit_variance_to_the_denoising
     t = jnp.arange(n) % 999
     keys = jax.random.split(jax.random.key(8), n)
     x = jax.random.uniform(jax.random.key(9), (n, 64), minval=-1, maxval=1)
-    y, x_tilde = train_step.expected_positives(keys, x, t, many)
+    y, x_tilde = recovery.expected_positives(keys, x, t, many)
     losses = recovery.denoising_loss(lambda x, t: 0 * x[:, 0], y, x_tilde, t, many)
     a_bar, sigma_bar = many.a_bar[t + 1, None], many.sigma_bar[t + 1, None]
     eps_bar = (x_tilde - a_bar * x) / sigma_bar

@@ -2,12 +2,12 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
+from helpers.random_inception import vectors
 from PIL import Image
-from test_summary import vectors
 
 from drl_jax import config as config_lib
 from drl_jax.errors import UserError
-from drl_jax.evaluation import reference
+from drl_jax.metrics import reference
 
 
 class Counting:

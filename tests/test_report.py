@@ -1,7 +1,7 @@
 import pytest
 
-from drl_jax.plan import chips, hlo, report
-from drl_jax.plan.programs import Compiled, Memory
+from drl_jax.tools.plan import chips, hlo, report
+from drl_jax.tools.plan.programs import Compiled, Memory
 
 TEXT = """\
 ENTRY %main (x: f32[8]) -> f32[8] {

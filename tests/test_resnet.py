@@ -4,8 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from drl_jax.energies import resnet
 from drl_jax.errors import UserError
+from drl_jax.networks import resnet
 
 
 @pytest.mark.parametrize(

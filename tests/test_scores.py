@@ -1,15 +1,14 @@
 import numpy as np
 import pytest
 import scipy.special
-from random_inception import FOLDER, needs_fixtures
-from statistical import assert_mean
+from helpers.fixtures import INCEPTION
+from helpers.statistical import assert_mean
 
-from drl_jax.evaluation import scores
+from drl_jax.metrics import scores
 
 
-@needs_fixtures
 def test_inception_score_is_that_of_torch_fidelity():
-    with np.load(FOLDER / "metrics.npz") as metrics:
+    with np.load(INCEPTION / "metrics.npz") as metrics:
         mean, std = scores.inception_score(metrics["logits"])
         assert mean == pytest.approx(metrics["isc_mean"], rel=1e-6)
         assert std == pytest.approx(metrics["isc_std"], rel=1e-6)

@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from drl_jax.energies import spectral
+from drl_jax.networks import spectral
 
 RULES = {"a/kernel": "to_one", "b/kernel": "down_to_one", "c/kernel": "down_to_one"}
 

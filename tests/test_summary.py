@@ -1,20 +1,10 @@
 import numpy as np
 import pytest
+from helpers.random_inception import vectors
 
 from drl_jax.errors import UserError
-from drl_jax.evaluation import frechet, scores, summary
-from drl_jax.evaluation.summary import Summary
-
-
-def vectors(images):
-    """A stand-in for the network: the first pixel in 2048 numbers, batches of 3."""
-    images = list(images)
-    for first in range(0, len(images), 3):
-        pixels = np.float32([np.broadcast_to(x[0, 0], 3) for x in images[first : first + 3]])
-        yield {
-            "2048": np.pad(pixels, ((0, 0), (0, 2045))),
-            "logits_unbiased": pixels,
-        }
+from drl_jax.metrics import frechet, scores, summary
+from drl_jax.metrics.summary import Summary
 
 
 def random_images(n):

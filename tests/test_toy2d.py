@@ -9,104 +9,72 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 from etils import epath
+from helpers import tiny
+from helpers.statistical import limit
+from helpers.toy import toy, training
 from PIL import Image
-from statistical import limit
 
 from drl_jax import config as config_lib
-from drl_jax import data, images, method, model, testbeds
-from drl_jax.evaluation import density, plane
-from drl_jax.modes import evaluate
-
-TOY = tiny.ROOT / "configs" / "toy2d.py"
-SMALL = {
-    "data.name": "ellipse",
-    "energy.ch": 8,
-    "energy.N": 1,
-    "train.batch_size": 16,
-    "train.num_steps": 30,
-    "log.sample_every_steps": 20,
-    "evaluation.num_samples": 100,
-    "evaluation.batch_size": 100,
-}
-
-
-def training(workdir, **changes):
-    changes = {name.replace("__", "."): value for name, value in changes.items()}
-    fields = (f"--config.{name}={value}" for name, value in (SMALL | changes).items())
-    return [f"--config={TOY}", f"--workdir={workdir}", *fields]
-
-
-def toy(**changes):
-    """The configuration of the toy, with changes."""
-    config = config_lib.load(str(TOY))
-    config.update_from_flattened_dict(
-        {name.replace("__", "."): value for name, value in changes.items()}
-    )
-    return config
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A work directory, of a few steps; not to be changed."""
-    workdir = epath.Path(tmp_path_factory.mktemp("toy") / "run")
-    assert tiny.main(*training(workdir)) == 0
-    return workdir
+from drl_jax import method, model
+from drl_jax.data import mixtures, pipeline
+from drl_jax.metrics import density, plane
+from drl_jax.plots import images
+from drl_jax.tasks import evaluate
 
 
 def png(path):
     return np.asarray(Image.open(io.BytesIO(path.read_bytes())))
 
 
-def test_a_run_leaves_figures_and_finite_numbers(trained):
-    metrics = json.loads((trained / "metrics.json").read_text())
+def test_a_run_leaves_figures_and_finite_numbers(trained_toy):
+    metrics = json.loads((trained_toy / "metrics.json").read_text())
     assert (metrics["step"], metrics["num_samples"]) == (30, 100)
     assert 0 < metrics["two_sample_p_value"] <= 1
     levels = metrics["levels"]
     assert (levels["level"][0], levels["level"][-1]) == (999, 0)
     assert levels.keys() == {"level", "log_Z", "kl", "edge_mass"}
     assert all(len(values) == 6 and np.all(np.isfinite(values)) for values in levels.values())
-    assert png(trained / "toy2d.png").shape[1] > 1000
-    assert len(np.unique(png(trained / "samples.png"))) > 1
-    assert [path.name for path in (trained / "grids").iterdir()] == ["00000020.png"]
+    assert png(trained_toy / "toy2d.png").shape[1] > 1000
+    assert len(np.unique(png(trained_toy / "samples.png"))) > 1
+    assert [path.name for path in (trained_toy / "grids").iterdir()] == ["00000020.png"]
 
 
-def test_evaluating_gives_the_numbers_that_training_ended_with(trained):
+def test_evaluating_gives_the_numbers_that_training_ended_with(trained_toy):
     names = ("metrics.json", "samples.png", "toy2d.png")
-    before = {name: (trained / name).read_bytes() for name in names}
-    assert tiny.main("--mode=evaluate", f"--workdir={trained}") == 0
-    assert {name: (trained / name).read_bytes() for name in names} == before
+    before = {name: (trained_toy / name).read_bytes() for name in names}
+    assert tiny.main("--mode=evaluate", f"--workdir={trained_toy}") == 0
+    assert {name: (trained_toy / name).read_bytes() for name in names} == before
 
 
-def test_samples_are_an_array_and_one_picture(trained):
-    assert tiny.main("--mode=sample", f"--workdir={trained}", "--num_samples=100") == 0
-    folder = trained / "samples" / "step_30_seed_0"
+def test_samples_are_an_array_and_one_picture(trained_toy):
+    assert tiny.main("--mode=sample", f"--workdir={trained_toy}", "--num_samples=100") == 0
+    folder = trained_toy / "samples" / "step_30_seed_0"
     assert {path.name for path in folder.iterdir()} == {"grid.png", "samples.npy"}
     x = np.load(io.BytesIO((folder / "samples.npy").read_bytes()))
     assert (x.shape, x.dtype) == ((100, 2), np.float32)
     np.testing.assert_array_equal(png(folder / "grid.png"), images.histogram(x)[..., 0])
 
 
-def test_what_the_metrics_test_are_the_models_samples(trained, monkeypatch):
+def test_what_the_metrics_test_are_the_models_samples(trained_toy, monkeypatch):
     """The ladder is left at each shown level."""
     seen = []
     monkeypatch.setattr(
         evaluate.plane, "two_sample_test", lambda rng, x, y: seen.append((x, y)) or 0.5
     )
-    config, found, step = model.load_run(trained)
+    config, found, step = model.load_run(trained_toy)
     key = jax.random.key(3)
-    evaluate.measure_points(config, found, step, trained, key)
+    evaluate.measure_points(config, found, step, trained_toy, key)
     (x, y), (samples_key, _) = seen[0], jax.random.split(key)
     np.testing.assert_allclose(x, found.sample(samples_key, 100), atol=1e-5)
     assert y.shape == (100, 2)
 
 
-def test_a_grid_that_is_too_small_is_told(trained, monkeypatch, caplog):
+def test_a_grid_that_is_too_small_is_told(trained_toy, monkeypatch, caplog):
     narrow = plane.square(0.5, 51)
     monkeypatch.setattr(evaluate.plane, "square", lambda: narrow)
-    config, found, step = model.load_run(trained)
-    evaluate.measure_points(config, found, step, trained, jax.random.key(0))
+    config, found, step = model.load_run(trained_toy)
+    evaluate.measure_points(config, found, step, trained_toy, jax.random.key(0))
     assert "along the edge of the grid" in caplog.text
 
 
@@ -115,13 +83,13 @@ def test_a_grid_that_is_too_small_is_told(trained, monkeypatch, caplog):
     [("interpolate",), ("inpaint",), ("long_run", "--num_steps=2")],
     ids=lambda args: args[0],
 )
-def test_a_mode_that_is_for_images_refuses_points(trained, capsys, args):
+def test_a_mode_that_is_for_images_refuses_points(trained_toy, capsys, args):
     mode, *rest = args
-    before = set(trained.iterdir())
-    assert tiny.main(f"--mode={mode}", f"--workdir={trained}", *rest) == 1
+    before = set(trained_toy.iterdir())
+    assert tiny.main(f"--mode={mode}", f"--workdir={trained_toy}", *rest) == 1
     told = capsys.readouterr().err
     assert re.fullmatch(rf"error: --mode={mode} is for images, .* model of points.*\n", told)
-    assert set(trained.iterdir()) == before
+    assert set(trained_toy.iterdir()) == before
 
 
 @pytest.mark.parametrize(
@@ -155,26 +123,26 @@ def test_images_of_a_misspelt_source_hear_of_points(tmp_path, capsys):
     assert re.fullmatch(r"error: .*'moon'.*'digits'.*'moons'.*\n", capsys.readouterr().err)
 
 
-@pytest.mark.parametrize("name", testbeds.PLANE)
+@pytest.mark.parametrize("name", mixtures.PLANE)
 def test_points_are_the_shapes_and_the_same_every_time(name):
-    source = data.Points(name)
-    assert len(source) == data.POINTS
+    source = pipeline.Points(name)
+    assert len(source) == pipeline.POINTS
     points = np.stack(list(source))
-    assert (points.shape, points.dtype) == ((data.POINTS, 2), np.float32)
-    mean, covariance = testbeds.PLANE[name]().mean_and_covariance()
+    assert (points.shape, points.dtype) == ((pipeline.POINTS, 2), np.float32)
+    mean, covariance = mixtures.PLANE[name]().mean_and_covariance()
     np.testing.assert_allclose(points.mean(axis=0), mean, atol=0.015)
     np.testing.assert_allclose(np.cov(points.T), covariance, atol=0.015)
-    np.testing.assert_array_equal(source[7], data.Points(name)[7])
+    np.testing.assert_array_equal(source[7], pipeline.Points(name)[7])
 
 
 def test_batches_are_of_points_as_they_are():
     config = toy(data__name="ellipse", train__batch_size=6)
-    points = {tuple(point) for point in data.Points("ellipse")}
-    for batch in itertools.islice(data.training_batches(config), 3):
+    points = {tuple(point) for point in pipeline.Points("ellipse")}
+    for batch in itertools.islice(pipeline.training_batches(config), 3):
         assert (batch["image"].shape, batch["image"].dtype) == ((6, 2), np.float32)
         assert points.issuperset(map(tuple, batch["image"]))
-    first = next(data.all_images(config, limit=1))
-    np.testing.assert_array_equal(first, data.Points("ellipse")[0])
+    first = next(pipeline.all_images(config, limit=1))
+    np.testing.assert_array_equal(first, pipeline.Points("ellipse")[0])
 
 
 def test_f_is_the_networks_beside_white_noise():
@@ -232,7 +200,7 @@ def test_an_mlp_learns_a_mixture_and_is_sampled_right(tmp_path):
 
     # Annealing the energy that was learned bounds what quadrature knows.
     config, learned, _ = model.load_run(workdir)
-    x = np.stack(list(data.all_images(config, limit=1000)))
+    x = np.stack(list(pipeline.all_images(config, limit=1000)))
     found = density.log_partition(learned, jax.random.key(0), x)
     log_Z = metrics["levels"]["log_Z"][-1]
     for bound, way in ((found.lower, -1), (found.upper, 1)):

@@ -3,12 +3,12 @@ import hashlib
 import jax
 import numpy as np
 import pytest
-import random_inception
 import safetensors.numpy
-from test_torch_file import tensor, torch, write_legacy, write_zip  # noqa: F401
+from helpers import random_inception
+from helpers.torch_files import tensor, write_legacy, write_zip
 
 from drl_jax.errors import UserError
-from drl_jax.evaluation import weights
+from drl_jax.metrics import weights
 
 
 def refused(path):
@@ -22,7 +22,7 @@ def refused(path):
     return line.removeprefix(prefix)
 
 
-def write(path, tensors, torch):  # noqa: F811
+def write(path, tensors, torch):
     """Writes tensors as the path's ending says."""
     if path.suffix == ".npz":
         np.savez(path, **tensors)
@@ -44,7 +44,7 @@ def few(monkeypatch):
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".pt", ".npz", ".safetensors"])
-def test_every_format_gives_the_same_variables(tmp_path, torch, few, suffix):  # noqa: F811
+def test_every_format_gives_the_same_variables(tmp_path, torch, few, suffix):
     counted = few | {"Conv2d_1a_3x3.bn.num_batches_tracked": np.array(0)}
     file = tmp_path / f"weights{suffix}"
     write(file, counted, torch)

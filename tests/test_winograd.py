@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from drl_jax.energies import winograd
+from drl_jax.networks import winograd
 
 
 @pytest.fixture(autouse=True)

@@ -1,12 +1,15 @@
-"""Markov chains on a log-density, many side by side.
+"""Markov chain Monte Carlo kernels for a batch of independent chains.
 
-Each sampler is a module with two pure functions,
+Each algorithm is a module with two pure functions:
 
     init(position, log_density_fn) -> State
     kernel(keys, state, log_density_fn, step_size, ...) -> (State, Info)
 
-A position is [B, ...], B independent chains; `log_density_fn` maps it to [B]; keys and all
-that follows the log-density are [B], one a chain. A State has a `position`; an Info has the
-`acceptance` probability [B] of the step. A kernel makes one step. It never loops over steps
-and never knows a network, a configuration or a device.
+Positions have the shape [B, ...]: B independent chains. `log_density_fn` maps positions to B
+log-densities, each a function of its own chain's position only. Keys and all tuning parameters
+are [B], one per chain. Every State has a field `position`, and every Info a field `acceptance`
+[B], the acceptance probability of the step.
+
+A kernel makes one step of every chain. Loops over steps, networks, configurations and devices
+are the caller's business.
 """

@@ -1,11 +1,11 @@
-"""Hamiltonian Monte Carlo: a leapfrog trajectory, accepted or refused as a whole.
+"""Hamiltonian Monte Carlo.
 
-With momentum p ~ N(0, I), step e and L leapfrog steps
+Draws a momentum p ~ N(0, I) and makes L leapfrog steps of size ε,
 
-    p <- p + e/2 grad log p(y),   y <- y + e p,   p <- p + e/2 grad log p(y)
+    p <- p + ε/2 grad log p(y),   y <- y + ε p,   p <- p + ε/2 grad log p(y)
 
-the end (y', p') is accepted with probability min(1, exp(H - H')), H = |p|²/2 - log p(y).
-Leaves p invariant exactly (Neal 2011, section 5.3).
+The end of the trajectory (y', p') is accepted with probability min(1, exp(H - H')), where
+H = |p|²/2 - log p(y). Leaves the density exactly invariant (Neal 2011, section 5.3).
 """
 
 from typing import NamedTuple
@@ -19,12 +19,12 @@ from drl_jax.mcmc.log_density import LogDensityFn, value_and_gradient
 
 
 class State(NamedTuple):
-    """Where the chains are, and what was computed there.
+    """State of the chains.
 
     Attributes:
-      position: y, one example a chain.
-      log_density: log p(y) up to a constant.
-      gradient: of the log-density.
+      position: y, one example per chain.
+      log_density: log p(y), up to a constant.
+      gradient: grad log p(y).
     """
 
     position: Float[Array, "B *D"]
@@ -33,11 +33,11 @@ class State(NamedTuple):
 
 
 class Info(NamedTuple):
-    """What became of a proposal.
+    """Information about a step.
 
     Attributes:
-      acceptance: its probability to be accepted, in [0, 1].
-      accepted: whether it was.
+      acceptance: probability in [0, 1] that the proposal is accepted.
+      accepted: whether it was accepted.
     """
 
     acceptance: Float[Array, "B"]
@@ -45,8 +45,9 @@ class Info(NamedTuple):
 
 
 def init(position: Float[Array, "B *D"], log_density_fn: LogDensityFn) -> State:
-    """Starts one chain at each example."""
-    return State(position, *value_and_gradient(log_density_fn, position))
+    """Starts one chain at each position."""
+    log_p, gradient = value_and_gradient(log_density_fn, position)
+    return State(position, log_p, gradient)
 
 
 def kernel(
@@ -56,39 +57,44 @@ def kernel(
     step_size: Float[Array, "B"],
     leapfrog: Int[Array, "B"],
 ) -> tuple[State, Info]:
-    """Proposes the end of a trajectory for every chain, and accepts or refuses it.
+    """Proposes the end of one trajectory per chain, and accepts or rejects it.
 
-    A proposal whose energy is not finite is refused.
+    Rejects proposals whose energy H' is not finite.
 
     Args:
-      keys: one key a chain, new at every step.
+      keys: one key per chain, different at every step.
       state: the chains.
-      log_density_fn: log p up to a constant, each chain's from its own example alone.
-      step_size: e, a number a chain.
-      leapfrog: L, a number a chain; the longest trajectory sets the cost.
+      log_density_fn: log p up to a constant.
+      step_size: ε, one number per chain.
+      leapfrog: L, the number of leapfrog steps per chain. All chains together make as many
+        as the longest trajectory has.
     """
     y = state.position
     momentum = noise.normal(noise.fold(keys, 0), y.shape[1:]).astype(y.dtype)
-    e = noise.per_example(step_size, momentum)
+    epsilon = noise.per_example(step_size, momentum)
 
-    def leap(i, carry):
+    def leapfrog_step(i, carry):
         state, momentum = carry
-        p = momentum + e / 2 * state.gradient
-        y = state.position + e * p
-        end = State(y, *value_and_gradient(log_density_fn, y))
-        ended = end, p + e / 2 * end.gradient
-        return _where(i < leapfrog, ended, carry)
+        p = momentum + epsilon / 2 * state.gradient
+        moved = init(state.position + epsilon * p, log_density_fn)
+        end = moved, p + epsilon / 2 * moved.gradient
+        return _select(i < leapfrog, end, carry)
 
-    start = state, momentum
-    proposal, end_momentum = jax.lax.fori_loop(0, jnp.max(leapfrog), leap, start)
-    # A sum of products: the difference of two sums of squares has few digits in float32.
-    lost = (momentum - end_momentum) * (momentum + end_momentum) / 2
-    gain = proposal.log_density - state.log_density + jnp.sum(lost, axis=range(1, lost.ndim))
-    acceptance = jnp.where(jnp.isfinite(gain), jnp.exp(jnp.minimum(gain, 0.0)), 0.0)
+    proposal, end_momentum = jax.lax.fori_loop(
+        0, jnp.max(leapfrog), leapfrog_step, (state, momentum)
+    )
+    # (|p|² - |p'|²) / 2 as a sum of products: as the difference of two sums of squares it would
+    # lose most of its digits in float32.
+    kinetic = (momentum - end_momentum) * (momentum + end_momentum) / 2
+    log_ratio = (
+        proposal.log_density - state.log_density + jnp.sum(kinetic, axis=range(1, kinetic.ndim))
+    )
+    finite = jnp.isfinite(log_ratio)
+    acceptance = jnp.where(finite, jnp.exp(jnp.minimum(log_ratio, 0.0)), 0.0)
     accepted = noise.uniform(noise.fold(keys, 1)) < acceptance
-    return _where(accepted, proposal, state), Info(acceptance, accepted)
+    return _select(accepted, proposal, state), Info(acceptance, accepted)
 
 
-def _where(choose: Bool[Array, "B"], a, b):
-    """Takes each chain's leaves from a where chosen, else from b."""
-    return jax.tree.map(lambda a, b: jnp.where(noise.per_example(choose, a), a, b), a, b)
+def _select(condition: Bool[Array, "B"], a, b):
+    """Returns the pytree whose leaves come from a for the chains where true, else from b."""
+    return jax.tree.map(lambda a, b: jnp.where(noise.per_example(condition, a), a, b), a, b)

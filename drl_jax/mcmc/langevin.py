@@ -2,8 +2,8 @@
 
     y <- y + s²/2 grad log p(y) + s z,   z ~ N(0, I)
 
-Leaves p invariant up to a bias that vanishes with the step size s (Gao et al. 2021,
-eq. 12; Neal 2011, section 5.2).
+The stationary distribution is p up to a bias that vanishes with the step size s (Gao et al.
+2021, eq. 12; Neal 2011, section 5.2).
 """
 
 from typing import NamedTuple
@@ -16,22 +16,22 @@ from drl_jax.mcmc.log_density import LogDensityFn, value_and_gradient
 
 
 class State(NamedTuple):
-    """Where the chains are.
+    """State of the chains.
 
     Attributes:
-      position: y, one example a chain.
+      position: y, one example per chain.
     """
 
     position: Float[Array, "B *D"]
 
 
 class Info(NamedTuple):
-    """What a step met on its way.
+    """Information about a step.
 
     Attributes:
       log_density: log p(y) before the step, up to a constant.
-      gradient: its gradient there.
-      acceptance: 1, since no step is refused.
+      gradient: grad log p(y) before the step.
+      acceptance: 1, since every step is accepted.
     """
 
     log_density: Float[Array, "B"]
@@ -40,7 +40,7 @@ class Info(NamedTuple):
 
 
 def init(position: Float[Array, "B *D"], log_density_fn: LogDensityFn) -> State:
-    """Starts one chain at each example; the log-density is not needed for that."""
+    """Starts one chain at each position; the log-density is not evaluated."""
     del log_density_fn
     return State(position)
 
@@ -55,11 +55,12 @@ def kernel(
     """Makes one Langevin step of every chain.
 
     Args:
-      keys: one key a chain, new at every step.
+      keys: one key per chain, different at every step.
       state: the chains.
-      log_density_fn: log p up to a constant, each chain's from its own example alone.
-      step_size: s, a number a chain.
-      noise_scale: multiplies z; below 1 samples a sharper density, 0 climbs the gradient.
+      log_density_fn: log p up to a constant.
+      step_size: s, one number per chain.
+      noise_scale: factor on z. Below 1 the chain samples a sharper density; at 0 it is gradient
+        ascent.
     """
     y = state.position
     log_p, gradient = value_and_gradient(log_density_fn, y)

@@ -1,11 +1,11 @@
-"""The Metropolis-adjusted Langevin algorithm.
+"""The Metropolis-adjusted Langevin algorithm (MALA).
 
-Proposes a Langevin step and accepts it with probability
+Proposes a Langevin step y' and accepts it with probability
 
     min(1, p(y') q(y | y') / (p(y) q(y' | y))),   q(y' | y) = N(y + s²/2 grad log p(y), s² I)
 
-which leaves p invariant exactly. The same as Hamiltonian Monte Carlo with one leapfrog step
-of length s (Neal 2011, section 5.2), and written so.
+Leaves p exactly invariant. It is implemented as what it is equal to: Hamiltonian Monte Carlo
+with one leapfrog step of size s (Neal 2011, section 5.2).
 """
 
 import jax.numpy as jnp
@@ -24,13 +24,13 @@ def kernel(
     log_density_fn: LogDensityFn,
     step_size: Float[Array, "B"],
 ) -> tuple[State, Info]:
-    """Proposes one Langevin step for every chain, and accepts or refuses it.
+    """Proposes one Langevin step per chain, and accepts or rejects it.
 
     Args:
-      keys: one key a chain, new at every step.
+      keys: one key per chain, different at every step.
       state: the chains.
-      log_density_fn: log p up to a constant, each chain's from its own example alone.
-      step_size: s, a number a chain.
+      log_density_fn: log p up to a constant.
+      step_size: s, one number per chain.
     """
     one = jnp.ones(step_size.shape, jnp.int32)
-    return hmc.kernel(keys, state, log_density_fn, step_size, one)
+    return hmc.kernel(keys, state, log_density_fn, step_size, leapfrog=one)

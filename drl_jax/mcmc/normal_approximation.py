@@ -1,14 +1,15 @@
-"""One draw of the conditional's normal approximation, in the shape of a chain's step.
+"""Exact draws from the normal approximation of a conditional, with the interface of a kernel.
 
     y ~ N( x + s² grad log p(x), s² I )
 
-At y = x_tilde the recovery likelihood's quadratic term has no gradient, so that with
-s = sigma_{t+1} one step from x_tilde draws N(x_tilde + sigma² grad F(x_tilde), sigma² I): the
-conditional itself up to an error that vanishes with sigma (Gao et al. 2021, section 3.3). Made
-for many levels (T1k). No Markov chain: a second step would draw from something else.
+The recovery likelihood's quadratic term has no gradient at y = x_tilde. With s = sigma_{t+1},
+one step from x_tilde therefore draws y ~ N( x_tilde + sigma² grad F(x_tilde), sigma² I ), which
+is the conditional up to an error that vanishes with sigma (Gao et al. 2021, section 3.3).
+Intended for many levels (T1k), where sigma is small. This is one draw and not a Markov chain: a
+second step would not sample the conditional.
 
-The same as a Langevin step of length sqrt(2) s with its noise divided by sqrt(2), and written
-so.
+It is implemented as what it is equal to: a Langevin step of size sqrt(2) s whose noise is
+divided by sqrt(2).
 """
 
 import math
@@ -29,14 +30,14 @@ def kernel(
     step_size: Float[Array, "B"],
     noise_scale: float | Float[Array, "B"] = 1.0,
 ) -> tuple[State, Info]:
-    """Draws from every chain's normal approximation.
+    """Draws from the normal approximation at every chain's position.
 
     Args:
-      keys: one key a chain.
-      state: the starts, x_tilde.
-      log_density_fn: log p up to a constant, each chain's from its own example alone.
-      step_size: sigma, a number a chain.
-      noise_scale: multiplies the standard deviation of the draw.
+      keys: one key per chain.
+      state: the chains, at x_tilde.
+      log_density_fn: log p up to a constant.
+      step_size: s = sigma_{t+1}, one number per chain.
+      noise_scale: factor on the standard deviation of the draw.
     """
     root = math.sqrt(2)
     return langevin.kernel(keys, state, log_density_fn, root * step_size, noise_scale / root)

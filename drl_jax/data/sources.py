@@ -1,0 +1,327 @@
+"""Sources of examples: where they are stored, and how each one is read.
+
+`config.data.name` selects the source:
+
+- 'digits': the 8x8 handwritten digits that are installed with scikit-learn;
+- 'folder:/path': the PNG and JPEG files in a folder;
+- a shape in the plane (`mixtures.PLANE`), whose examples are points instead of images;
+- any other name: a TFDS data set, prepared beforehand as ArrayRecord.
+
+Reading needs no TensorFlow, except for images in a bucket, which etils reads through it.
+Problems that a user can fix (a missing folder, a damaged image, a data set that is not
+prepared) raise `UserError`.
+"""
+
+import difflib
+import functools
+import hashlib
+import io
+import math
+from collections.abc import Callable, Sequence
+from typing import Protocol, runtime_checkable
+
+import jax
+import numpy as np
+from etils import epath
+from jaxtyping import Float, Num, UInt8
+from ml_collections import ConfigDict
+from PIL import Image, UnidentifiedImageError
+
+from drl_jax.data import mixtures
+from drl_jax.errors import UserError, as_user_error
+
+_PILLOW_MODES = {1: "L", 3: "RGB"}  # by number of channels
+
+NUM_POINTS = 100_000  # points per shape in the plane
+_POINT_BATCHES = 10  # drawn one after the other, to limit memory
+
+
+@runtime_checkable
+class Source(Protocol):
+    """A sequence of examples with random access.
+
+    Attributes:
+      white: pixel value of white; black is 0. None if the examples are points.
+      identity: text that differs between different sets of examples.
+      folder: the folder that stores the examples, or None.
+    """
+
+    white: float | None
+    identity: str
+    folder: epath.Path | None
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Num[np.ndarray, "*D"]: ...
+
+    def read(self, indices: Sequence[int]) -> list[Num[np.ndarray, "*D"]]:
+        """Returns several examples, in the order of `indices`."""
+        return [self[index] for index in indices]
+
+
+class Digits(Source):
+    """The 1797 handwritten digits of scikit-learn: 8x8 pixels, grey."""
+
+    white = 16.0
+    identity = "digits"
+    folder = None
+
+    def __init__(self, channels: int):
+        from sklearn.datasets import load_digits  # imported here because it takes a second
+
+        _require_channels("'digits'", 1, channels)
+        self._images = load_digits().images[..., np.newaxis]
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> Num[np.ndarray, "8 8 1"]:
+        return self._images[index]
+
+
+class Points(Source):
+    """`NUM_POINTS` samples of a shape in the plane, drawn with a fixed random key."""
+
+    white = None
+    folder = None
+
+    def __init__(self, name: str):
+        keys = jax.random.split(jax.random.key(0), NUM_POINTS)
+        draw = jax.jit(mixtures.PLANE[name]().sample)
+        batches = [np.asarray(draw(batch)) for batch in np.split(keys, _POINT_BATCHES)]
+        self._points = np.concatenate(batches)
+        self.identity = f"{name}, {NUM_POINTS} points"
+
+    def __len__(self) -> int:
+        return len(self._points)
+
+    def __getitem__(self, index: int) -> Float[np.ndarray, "2"]:
+        return self._points[index]
+
+
+class Folder(Source):
+    """The PNG and JPEG files in a folder and its subfolders, sorted by path.
+
+    The folder may be in a bucket. Images are converted to grey (`channels` = 1) or RGB
+    (`channels` = 3) and read on demand. `identity` is a digest of the file names, not of
+    their contents.
+    """
+
+    white = 255.0
+
+    def __init__(self, path: str, channels: int):
+        if not path:
+            raise UserError(
+                "config.data.name is 'folder:', without a path; set it to 'folder:/path'"
+            )
+        if channels not in _PILLOW_MODES:
+            raise UserError(
+                f"config.data.channels is {channels}, but the images in a folder are read as "
+                "grey or RGB; set --config.data.channels to 1 or 3"
+            )
+        self.folder = folder = epath.Path(path).expanduser()
+        if not folder.is_dir():
+            raise UserError(
+                f"config.data.name is 'folder:{path}', which is not a folder; give the path of "
+                "an existing one"
+            )
+        self._channels = channels
+        self._files = sorted(
+            parent / file
+            for parent, _, files in folder.walk()
+            for file in files
+            if file.lower().endswith((".png", ".jpg", ".jpeg"))
+        )
+        if not self._files:
+            raise UserError(
+                f"config.data.name is 'folder:{path}', which contains no .png, .jpg or .jpeg "
+                "files; give a folder of images"
+            )
+        names = "\n".join(map(str, self._files))
+        self.identity = hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def __getitem__(self, index: int) -> UInt8[np.ndarray, "H W C"]:
+        return read_image(self._files[index], self._channels)
+
+
+class Tfds(Source):
+    """The images of one split of a TFDS data set, prepared as ArrayRecord.
+
+    TFDS need not have code for the data set: the prepared files in `data_dir` suffice.
+    """
+
+    white = 255.0
+
+    def __init__(self, name: str, split: str, data_dir: str, channels: int):
+        import tensorflow_datasets as tfds  # imported here because only this source needs it
+
+        try:
+            builder = tfds.builder(name, data_dir=data_dir or None)
+        except Exception as error:  # TFDS raises many classes, with messages of many lines
+            reason = str(error).strip().partition("\n")[0].removesuffix(".")
+            known = tfds.list_builders(with_community_datasets=False)
+            similar = " or ".join(map(repr, difflib.get_close_matches(name.lower(), known)))
+            raise UserError(
+                f"config.data.name is {name!r}, which TFDS cannot open in "
+                f"{data_dir or 'its default data_dir'} ({reason}); "
+                + (f"did you mean {similar}? " if similar else "")
+                + "Other sources are 'digits', 'folder:/path' and the points in the plane "
+                + ", ".join(map(repr, mixtures.PLANE))
+            ) from error
+        title = f"TFDS data set {name!r}"
+        info = builder.info
+        if not info.splits:
+            raise UserError(
+                f"{title} is not prepared in {builder.data_dir}; "
+                f"run {_prepare_command(name, data_dir)}"
+            )
+        array_record = tfds.core.FileFormat.ARRAY_RECORD
+        if array_record not in info.available_file_formats():
+            raise UserError(
+                f"{title} is stored in {builder.data_dir} as {info.file_format.value}, which "
+                "has no random access; set --config.data.data_dir to another folder and "
+                f"prepare it there: {_prepare_command(name, 'ANOTHER_FOLDER')}"
+            )
+        features = dict(info.features.items())
+        image = features.get("image")
+        if not isinstance(image, tfds.features.Image) or image.np_dtype != np.uint8:
+            kinds = ", ".join(
+                f"{name}: {type(kind).__name__}" for name, kind in features.items()
+            )
+            raise UserError(
+                f"{title} has no 8-bit image feature called 'image' (its features are "
+                f"{kinds}); use a data set that has one"
+            )
+        _require_channels(title, image.shape[-1], channels)
+        try:
+            # Images are decoded here, because TFDS may return a shape other than the declared
+            # one (for a grey JPEG among RGB ones), and other pixels if OpenCV is installed.
+            self._examples = builder.as_data_source(
+                split, decoders={"image": tfds.decode.SkipDecoding()}, file_format=array_record
+            )
+        except ValueError as error:  # for some splits, TFDS's message has many lines
+            raise UserError(
+                f"config.data.split is {split!r}, which selects no images of {title}; "
+                f"its splits are {', '.join(info.splits)}"
+            ) from error
+        self.identity = f"{info.full_name}[{split}]"
+        self.folder = epath.Path(builder.data_dir)
+        self._title = f"of {title}, split {split!r}"
+        self._channels = channels
+
+    def __len__(self) -> int:
+        return len(self._examples)
+
+    def __getitem__(self, index: int) -> UInt8[np.ndarray, "H W C"]:
+        return self._decode(index, lambda: self._examples[index]["image"])
+
+    def read(self, indices: Sequence[int]) -> list[UInt8[np.ndarray, "H W C"]]:
+        """Returns several examples; faster than one call of TFDS per example."""
+        try:
+            examples = self._examples.__getitems__(indices)
+        except Exception:  # does not say which record is unreadable; reading one by one does
+            return super().read(indices)
+        return [
+            self._decode(index, functools.partial(example.get, "image"))
+            for index, example in zip(indices, examples, strict=True)
+        ]
+
+    def _decode(self, index: int, read: Callable[[], bytes]) -> UInt8[np.ndarray, "H W C"]:
+        return _decode_image(f"{index} {self._title}", read, self._channels)
+
+
+def open_source(config: ConfigDict) -> Source:
+    """Opens the source that `config.data` selects, and reads its first example.
+
+    Raises:
+      UserError: if the examples are missing or unreadable, do not have
+        config.data.channels channels, or do not suit config.energy.network or
+        config.data.dequantise.
+    """
+    data = config.data
+    _require_network(data.name, config.energy.network)
+    source: Source
+    if data.name in mixtures.PLANE:
+        source = Points(data.name)
+    elif data.name == "digits":
+        source = Digits(data.channels)
+    elif data.name.startswith("folder:"):
+        source = Folder(data.name.removeprefix("folder:"), data.channels)
+    else:
+        source = Tfds(data.name, data.split, data.data_dir, data.channels)
+    if data.dequantise and source.white is not None:
+        distance = 2 / source.white  # between neighbouring pixel values, in [-1, 1]
+        if not math.isclose(data.dequantise, distance, rel_tol=1e-3):
+            raise UserError(
+                f"config.data.dequantise is {data.dequantise:g}, but neighbouring pixel values "
+                f"of {data.name!r} differ by {distance:g}; set it to {distance:g}, or to 0 to "
+                "turn dequantisation off"
+            )
+    source[0]  # so that an unreadable data set is reported before a run starts
+    return source
+
+
+def _require_network(name: str, network: str) -> None:
+    """Raises a UserError if the network is not one for this source's examples."""
+    if name in mixtures.PLANE and network != "mlp":
+        raise UserError(
+            f"config.data.name is {name!r}, which are points in the plane, but "
+            f"config.energy.network {network!r} is for images; start from configs/toy2d.py"
+        )
+    if name not in mixtures.PLANE and network == "mlp":
+        raise UserError(
+            f"config.data.name is {name!r}, but config.energy.network 'mlp' is for points in "
+            f"the plane; use {' or '.join(map(repr, mixtures.PLANE))}, or the network 'resnet' "
+            "for images"
+        )
+
+
+def _prepare_command(name: str, data_dir: str) -> str:
+    """Returns the shell command that prepares a TFDS data set as ArrayRecord."""
+    place = f", data_dir={data_dir!r}" if data_dir else ""
+    return (
+        f'python -c "import tensorflow_datasets as tfds; tfds.builder({name!r}{place})'
+        ".download_and_prepare(file_format='array_record')\""
+    )
+
+
+def _require_channels(title: str, found: int, expected: int) -> None:
+    """Raises a UserError if a source's images do not have the expected number of channels."""
+    if found not in _PILLOW_MODES:
+        raise UserError(
+            f"{title} has images with {found} channels; use images with 1 (grey) or 3 (RGB)"
+        )
+    if found != expected:
+        raise UserError(
+            f"{title} has images with {found} channel{'s' * (found > 1)}, but "
+            f"config.data.channels is {expected}; set --config.data.channels={found}"
+        )
+
+
+def read_image(file: epath.PathLike, channels: int) -> UInt8[np.ndarray, "H W C"]:
+    """Reads an image file and converts it to grey (1 channel) or RGB (3 channels).
+
+    Raises:
+      UserError: if the file is missing, is not an image, or has more than 8 bits per channel.
+    """
+    path = epath.Path(file).expanduser()
+    return _decode_image(str(path), path.read_bytes, channels)
+
+
+def _decode_image(
+    name: str, read: Callable[[], bytes], channels: int
+) -> UInt8[np.ndarray, "H W C"]:
+    """Decodes the file contents that `read` returns; `name` is for error messages."""
+    with as_user_error(f"cannot read image {name}"):
+        try:
+            image = Image.open(io.BytesIO(read()))
+        except UnidentifiedImageError as error:  # its own message names a BytesIO object
+            raise ValueError("it is damaged or not an image") from error
+        with image:
+            if image.mode.startswith(("I", "F")):  # pillow would clip these, not scale them
+                raise ValueError("it has more than 8 bits per channel; convert it to 8 bits")
+            pixels = np.asarray(image.convert(_PILLOW_MODES[channels]))
+    return pixels.reshape(*pixels.shape[:2], channels)

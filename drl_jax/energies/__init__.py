@@ -1,1 +1,0 @@
-"""Networks f(x, t): `resnet` for images, `mlp` for vectors."""

@@ -1,0 +1,1 @@
+"""Metrics of trained models; README.md describes each one."""

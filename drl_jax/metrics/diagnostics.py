@@ -1,0 +1,71 @@
+"""Convergence diagnostics of Markov chains: split R-hat and effective sample size.
+
+Split R-hat compares the variance between half-chains with the variance within them; it is close
+to 1 when all chains have forgotten their starting points (Gelman et al. 2013, section 11.4).
+The effective sample size is the number of independent draws that would determine the mean as
+precisely (section 11.5 there). Both are computed by ArviZ (Vehtari et al. 2021), without rank
+normalisation because we are interested in the mean.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from arviz_stats.base import array_stats
+from jaxtyping import Float, Int
+
+MIN_DRAWS = 4  # per chain, below which ArviZ gives no result
+
+
+class Convergence(NamedTuple):
+    """Diagnostics of chains on several distributions, each recorded as several scalars.
+
+    For each distribution, the scalar with the worst diagnostic counts.
+
+    Attributes:
+      r_hat: median over the distributions.
+      r_hat_worst: maximum over the distributions.
+      effective_sample_size: sum over the distributions.
+      draws: number of draws of all chains, an approximate upper limit of the effective sample
+        size.
+    """
+
+    r_hat: float
+    r_hat_worst: float
+    effective_sample_size: float
+    draws: int
+
+
+def convergence(
+    draws: Float[np.ndarray, "B n S"], distribution: Int[np.ndarray, "B"]
+) -> Convergence | None:
+    """Compares the chains that sample the same distribution with each other.
+
+    Args:
+      draws: S scalars of B chains at n equally spaced steps, warm-up excluded.
+      distribution: index of the distribution that each chain samples; at least two chains
+        share each distribution.
+
+    Returns:
+      The diagnostics, or None if there are fewer than `MIN_DRAWS` draws per chain. If a scalar
+      never changes in any chain of a distribution, its R-hat is infinite and its effective
+      sample size is 0.
+    """
+    if draws.shape[1] < MIN_DRAWS:
+        return None
+    r_hats, sizes = [], []
+    for index in np.unique(distribution):
+        group = np.asarray(draws[distribution == index], np.float64)
+        axes = {"chain_axis": 0, "draw_axis": 1}
+        changes = np.ptp(group, axis=1).max(axis=0) > 0
+        if not changes.all():
+            r_hats.append(np.inf)
+            sizes.append(0.0)
+            continue
+        r_hats.append(np.max(array_stats.rhat(group, method="split", **axes)))
+        sizes.append(np.min(array_stats.ess(group, method="mean", **axes)))
+    return Convergence(
+        r_hat=float(np.median(r_hats)),
+        r_hat_worst=float(np.max(r_hats)),
+        effective_sample_size=float(np.sum(sizes)),
+        draws=draws[..., 0].size,
+    )

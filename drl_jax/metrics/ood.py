@@ -1,0 +1,160 @@
+"""Out-of-distribution detection with the energy of each level.
+
+An image x is diffused to level t and scaled as in training, y = a_{t+1} x_t. It then has two
+scores: the log-density F(y, t), and the norm |grad_y F(y, t)| of its gradient.
+
+In-distribution images are expected to have a high log-density and, being close to a maximum of
+it, a small gradient norm. Neither is guaranteed: if another set of images has higher
+log-densities than the data, its AUROC is below 1/2. The noise of high levels hides differences
+between images, fine details first.
+"""
+
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Key
+from sklearn.metrics import roc_auc_score
+
+from drl_jax import diffusion, noise, recovery
+from drl_jax.mcmc.log_density import value_and_gradient
+from drl_jax.model import Model
+
+
+class Scores(NamedTuple):
+    """Scores of n images at G levels, from the lowest level to the highest.
+
+    Attributes:
+      log_density: F(y, t), up to a constant per level [nats].
+      score_norm: |grad_y F(y, t)|.
+    """
+
+    log_density: Float[np.ndarray, "G n"]
+    score_norm: Float[np.ndarray, "G n"]
+
+
+# 1 if in-distribution images are expected to have high scores, -1 if low.
+ORIENTATION = {"log_density": 1, "score_norm": -1}
+
+
+class Scorer:
+    """Computes the scores of images under a model.
+
+    Attributes:
+      levels: levels at which images are scored: all of them, or with many levels the first of
+        each of the `diffusion.level_groups`.
+    """
+
+    def __init__(self, model: Model):
+        """Compiles the scores for the model's devices and batch size."""
+        method = model.method
+        self.levels = [group[0] for group in diffusion.level_groups(method.schedule.T)]
+        self._model = model
+
+        def program(shared, examples):
+            params, key, levels = shared
+            indices, x = examples
+            F = method.F(params)
+
+            def at_level(level):
+                keys = noise.example_keys(jax.random.fold_in(key, level), indices)
+                t = jnp.full(indices.shape, level)
+                y, _ = recovery.positives(keys, x, t, method.schedule)
+                log_density, gradient = value_and_gradient(lambda y: F(y, t), y)
+                return log_density, jnp.sqrt(
+                    jnp.sum(jnp.square(gradient), axis=range(1, y.ndim))
+                )
+
+            scores = jax.lax.map(at_level, levels)
+            return jax.tree.map(jnp.transpose, scores)  # examples along the first axis
+
+        self._compiled = model.engine.compile(program)
+
+    def __call__(
+        self, key: Key[Array, ""], images: Iterable[Float[np.ndarray, "H W C"]]
+    ) -> Scores:
+        """Scores a stream of one or more images in [-1, 1], reading one batch at a time.
+
+        The noise of image i depends on the key, the level and i only, so that the i-th images
+        of different sets are diffused with the same noise.
+        """
+        engine = self._model.engine
+        shared = self._model.params, key, np.array(self.levels)
+        batches = engine.run(self._compiled, shared, engine.stack(enumerate(images)))
+        return Scores(*(np.concatenate(scores).T for scores in zip(*batches, strict=True)))
+
+
+def _shuffled(key: Key[Array, ""], x: Float[Array, "H W C"]) -> Float[Array, "H W C"]:
+    """Permutes the pixels, keeping the channels of each pixel together."""
+    return jax.random.permutation(key, x.reshape(-1, x.shape[-1])).reshape(x.shape)
+
+
+def _inverted(key: Key[Array, ""], x: Float[Array, "H W C"]) -> Float[Array, "H W C"]:
+    """Returns the negative."""
+    del key
+    return -x
+
+
+def _uniform(key: Key[Array, ""], x: Float[Array, "H W C"]) -> Float[Array, "H W C"]:
+    """Draws every pixel value uniformly from [-1, 1)."""
+    return jax.random.uniform(key, x.shape, x.dtype, minval=-1, maxval=1)
+
+
+# Functions (key, image) -> out-of-distribution image, by name.
+SYNTHETIC: dict[str, Callable[[Key[Array, ""], Float[Array, "H W C"]], Float[Array, "H W C"]]]
+SYNTHETIC = {"shuffled": _shuffled, "inverted": _inverted, "uniform": _uniform}
+
+
+@functools.partial(jax.jit, static_argnames="name")
+def _synthesise(
+    name: str, keys: Key[Array, "B"], x: Float[Array, "B H W C"]
+) -> Float[Array, "B H W C"]:
+    return jax.vmap(SYNTHETIC[name])(keys, x)
+
+
+def synthetic_images(
+    name: str,
+    key: Key[Array, ""],
+    images: Iterable[Float[np.ndarray, "H W C"]],
+    batch_size: int = 256,
+) -> Iterator[Float[np.ndarray, "H W C"]]:
+    """Yields one out-of-distribution image per image, of a kind named in `SYNTHETIC`.
+
+    The i-th image depends on the key, on i and on the i-th image of `images` only.
+    """
+    images, first = iter(images), 0
+    while batch := list(itertools.islice(images, batch_size)):
+        keys = noise.example_keys(key, first + jnp.arange(len(batch)))
+        yield from np.asarray(_synthesise(name, keys, np.stack(batch)))
+        first += len(batch)
+
+
+def auroc(
+    in_distribution: Float[np.ndarray, "n"], out_of_distribution: Float[np.ndarray, "m"]
+) -> float:
+    """Returns the area under the ROC curve of a score that should be higher in distribution.
+
+    It equals P(in > out) + P(in = out) / 2 for a random image of each set: 1 if the score
+    separates the sets perfectly, 1/2 if it does not separate them, 0 if it separates them
+    perfectly the wrong way round.
+    """
+    is_in = np.repeat([True, False], [len(in_distribution), len(out_of_distribution)])
+    scores = np.concatenate([in_distribution, out_of_distribution])
+    return float(roc_auc_score(is_in, scores))
+
+
+def aurocs(in_distribution: Scores, out_of_distribution: Scores) -> dict[str, list[float]]:
+    """Returns the AUROC at each level, for each of the `Scores`.
+
+    It is 1 if every in-distribution image scores better (`ORIENTATION`) than every other image.
+    """
+    return {
+        name: [auroc(sign * i, sign * o) for i, o in zip(*scores, strict=True)]
+        for (name, sign), *scores in zip(
+            ORIENTATION.items(), in_distribution, out_of_distribution, strict=True
+        )
+    }

@@ -1,0 +1,187 @@
+"""Normalising constants and KL divergences of energies in the plane, by quadrature.
+
+Both are integrals over the plane, computed as sums over a grid in float64. For a density that
+is smooth on the scale of the grid spacing, such a sum converges faster than any power of the
+spacing. It misses the mass outside the grid; mass along the grid's edge is a sign of that.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Float
+
+from drl_jax.diffusion import NoiseSchedule
+from drl_jax.model import Model
+from drl_jax.recovery import LevelFn
+from drl_jax.runtime.batching import Engine
+
+HALF_WIDTH = 5.0  # of the grid, centred at the origin; white noise has mass 1e-6 outside
+SIDE = 501  # nodes per side, 0.02 apart
+EDGE = 0.1  # width of the edge, relative to the half width
+EDGE_MASS = 1e-3  # if the mass along the edge is larger, the grid may be too small
+BATCH = 2**14  # nodes per batch
+BANDWIDTHS = (0.05, 0.2, 0.8)  # of the kernels of the two-sample test, in units of the data
+
+
+class Grid(NamedTuple):
+    """Nodes of a square grid.
+
+    Attributes:
+      axis: coordinates of the nodes along either axis.
+      nodes: positions of the nodes; the first array axis is the first coordinate.
+      area: area of a grid cell.
+    """
+
+    axis: Float[np.ndarray, "side"]
+    nodes: Float[np.ndarray, "side side 2"]
+    area: float
+
+
+class Comparison(NamedTuple):
+    """Learned and true density of one level, by quadrature.
+
+    Attributes:
+      log_p: learned log-density at the nodes, normalised [nats].
+      log_q: true log-density at the nodes [nats].
+      log_Z: log of the integral of exp(F) [nats].
+      kl: KL(q ‖ p), the divergence of the learned density p from the true density q [nats].
+      edge_mass: mass of p along the edge of the grid.
+    """
+
+    log_p: Float[np.ndarray, "side side"]
+    log_q: Float[np.ndarray, "side side"]
+    log_Z: float
+    kl: float
+    edge_mass: float
+
+
+def square(half_width: float = HALF_WIDTH, side: int = SIDE) -> Grid:
+    """Returns the grid of side² nodes on [-half_width, half_width]²."""
+    axis = np.linspace(-half_width, half_width, side)
+    nodes = np.stack(np.meshgrid(axis, axis, indexing="ij"), axis=-1)
+    return Grid(axis, nodes, float((axis[1] - axis[0]) ** 2))
+
+
+def evaluate(
+    F: Callable[[Any], LevelFn], params: Any, levels: Sequence[int], grid: Grid, mesh: Mesh
+) -> Float[np.ndarray, "L side side"]:
+    """Returns F(params)(·, t) at the nodes for each level t, converted to float64.
+
+    Args:
+      F: log-density of the levels, given parameters.
+      params: its parameters, any pytree.
+      levels: levels to evaluate.
+      grid: nodes.
+      mesh: devices that share the nodes.
+    """
+    engine = Engine(mesh, BATCH)
+
+    def program(shared, nodes):
+        params, t = shared
+        return F(params)(nodes, jnp.full(len(nodes), t))
+
+    compiled = engine.compile(program)
+    nodes = grid.nodes.reshape(-1, 2).astype(np.float32)
+    values = [
+        np.concatenate(list(engine.run(compiled, (params, t), engine.split(nodes))))
+        for t in levels
+    ]
+    return np.asarray(values, np.float64).reshape(len(levels), *grid.nodes.shape[:2])
+
+
+def log_integral(log_density: Float[np.ndarray, "side side"], grid: Grid) -> float:
+    """Returns log of the integral of exp(log_density) [nats]."""
+    largest = log_density.max()
+    return float(largest + np.log(np.sum(np.exp(log_density - largest)) * grid.area))
+
+
+def kl_divergence(
+    log_q: Float[np.ndarray, "side side"], log_p: Float[np.ndarray, "side side"], grid: Grid
+) -> float:
+    """Returns KL(q ‖ p) of two normalised densities [nats]."""
+    return float(np.sum(np.exp(log_q) * (log_q - log_p)) * grid.area)
+
+
+def edge_mass(log_p: Float[np.ndarray, "side side"], grid: Grid) -> float:
+    """Returns the mass of a density along the edge of the grid."""
+    inside = (1 - EDGE) * grid.axis[-1]
+    edge = np.abs(grid.nodes).max(axis=-1) > inside
+    return float(np.sum(np.exp(log_p[edge])) * grid.area)
+
+
+def compare(
+    model: Model, exact: LevelFn, levels: Sequence[int], grid: Grid
+) -> dict[int, Comparison]:
+    """Compares a model's density with the true density at each of the levels.
+
+    Args:
+      model: learned log-density, up to a constant per level.
+      exact: true, normalised log-density.
+      levels: levels to compare.
+      grid: grid that contains both densities and on which they are smooth.
+    """
+    learned = evaluate(model.method.F, model.params, levels, grid, model.mesh)
+    true = evaluate(lambda _: exact, (), levels, grid, model.mesh)
+    comparisons = {}
+    for t, log_f, log_q in zip(levels, learned, true, strict=True):
+        log_Z = log_integral(log_f, grid)
+        log_p = log_f - log_Z
+        comparisons[t] = Comparison(
+            log_p=log_p,
+            log_q=log_q,
+            log_Z=log_Z,
+            kl=kl_divergence(log_q, log_p, grid),
+            edge_mass=edge_mass(log_p, grid),
+        )
+    return comparisons
+
+
+def shown_levels(schedule: NoiseSchedule, n: int) -> list[int]:
+    """Returns at most n levels for a figure, from level T - 1 down to level 0.
+
+    With more than n levels, they are those closest to an even spacing of the square root of
+    sigma_bar, which puts more of them at low noise.
+    """
+    if n >= schedule.T:
+        return list(reversed(range(schedule.T)))
+    roots = np.asarray(schedule.sigma_bar[:-1], np.float64) ** 0.5
+    targets = np.linspace(roots[-1], roots[0], n)
+    nearest = {int(np.abs(roots - root).argmin()) for root in targets}
+    return sorted(nearest, reverse=True)
+
+
+def two_sample_test(
+    rng: np.random.Generator,
+    x: Float[np.ndarray, "n 2"],
+    y: Float[np.ndarray, "n 2"],
+    permutations: int = 999,
+) -> float:
+    """Returns the p-value of the hypothesis that x and y come from the same distribution.
+
+    The statistic is the squared maximum mean discrepancy E k(x, x') + E k(y, y') - 2 E k(x, y)
+    (Gretton et al. 2012), which is zero only for equal distributions. The kernel k is a sum of
+    Gaussian kernels, sensitive both to the width of thin structures and to how the mass is
+    distributed. The p-value is the rank of the statistic among those of random partitions of
+    all points into two sets. If the distributions are equal, it is at most α with probability
+    at most α, for any n.
+
+    Args:
+      rng: random number generator of the partitions.
+      x: first sample.
+      y: second sample.
+      permutations: number of random partitions.
+    """
+    n = len(x)
+    both = np.concatenate([x, y]).astype(np.float32)
+    squares = np.square(both[:, None] - both).sum(axis=-1)
+    kernel = sum(np.exp(squares / np.float32(-2 * h**2)) for h in BANDWIDTHS)
+    signs = np.repeat(np.array([1, -1], np.float32), n)
+    partitions = np.stack([signs, *(rng.permutation(signs) for _ in range(permutations))])
+    statistics = np.sum(partitions @ kernel * partitions, axis=1, dtype=np.float64)
+    observed, *others = np.asarray(statistics).tolist()
+    # A partition with both sets exchanged has the same statistic up to rounding errors.
+    at_least = sum(other >= observed - 1e-6 * abs(observed) for other in others)
+    return (1 + at_least) / (1 + permutations)

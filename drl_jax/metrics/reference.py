@@ -1,0 +1,99 @@
+"""Inception statistics of the data, computed once and cached in a file."""
+
+import hashlib
+import io
+import json
+import logging
+
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from drl_jax.data import pipeline
+from drl_jax.data.sources import Source
+from drl_jax.errors import UserError
+from drl_jax.metrics.frechet import Moments
+from drl_jax.metrics.inception import Extractor
+from drl_jax.metrics.summary import Summary, summarise
+from drl_jax.storage.atomic import write_whole
+
+log = logging.getLogger(__name__)
+
+
+def of_data(
+    config: ConfigDict, source: Source, extractor: Extractor, sha256: str, workdir: epath.Path
+) -> Summary:
+    """Returns the summary of the first config.evaluation.num_data images of the data.
+
+    The summary is read from a cache file if there is one, and otherwise computed and written
+    there. The file is next to the folder that contains the data, or in the work directory if
+    that place does not exist or cannot be written to. Its name contains a hash of the source's
+    identity, the number of images, their preparation and the network's weights. Replacing
+    images in a folder by others with the same names is not detected.
+
+    Args:
+      config: its fields data and evaluation.num_data are used.
+      source: the data.
+      extractor: computes Inception features.
+      sha256: SHA-256 of the extractor's weights.
+      workdir: work directory of the run.
+
+    Raises:
+      UserError: if an image cannot be read.
+    """
+    n = min(len(source), config.evaluation.num_data)
+    preparation = [config.data.image_size, config.data.crop, config.data.channels]
+    key = json.dumps([source.identity, n, *preparation, sha256])
+    name = f"inception-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
+    files = [workdir / name]
+    if source.folder is not None:
+        files.insert(0, source.folder.parent / f"{source.folder.name}.{name}")
+    for file in files:
+        summary = read(file)
+        if summary is not None:
+            log.info("read the Inception statistics of the data from %s", file)
+            return summary
+    log.info("computing the Inception statistics of the data, once, from %d images", n)
+    stream = (pipeline.to_uint8(x) for x in pipeline.all_examples(config, source, limit=n))
+    progress = tqdm(stream, total=n, unit="image", disable=None)
+    summary = summarise(extractor, progress, n)
+    for file in files:
+        try:
+            write(file, summary)
+        except UserError as error:
+            log.info("cannot cache the Inception statistics of the data: %s", error)
+        else:
+            log.info("cached the Inception statistics of the data in %s", file)
+            break
+    return summary
+
+
+def write(file: epath.Path, summary: Summary) -> None:
+    """Writes a summary in one step, so that no reader sees an incomplete file.
+
+    Raises:
+      UserError: if the file cannot be written.
+    """
+    encoded = io.BytesIO()
+    np.savez(
+        encoded,
+        features=summary.features,
+        score=summary.score,
+        **summary.moments._asdict(),
+    )
+    write_whole(file, encoded.getvalue())
+
+
+def read(file: epath.Path) -> Summary | None:
+    """Returns the summary in a file, or None if the file is missing or damaged."""
+    try:
+        with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as arrays:
+            moments = Moments(int(arrays["n"]), arrays["mean"], arrays["scatter"])
+            mean, std = arrays["score"]
+            return Summary(moments, arrays["features"], (float(mean), float(std)))
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # file systems, zipfile and NumPy raise many classes
+        log.warning("cannot read %s (%s); its content is computed again", file, error)
+        return None

@@ -1,0 +1,152 @@
+"""Reads the tensors of a file written by `torch.save`, without PyTorch.
+
+There are two formats. Since PyTorch 1.6 a file is a zip archive with a pickle, 'data.pkl', and
+one entry with the raw elements of each storage. Older files are a sequence of pickles (magic
+number, format version, machine description, object, storage keys) followed by each storage as
+its number of elements and its raw elements. In both, a tensor is pickled as a call of a
+function that builds it from a storage. Unpickling can call any function, so this module allows
+only the calls that build tensors and rejects all others.
+"""
+
+import collections
+import io
+import pickle
+import zipfile
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Num
+
+MAGIC = 0x1950A86A20F9469CFC6C
+
+STORAGES = {
+    "HalfStorage": np.dtype("<f2"),
+    "FloatStorage": np.dtype("<f4"),
+    "DoubleStorage": np.dtype("<f8"),
+    "LongStorage": np.dtype("<i8"),  # batch normalisation's counter of batches
+}
+
+
+class Storage(NamedTuple):
+    """Reference to a block of elements in the file.
+
+    Attributes:
+      dtype: type of the elements.
+      key: identifies the block in the file.
+      size: number of elements.
+    """
+
+    dtype: np.dtype
+    key: str
+    size: int
+
+
+class View(NamedTuple):
+    """A tensor whose storage has not been read yet; offset and strides count elements."""
+
+    storage: Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+def read(data: bytes) -> dict[str, Num[np.ndarray, "..."]]:
+    """Returns the tensors of a saved state dict, by name.
+
+    Args:
+      data: content of the file.
+
+    Raises:
+      ValueError, pickle.UnpicklingError: if the file has another format or contains anything
+        but tensors. For damaged files, pickle and zipfile also raise other exceptions.
+    """
+    read_format = _read_zip if zipfile.is_zipfile(io.BytesIO(data)) else _read_legacy
+    views, read_storage = read_format(io.BytesIO(data))
+    if not isinstance(views, dict):
+        raise ValueError(f"it contains a {type(views).__name__}, not a state dict")
+    return {name: _to_array(name, view, read_storage) for name, view in views.items()}
+
+
+def _read_zip(file: io.BytesIO) -> tuple[Any, Callable[[Storage], bytes]]:
+    archive = zipfile.ZipFile(file)
+    pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+    if len(pickles) != 1:
+        raise ValueError("it is a zip archive that torch.save did not write")
+    root = pickles[0].removesuffix("data.pkl")
+    if root + "byteorder" in archive.namelist():
+        _require_little_endian(archive.read(root + "byteorder") == b"little")
+    views = _Unpickler(archive.open(pickles[0])).load()
+    return views, lambda storage: archive.read(f"{root}data/{storage.key}")
+
+
+def _read_legacy(file: io.BytesIO) -> tuple[Any, Callable[[Storage], bytes]]:
+    if _Unpickler(file).load() != MAGIC:
+        raise ValueError("torch.save did not write it")
+    _Unpickler(file).load()  # version of the format; there was only one
+    _require_little_endian(_Unpickler(file).load()["little_endian"])
+    unpickler = _Unpickler(file)
+    views = unpickler.load()
+    blocks = {}
+    for key in _Unpickler(file).load():
+        size = int.from_bytes(file.read(8), "little")
+        blocks[key] = file.read(size * unpickler.storages[key].dtype.itemsize)
+    return views, lambda storage: blocks[storage.key]
+
+
+def _require_little_endian(is_little_endian: bool) -> None:
+    if not is_little_endian:
+        raise ValueError("its numbers are big-endian")
+
+
+class _Unpickler(pickle.Unpickler):
+    """Builds plain values and `View`s only."""
+
+    def __init__(self, file: Any):
+        super().__init__(file)
+        self.storages: dict[str, Storage] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and name in STORAGES:
+            return STORAGES[name]
+        allowed: dict[tuple[str, str], Any] = {
+            ("collections", "OrderedDict"): collections.OrderedDict,
+            ("torch._utils", "_rebuild_tensor_v2"): _view,
+            ("torch._utils", "_rebuild_parameter"): lambda view, *_: view,
+        }
+        if (module, name) in allowed:
+            return allowed[module, name]
+        raise pickle.UnpicklingError(f"it contains {module}.{name}; only tensors are allowed")
+
+    def persistent_load(self, pid: Any) -> Storage:
+        _, dtype, key, _, size = pid[:5]  # a sixth field, if present, is None
+        self.storages[key] = Storage(dtype, key, size)
+        return self.storages[key]
+
+
+def _view(storage: Storage, offset: int, shape: tuple, strides: tuple, *_: object) -> View:
+    return View(storage, offset, shape, strides)
+
+
+def _to_array(
+    name: str, view: Any, read_storage: Callable[[Storage], bytes]
+) -> Num[np.ndarray, "..."]:
+    """Returns a tensor as an array.
+
+    Raises:
+      ValueError: if it is not a tensor, or has elements outside its storage.
+    """
+    if not isinstance(view, View):
+        raise ValueError(f"{name!r} is a {type(view).__name__}, not a tensor")
+    elements = np.frombuffer(read_storage(view.storage), view.storage.dtype)
+    last = [(n - 1) * s for n, s in zip(view.shape, view.strides, strict=True)]
+    if min(view.offset, *view.shape, *view.strides, 0) < 0 or (
+        np.prod(view.shape) and view.offset + sum(last) >= len(elements)
+    ):
+        raise ValueError(f"{name!r} has elements outside its storage")
+    return np.lib.stride_tricks.as_strided(
+        elements[view.offset :],
+        view.shape,
+        [s * elements.itemsize for s in view.strides],
+        writeable=False,
+    )

@@ -1,0 +1,176 @@
+"""3x3 convolution whose gradients are fast on every backend.
+
+The gradients that autodiff makes of a convolution are slow to run or to compile:
+
+- The input gradient becomes a convolution with transposed dimension numbers (`01oi`). Inside a
+  while-loop, where every Langevin step is, it is about five times slower than a forward one
+  (https://github.com/jax-ml/jax/issues/12868). Here it is a forward convolution (`01io`) of the
+  output gradient with the kernel rotated by 180 degrees and its channels swapped: the same
+  result, and the same program on every backend.
+- The kernel gradient becomes a convolution whose window is the whole image, with the batch as
+  the channels. Inside a while-loop it is a hundred times slower on CPUs unless the arrays are
+  transposed first, as is done here. On TPUs it is computed in blocks of one size.
+
+On CPUs, wide convolutions and their kernel gradients use Winograd's algorithm (`winograd.py`).
+
+The derivatives of the convolution and of its kernel gradient are expressed by each other, so all
+of this holds for derivatives of any order.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from drl_jax.networks import winograd
+
+# Channels per block of `_kernel_gradient_by_blocks`: what a TPU multiplies at once.
+BLOCK_CHANNELS = 128
+
+
+def _forward(
+    x: Float[Array, "B H W I"], kernel: Float[Array, "3 3 I O"]
+) -> Float[Array, "B H W O"]:
+    if winograd.is_faster(x, kernel):
+        return lax.platform_dependent(x, kernel, cpu=winograd.conv3x3, default=_direct)
+    return _direct(x, kernel)
+
+
+def _direct(x, kernel):
+    return lax.conv_general_dilated(
+        x,
+        kernel.astype(x.dtype),
+        (1, 1),
+        "SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        preferred_element_type=kernel.dtype,
+    )
+
+
+@jax.custom_vjp
+def conv3x3(
+    x: Float[Array, "B H W I"], kernel: Float[Array, "3 3 I O"]
+) -> Float[Array, "B H W O"]:
+    """Convolves NHWC images with a 3x3 kernel, with stride 1 and zero padding.
+
+    Multiplies in x's dtype and accumulates in the kernel's. Reverse-mode differentiable to any
+    order. Inside `shard_map` the kernel must be device-varying, since its gradient is not
+    summed over devices here.
+    """
+    return _forward(x, kernel)
+
+
+@jax.custom_vjp
+def kernel_gradient(
+    x: Float[Array, "B H W I"], g: Float[Array, "B H W O"]
+) -> Float[Array, "3 3 I O"]:
+    """Returns the gradient of <g, conv3x3(x, kernel)> with respect to the kernel.
+
+    Multiplies in x's dtype and accumulates in g's. Reverse-mode differentiable to any order.
+    """
+    on_cpu = (
+        winograd.kernel_gradient if winograd.is_faster(x, g) else _kernel_gradient_transposed
+    )
+    return lax.platform_dependent(
+        x,
+        g,
+        cpu=on_cpu,
+        tpu=_kernel_gradient_by_blocks,
+        default=_kernel_gradient_by_convolution,
+    )
+
+
+@jax.custom_vjp
+def materialise_gradient(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Returns x; its gradient is stored in memory before it is used.
+
+    Otherwise XLA:TPU fuses its computation, convolutions included, into every convolution that
+    reads it. That is slower, and makes every such convolution a program of its own.
+    """
+    return x
+
+
+materialise_gradient.defvjp(lambda x: (x, None), lambda _, g: (lax.optimization_barrier(g),))
+
+
+def _adjoint(kernel: Float[Array, "3 3 I O"]) -> Float[Array, "3 3 O I"]:
+    """Returns the kernel of the adjoint convolution."""
+    # The barrier lets XLA hoist this out of a loop in which the kernel is constant. It does not
+    # hoist a reversal or a transposition by itself.
+    return lax.optimization_barrier(jnp.swapaxes(kernel[::-1, ::-1], 2, 3))
+
+
+def _image_gradient(x, g, kernel):
+    return conv3x3(g.astype(x.dtype), _adjoint(kernel)).astype(x.dtype)
+
+
+def _conv3x3_fwd(x, kernel):
+    return conv3x3(x, kernel), (x, kernel)
+
+
+def _conv3x3_bwd(residuals, g):
+    x, kernel = residuals
+    return _image_gradient(x, g, kernel), kernel_gradient(x, g)
+
+
+def _kernel_gradient_fwd(x, g):
+    return kernel_gradient(x, g), (x, g)
+
+
+def _kernel_gradient_bwd(residuals, kernel):
+    x, g = residuals
+    return _image_gradient(x, g, kernel), conv3x3(x, kernel)
+
+
+conv3x3.defvjp(_conv3x3_fwd, _conv3x3_bwd)
+kernel_gradient.defvjp(_kernel_gradient_fwd, _kernel_gradient_bwd)
+
+
+def _kernel_gradient_by_convolution(x, g):
+    return _correlate(x, g.astype(x.dtype), g.dtype)
+
+
+def _kernel_gradient_by_blocks(x, g):
+    """Computes the kernel gradient in blocks of BLOCK_CHANNELS channels of x and of g.
+
+    All widths then have blocks of one shape per image size. With barriers to keep neighbouring
+    operations from being fused into them, XLA:TPU compiles each shape once; a program per width
+    would take seconds each.
+    """
+
+    def split(a):
+        return [a[..., i : i + BLOCK_CHANNELS] for i in range(0, a.shape[-1], BLOCK_CHANNELS)]
+
+    def block(x, g_block):
+        return lax.optimization_barrier(_correlate(x, g_block, g.dtype))
+
+    xs, gs = lax.optimization_barrier((split(x), split(g.astype(x.dtype))))
+    rows = [jnp.concatenate([block(x, g_block) for g_block in gs], axis=3) for x in xs]
+    return jnp.concatenate(rows, axis=2)
+
+
+def _correlate(x, g, dtype):
+    # The batch takes the place of the channels, and the channels of x that of the batch.
+    return lax.conv_general_dilated(
+        x,
+        g,
+        (1, 1),
+        ((1, 1), (1, 1)),
+        dimension_numbers=("CHWN", "IHWO", "HWNC"),
+        preferred_element_type=dtype,
+    )
+
+
+def _kernel_gradient_transposed(x, g):
+    # The barriers keep XLA from merging the transpositions into the convolution, which would
+    # make it the one in `_correlate`.
+    x, g = lax.optimization_barrier((x.transpose(3, 1, 2, 0), g.transpose(1, 2, 0, 3)))
+    result = lax.conv_general_dilated(
+        x,
+        g.astype(x.dtype),
+        (1, 1),
+        ((1, 1), (1, 1)),
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        preferred_element_type=g.dtype,
+    )
+    return lax.optimization_barrier(result).transpose(1, 2, 0, 3)

@@ -1,0 +1,59 @@
+"""A network for vectors: dense layers with the time embedding of the image network."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from drl_jax.networks.energy import Energy, from_network
+from drl_jax.networks.resnet import leaky_relu, time_embedding
+
+# Angle of the time embedding's fastest sinusoid at t = T [radians]. With one radian per level,
+# as for images, each of a thousand levels would be learned separately; the lowest levels, where
+# noise hides most of the signal, would then not have enough training data.
+MAX_ANGLE = 10.0
+
+# Standard deviation of the Fourier features' initial frequencies [radians per unit of x].
+FREQUENCY = 3.0
+
+
+class MLP(nn.Module):
+    """f(x, t) for vectors x [B, D] and levels t [B], one number per vector.
+
+    The input is x together with learned Fourier features of it, without which fine detail takes
+    long to learn (Tancik et al. 2020). Its activations of x are smooth (sine, swish), since a
+    Langevin chain follows its gradient.
+
+    Attributes:
+      width: width of every hidden layer.
+      depth: number of residual hidden layers.
+      T: number of levels.
+    """
+
+    width: int
+    depth: int
+    T: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B D"], t: Int[Array, "B"]) -> Float[Array, "B"]:
+        temb = time_embedding(jnp.asarray(t) * (MAX_ANGLE / self.T), self.width)
+        temb = nn.Dense(self.width, name="temb_0")(temb)
+        temb = leaky_relu(nn.Dense(self.width, name="temb_1")(leaky_relu(temb)))
+        angles = nn.Dense(
+            self.width,
+            kernel_init=nn.initializers.normal(FREQUENCY),
+            bias_init=nn.initializers.uniform(2 * jnp.pi),
+            name="waves",
+        )
+        features = jnp.concatenate([jnp.sin(angles(x)), x], axis=1)
+        h = nn.Dense(self.width, name="dense_in")(features)
+        for i in range(self.depth):
+            update = nn.swish(h + nn.Dense(self.width, name=f"time_{i}")(temb))
+            h += nn.Dense(self.width, name=f"dense_{i}")(update)
+        head = nn.Dense(self.width, name="head")(temb)
+        return jnp.sum(nn.swish(h) * head, axis=1) / self.width**0.5
+
+
+def energy(dimension: int, width: int = 128, depth: int = 3, T: int = 1000) -> Energy:
+    """Returns the network for vectors [D = dimension], without spectral normalisation."""
+    network = MLP(width=width, depth=depth, T=T)
+    return from_network(network, shape=(dimension,), rule=lambda path: None)

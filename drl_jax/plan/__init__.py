@@ -1,1 +1,0 @@
-"""What a job would need of an accelerator, told on a machine without one."""

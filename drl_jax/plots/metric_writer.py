@@ -1,0 +1,62 @@
+"""TensorBoard summaries: scalars and images of a run."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from clu import asynclib
+from etils import epath
+
+if TYPE_CHECKING:
+    from clu import metric_writers
+
+
+class MetricWriter:
+    """Writes summaries with CLU, in a background thread. Use it as a context manager.
+
+    CLU imports TensorFlow, which takes seconds. The thread imports it when there is something
+    to write, so that the first training step does not have to wait.
+    """
+
+    def __init__(self, workdir: epath.Path, just_logging: bool = False):
+        """Prepares a writer; no file is created until something is written.
+
+        Args:
+          workdir: folder of the event file.
+          just_logging: writes to the log only, as all processes but the first should.
+        """
+        self._workdir, self._just_logging = workdir, just_logging
+        # A single worker, so that everything is written in order.
+        self._thread = asynclib.Pool("metric_writer", max_workers=1)
+
+    def __enter__(self) -> "MetricWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Waits until everything is written.
+
+        Raises:
+          asynclib.AsyncError: if something could not be written. The `write_` methods raise it
+            too, for what was to be written before.
+        """
+        self._thread.close()
+
+    def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
+        """Writes the values of scalars at a step, by name."""
+        self._submit(lambda writer: writer.write_scalars(step, scalars))
+
+    def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+        """Writes images at a step, by name: uint8 arrays [number, height, width, channels]."""
+        self._submit(lambda writer: writer.write_images(step, images))
+
+    def _submit(self, write: "Callable[[metric_writers.MetricWriter], None]") -> None:
+        self._thread(lambda: write(self._writer))()
+
+    @functools.cached_property
+    def _writer(self) -> "metric_writers.MetricWriter":
+        from clu import metric_writers
+
+        return metric_writers.create_default_writer(
+            str(self._workdir), just_logging=self._just_logging, asynchronous=False
+        )

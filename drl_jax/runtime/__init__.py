@@ -1,0 +1,1 @@
+"""Processes, devices, shardings, batches, signals and progress of a run."""

@@ -1,0 +1,97 @@
+"""Runs a program over any number of examples, in batches shared by all devices."""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import PyTree
+
+from drl_jax.runtime import sharding
+
+# (shared, examples) -> results: `shared` is replicated on all devices; every array of the
+# examples and of the results has the examples along its first axis.
+Program = Callable[[Any, Any], Any]
+
+
+class Engine:
+    """Pads, shards and double-buffers batches of examples.
+
+    Attributes:
+      mesh: devices that share each batch.
+      batch_size: largest number of examples per batch, a multiple of the number of devices.
+    """
+
+    def __init__(self, mesh: Mesh, batch_size: int = 256):
+        """Rounds `batch_size` up to a multiple of the number of devices."""
+        self.mesh = mesh
+        self.batch_size = _round_up(batch_size, mesh.size)
+
+    def compile(self, program: Program) -> Program:
+        """Returns the program jitted and mapped over the devices.
+
+        Each device runs it on its own share of the examples, so the program must treat every
+        example independently of the others.
+        """
+        replicated, split = sharding.replicated(self.mesh), sharding.by_example(self.mesh)
+        return jax.jit(
+            sharding.over_examples(program, self.mesh),
+            in_shardings=(replicated, split),
+            out_shardings=split,
+        )
+
+    def run(
+        self, compiled: Program, shared: PyTree, batches: Iterable[PyTree]
+    ) -> Iterator[PyTree]:
+        """Yields the results for each batch, as numpy arrays.
+
+        While the caller uses the results of one batch, the devices work on the next one. All
+        batches are padded to the size of the first, so there is one compiled program; padding
+        repeats the last example, and its results are dropped.
+
+        Args:
+          compiled: program returned by `compile`.
+          shared: its first argument, the same for all batches.
+          batches: trees of numpy arrays with the examples along the first axis. No batch is
+            larger than the first.
+        """
+        split = sharding.by_example(self.mesh)
+        size = 0
+
+        def start(batch: PyTree) -> tuple[int, Any]:
+            nonlocal size
+            n = _length(batch)
+            size = size or _round_up(n, self.mesh.size)
+            if n < size:
+                rows = np.minimum(np.arange(size), n - 1)
+                batch = jax.tree.map(lambda array: array[rows], batch)
+            return n, compiled(shared, sharding.place(batch, split))
+
+        started = map(start, batches)
+        pending = next(started, None)
+        while pending:
+            (n, results), pending = pending, next(started, None)
+            yield jax.tree.map(lambda array, n=n: array[:n], sharding.fetch(results))
+
+    def split(self, arrays: PyTree) -> Iterator[PyTree]:
+        """Yields a tree of arrays in batches of at most `batch_size` rows."""
+        for start in range(0, _length(arrays), self.batch_size):
+            rows = slice(start, start + self.batch_size)
+            yield jax.tree.map(lambda array, rows=rows: array[rows], arrays)
+
+    def stack(self, examples: Iterable[PyTree]) -> Iterator[PyTree]:
+        """Yields examples stacked into batches, holding only one batch at a time."""
+        examples = iter(examples)
+        while batch := list(itertools.islice(examples, self.batch_size)):
+            yield jax.tree.map(lambda *leaves: np.stack(leaves), *batch)
+
+
+def _length(arrays: PyTree) -> int:
+    """Returns the length of the first axis of all arrays of a tree."""
+    return len(jax.tree.leaves(arrays)[0])
+
+
+def _round_up(n: int, multiple: int) -> int:
+    return -(-n // multiple) * multiple

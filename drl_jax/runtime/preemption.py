@@ -1,0 +1,54 @@
+"""Handles the signals of preemption, so that a run can save its state before it ends."""
+
+import contextlib
+import itertools
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+
+@contextlib.contextmanager
+def stop_on_signal() -> Iterator[Callable[[], int | None]]:
+    """Catches SIGTERM and SIGINT, so that a loop can end between two steps.
+
+    Yields a function that returns the signal received, or None; call it before every step. If
+    there are several processes, each must call it equally often: a signal to one of them is
+    returned in all before the same step. It is always SIGTERM then, since JAX's runtime only
+    forwards that one; SIGINT is converted to it.
+
+    Outside the main thread, where Python cannot handle signals, the function returns None.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+    elif jax.process_count() > 1:
+        with _signal_handlers({signal.SIGINT: lambda *_: signal.raise_signal(signal.SIGTERM)}):
+            step = itertools.count()
+            yield (
+                lambda: (
+                    signal.SIGTERM
+                    if multihost_utils.reached_preemption_sync_point(next(step))
+                    else None
+                )
+            )
+    else:
+        received: list[int] = []
+        collect = dict.fromkeys(
+            (signal.SIGTERM, signal.SIGINT), lambda signum, _: received.append(signum)
+        )
+        with _signal_handlers(collect):
+            yield lambda: received[0] if received else None
+
+
+@contextlib.contextmanager
+def _signal_handlers(handlers: Mapping[Any, Any]) -> Iterator[None]:
+    """Installs signal handlers, and restores the previous ones at exit."""
+    before = {signum: signal.signal(signum, handler) for signum, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)

@@ -1,0 +1,240 @@
+"""Joins the processes of a distributed job and keeps their settings consistent.
+
+Every process runs the same program on its own share of the devices: one per host of a TPU pod,
+one per GPU of a Slurm job. JAX's distributed runtime connects them, and ends all of them if one
+is lost. This module detects whether there are several, reports what a user can correct in one
+line, and checks that all were started with the same settings.
+"""
+
+import contextlib
+import importlib.util
+import json
+import logging
+import os
+import socket
+import time
+import urllib.request
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
+
+from drl_jax.errors import UserError
+
+# On Linux, the name of the machine's manufacturer and model.
+PRODUCT_NAME = epath.Path("/sys/class/dmi/id/product_name")
+
+log = logging.getLogger(__name__)
+
+
+class Job(NamedTuple):
+    """How this process finds the others. None leaves a field to Slurm or the TPU pod.
+
+    Attributes:
+      distributed: whether there are other processes; None: detect it.
+      coordinator_address: HOST:PORT of the first process.
+      num_processes: number of processes.
+      process_id: index of this process, from 0.
+      timeout: longest silence of another process, at the start and later [seconds].
+    """
+
+    distributed: bool | None
+    coordinator_address: str | None
+    num_processes: int | None
+    process_id: int | None
+    timeout: int
+
+    @property
+    def has_others(self) -> bool:
+        """Whether the flags, Slurm or a TPU pod say that this is one of several processes."""
+        if self.distributed is not None:
+            return self.distributed
+        flags = self.coordinator_address, self.num_processes, self.process_id
+        in_slurm = "SLURM_STEP_NODELIST" in os.environ
+        return (
+            any(value is not None for value in flags)
+            or (in_slurm and os.environ.get("SLURM_NTASKS", "1") != "1")
+            or "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
+            or "," in _cloud_tpu_workers()
+        )
+
+
+def _cloud_tpu_workers() -> str:
+    """Returns the comma-separated workers of this Cloud TPU, or '' elsewhere.
+
+    Queries the metadata server only on Google's machines and where libtpu is installed, because
+    elsewhere the request would time out.
+    """
+    server = os.environ.get("GCE_METADATA_HOST")
+    if not server and (PRODUCT_NAME.exists() and "Google" in PRODUCT_NAME.read_text()):
+        server = "metadata.google.internal"
+    if not server or importlib.util.find_spec("libtpu") is None:
+        return ""
+    request = urllib.request.Request(
+        f"http://{server}/computeMetadata/v1/instance/attributes/worker-network-endpoints",
+        headers={"Metadata-Flavor": "Google"},
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=5) as answer:
+            return answer.read().decode()
+    except OSError:  # the server of a machine without a TPU has no such attribute
+        return ""
+
+
+def require_possible(job: Job) -> None:
+    """Raises if the flags of a job contradict each other.
+
+    Raises:
+      UserError: with the flags and their values.
+    """
+    address, number, index = job.coordinator_address, job.num_processes, job.process_id
+    flags = {"--coordinator_address": address, "--num_processes": number, "--process_id": index}
+    missing = [name for name, value in flags.items() if value is None]
+    if 0 < len(missing) < len(flags):
+        raise UserError(
+            f"{' and '.join(missing)} missing: give {', '.join(flags)} together, or none of "
+            "them under Slurm and on TPU pods"
+        )
+    if address is None or number is None or index is None:
+        return
+    if job.distributed is False:
+        raise UserError(
+            f"--nodistributed contradicts --coordinator_address={address}: leave one out"
+        )
+    if not address.rpartition(":")[2].isdecimal():
+        raise UserError(f"--coordinator_address={address} has no port: give HOST:PORT")
+    if index >= number:
+        raise UserError(
+            f"--process_id={index} is not below --num_processes={number}: the last one is "
+            f"{number - 1}"
+        )
+
+
+@contextlib.contextmanager
+def joined(job: Job) -> Iterator[None]:
+    """Connects this process to the others, if there are any.
+
+    Enter it before JAX initialises its devices. JAX disconnects when Python exits, after
+    waiting for the others. If a process dies, or is silent for longer than the timeout, JAX's
+    runtime aborts the others with a message of its own; a collective operation in progress may
+    fail in Python first.
+
+    Raises:
+      UserError: if the coordinator does not answer in time, the cluster does not say which
+        process this is, or JAX fails, as it does when a collective operation loses a process.
+    """
+    if not job.has_others:
+        yield
+        return
+    import jax
+
+    log.info("waiting up to --timeout=%d seconds for all processes to start", job.timeout)
+    if job.process_id and job.coordinator_address:
+        _await_coordinator(job.coordinator_address, job.timeout)
+    try:
+        jax.distributed.initialize(
+            coordinator_address=job.coordinator_address,
+            num_processes=job.num_processes,
+            process_id=job.process_id,
+            initialization_timeout=job.timeout,
+            heartbeat_timeout_seconds=job.timeout,
+            shutdown_timeout_seconds=job.timeout,
+        )
+    except ValueError as error:
+        raise UserError(
+            "this is one of several processes, but the cluster does not say which: give "
+            "--coordinator_address=HOST:PORT, --num_processes and --process_id, or "
+            "--nodistributed"
+        ) from error
+    try:
+        log.info(
+            "joined as process %d of %d: if one is lost, the others end after --timeout=%d "
+            "seconds at the latest, and the same command resumes from the newest checkpoint",
+            jax.process_index(),
+            jax.process_count(),
+            job.timeout,
+        )
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"JAX failed ({reason}): if another process was lost, see its log for the cause; "
+            "the same command resumes from the newest checkpoint"
+        ) from error
+
+
+def _await_coordinator(address: str, timeout: float) -> None:
+    """Waits until the coordinator accepts connections, without which JAX's runtime aborts.
+
+    Raises:
+      UserError: after `timeout` seconds.
+    """
+    host, _, port = address.rpartition(":")
+    end = time.monotonic() + timeout
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=1).close()
+            return
+        except OSError as error:
+            if time.monotonic() > end:
+                reason = error.strerror or str(error)
+                raise UserError(
+                    f"--coordinator_address={address} did not answer within {timeout} seconds "
+                    f"({reason}): check that the process with --process_id=0 is running"
+                ) from error
+            time.sleep(0.2)
+
+
+def require_same(settings: dict[str, Any]) -> bool:
+    """Raises unless all processes of the job were started with the same settings.
+
+    Args:
+      settings: name to JSON-serialisable value.
+
+    Returns:
+      whether this is the first process.
+
+    Raises:
+      UserError: in every process; in those that differ from the first, with the differences.
+    """
+    import jax
+    from jax.experimental import multihost_utils
+
+    encoded = np.frombuffer(json.dumps(settings).encode(), np.uint8)
+    longest = int(multihost_utils.process_allgather(np.array(len(encoded))).max())
+    padded = np.pad(encoded, (0, longest - len(encoded)), constant_values=ord(" "))
+    everyone = [json.loads(row.tobytes()) for row in multihost_utils.process_allgather(padded)]
+    first, this = everyone[0], jax.process_index()
+    different = [i for i, found in enumerate(everyone) if found != first]
+    if this in different:
+        differences = ", ".join(
+            f"{name} is {everyone[this].get(name)!r} instead of {first.get(name)!r}"
+            for name in sorted(first.keys() | everyone[this].keys())
+            if everyone[this].get(name) != first.get(name)
+        )
+        raise UserError(
+            f"process {this} has other settings than process 0: {differences}; start all "
+            "processes with the same flags"
+        )
+    if different:
+        raise UserError(
+            f"{len(different)} of {len(everyone)} processes have other settings than process 0 "
+            f"(--process_id {', '.join(map(str, different))}): start all processes with the "
+            "same flags"
+        )
+    return this == 0
+
+
+def from_first(value: Any) -> Any:
+    """Returns the first process's `value`, JSON-serialisable, in every process."""
+    import jax
+    from jax.experimental import multihost_utils
+
+    if jax.process_count() == 1:
+        return value
+    encoded = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    length = int(multihost_utils.broadcast_one_to_all(np.array(len(encoded))))
+    padded = np.zeros(length, np.uint8)
+    padded[: min(length, len(encoded))] = encoded[:length]
+    return json.loads(multihost_utils.broadcast_one_to_all(padded).tobytes())

@@ -1,0 +1,1 @@
+"""Sampling from the levels' conditionals: generation, long chains, annealing, editing."""

@@ -1,0 +1,283 @@
+"""Sampling from one level's conditional, and down the whole ladder of noise levels.
+
+Generation (Gao et al. 2021, algorithm 2) starts from white noise x_T. At each level
+t = T-1, ..., 0 it runs K Markov chain Monte Carlo steps on p(y | x_{t+1}), starting from
+y = x_{t+1}, and sets x_t = y / a_{t+1}.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key, Shaped
+
+from drl_jax import noise, recovery
+from drl_jax.diffusion import NoiseSchedule
+from drl_jax.mcmc.log_density import LogDensityFn
+from drl_jax.recovery import LevelFn
+
+
+class Sampler(NamedTuple):
+    """A Markov chain Monte Carlo kernel and its settings at every level.
+
+    Attributes:
+      init: (position, log_density_fn) -> State, from a module of `mcmc`.
+      kernel: (keys, state, log_density_fn, **tuning) -> (State, Info), from the same module.
+      tuning: the kernel's other arguments by name, one value per level: `step_size`, and
+        `noise_scale` or `leapfrog` for the kernels that take them.
+      K: number of steps per level.
+    """
+
+    init: Callable[[Float[Array, "B *D"], LogDensityFn], Any]
+    kernel: Callable[..., tuple[Any, Any]]
+    tuning: dict[str, Shaped[Array, "T"]]
+    K: int
+
+    def at(self, t: Int[Array, "B"]) -> dict[str, Shaped[Array, "B"]]:
+        """Returns the tuning of the levels t, one value per chain."""
+        return {name: values[t] for name, values in self.tuning.items()}
+
+
+class Conditionals(NamedTuple):
+    """The conditionals p(y | x_{t+1}) of all levels, and the sampler that draws from them.
+
+    Attributes:
+      F: log-density of every level, up to a constant.
+      schedule: noise levels.
+      sampler: Markov chain Monte Carlo kernel, tuned for each level.
+    """
+
+    F: LevelFn
+    schedule: NoiseSchedule
+    sampler: Sampler
+
+    def log_density_fn(self, x_tilde: Float[Array, "B *D"], t: Int[Array, "B"]) -> LogDensityFn:
+        """Returns y -> log p(y | x_tilde), up to a constant, at levels t in 0..T-1."""
+        return lambda y: recovery.conditional_log_density(self.F, y, x_tilde, t, self.schedule)
+
+
+def run_chain(
+    keys: Key[Array, "B"],
+    sampler: Sampler,
+    log_density_fn: LogDensityFn,
+    position: Float[Array, "B *D"],
+    t: Int[Array, "B"],
+    steps: Int[Array, "K"],
+) -> tuple[Float[Array, "B *D"], Float[Array, "B"]]:
+    """Runs Markov chains and returns their last positions and mean acceptance probabilities.
+
+    Args:
+      keys: one key per chain.
+      sampler: kernel; its `tuning` at level t applies to each chain.
+      log_density_fn: log-density to sample from, up to a constant.
+      position: starting points.
+      t: level of each chain.
+      steps: numbers of the steps, folded into the keys. Two calls with steps 0..k and
+        k+1..K-1 draw the same noise as one call with steps 0..K-1.
+    """
+    tuning = sampler.at(t)
+
+    def step(carry, k):
+        state, accepted = carry
+        state, info = sampler.kernel(noise.fold(keys, k), state, log_density_fn, **tuning)
+        return (state, accepted + info.acceptance), None
+
+    start = sampler.init(position, log_density_fn), jnp.zeros_like(position, shape=t.shape)
+    (state, accepted), _ = jax.lax.scan(step, start, steps)
+    return state.position, accepted / len(steps)
+
+
+def sample_conditional(
+    keys: Key[Array, "B"],
+    conditionals: Conditionals,
+    x_tilde: Float[Array, "B *D"],
+    t: Int[Array, "B"],
+) -> tuple[Float[Array, "B *D"], Float[Array, "B"]]:
+    """Runs K steps on p(y | x_tilde) from y = x_tilde.
+
+    Returns the last positions y and the mean acceptance probability of each chain.
+    """
+    sampler, log_density_fn = conditionals.sampler, conditionals.log_density_fn(x_tilde, t)
+    return run_chain(keys, sampler, log_density_fn, x_tilde, t, jnp.arange(sampler.K))
+
+
+def recover(
+    keys: Key[Array, "B"],
+    conditionals: Conditionals,
+    x_tilde: Float[Array, "B *D"],
+    t: Int[Array, "B"],
+) -> Float[Array, "B *D"]:
+    """Draws x_t given x_tilde = x_{t+1}: K steps on p(y | x_tilde), then x_t = y / a_{t+1}."""
+    sampler, log_density_fn = conditionals.sampler, conditionals.log_density_fn(x_tilde, t)
+    y, _ = run_chain(keys, sampler, log_density_fn, x_tilde, t, jnp.arange(sampler.K))
+    return y / noise.per_example(conditionals.schedule.a_y(t), y)
+
+
+def white_noise(
+    keys: Key[Array, "B"], shape: tuple[int, ...], schedule: NoiseSchedule
+) -> Float[Array, "B *D"]:
+    """Draws x_T ~ N(0, I) of this shape, one per key, in the precision of the schedule."""
+    return noise.normal(noise.fold(keys, schedule.T), shape).astype(schedule.a.dtype)
+
+
+# (keys of level t, conditionals, x_{t+1}, t) -> x_t
+RecoverFn = Callable[
+    [Key[Array, "B"], Conditionals, Float[Array, "B *D"], Int[Array, "B"]],
+    Float[Array, "B *D"],
+]
+
+
+def descend(
+    keys: Key[Array, "B"],
+    conditionals: Conditionals,
+    x: Float[Array, "B *D"],
+    top: int | Int[Array, ""],
+    bottom: int | Int[Array, ""],
+    recover: RecoverFn = recover,
+) -> Float[Array, "B *D"]:
+    """Draws x_bottom given x = x_top, one level at a time, in one compiled loop.
+
+    The noise of a level depends only on the example's key and the level, so descending from
+    T to t and then from t to 0 gives the same samples as descending from T to 0. The levels
+    are traced values: the program need not be recompiled for others.
+
+    Args:
+      keys: one key per example; an example depends only on its own key and x.
+      conditionals: conditionals of all levels.
+      x: x_top.
+      top: level to start from, at most T.
+      bottom: level to end at, in 0..top.
+      recover: draws x_t given x_{t+1}.
+    """
+
+    def step(i, x_tilde):
+        level = top - 1 - i
+        t = jnp.full(keys.shape, level)
+        return recover(noise.fold(keys, level), conditionals, x_tilde, t)
+
+    return jax.lax.fori_loop(0, top - bottom, step, x)
+
+
+def generate(
+    keys: Key[Array, "B"], conditionals: Conditionals, shape: tuple[int, ...]
+) -> Float[Array, "B *D"]:
+    """Draws x_0, one example of this shape per key (Gao et al. 2021, algorithm 2).
+
+    x_0 is data with Gaussian noise of standard deviation sigma_0.
+    """
+    schedule = conditionals.schedule
+    return descend(keys, conditionals, white_noise(keys, shape, schedule), schedule.T, 0)
+
+
+def warm_up(
+    keys: Key[Array, "B"],
+    conditionals: Conditionals,
+    shape: tuple[int, ...],
+    num_steps: int,
+    target: float,
+) -> tuple[Float[Array, "T"], Float[Array, "T"]]:
+    """Adapts the step size of every conditional, on B ladders that are then discarded.
+
+    Returns the step size and the mean acceptance probability of every level.
+    """
+    schedule = conditionals.schedule
+    return adapt_step_sizes(
+        keys,
+        conditionals.sampler,
+        conditionals.log_density_fn,
+        start=white_noise(keys, shape, schedule),
+        below=lambda y, t: y / noise.per_example(schedule.a_y(t), y),
+        step_size=conditionals.sampler.tuning["step_size"],
+        num_steps=num_steps,
+        target=target,
+    )
+
+
+def adapt_step_sizes(
+    keys: Key[Array, "B"],
+    sampler: Sampler,
+    log_density_fn: Callable[[Float[Array, "B *D"], Int[Array, "B"]], LogDensityFn],
+    start: Float[Array, "B *D"],
+    below: Callable[[Float[Array, "B *D"], Int[Array, "B"]], Float[Array, "B *D"]],
+    step_size: Float[Array, "T"],
+    num_steps: int,
+    target: float,
+) -> tuple[Float[Array, "T"], Float[Array, "T"]]:
+    """Adapts the step size of every level in turn, from T - 1 down to 0.
+
+    A level starts from its own initial step size, multiplied by the factor by which the level
+    above changed its own.
+
+    Args:
+      keys: one key per chain.
+      sampler: kernel to be tuned.
+      log_density_fn: (starting points, t) -> log-density to sample at level t.
+      start: starting points at level T - 1.
+      below: (last positions at level t, t) -> starting points at level t - 1.
+      step_size: initial step sizes.
+      num_steps: steps per level.
+      target: mean acceptance probability to reach.
+
+    Returns:
+      the step size and the mean acceptance probability of every level.
+    """
+
+    def adapt(carry, level):
+        x, factor = carry
+        t = jnp.full(keys.shape, level)
+        adapted, acceptance, y = adapt_step_size(
+            noise.fold(keys, level),
+            sampler,
+            log_density_fn(x, t),
+            position=x,
+            t=level,
+            step_size=step_size[level] * factor,
+            num_steps=num_steps,
+            target=target,
+        )
+        return (below(y, t), adapted / step_size[level]), (adapted, acceptance)
+
+    levels = jnp.arange(len(step_size))
+    _, adapted = jax.lax.scan(adapt, (start, 1.0), levels, reverse=True)
+    return adapted
+
+
+def adapt_step_size(
+    keys: Key[Array, "B"],
+    sampler: Sampler,
+    log_density_fn: LogDensityFn,
+    position: Float[Array, "B *D"],
+    t: Int[Array, ""],
+    step_size: Float[Array, ""],
+    num_steps: int,
+    target: float,
+) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, "B *D"]]:
+    """Finds the step size at which the chains' mean acceptance probability is the target.
+
+    Stochastic approximation (Robbins and Monro 1951): for step k = 1..num_steps,
+
+        log s <- log s + (acceptance - target) / k^0.6
+
+    and the result is the mean of log s over the second half of the steps. A chain whose step
+    size changes has no stationary distribution, so these chains are for adaptation only.
+
+    Returns:
+      the step size, the mean acceptance probability over the second half of the steps, and
+      the last positions.
+    """
+    tuning = {name: jnp.broadcast_to(v[t], keys.shape) for name, v in sampler.tuning.items()}
+    half = num_steps // 2
+
+    def step(carry, k):
+        state, log_s, sums = carry
+        tuning["step_size"] = jnp.broadcast_to(jnp.exp(log_s), keys.shape)
+        state, info = sampler.kernel(noise.fold(keys, k), state, log_density_fn, **tuning)
+        acceptance = jnp.mean(info.acceptance)
+        sums += jnp.where(k >= half, jnp.stack([log_s, acceptance]), 0.0)
+        return (state, log_s + (acceptance - target) / (k + 1) ** 0.6, sums), None
+
+    start = sampler.init(position, log_density_fn), jnp.log(step_size), jnp.zeros(2)
+    (state, _, sums), _ = jax.lax.scan(step, start, jnp.arange(num_steps))
+    log_s, acceptance = sums / (num_steps - half)
+    return jnp.exp(log_s), acceptance, state.position

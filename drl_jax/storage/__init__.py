@@ -1,0 +1,1 @@
+"""Files: checkpoints, work directories, exported models."""

@@ -1,0 +1,260 @@
+"""Checkpoints of a training run: its state and its configuration, written by Orbax.
+
+Saving is asynchronous and atomic. Each complete checkpoint holds the CRC-32 checksums of its
+files, and only a checkpoint whose files match its checksums is read: a flipped bit would
+otherwise be restored silently. A damaged checkpoint is skipped, with a warning, in favour of
+the one before.
+"""
+
+import contextlib
+import json
+import logging
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+from google.api_core.exceptions import GoogleAPIError
+from jax.sharding import Sharding
+from jaxtyping import PyTree
+from ml_collections import ConfigDict
+
+from drl_jax import config as config_lib
+from drl_jax.errors import UserError
+from drl_jax.runtime import processes
+
+log = logging.getLogger(__name__)
+
+FOLDER = "checkpoints"  # name of their folder in the work directory
+ITEMS = ("state", "config")  # the folders in each checkpoint
+CHECKSUMS = "crc32.json"  # the file beside them with the checksums of all files inside
+DAMAGED = "damaged"  # suffix of a checkpoint that was set aside
+BLOCK = 2**24  # bytes of a file in memory while its checksum is computed
+
+
+class Checkpoints:
+    """The checkpoints of one work directory.
+
+    Used as a context manager: leaving the context waits until everything is written.
+    """
+
+    def __init__(self, workdir: epath.Path, config: ConfigDict | None = None):
+        """Opens the folder.
+
+        Args:
+          workdir: the work directory.
+          config: configuration of the run, saved in each checkpoint; its `checkpoint` part
+            sets which checkpoints are kept. None opens the folder for reading only.
+        """
+        if config is None:
+            options = ocp.CheckpointManagerOptions(
+                read_only=True, save_interval_steps=0, create=False
+            )
+        else:
+            policies = ocp.checkpoint_managers
+            options = ocp.CheckpointManagerOptions(
+                preservation_policy=policies.AnyPreservationPolicy(
+                    [
+                        policies.LatestN(config.checkpoint.keep_last),
+                        policies.EveryNSteps(config.checkpoint.keep_every_steps),
+                    ]
+                ),
+                cleanup_tmp_directories=True,
+                async_options=ocp.AsyncOptions(
+                    post_finalization_callback=self._write_checksums,
+                    # Otherwise a folder that cannot be created blocks a thread for minutes.
+                    create_directories_asynchronously=False,
+                ),
+            )
+        folder = workdir / FOLDER
+        # Orbax requires an absolute path; for etils, addresses such as gs:// are absolute.
+        self._folder = folder if folder.is_absolute() else folder.absolute()
+        self._config = config
+        self._saving: int | None = None
+        self._manager = ocp.CheckpointManager(
+            self._folder, options=options, handler_registry=_handlers()
+        )
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with self._writing():
+            self._manager.close()
+
+    def save(self, step: int, state: PyTree) -> None:
+        """Starts writing the state as the checkpoint of a step, unless that one exists.
+
+        Raises:
+          UserError: if this checkpoint, or the one before, cannot be written.
+        """
+        if step in self._manager.all_steps():
+            return
+        self.wait()  # until the checksums of the one before are written
+        with self._writing():
+            self._saving = step
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.PyTreeSave(state),
+                    config=ocp.args.JsonSave(config_lib.to_json(self._config)),
+                ),
+            )
+
+    def wait(self) -> None:
+        """Waits until everything is written.
+
+        Raises:
+          UserError: if a checkpoint cannot be written.
+        """
+        with self._writing():
+            self._manager.wait_until_finished()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Re-raises failures to write, also of earlier background writes, as `UserError`."""
+        try:
+            yield
+        # OSError: disks; GoogleAPIError: buckets; ValueError: all failures of TensorStore.
+        except (OSError, ValueError, GoogleAPIError) as error:
+            reason = ": ".join(str(error).split(": ")[-2:])  # without each layer's own path
+            raise UserError(f"cannot write checkpoints to {self._folder}: {reason}") from error
+
+    def restore(
+        self,
+        abstract: Callable[[ConfigDict], PyTree],
+        sharding: Callable[[tuple[int, ...]], Sharding],
+    ) -> tuple[ConfigDict, Any] | None:
+        """Returns (config, state) of the newest undamaged checkpoint, None if there is none.
+
+        Args:
+          abstract: configuration of the checkpoint -> `jax.ShapeDtypeStruct`s of its state. A
+            dict names some of the fields of the state: only these are restored. May raise
+            `UserError` to reject the configuration.
+          sharding: shape of an array -> its sharding.
+
+        Raises:
+          UserError: if all checkpoints are damaged, or the newest undamaged one does not fit
+            the shapes.
+        """
+        faults: dict[int, str] = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            is_first = jax.process_index() == 0
+            fault = processes.from_first(
+                find_fault(self._folder / str(step)) if is_first else None
+            )
+            if not fault:
+                restored = self._read(step, abstract, sharding)
+                for damaged, reason in faults.items():
+                    log.warning(
+                        "checkpoint of step %d is damaged (%s): using that of step %d",
+                        damaged,
+                        reason,
+                        step,
+                    )
+                self._set_aside(faults)
+                return restored
+            faults[step] = fault
+        if faults:
+            newest = max(faults)
+            raise UserError(
+                f"every checkpoint in {self._folder} is damaged (step {newest}: "
+                f"{faults[newest]}): replace one with a copy, or train in a new --workdir"
+            )
+        return None
+
+    def _read(
+        self,
+        step: int,
+        abstract: Callable[[ConfigDict], PyTree],
+        sharding: Callable[[tuple[int, ...]], Sharding],
+    ) -> tuple[ConfigDict, Any]:
+        """Returns (config, state) of an undamaged checkpoint."""
+        config_args = ocp.args.Composite(config=ocp.args.JsonRestore())
+        config = config_lib.from_json(self._manager.restore(step, args=config_args)["config"])
+        target = wanted = jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding(a.shape)),
+            abstract(config),
+        )
+        if isinstance(wanted, dict):
+            # Orbax skips placeholders, but compares the structure of everything else.
+            saved = self._manager.item_metadata(step)["state"].tree
+            others = {name: saved[name] for name in saved.keys() - wanted.keys()}
+            target = wanted | jax.tree.map(lambda _: ocp.PLACEHOLDER, others)
+        args = ocp.args.PyTreeRestore(
+            item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target)
+        )
+        try:
+            restored = self._manager.restore(step, args=ocp.args.Composite(state=args))
+        except ValueError as error:  # the files are undamaged, so names or shapes differ
+            raise UserError(
+                f"the checkpoint of step {step} in {self._folder} does not fit the network of "
+                "its config: use the version of this program that wrote it, or train in a new "
+                "--workdir"
+            ) from error
+        state = restored["state"]
+        return config, {n: state[n] for n in wanted} if isinstance(wanted, dict) else state
+
+    def _set_aside(self, damaged: dict[int, str]) -> None:
+        """Renames damaged checkpoints, so that their steps can be written again."""
+        if self._config is None or not damaged:
+            return
+        if jax.process_index() == 0:
+            for step in damaged:
+                renamed = self._folder / f"{step}.{DAMAGED}"
+                if renamed.exists():
+                    renamed.rmtree()
+                (self._folder / str(step)).rename(renamed)
+        processes.from_first(None)  # the other processes wait for the renaming
+        self._manager.reload()
+
+    def _write_checksums(self) -> None:
+        """Adds checksums; Orbax's thread calls this after writing, before the final rename."""
+        if jax.process_index():
+            return
+        for folder in self._folder.glob(f"{self._saving}*"):
+            name, _, rest = folder.name.partition(".")
+            if name == str(self._saving) and rest != DAMAGED:
+                (folder / CHECKSUMS).write_text(json.dumps(checksums(folder)))
+
+
+def checksums(folder: epath.Path) -> dict[str, int]:
+    """Returns the CRC-32 of every file of a checkpoint's items, by relative path."""
+    return {
+        (parent / file).relative_to(folder).as_posix(): _crc32(parent / file)
+        for item in ITEMS
+        for parent, _, files in (folder / item).walk()
+        for file in files
+    }
+
+
+def find_fault(folder: epath.Path) -> str | None:
+    """Returns a description of damage to the files of a checkpoint, None if there is none."""
+    try:
+        expected = json.loads((folder / CHECKSUMS).read_text())
+        found = checksums(folder)
+    except (OSError, ValueError) as error:
+        return f"{CHECKSUMS} is missing or unreadable: {error}"
+    wrong = [name for name, checksum in expected.items() if found.get(name) != checksum]
+    return f"{wrong[0]} is missing or altered" if wrong else None
+
+
+def _crc32(file: epath.Path) -> int:
+    crc = 0
+    with file.open("rb") as stream:
+        while block := stream.read(BLOCK):
+            crc = zlib.crc32(block, crc)
+    return crc
+
+
+def _handlers() -> ocp.handlers.CheckpointHandlerRegistry:
+    """Returns which of Orbax's handlers writes and reads each item."""
+    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    state, config = ocp.handlers.PyTreeCheckpointHandler(), ocp.handlers.JsonCheckpointHandler()
+    registry.add("state", ocp.args.PyTreeSave, state)
+    registry.add("state", ocp.args.PyTreeRestore, state)
+    registry.add("config", ocp.args.JsonSave, config)
+    registry.add("config", ocp.args.JsonRestore, config)
+    return registry

@@ -1,0 +1,152 @@
+"""Trained models: loads them from work directories, exported files and the package itself.
+
+Only what sampling needs is restored from a checkpoint: the averaged parameters and the vectors
+of the spectral normalisation, but not the raw parameters and Adam's moments. Each device reads
+its share of every kernel, and the shares are gathered when the parameters are normalised.
+"""
+
+import functools
+import os
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+from jax.sharding import Mesh
+from jaxtyping import PyTree
+from ml_collections import ConfigDict
+
+from drl_jax import method
+from drl_jax.errors import UserError, as_user_error
+from drl_jax.model import Model
+from drl_jax.networks.energy import Energy, Params, Vectors
+from drl_jax.runtime import sharding
+from drl_jax.storage import checkpoints, exported
+from drl_jax.storage.checkpoints import Checkpoints
+
+# Folder of the models that come with the package; their names are those of its files.
+SHIPPED = epath.resource_path("drl_jax") / "shipped"
+
+
+class Run(NamedTuple):
+    """A training run, as far as using its result requires it.
+
+    Attributes:
+      config: configuration of the run.
+      model: model with the exponential moving average of the parameters.
+      step: number of training steps.
+    """
+
+    config: ConfigDict
+    model: Model
+    step: int
+
+
+def load(path_or_name: str | os.PathLike) -> Run:
+    """Loads a trained model.
+
+    Args:
+      path_or_name: a work directory, whose newest undamaged checkpoint is used; a file
+        written by --mode=export; or the name of a model that comes with the package, such as
+        'digits'. Where a folder has the same name, the folder is used.
+
+    Raises:
+      UserError: if there is no such model, or it cannot be read.
+    """
+    name = os.fspath(path_or_name)
+    path, shipped = epath.Path(name).expanduser(), SHIPPED / f"{name}{exported.SUFFIX}"
+    with as_user_error(f"cannot read {path}"):
+        is_folder = path.is_dir()
+    if is_folder:
+        return load_workdir(path)
+    if path.suffix == exported.SUFFIX:
+        return _load_exported(path)
+    if "/" not in name and shipped.is_file():
+        return _load_exported(shipped)
+    names = ", ".join(repr(file.stem) for file in SHIPPED.glob(f"*{exported.SUFFIX}"))
+    raise UserError(
+        f"{name!r} is not a work directory, an exported model ({exported.SUFFIX}) or the name "
+        f"of a model that comes with the package ({names})"
+    )
+
+
+def load_workdir(workdir: epath.Path) -> Run:
+    """Loads the newest undamaged checkpoint of a work directory.
+
+    Raises:
+      UserError: if the folder cannot be read or has no undamaged checkpoint, or the checkpoint
+        does not fit this version's network.
+    """
+    with as_user_error(f"cannot read {workdir}"):
+        has_checkpoints = (workdir / checkpoints.FOLDER).exists()
+    restored = None
+    if has_checkpoints:
+        mesh = sharding.make_mesh(fsdp=jax.device_count())
+        with Checkpoints(workdir) as saved:
+            restored = saved.restore(
+                _abstract, lambda shape: sharding.fully_sharded(shape, mesh)
+            )
+    if restored is None:
+        raise UserError(
+            f"there is no checkpoint in {workdir}: train there first (--mode=train), or give "
+            "the --workdir of a trained model"
+        )
+    config, state = restored
+    energy = method.from_config(config).energy
+    params = generation_params(energy, state["ema"], state["vectors"], sharding.make_mesh())
+    return _run(config, params, int(state["step"]))
+
+
+def reconfigure(run: Run, config: ConfigDict) -> Run:
+    """Returns the run with settings that may change after training taken from `config`.
+
+    These are the sampler, its noise scale and the batch size. What was learned stays: the
+    parameters, and the parameterisation, even if `config.mcmc.b_squared` changes.
+
+    Raises:
+      UserError: if the sampler has settings for another number of levels.
+    """
+    model = Model.create(
+        method.for_generation(run.model.method, config.mcmc),
+        run.model.params,
+        run.model.mesh,
+        config.evaluation.batch_size,
+    )
+    return Run(config, model, run.step)
+
+
+@functools.partial(jax.jit, static_argnames=("energy", "mesh"))
+def generation_params(energy: Energy, ema: Params, vectors: Vectors, mesh: Mesh) -> Params:
+    """Returns the parameters that images are generated with, replicated over the mesh.
+
+    These are the exponential moving average of the raw parameters, spectrally normalised.
+
+    Args:
+      energy: the network.
+      ema: averaged raw parameters, sharded in any way.
+      vectors: vectors of the power iterations.
+      mesh: devices of the result; the same devices as those of the other arguments.
+    """
+    params, _ = energy.normalise(sharding.gather(ema, mesh), vectors)
+    return sharding.gather(params, mesh)
+
+
+def _load_exported(file: epath.Path) -> Run:
+    config, step, params = exported.read(file)
+    replicated = sharding.replicated(sharding.make_mesh())
+    return _run(config, sharding.place(params, replicated), step)
+
+
+def _run(config: ConfigDict, params: Params, step: int) -> Run:
+    """Returns the run with the sampler of its configuration, on all devices."""
+    generation = method.for_generation(method.from_config(config), config.mcmc)
+    batch_size = config.evaluation.batch_size
+    return Run(config, Model.create(generation, params, sharding.make_mesh(), batch_size), step)
+
+
+def _abstract(config: ConfigDict) -> PyTree:
+    """Returns the shapes of the fields of a training state that generation needs."""
+    energy = method.from_config(config).energy
+    ema, vectors = jax.eval_shape(energy.init, jax.random.key(0))
+    step = jax.ShapeDtypeStruct((), jnp.int32)
+    return {"step": step, "ema": ema, "vectors": vectors}

@@ -1,0 +1,321 @@
+"""The command line of `drl_jax.main`: flags, `--help` and checks, derived from `tasks.table`.
+
+Nothing here loads JAX, so that a mistake is reported at once.
+"""
+
+import dataclasses
+import difflib
+import re
+import textwrap
+from collections.abc import Iterable, Sequence
+from typing import Any, get_args
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from drl_jax import config as config_lib
+from drl_jax.errors import UserError
+from drl_jax.tasks import table
+from drl_jax.tasks.table import Flag, Task
+
+PROGRAM = "python -m drl_jax.main"
+WIDTH = 88  # columns of --help
+TRUE = ("true", "t", "1")
+FALSE = ("false", "f", "0")
+INDENT = 28  # columns before the descriptions
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """A parsed command line.
+
+    Attributes:
+      task: the task to run.
+      values: values of the task's flags and of the common ones, by name.
+      changes: the arguments --config.FIELD=VALUE.
+    """
+
+    task: Task
+    values: dict[str, Any]
+    changes: tuple[str, ...]
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The flags that the task's `run` takes, by name."""
+        return {name: self.values[name] for name in self.task.arguments}
+
+
+def parse(argv: Sequence[str]) -> Command:
+    """Parses the arguments, the first of which is the name of the program.
+
+    Raises:
+      UserError: if a flag or its value is unknown or out of range, if the task does not take
+        it, or if the task needs another one.
+    """
+    program, *arguments = argv
+    changes, others = _split(arguments)
+    flag_values = flags.FlagValues()  # not absl's global ones, which can be defined only once
+    for flag in table.all_flags().values():
+        _define(flag, flag_values)
+    rest = _parsed(flag_values, [program, *others])
+    if len(rest) > 1:
+        raise UserError(f"unexpected argument {rest[1]!r}: give options as --name=value")
+    task = table.TASKS[flag_values.mode]
+    accepted = (*table.COMMON, *task.flags)
+    values = {flag.name: flag_values[flag.name].value for flag in accepted}
+    given = [name for name in table.all_flags() if flag_values[name].present]
+    for name in given:
+        if name not in values:
+            tasks = _enumerate(table.tasks_of(table.all_flags()[name]))
+            raise UserError(f"--{name} is for --mode={tasks}, not for --mode={task.name}")
+    for flag in accepted:
+        if flag.name in task.required and not values[flag.name]:
+            raise UserError(
+                f"--mode={task.name} needs --{flag.name}={flag.metavar}: {flag.help}"
+            )
+    _require_changeable(changes, task)
+    if problem := task.check(values, given):
+        raise UserError(problem)
+    return Command(task, values, tuple(changes))
+
+
+def changed(config: ConfigDict, changes: Sequence[str]) -> ConfigDict:
+    """Returns the configuration after --config.FIELD=VALUE, validated.
+
+    Raises:
+      UserError: if a value has the wrong type or cannot be used.
+    """
+    for change in changes:
+        flag_values, argv = flags.FlagValues(), ["", change]
+        config_flags.DEFINE_config_dict(
+            "config", config, flag_values=flag_values, sys_argv=argv
+        )
+        try:
+            flag_values(argv)
+        except (flags.Error, ValueError) as error:
+            example = dict(config_lib.flatten(config))[_field(change)]
+            raise UserError(f"{change}: give a value such as {example!r}") from error
+        config = flag_values.config
+    config_lib.validate(config)
+    return config
+
+
+def help_text(argv: Sequence[str], introduction: str) -> str | None:
+    """Returns what to print if the arguments ask for help, and None if they do not.
+
+    Args:
+      argv: the arguments; those that give --mode restrict the help to one task.
+      introduction: opens the help on all tasks.
+
+    Raises:
+      UserError: if there is no such task.
+    """
+    if not {"--help", "-help", "-h"}.intersection(argv):
+        return None
+    mode = flags.FlagValues()
+    _define(table.MODE, mode)
+    _parsed(mode, argv, known_only=True)
+    if mode["mode"].present:
+        return _help_on_task(table.TASKS[mode.mode])
+    return _help_on_all(introduction)
+
+
+class _Parser(flags.ArgumentParser):
+    """Converts the text of a flag of the table to its value, and checks its range."""
+
+    def __init__(self, flag: Flag):
+        self.flag = flag
+
+    def parse(self, argument: Any) -> Any:
+        """Returns the value.
+
+        Raises:
+          ValueError: stating what to give, if it is not permitted.
+        """
+        flag = self.flag
+        if not isinstance(argument, str):  # the default
+            return list(argument) if isinstance(argument, tuple) else argument
+        if element := get_args(flag.type):
+            texts = [text.strip() for text in argument.split(",")] if argument else []
+            return [self._convert(text, element[0]) for text in texts]
+        return self._convert(argument, flag.type)
+
+    def _convert(self, text: str, to: type) -> Any:
+        flag = self.flag
+        if flag.choices and text not in flag.choices:
+            raise ValueError(f"give {_enumerate(flag.choices)}")
+        if to is str:
+            return text
+        if to is bool:
+            if text.lower() not in TRUE + FALSE:
+                raise ValueError("give true or false")
+            return text.lower() in TRUE
+        low, high = flag.minimum, flag.maximum
+        value = int(text) if re.fullmatch(r"[+-]?\d+", text) else None
+        if (
+            value is None
+            or (low is not None and value < low)
+            or (high is not None and value > high)
+        ):
+            bounds = "" if low is None else f" of at least {low}"
+            bounds += "" if high is None else f" and at most {high}"
+            raise ValueError(f"{text!r} is not a whole number{bounds}")
+        return value
+
+
+def _parsed(flag_values: flags.FlagValues, argv: Sequence[str], **options: Any) -> list[str]:
+    """Parses the arguments and returns those that are not flags.
+
+    Raises:
+      UserError: if a flag is unknown, or its value is missing or not permitted.
+    """
+    try:
+        return flag_values(argv, **options)
+    except flags.UnrecognizedFlagError as error:
+        similar = difflib.get_close_matches(error.flagname, flag_values, n=1)
+        hint = f"did you mean --{similar[0]}?" if similar else "--help lists all flags"
+        raise UserError(f"--{error.flagname} is unknown: {hint}") from error
+    except (flags.Error, ValueError) as error:
+        raise UserError(str(error).removeprefix("flag ")) from error
+
+
+def _define(flag: Flag, flag_values: flags.FlagValues) -> None:
+    """Defines a flag of the table."""
+    if flag.type is bool:
+        flags.DEFINE_boolean(flag.name, flag.default, flag.help, flag_values=flag_values)
+        flag_values[flag.name].parser = _Parser(flag)
+    else:
+        flags.DEFINE(_Parser(flag), flag.name, flag.default, flag.help, flag_values)
+
+
+def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Returns the arguments --config.FIELD=VALUE, then all others.
+
+    A value that follows --config.FIELD as an argument of its own is joined to it by "=".
+    """
+    changes, others = [], []
+    remaining = list(arguments)
+    while remaining:
+        argument = remaining.pop(0)
+        if not re.match(r"--?(no)?config\.", argument):
+            others.append(argument)
+            continue
+        lacks_value = "=" not in argument and not argument.lstrip("-").startswith("no")
+        if lacks_value and remaining and not re.match("--?[a-zA-Z]", remaining[0]):
+            argument += f"={remaining.pop(0)}"
+        changes.append(argument)
+    return changes, others
+
+
+def _require_changeable(changes: Iterable[str], task: Task) -> None:
+    """Raises unless the changed fields exist, and the task may change them.
+
+    Raises:
+      UserError: naming the change.
+    """
+    known = dict(config_lib.flatten(config_lib.default()))
+    for change in changes:
+        field = _field(change)
+        if field not in known:
+            raise UserError(f"{change}: {config_lib.unknown_field(field)}")
+        if not task.may_change(field):
+            raise UserError(
+                f"{change}: --mode={task.name} cannot change this field; it can change "
+                f"{_changeable(task)}"
+            )
+
+
+def _field(change: str) -> str:
+    """Returns the name of the field that --config.FIELD=VALUE changes."""
+    return re.sub(r"^--?(no)?config\.", "", change.partition("=")[0])
+
+
+def _changeable(task: Task) -> str:
+    """Returns a description of the fields that --config.FIELD=VALUE may change."""
+
+    def names(fields: Sequence[str], last: str) -> str:
+        return _enumerate(
+            [f"{field}*" if field[-1] == "." else field for field in fields], last
+        )
+
+    if not task.changeable:
+        return "no field"
+    if task.changeable != ("",):
+        return names(task.changeable, "and")
+    return f"all fields but {names(task.fixed, 'and')}" if task.fixed else "all fields"
+
+
+def _help_on_all(introduction: str) -> str:
+    """Returns the help on all tasks; each flag appears once."""
+    shared = [flag for flag in table.all_flags().values() if len(table.tasks_of(flag)) > 1]
+    lines = [introduction.strip(), "", "Flags of all tasks:"]
+    lines += [_flag_line(flag) for flag in (table.MODE, table.WORKDIR)]
+    lines += [_change_line("--mode=TASK --help lists those that a task may change")]
+    lines += [_flag_line(flag) for flag in table.JOB]
+    lines += ["", "Flags of several tasks:"]
+    lines += [
+        _flag_line(flag, f"[{', '.join(table.tasks_of(flag))}] {flag.help}") for flag in shared
+    ]
+    lines += ["", "Tasks, with their own flags:"]
+    for task in table.TASKS.values():
+        lines.append(_line(task.name, task.help))
+        lines += [_flag_line(flag, indent=4) for flag in task.flags if flag not in shared]
+    return "\n".join(lines)
+
+
+def _help_on_task(task: Task) -> str:
+    """Returns the help on one task."""
+    flags_of_task = {flag.name: flag for flag in (*table.COMMON, *task.flags)}
+    mode = "" if task.name == table.MODE.default else f" --mode={task.name}"
+    needed = "".join(f" --{name}={flags_of_task[name].metavar}" for name in task.required)
+    lines = [f"--mode={task.name}: {task.help}", "", f"{PROGRAM}{mode}{needed}"]
+    if task.flags:
+        lines += ["", f"Flags of {task.name}:"]
+        lines += [_flag_line(flag, task=task) for flag in task.flags]
+    lines += ["", "Flags of all tasks:"]
+    lines += [_flag_line(flag, task=task) for flag in (table.MODE, table.WORKDIR)]
+    lines += [_change_line(f"permitted are {_changeable(task)}")] if task.changeable else []
+    lines += [_flag_line(flag) for flag in table.JOB]
+    return "\n".join(lines)
+
+
+def _flag_line(flag: Flag, text: str = "", indent: int = 2, task: Task | None = None) -> str:
+    """Returns the help on one flag: as a flag of one task, or of all tasks that take it."""
+    left = f"--[no]{flag.name}" if flag.type is bool else f"--{flag.name}={flag.metavar}"
+    default = ",".join(flag.default) if isinstance(flag.default, tuple) else flag.default
+    if isinstance(flag.default_help, str):
+        default = flag.default_help or default
+    elif task:
+        default = flag.default_help.get(task.name)
+    else:
+        default = "; ".join(f"for {name} {text}" for name, text in flag.default_help.items())
+        needed = any(flag.name in task.required for task in table.TASKS.values())
+        default += "; required by all other tasks" if needed else ""
+    required = flag.name in task.required if task else default is None
+    ending = "required" if required else f"default: {default}"
+    return _line(left, f"{text or flag.help} ({ending}).", indent)
+
+
+def _change_line(fields: str) -> str:
+    """Returns the help on --config.FIELD=VALUE."""
+    text = f"Changes a field of the configuration (drl_jax/config.py); {fields}."
+    return _line("--config.FIELD=VALUE", text)
+
+
+def _line(left: str, text: str, indent: int = 2) -> str:
+    """Returns one entry of the help, wrapped."""
+    left = f"{' ' * indent}{left}"
+    wrapped = textwrap.fill(
+        text,
+        WIDTH,
+        initial_indent=f"{left:{INDENT}}" if len(left) < INDENT else " " * INDENT,
+        subsequent_indent=" " * INDENT,
+        break_on_hyphens=False,
+    )
+    return wrapped if len(left) < INDENT else f"{left}\n{wrapped}"
+
+
+def _enumerate(words: Sequence[str], last: str = "or") -> str:
+    """Returns the words as "a, b or c"."""
+    *first, end = words
+    return f"{', '.join(first)} {last} {end}" if first else end

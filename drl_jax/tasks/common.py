@@ -1,0 +1,76 @@
+"""Code that several tasks share."""
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float, Key
+from ml_collections import ConfigDict
+
+from drl_jax import config as config_lib
+from drl_jax import diffusion
+from drl_jax.errors import UserError
+from drl_jax.model import Model
+from drl_jax.plots import images
+from drl_jax.runtime.progress import Progress
+from drl_jax.storage.runs import Run
+
+log = logging.getLogger(__name__)
+
+COLUMNS = 10  # a grid of samples has at most 10 x 10 images
+
+
+def require_images(model: Model, task: str) -> None:
+    """Checks that the model is of images: `task` is not defined for points in the plane.
+
+    Raises:
+      UserError: if the model is of points.
+    """
+    if images.are_points(model.shape):
+        raise UserError(
+            f"--mode={task} needs a model of images, and this is a model of points: use "
+            "--mode=sample or --mode=evaluate"
+        )
+
+
+def adapted(run: Run) -> Run:
+    """Adapts the step sizes of MALA or HMC in a warm-up; other samplers have none to adapt.
+
+    Returns:
+      a run whose model uses the adapted step sizes, or `run` itself for other samplers.
+    """
+    mcmc = run.config.mcmc
+    if mcmc.sampler not in ("mala", "hmc"):
+        return run
+    model, acceptance = run.model.adapt(
+        key=jax.random.key(run.config.seed),
+        num_steps=mcmc.warmup_steps,
+        target=mcmc.target_acceptance,
+    )
+    step_size = model.step_size
+    log.info("%s step sizes after the warm-up:", mcmc.sampler)
+    for group in diffusion.level_groups(len(step_size)):
+        t = group[0]
+        log.info("  level %d: %.3g, acceptance %.2f", t, step_size[t], acceptance[t])
+    return run._replace(model=model)
+
+
+def draw(model: Model, key: Key[Array, ""], n: int) -> Iterator[Float[np.ndarray, "B *D"]]:
+    """Yields n samples in batches (`Model.sample_batches`), and reports progress."""
+    with Progress(n, "image") as progress:
+        for batch in model.sample_batches(key, n):
+            yield batch
+            progress.add(len(batch))
+
+
+def resume_settings(config: ConfigDict, prefixes: tuple[str, ...]) -> dict[str, Any]:
+    """Returns the fields of the configuration that must not change while work is unfinished.
+
+    Args:
+      config: the configuration.
+      prefixes: names of these fields, or of whole sections, such as 'mcmc.'.
+    """
+    fields = config_lib.flatten(config)
+    return {f"config.{name}": value for name, value in fields if name.startswith(prefixes)}

@@ -1,0 +1,256 @@
+"""The task `evaluate`: measures a trained model against its data."""
+
+import itertools
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jaxtyping import Array, Float, Key
+from ml_collections import ConfigDict
+
+from drl_jax import noise
+from drl_jax.data import mixtures, pipeline, sources
+from drl_jax.data.sources import Source
+from drl_jax.metrics import inception, levels, pixels, plane, reference, summary, weights
+from drl_jax.metrics.weights import Weights
+from drl_jax.model import Model
+from drl_jax.plots import figures, images
+from drl_jax.sampling import ladder
+from drl_jax.storage.atomic import make_writable, write_json
+from drl_jax.storage.runs import Run
+from drl_jax.tasks import common
+
+log = logging.getLogger(__name__)
+
+LEVEL_IMAGES = 256  # images from which the statistics of the levels are computed
+MAX_IN_MEMORY = 10_000  # images, of samples and of data, that are held for the pixel metrics
+MAX_TEST_POINTS = 2000  # points in the two-sample test, whose cost is quadratic
+MAX_PATH_LEVELS = 60  # levels at which the paths of points are recorded for the figure
+
+
+def run(run: Run, workdir: epath.Path) -> None:
+    """Measures how well a trained model fits its data, and shows samples.
+
+    Uses `config.evaluation.num_samples` samples, generated with the seed of the run, and the
+    first `config.evaluation.num_data` examples of the data.
+
+    Writes to `workdir`:
+      samples.png: a grid of samples, or a histogram of points.
+      toy2d.png: for points, the learned and the true density at several levels.
+      metrics.json: the fields of `measure_images` or `measure_points`.
+
+    Raises:
+      UserError: if the data or the Inception weights cannot be used, or the folder cannot be
+        written to.
+    """
+    source = sources.open_source(run.config)
+    inception_weights = load_inception_weights(run.config)
+    make_writable(workdir)
+    measure(
+        run=common.adapted(run),
+        source=source,
+        workdir=workdir,
+        inception_weights=inception_weights,
+    )
+
+
+def load_inception_weights(config: ConfigDict) -> Weights | None:
+    """Loads the weights in `config.evaluation.inception_weights`; returns None if it is ''.
+
+    In that case it logs where to get them, if the images are ones that FID suits: in colour,
+    and 32 or more pixels wide.
+
+    Raises:
+      UserError: if the weights cannot be used.
+    """
+    if config.evaluation.inception_weights:
+        return weights.load(config.evaluation.inception_weights)
+    if config.data.channels == 3 and config.data.image_size >= 32:
+        log.info("skipping FID, KID and the inception score; to compute them, %s", weights.GET)
+    return None
+
+
+def measure(
+    run: Run, source: Source, workdir: epath.Path, inception_weights: Weights | None
+) -> None:
+    """Samples the model, compares with the data, and writes the results (see `run`).
+
+    Args:
+      run: the trained model, with adapted step sizes.
+      source: the data.
+      workdir: where the results go.
+      inception_weights: for FID, KID and the inception score; None skips these.
+    """
+    key, levels_key = jax.random.split(jax.random.key(run.config.seed))
+    if images.are_points(run.model.shape):
+        measure_points(run, workdir, key)
+    else:
+        measure_images(run, source, workdir, key, levels_key, inception_weights)
+
+
+def measure_images(
+    run: Run,
+    source: Source,
+    workdir: epath.Path,
+    key: Key[Array, ""],
+    levels_key: Key[Array, ""],
+    inception_weights: Weights | None,
+) -> None:
+    """Compares generated images with the data.
+
+    Writes to `workdir`:
+      samples.png: a grid of samples.
+      metrics.json, with the fields:
+        step: training steps of the model.
+        pixel_frechet, ..., num_data: see `pixels.pixel_metrics`; computed from at most
+          `MAX_IN_MEMORY` samples and as many images of the data.
+        levels: see `levels.level_statistics`.
+        inception: FID, KID and the inception score (`summary.compare`), if there are
+          weights; computed from all samples, of which few are in memory at a time.
+
+    Args:
+      run: the trained model.
+      source: the data.
+      workdir: where the results go.
+      key: for the samples.
+      levels_key: for the statistics of the levels.
+      inception_weights: of the Inception network, or None.
+    """
+    config, model = run.config, run.model
+    num_samples = config.evaluation.num_samples
+    num_pixel_samples = min(num_samples, MAX_IN_MEMORY)
+    grid_size = images.grid_size(model.shape, common.COLUMNS)
+    num_drawn = max(num_samples if inception_weights else num_pixel_samples, grid_size)
+    batches = common.draw(model, key, num_drawn)
+    in_memory = []
+    for batch in batches:
+        in_memory.append(batch)
+        if sum(map(len, in_memory)) > MAX_IN_MEMORY:
+            break
+    samples = np.concatenate(in_memory)
+    images.write_png(workdir / "samples.png", images.picture(samples, common.COLUMNS))
+    limit = min(config.evaluation.num_data, MAX_IN_MEMORY)
+    data = np.stack(list(pipeline.all_examples(config, source, limit)))
+    metrics = {"step": run.step, **pixels.pixel_metrics(samples[:num_pixel_samples], data)}
+    metrics["levels"] = levels.level_statistics(model, levels_key, data[:LEVEL_IMAGES])
+    if inception_weights:
+        all_batches = itertools.chain(in_memory, batches)
+        metrics["inception"] = inception_metrics(
+            config, source, model, all_batches, workdir, inception_weights
+        )
+    write_json(workdir / "metrics.json", metrics)
+    log.info(
+        "pixel Fréchet distance %.3f (between two halves of the data: %.3f); pixel values "
+        "from %.2f to %.2f",
+        metrics["pixel_frechet"],
+        metrics["pixel_frechet_of_data_halves"],
+        metrics["pixel_min"],
+        metrics["pixel_max"],
+    )
+    log.info("wrote samples.png and metrics.json to %s", workdir)
+
+
+def measure_points(run: Run, workdir: epath.Path, key: Key[Array, ""]) -> None:
+    """Compares densities in the plane with the true ones, and samples with exact samples.
+
+    Writes to `workdir`:
+      samples.png: a histogram of the samples.
+      toy2d.png: the learned and the true density and the samples at the shown levels.
+      metrics.json, with the fields:
+        step: training steps of the model.
+        num_samples: number of samples, at most `MAX_TEST_POINTS`.
+        two_sample_p_value: p-value of the hypothesis that the samples follow the true
+          density of level 0 (`plane.two_sample_test`).
+        levels: for each shown level, from the highest to level 0: level, log_Z [nats],
+          kl = KL(true ‖ learned) [nats], and edge_mass, the learned mass along the edge of
+          the grid of integration (`plane.compare`).
+
+    Args:
+      run: the trained model.
+      workdir: where the results go.
+      key: for the samples and the exact samples.
+    """
+    config, model = run.config, run.model
+    schedule = model.method.schedule
+    data = mixtures.PLANE[config.data.name]()
+    shown = plane.shown_levels(schedule, figures.LEVELS)
+    samples_key, data_key = jax.random.split(key)
+    n = min(config.evaluation.num_samples, MAX_TEST_POINTS)
+    keys = noise.example_keys(samples_key, jnp.arange(n))
+    x_T = np.asarray(ladder.white_noise(keys, model.shape, schedule))
+    stops = sorted({*shown, *plane.shown_levels(schedule, MAX_PATH_LEVELS)}, reverse=True)
+    x = {schedule.T: x_T}  # by level
+    for top, bottom in itertools.pairwise([schedule.T, *stops]):
+        x[bottom] = model.descend(samples_key, x[top], top, bottom)
+    samples = x[0]
+    exact = mixtures.marginal(data, 0, schedule).sample(jax.random.split(data_key, n))
+    p_value = plane.two_sample_test(
+        np.random.default_rng(config.seed), samples, np.asarray(exact)
+    )
+    grid = plane.square()
+    exact_F = jax.jit(mixtures.exact_F(data, schedule))
+    compared = {t: plane.compare(model.log_density, exact_F, t, grid) for t in shown}
+    metrics: dict[str, Any] = {
+        "step": run.step,
+        "num_samples": n,
+        "two_sample_p_value": p_value,
+        "levels": {
+            "level": shown,
+            "log_Z": [compared[t].log_Z for t in shown],
+            "kl": [compared[t].kl for t in shown],
+            "edge_mass": [compared[t].edge_mass for t in shown],
+        },
+    }
+    images.write_png(workdir / "samples.png", images.picture(samples, common.COLUMNS))
+    figures.write_levels(workdir / "toy2d.png", compared, x, grid)
+    write_json(workdir / "metrics.json", metrics)
+    if max(metrics["levels"]["edge_mass"]) > plane.EDGE_MASS:
+        log.warning(
+            "the learned densities have the masses %s along the edge of the grid: there is "
+            "mass outside the grid, and the KL divergences are too small",
+            metrics["levels"]["edge_mass"],
+        )
+    log.info(
+        "KL(data || model) at level 0: %.4f nats; two-sample p-value of %d samples: %.3f",
+        compared[0].kl,
+        n,
+        p_value,
+    )
+    log.info("wrote toy2d.png, samples.png and metrics.json to %s", workdir)
+
+
+def inception_metrics(
+    config: ConfigDict,
+    source: Source,
+    model: Model,
+    batches: Iterable[Float[np.ndarray, "B H W C"]],
+    workdir: epath.Path,
+    inception_weights: Weights,
+) -> dict[str, float]:
+    """Returns FID, KID and the inception score of samples, compared with the data.
+
+    Args:
+      config: uses `evaluation` and the preparation of `data`.
+      source: the data.
+      model: its mesh runs the Inception network.
+      batches: at least `config.evaluation.num_samples` samples in [-1, 1], in batches.
+      workdir: keeps the data's statistics if their own folder cannot (`reference.of_data`).
+      inception_weights: of the Inception network.
+    """
+    extractor = inception.Extractor(
+        inception_weights.variables, model.mesh, config.evaluation.batch_size
+    )
+    data = reference.of_data(config, source, extractor, inception_weights.sha256, workdir)
+    stream = (image for batch in batches for image in pipeline.to_uint8(batch))
+    samples = summary.summarise(extractor, stream, config.evaluation.num_samples)
+    metrics = summary.compare(samples, data)
+    log.info(
+        "FID %(fid).3f, KID %(kid).3g, inception score %(inception_score).2f (of the data: "
+        "%(inception_score_of_data).2f)",
+        metrics,
+    )
+    return metrics

@@ -1,0 +1,103 @@
+"""The task `inpaint`: completes images of which some pixels are hidden."""
+
+import logging
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from etils import epath
+from jaxtyping import Array, Bool, Key
+
+from drl_jax.data import pipeline, sources
+from drl_jax.plots import images as images_lib
+from drl_jax.sampling import inpainting, masks
+from drl_jax.storage.atomic import make_writable, write_json
+from drl_jax.storage.runs import Run
+from drl_jax.tasks import common
+
+log = logging.getLogger(__name__)
+
+NUM_IMAGES = 8  # images of the data that are completed if no files are given
+
+
+def run(
+    run: Run,
+    workdir: epath.Path,
+    mask: str,
+    images: Sequence[str],
+    completions: int,
+    rounds: int,
+    seed: int,
+) -> None:
+    """Hides some pixels of images, completes them, and compares with the original pixels.
+
+    Writes to `workdir`/inpaintings/step_STEP_seed_SEED_MASK:
+      grid.png: one row per image: the known pixels, the mask (white: hidden), the
+        completions, and the original.
+      metrics.json: step, and the mean squared distances of `inpainting.errors`.
+
+    Args:
+      run: the trained model.
+      workdir: where the results go.
+      mask: the name of a mask (`masks.named`), or a PNG file that is white at hidden pixels.
+      images: image files; none for the first `NUM_IMAGES` images of `config.data`.
+      completions: number of completions per image, at least 2.
+      rounds: number of times each level is drawn (`inpainting.inpaint`).
+      seed: random seed of the completions and of a random mask.
+
+    Raises:
+      UserError: if the data, the mask or a file cannot be used, or the folder cannot be
+        written to.
+    """
+    config, model = run.config, run.model
+    common.require_images(model, "inpaint")
+    key, mask_key, samples_key = jax.random.split(jax.random.key(seed), 3)
+    known, mask_name = load_mask(mask, config.data.image_size, mask_key)
+    masks.require_mask(known, model.shape)
+    if images:
+        x = pipeline.prepared_files(config, images)
+    else:
+        source = sources.open_source(config)
+        x = np.stack(list(pipeline.all_examples(config, source, limit=NUM_IMAGES)))
+    folder = workdir / "inpaintings" / f"step_{run.step}_seed_{seed}_{mask_name}"
+    make_writable(folder)
+    model = common.adapted(run).model
+    completed = model.inpaint(key, x, known, completions, rounds)
+    samples = model.sample(samples_key, len(x) * completions).reshape(completed.shape)
+    columns = [
+        np.where(known, x, 0.0),
+        np.broadcast_to(np.where(known, -1.0, 1.0), x.shape),
+        *completed.swapaxes(0, 1),
+        x,
+    ]
+    tiles = np.stack(columns, axis=1).reshape(-1, *model.shape)
+    images_lib.write_png(folder / "grid.png", images_lib.grid(tiles, columns=len(columns)))
+    errors = inpainting.errors(completed, samples, x, known)
+    write_json(folder / "metrics.json", {"step": run.step, **errors})
+    log.info(
+        "mean squared distance per hidden pixel: completion to original %.3f, between "
+        "completions %.3f, unrelated sample to original %.3f",
+        errors["completion_to_truth"],
+        errors["between_completions"],
+        errors["sample_to_truth"],
+    )
+    log.info("wrote %d completions of each of %d images to %s", completions, len(x), folder)
+
+
+def load_mask(
+    mask: str, image_size: int, key: Key[Array, ""]
+) -> tuple[Bool[np.ndarray, "H W 1"], str]:
+    """Returns a mask, true at known pixels, and its name for use in a path.
+
+    Args:
+      mask: a name, or a PNG file.
+      image_size: height and width, of a named mask.
+      key: of a random mask.
+
+    Raises:
+      UserError: if the name is unknown or the file cannot be read.
+    """
+    if mask.lower().endswith(".png"):
+        hidden = sources.read_image(mask, channels=1) >= images_lib.GREY
+        return ~hidden, epath.Path(mask).stem
+    return masks.named(mask, image_size, key), mask.replace(":", "_")

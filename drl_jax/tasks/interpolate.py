@@ -1,0 +1,99 @@
+"""The task `interpolate`: writes strips of images that lead from one image to another."""
+
+import logging
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from etils import epath
+
+from drl_jax.data import pipeline
+from drl_jax.plots import images as images_lib
+from drl_jax.sampling import interpolation
+from drl_jax.storage.atomic import make_writable, write_json
+from drl_jax.storage.runs import Run
+from drl_jax.tasks import common
+
+log = logging.getLogger(__name__)
+
+
+def run(
+    run: Run,
+    workdir: epath.Path,
+    images: Sequence[str],
+    pairs: int,
+    frames: int,
+    level: int | None,
+    seed: int,
+) -> None:
+    """Interpolates between samples, or between the given images.
+
+    Writes to `workdir`/interpolations/step_STEP_seed_SEED_KIND_level_LEVEL, where KIND is
+    'samples' or 'images':
+      000.png, ...: one strip per pair. Given images are shown at its ends, next to the
+        frames that are recovered from their diffused versions.
+      grid.png: all strips.
+      metrics.json, with the fields:
+        step: training steps of the model.
+        smoothness: per strip, its largest step divided by its mean step.
+        length: per strip, the sum of its steps, in Euclidean pixel distance.
+        distance: per strip, the Euclidean pixel distance of its ends.
+
+    Args:
+      run: the trained model.
+      workdir: where the results go.
+      images: image files, of which each two are a pair; none to interpolate samples.
+      pairs: number of pairs of samples; unused if there are `images`.
+      frames: number of frames per strip, its ends included.
+      level: the noise level at which the strips are interpolated, in 1..T. None for a third
+        of T (images) or for `interpolation.sample_level` (samples).
+      seed: random seed.
+
+    Raises:
+      UserError: if a file or the level cannot be used, or the folder cannot be written to.
+    """
+    model = run.model
+    common.require_images(model, "interpolate")
+    schedule = model.method.schedule
+    if level is None:
+        level = max(1, schedule.T // 3) if images else interpolation.sample_level(schedule)
+    interpolation.require_level(level, schedule.T)
+    ends = pipeline.prepared_files(run.config, images) if images else None
+    kind = "images" if images else "samples"
+    name = f"step_{run.step}_seed_{seed}_{kind}_level_{level}"
+    folder = workdir / "interpolations" / name
+    make_writable(folder)
+    model = common.adapted(run).model
+    key = jax.random.key(seed)
+    if ends is None:
+        strips = shown = model.interpolate(key, pairs, frames, level)
+    else:
+        strips = model.interpolate_images(key, ends[::2], ends[1::2], frames, level)
+        # The first and the last frame are recovered from noise, so they differ from the
+        # images: show the images too.
+        shown = np.concatenate([ends[::2, None], strips, ends[1::2, None]], axis=1)
+    for i, strip in enumerate(shown):
+        row = images_lib.grid(strip, columns=len(strip))
+        images_lib.write_png(folder / f"{i:03d}.png", row)
+    frames_in_rows = shown.reshape(-1, *shown.shape[2:])
+    grid = images_lib.grid(frames_in_rows, columns=shown.shape[1])
+    images_lib.write_png(folder / "grid.png", grid)
+    smoothness = [interpolation.smoothness(strip) for strip in strips]
+    length = [interpolation.length(strip) for strip in strips]
+    distance = [interpolation.length(strip[[0, -1]]) for strip in strips]
+    metrics = {
+        "step": run.step,
+        "smoothness": smoothness,
+        "length": length,
+        "distance": distance,
+    }
+    write_json(folder / "metrics.json", metrics)
+    log.info(
+        "means over the strips: largest step / mean step %.2f (%d for a single jump), length "
+        "%.2f, distance of the ends %.2f",
+        np.mean(smoothness),
+        frames - 1,
+        np.mean(length),
+        np.mean(distance),
+    )
+    log.info("wrote %d strips to %s", len(strips), folder)

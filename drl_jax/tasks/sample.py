@@ -1,0 +1,59 @@
+"""The task `sample`: draws samples and writes them."""
+
+import logging
+
+import jax
+import numpy as np
+from etils import epath
+
+from drl_jax.data import pipeline
+from drl_jax.errors import as_user_error
+from drl_jax.plots import images
+from drl_jax.storage.atomic import make_writable, whole
+from drl_jax.storage.runs import Run
+from drl_jax.tasks import common
+
+log = logging.getLogger(__name__)
+
+
+def run(run: Run, workdir: epath.Path, num_samples: int, seed: int) -> None:
+    """Draws samples and writes each batch as it arrives, so memory does not grow with n.
+
+    Writes to `workdir`/samples/step_STEP_seed_SEED:
+      samples.npy: all samples, float32 [num_samples, H, W, C] in [-1, 1], or [num_samples, 2].
+      000000.png, ...: one file per image; none for points.
+      grid.png: the first 100 images, or a histogram of the points.
+
+    Args:
+      run: the trained model.
+      workdir: where the results go.
+      num_samples: number of samples.
+      seed: random seed of the samples.
+
+    Raises:
+      UserError: if the folder cannot be written to.
+    """
+    folder = workdir / "samples" / f"step_{run.step}_seed_{seed}"
+    make_writable(folder)
+    model = common.adapted(run).model
+    shape = model.shape
+    in_grid: list[np.ndarray] = []
+    grid_size, done = images.grid_size(shape, common.COLUMNS), 0
+    header = {"descr": "<f4", "fortran_order": False, "shape": (num_samples, *shape)}
+    path = folder / "samples.npy"
+    failure = f"cannot write to {path}"
+    with whole(path) as file:
+        with as_user_error(failure):
+            np.lib.format.write_array_header_1_0(file, header)
+        for batch in common.draw(model, jax.random.key(seed), num_samples):
+            with as_user_error(failure):
+                file.write(batch.astype("<f4").tobytes())
+            if not images.are_points(shape):
+                for i, image in enumerate(pipeline.to_uint8(batch), done):
+                    images.write_png(folder / f"{i:06d}.png", image)
+            if done < grid_size:
+                in_grid.append(batch[: grid_size - done])
+            done += len(batch)
+    grid = images.picture(np.concatenate(in_grid), common.COLUMNS)
+    images.write_png(folder / "grid.png", grid)
+    log.info("wrote %d samples to %s", num_samples, folder)

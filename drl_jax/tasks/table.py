@@ -1,0 +1,363 @@
+"""All tasks of `drl_jax.main` and all of their flags, as one table.
+
+The flags, `--help`, the checks of the command line and the call of the task are derived from
+this table (`tasks.command_line`). Importing it loads neither JAX nor NumPy.
+
+To add a task, add an entry to `TASKS` and a module `drl_jax/tasks/NAME.py` whose function `run`
+takes the arguments `Task.arguments`, by keyword.
+"""
+
+import dataclasses
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Flag:
+    """One command-line flag, --name=value.
+
+    Attributes:
+      name: the name, without dashes.
+      help: what the value means; a clause without a full stop, which --help completes.
+      type: type of the value: `str`, `int`, `bool`, or `list[str]` or `list[int]`, whose
+        elements are separated by commas.
+      default: the value if the flag is not given; None if the program chooses one.
+      default_help: for --help, what the program chooses; if tasks differ, by their names.
+      minimum: smallest value of an integer.
+      maximum: largest value of an integer.
+      choices: permitted values; empty if there are others.
+      metavar: what stands for the value in --help.
+    """
+
+    name: str
+    help: str
+    type: Any = str
+    default: Any = None
+    default_help: str | Mapping[str, str] = dataclasses.field(default="", hash=False)
+    minimum: int | None = None
+    maximum: int | None = None
+    choices: tuple[str, ...] = ()
+    metavar: str = "N"
+
+
+# Given the values by name and the names of the flags that were given, returns what is wrong
+# with them, or nothing.
+Check = Callable[[Mapping[str, Any], Collection[str]], str | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """One task, run by the module of `drl_jax.tasks` that has its name.
+
+    Attributes:
+      name: the value of --mode.
+      help: one sentence for --help.
+      flags: flags in addition to `COMMON`.
+      required: names of the flags that must be given.
+      trained: whether the task works on a trained model, which `main` loads from --model or
+        --workdir; otherwise on a configuration, which `main` loads from --config.
+      changeable: fields of the configuration, or sections such as "mcmc.", that
+        --config.FIELD=VALUE may change; "" is all of them.
+      fixed: fields or sections of `changeable` that it may not change.
+      creates_workdir: whether `main` chooses a new work directory if none is given.
+      distributed: whether several processes can share the task.
+      check: further checks of the values.
+    """
+
+    name: str
+    help: str
+    flags: tuple[Flag, ...] = ()
+    required: tuple[str, ...] = ("workdir",)
+    trained: bool = True
+    changeable: tuple[str, ...] = ()
+    fixed: tuple[str, ...] = ()
+    creates_workdir: bool = False
+    distributed: bool = True
+    check: Check = lambda values, given: None
+
+    @property
+    def arguments(self) -> tuple[str, ...]:
+        """Names of the flags that `run` takes, besides `workdir` and `run` or `config`."""
+        return tuple(flag.name for flag in self.flags if flag is not CONFIG)
+
+    def may_change(self, field: str) -> bool:
+        """Whether --config.FIELD=VALUE may change this field of the configuration."""
+        return field.startswith(self.changeable) and not field.startswith(self.fixed)
+
+
+CONFIG = Flag(
+    "config",
+    "Python file with the configuration, such as configs/digits.py",
+    default_help={"import_original": "the paper's settings for CIFAR-10"},
+    metavar="FILE",
+)
+MODEL = Flag(
+    "model",
+    "Trained model: a work directory, an exported file, or the name of a model that comes "
+    "with the package, such as digits",
+    default_help="the model in --workdir",
+    metavar="MODEL",
+)
+IMAGES = Flag(
+    "images",
+    "Image files; for interpolate, pairs FIRST,LAST,...",
+    type=list[str],
+    default=(),
+    default_help={"interpolate": "samples", "inpaint": "the first images of the data set"},
+    metavar="FILE,...",
+)
+SEED = Flag("seed", "Random seed", type=int, default=0, minimum=0, maximum=2**32 - 1)
+
+# What may be changed of a trained model: how it is sampled and evaluated, and on what data.
+AFTER_TRAINING = (
+    "mcmc.",
+    "evaluation.",
+    "likelihood.",
+    "data.name",
+    "data.split",
+    "data.data_dir",
+)
+
+
+def _check_interpolate(values: Mapping[str, Any], given: Collection[str]) -> str | None:
+    """Returns what is wrong with the images of `interpolate`, if anything."""
+    if len(values["images"]) % 2:
+        return f"--images names {len(values['images'])} images: give pairs, FIRST,LAST,..."
+    if values["images"] and "pairs" in given:
+        return "--pairs is the number of pairs of samples: omit it or --images"
+    return None
+
+
+_TASKS = (
+    Task(
+        "train",
+        "Trains a model, or resumes its training, and evaluates it.",
+        flags=(CONFIG,),
+        required=("config",),
+        trained=False,
+        changeable=("",),
+        creates_workdir=True,
+    ),
+    Task(
+        "sample",
+        "Draws samples.",
+        flags=(
+            Flag("num_samples", "Number of samples", type=int, default=100, minimum=1),
+            SEED,
+        ),
+        changeable=AFTER_TRAINING,
+    ),
+    Task(
+        "evaluate",
+        "Compares samples with the data set.",
+        changeable=AFTER_TRAINING,
+    ),
+    Task(
+        "interpolate",
+        "Interpolates between pairs of samples or of images.",
+        flags=(
+            IMAGES,
+            Flag("pairs", "Number of pairs of samples", type=int, default=8, minimum=1),
+            Flag(
+                "frames",
+                "Number of images per pair, including both ends",
+                type=int,
+                default=9,
+                minimum=3,
+            ),
+            Flag(
+                "level",
+                "Noise level at which to interpolate, 1 to T",
+                type=int,
+                default_help="between images a third of T; between samples a level at which "
+                "most of an image is noise",
+            ),
+            SEED,
+        ),
+        changeable=AFTER_TRAINING,
+        check=_check_interpolate,
+    ),
+    Task(
+        "inpaint",
+        "Completes images that are partly hidden.",
+        flags=(
+            Flag(
+                "mask",
+                "Which pixels are hidden: centre, left, right, top, bottom, checkerboard, "
+                "random:0.5, or a PNG file in which they are white",
+                default="centre",
+                metavar="MASK",
+            ),
+            IMAGES,
+            Flag(
+                "completions",
+                "Number of completions per image",
+                type=int,
+                default=6,
+                minimum=2,
+            ),
+            Flag(
+                "rounds",
+                "How many times to sample each level; with more, the completions fit the "
+                "known pixels better",
+                type=int,
+                default=10,
+                minimum=1,
+            ),
+            SEED,
+        ),
+        changeable=AFTER_TRAINING,
+    ),
+    Task(
+        "long_run",
+        "Runs long MCMC chains and reports how they converge.",
+        flags=(
+            Flag("num_steps", "Number of steps per chain", type=int, default=1000, minimum=1),
+            Flag(
+                "num_chains",
+                "Number of chains per level",
+                type=int,
+                default_help="as many as one batch holds",
+                minimum=1,
+            ),
+            Flag(
+                "levels",
+                "Levels whose chains to run, such as 0,3,5",
+                type=list[int],
+                default=(),
+                default_help="all levels, or ten if there are more",
+                minimum=0,
+                metavar="N,...",
+            ),
+            SEED,
+        ),
+        changeable=AFTER_TRAINING,
+    ),
+    Task(
+        "likelihood",
+        "Estimates log Z and the likelihood of the data set.",
+        flags=(MODEL, SEED),
+        changeable=AFTER_TRAINING,
+    ),
+    Task(
+        "ood",
+        "Measures how well a model detects out-of-distribution images.",
+        flags=(
+            MODEL,
+            Flag(
+                "against",
+                "Out-of-distribution images: shuffled, inverted or uniform, which are made "
+                "from the data set, or other data, as folder:PATH or the name of a TFDS data "
+                "set",
+                type=list[str],
+                default=("shuffled", "inverted", "uniform"),
+                metavar="NAME,...",
+            ),
+            SEED,
+        ),
+        changeable=AFTER_TRAINING,
+    ),
+    Task(
+        "export",
+        "Writes a trained model as one file, for drl_jax.load.",
+    ),
+    Task(
+        "import_original",
+        "Converts a checkpoint of the authors' TensorFlow program.",
+        flags=(
+            Flag(
+                "tf_checkpoint",
+                "Prefix of the checkpoint's files, such as DIR/ckpt-iter240000",
+                metavar="PREFIX",
+            ),
+            Flag(
+                "image_size",
+                "Height and width of the images that it was trained on",
+                type=int,
+                minimum=1,
+            ),
+            CONFIG,
+        ),
+        required=("tf_checkpoint", "image_size", "workdir"),
+        trained=False,
+        changeable=("",),
+        fixed=("energy.", "data.channels", "data.image_size"),  # determined by the checkpoint
+    ),
+    Task(
+        "plan",
+        "Estimates the memory and time that training and sampling take on other devices.",
+        flags=(
+            CONFIG,
+            Flag(
+                "topology",
+                "Devices to plan for, which need not be present, such as v5e:16x16 or h100:8",
+                metavar="CHIP:SHAPE",
+            ),
+        ),
+        required=("config", "topology"),
+        trained=False,
+        changeable=("",),
+        distributed=False,
+    ),
+)
+
+TASKS = {task.name: task for task in _TASKS}
+
+MODE = Flag("mode", "Task to run", default="train", choices=tuple(TASKS), metavar="TASK")
+WORKDIR = Flag(
+    "workdir",
+    "Directory of the run and of all results, local or in a bucket (gs://...)",
+    default_help={"train": "a new one in runs/", "plan": "none, the plan is only printed"},
+    metavar="DIR",
+)
+
+# How the processes of one job find each other (`runtime.processes.Job`).
+JOB = (
+    Flag(
+        "distributed",
+        "Whether this is one of several processes",
+        type=bool,
+        default_help="what Slurm or the TPU pod reports",
+    ),
+    Flag(
+        "coordinator_address",
+        "Address of process 0",
+        default_help="what the cluster reports",
+        metavar="HOST:PORT",
+    ),
+    Flag(
+        "num_processes",
+        "Number of processes",
+        type=int,
+        default_help="what the cluster reports",
+        minimum=1,
+    ),
+    Flag(
+        "process_id",
+        "Number of this process, from 0",
+        type=int,
+        default_help="what the cluster reports",
+        minimum=0,
+    ),
+    Flag(
+        "timeout",
+        "Seconds without contact after which another process counts as lost",
+        type=int,
+        default=100,
+        minimum=10,
+    ),
+)
+
+# Flags of every task.
+COMMON = (MODE, WORKDIR, *JOB)
+
+
+def tasks_of(flag: Flag) -> tuple[str, ...]:
+    """Returns the names of the tasks that take a flag other than the common ones."""
+    return tuple(task.name for task in TASKS.values() if flag in task.flags)
+
+
+def all_flags() -> dict[str, Flag]:
+    """Returns every flag by its name, the common ones first."""
+    flags = (*COMMON, *(flag for task in TASKS.values() for flag in task.flags))
+    return {flag.name: flag for flag in flags}

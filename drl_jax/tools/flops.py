@@ -1,0 +1,82 @@
+"""Analytical FLOP counts of the programs that a configuration defines.
+
+Costs are expressed in forward passes of the network. A gradient with respect to the images
+costs one further pass; a gradient with respect to images and parameters costs two. One
+multiplication and one addition count as two FLOPs.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from ml_collections import ConfigDict
+
+
+def forward(config: ConfigDict) -> float:
+    """Returns the FLOPs of f for one example: its convolutions and dense layers."""
+    energy, data = config.energy, config.data
+    if energy.network == "mlp":
+        return mlp(data.channels, energy.ch, energy.N)
+    return resnet(data.image_size, data.channels, energy.ch, energy.mult, energy.N)
+
+
+def mlp(dimension: int, width: int, depth: int) -> float:
+    """Returns the FLOPs of `networks.mlp` for one vector."""
+    # `embedding`: the two layers of the time embedding. `ends`: the sinusoidal features of the
+    # input, the input layer and the head. Each residual layer has two dense layers.
+    embedding, ends = 2 * width**2, dimension * width + (width + dimension) * width + width**2
+    return 2.0 * (embedding + ends + depth * 2 * width**2)
+
+
+def resnet(image_size: int, channels: int, ch: int, mult: Sequence[int], N: int) -> float:
+    """Returns the FLOPs of `networks.resnet` for one image.
+
+    Products with the zero padding at the border are included, because a convolution computed as
+    matrix products performs them too.
+    """
+
+    def conv(size: int, inputs: int, outputs: int) -> int:
+        return 2 * 9 * size**2 * inputs * outputs
+
+    E = 4 * ch  # width of the time embedding
+    total = 2 * ch * E + 2 * E * E + conv(image_size, channels, ch)
+    width = ch
+    for level, m in enumerate(mult):
+        size = image_size >> level
+        for _ in range(N):
+            total += conv(size, width, m * ch) + 2 * E * m * ch + conv(size, m * ch, m * ch)
+            if width != m * ch:
+                total += conv(size, width, m * ch)
+            width = m * ch
+    return float(total + 2 * E * width)
+
+
+def training_step(config: ConfigDict) -> float:
+    """Returns the FLOPs of one training step per example of its batch.
+
+    The recovery loss evaluates f for a positive and a negative example, and its gradient
+    costs 3 passes for each. The denoising loss contains a gradient with respect to the images
+    (2 passes); differentiating it takes 4 more.
+    """
+    if config.train.objective == "denoising":
+        return 6 * forward(config)
+    gradients = np.max(_gradients(config))  # the longest chain in a batch determines its cost
+    return (2 * gradients + 6) * forward(config)
+
+
+def sampling(config: ConfigDict) -> float:
+    """Returns the FLOPs of one sample, from white noise through all levels."""
+    return 2 * np.sum(_gradients(config)) * forward(config)
+
+
+def leapfrog(config: ConfigDict) -> int:
+    """Returns the number of leapfrog steps in the longest trajectory of one chain step."""
+    return max(config.mcmc.leapfrog) if config.mcmc.sampler == "hmc" else 1
+
+
+def _gradients(config: ConfigDict) -> np.ndarray:
+    """Returns the number of gradients that a chain evaluates at each level [T]."""
+    mcmc, T = config.mcmc, config.diffusion.T
+    if mcmc.sampler in ("langevin", "normal_approximation"):
+        return np.full(T, mcmc.K)
+    steps = np.asarray(mcmc.leapfrog) if mcmc.sampler == "hmc" else np.ones(1)
+    return 1 + mcmc.K * np.broadcast_to(steps, T)  # one gradient initialises the chain

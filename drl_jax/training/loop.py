@@ -1,0 +1,336 @@
+"""The training loop: where the pure step meets data, checkpoints, logs and signals."""
+
+import contextlib
+import logging
+import math
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+from jaxtyping import Array, Key, PyTree
+from ml_collections import ConfigDict
+
+from drl_jax import config as config_lib
+from drl_jax import diffusion
+from drl_jax import method as method_lib
+from drl_jax.data import pipeline
+from drl_jax.data.sources import Source
+from drl_jax.errors import Interrupted, UserError
+from drl_jax.method import Method
+from drl_jax.model import Model
+from drl_jax.networks.energy import Params
+from drl_jax.plots import images
+from drl_jax.plots.metric_writer import MetricWriter
+from drl_jax.runtime import preemption, sharding
+from drl_jax.runtime.progress import bar
+from drl_jax.storage import runs
+from drl_jax.storage.atomic import make_writable
+from drl_jax.storage.checkpoints import Checkpoints
+from drl_jax.storage.runs import Run
+from drl_jax.training import state as train_state
+from drl_jax.training import step as train_step
+from drl_jax.training.state import TrainState
+from drl_jax.training.step import Metrics, Training
+
+log = logging.getLogger(__name__)
+
+
+def train(config: ConfigDict, source: Source, workdir: epath.Path) -> Run:
+    """Trains to `config.train.num_steps`, resuming from the newest checkpoint if there is one.
+
+    Args:
+      config: configuration of the run.
+      source: training data.
+      workdir: folder for checkpoints, TensorBoard files and sample grids.
+
+    Returns:
+      the run, with the averaged parameters.
+
+    Raises:
+      UserError: if the configuration or the work directory cannot be used, or training
+        diverged.
+      Interrupted: if a signal stopped training; the state has been saved.
+    """
+    mesh = sharding.make_mesh(**config.mesh)
+    sharding.require_divisible(
+        config.train.batch_size, mesh, "train.batch_size", config.train.accumulate
+    )
+    method = method_lib.from_config(config)
+    training = train_step.from_config(config)
+    warn_of_replicated_kernels(method, training, mesh)
+    make_writable(workdir)  # only now, so that mistakes found above leave no folder behind
+
+    with Checkpoints(workdir, config) as checkpoints:
+        state = initial_state(config, method, training, checkpoints, mesh)
+        sampler = Model.create(
+            method_lib.for_generation(method, config.mcmc),
+            generation_params(method, state, mesh),
+            mesh,
+            config.evaluation.batch_size,
+        )
+        if state.step < config.train.num_steps:
+            job = Job(config, method, training, sampler, workdir, checkpoints)
+            state = fit(state, job, source)
+    params = generation_params(method, state, mesh)
+    return Run(config, sampler.with_params(params), int(state.step))
+
+
+class Job(NamedTuple):
+    """The parts of a training run that stay the same from step to step.
+
+    Attributes:
+      config: configuration.
+      method: network, noise levels and the sampler of the negative samples.
+      training: loss, distribution of the levels, and optimiser.
+      sampler: model for sample grids, with the sampler used in generation.
+      workdir: work directory.
+      checkpoints: checkpoints in the work directory.
+    """
+
+    config: ConfigDict
+    method: Method
+    training: Training
+    sampler: Model
+    workdir: epath.Path
+    checkpoints: Checkpoints
+
+
+def initial_state(
+    config: ConfigDict,
+    method: Method,
+    training: Training,
+    checkpoints: Checkpoints,
+    mesh: Mesh,
+) -> TrainState:
+    """Returns the state of the newest checkpoint, or a new state if there is none.
+
+    The state is sharded over the devices of the mesh.
+
+    Raises:
+      UserError: if the checkpoints are damaged or belong to another configuration.
+    """
+
+    def abstract_state(saved: ConfigDict) -> PyTree:
+        config_lib.require_resumable(saved, config)
+        return train_state.abstract(method.energy, training.optimiser)
+
+    restored = checkpoints.restore(
+        abstract_state, lambda shape: sharding.fully_sharded(shape, mesh)
+    )
+    if restored:
+        _, state = restored
+        log.info("resuming from step %d of %d", int(state.step), config.train.num_steps)
+        return state
+    init_key, _, _ = run_keys(config.seed)
+    return train_state.create_on(mesh, init_key, method.energy, training.optimiser)
+
+
+def warn_of_replicated_kernels(method: Method, training: Training, mesh: Mesh) -> None:
+    """Logs which kernels every device holds whole in spite of `config.mesh.fsdp`."""
+    params = train_state.abstract(method.energy, training.optimiser).params
+    names = train_state.replicated_kernels(params, mesh)
+    if not names:
+        return
+    more = f" and {len(names) - 4} more" if names[4:] else ""
+    log.warning(
+        "config.mesh.fsdp = %d divides no axis of %s%s: every device holds these whole",
+        mesh.shape[sharding.FSDP],
+        ", ".join(names[:4]),
+        more,
+    )
+
+
+def run_keys(seed: int) -> Key[Array, "3"]:
+    """Returns the random keys of a run: initial parameters, training steps, sample grids."""
+    return jax.random.split(jax.random.key(seed), 3)
+
+
+def fit(state: TrainState, job: Job, source: Source) -> TrainState:
+    """Makes the remaining steps and returns the state after them.
+
+    A state is saved only after the next step has shown that its loss is sound. For this one
+    more step is made at the end, and its update is dropped.
+
+    Args:
+      state: state before the first of these steps. It is donated.
+      job: the parts that stay the same.
+      source: training data.
+
+    Raises:
+      UserError: if training diverged.
+      Interrupted: if a signal stopped training; the state has been saved.
+    """
+    config, mesh = job.config, job.sampler.mesh
+    split = sharding.by_example(mesh)
+    _, step_key, sample_key = run_keys(config.seed)
+    step_fn = train_step.compile_step(mesh, job.method, job.training)
+    copy = jax.jit(
+        lambda state: jax.tree.map(jnp.copy, state),
+        out_shardings=train_state.shardings(job.method.energy, job.training.optimiser, mesh),
+    )
+    start, end = int(state.step), config.train.num_steps
+    batches = pipeline.training_batches(
+        config, source, start, jax.process_index(), jax.process_count()
+    )
+
+    def advance(state: TrainState) -> tuple[TrainState, Metrics]:
+        x = jax.make_array_from_process_local_data(split, next(batches)["image"])
+        return step_fn(state, x, step_key)
+
+    def check(step: int, metrics: Metrics, before: TrainState | None) -> Metrics:
+        """Waits for the metrics of a step, checks them, and saves the state before it."""
+        metrics = jax.tree.map(np.asarray, metrics)
+        require_sound(step, metrics, config.train)
+        if before is not None:
+            job.checkpoints.save(step, before)
+        return metrics
+
+    with contextlib.ExitStack() as stack:
+        writer = stack.enter_context(
+            MetricWriter(job.workdir, just_logging=jax.process_index() > 0)
+        )
+        T, every = job.method.schedule.T, config.log.every_steps
+        progress = stack.enter_context(Progress(start, end, every, T, writer))
+        received_signal: Callable[[], int | None] = lambda: None  # noqa: E731
+        signum = None
+        unchecked: tuple[int, Metrics, TrainState | None] | None = None
+        for step in range(start, end):
+            if signum := received_signal():
+                break
+            save = step > start and step % config.checkpoint.every_steps == 0
+            before = copy(state) if save else None  # the step donates its state
+            state, metrics = advance(state)
+            if step == start:
+                # Only now: while the step compiles, a signal may end the process at once,
+                # since there is nothing to save.
+                received_signal = stack.enter_context(preemption.stop_on_signal())
+            # Reading metrics waits for the device, so read those of the previous step.
+            if unchecked:
+                progress.add(check(*unchecked))
+            unchecked = step, metrics, before
+            done = step + 1
+            if done % config.log.sample_every_steps == 0 and done < end:
+                write_grid(job, state, sample_key, done, writer)
+        newest = copy(state)
+        _, metrics = advance(state)
+        if unchecked:
+            progress.add(check(*unchecked))
+        check(int(newest.step), metrics, newest)
+        job.checkpoints.wait()  # while signals are still held
+        if signum:
+            raise Interrupted(signum, int(newest.step))
+    return newest
+
+
+def generation_params(method: Method, state: TrainState, mesh: Mesh) -> Params:
+    """Returns the averaged, normalised parameters of a training state."""
+    return runs.generation_params(method.energy, state.ema, state.vectors, mesh)
+
+
+def write_grid(
+    job: Job, state: TrainState, key: Key[Array, ""], step: int, writer: MetricWriter
+) -> None:
+    """Draws samples with the averaged parameters, for TensorBoard and as a PNG in grids/."""
+    params = generation_params(job.method, state, job.sampler.mesh)
+    model = job.sampler.with_params(params)
+    samples = model.sample(key, images.shown(model.shape, columns=8))
+    grid = images.picture(samples, columns=8)
+    writer.write_images(step, {"samples": grid[None]})
+    folder = job.workdir / "grids"
+    folder.mkdir(parents=True, exist_ok=True)
+    images.write_png(folder / f"{step:08d}.png", grid)
+
+
+def require_sound(step: int, metrics: Metrics, limits: ConfigDict) -> None:
+    """Checks that the loss, the energies and the gradient of a step have not exploded.
+
+    Args:
+      step: number of steps made before it.
+      metrics: metrics of the step, as numpy arrays.
+      limits: `config.train`, with loss_limit and energy_limit.
+
+    Raises:
+      UserError: with the values, and what to try.
+    """
+    loss, grad_norm = float(metrics.loss), float(metrics.grad_norm)
+    # Levels without examples are NaN. A NaN among the energies is one in the loss too.
+    f = float(np.nan_to_num(np.abs([metrics.f_pos, metrics.f_neg]), posinf=np.inf).max())
+    if abs(loss) <= limits.loss_limit and f <= limits.energy_limit and math.isfinite(grad_norm):
+        return
+    raise UserError(
+        f"training diverged at step {step}: loss {loss:.3g} (limit {limits.loss_limit:g}), "
+        f"|f| {f:.3g} (limit {limits.energy_limit:g}), gradient norm {grad_norm:.3g}; try a "
+        "smaller --config.optim.learning_rate or more chain steps (--config.mcmc.K) in a new "
+        "--workdir. The checkpoints in this one are from before the divergence"
+    )
+
+
+class Progress:
+    """Shows the progress of training: a bar on a terminal, log lines elsewhere, scalars."""
+
+    def __init__(self, start: int, end: int, every_steps: int, T: int, writer: MetricWriter):
+        """Reports means over `every_steps` steps.
+
+        Args:
+          start: number of steps made before.
+          end: total number of steps to make.
+          every_steps: number of steps between two reports.
+          T: number of levels.
+          writer: receives the scalars.
+        """
+        self._groups = diffusion.level_groups(T)
+        self._done, self._end, self._every, self._writer = start, end, every_steps, writer
+        self._bar = bar(initial=start, total=end, unit="step", smoothing=0.1)
+        self._recent: list[Metrics] = []
+        self._last_report = (start, time.monotonic())
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def add(self, metrics: Metrics) -> None:
+        """Adds the metrics of one step, as numpy arrays."""
+        self._done += 1
+        self._recent.append(metrics)
+        self._bar.set_postfix(loss=f"{metrics.loss:.4f}", refresh=False)
+        self._bar.update()
+        if self._done % self._every == 0 or self._done == self._end:
+            self._report()
+
+    def _report(self) -> None:
+        """Writes the means of the metrics since the last report."""
+        done = self._done
+        mean = jax.tree.map(lambda *v: nan_mean(np.stack(v)), *self._recent)
+        self._recent = []
+        before, then = self._last_report
+        self._last_report = done, time.monotonic()
+        rate = (done - before) / (self._last_report[1] - then)
+        scalars = {"loss": mean.loss, "grad_norm": mean.grad_norm, "steps_per_second": rate}
+        for name in ("f_pos", "f_neg", "displacement", "acceptance"):
+            for levels, value in zip(self._groups, getattr(mean, name), strict=True):
+                if np.isfinite(value):
+                    scalars[f"{name}/level_{levels[0]}"] = value
+        self._writer.write_scalars(done, scalars)
+        if self._bar.disable:
+            left = time.strftime("%H:%M:%S", time.gmtime((self._end - done) / rate))
+            log.info(
+                "step %d/%d  %.1f steps/s  %s left  loss %.5f",
+                done,
+                self._end,
+                rate,
+                left,
+                mean.loss,
+            )
+
+
+def nan_mean(values: np.ndarray) -> np.ndarray:
+    """Returns the mean over the first axis of the finite values, NaN where there are none."""
+    count = np.sum(np.isfinite(values), axis=0)
+    return np.where(count, np.nansum(values, axis=0) / np.maximum(count, 1), np.nan)

@@ -1,0 +1,107 @@
+"""The training state: parameters, their moving average, spectral vectors and optimiser."""
+
+import functools
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from flax import traverse_util
+from jax.sharding import Mesh
+from jaxtyping import Array, Int, Key
+from ml_collections import ConfigDict
+
+from drl_jax.networks.energy import Energy, Params, Vectors
+from drl_jax.runtime import sharding
+
+
+@flax.struct.dataclass
+class TrainState:
+    """The state of a training run, as checkpoints store it.
+
+    Attributes:
+      step: number of training steps made.
+      params: raw parameters of the network, before spectral normalisation.
+      ema: exponential moving average of the raw parameters, used for generation.
+      vectors: vector u of the power iteration of each spectrally normalised kernel.
+      opt_state: state of the optimiser.
+    """
+
+    step: Int[Array, ""]
+    params: Params
+    ema: Params
+    vectors: Vectors
+    opt_state: optax.OptState
+
+
+def optimiser(config: ConfigDict) -> optax.GradientTransformation:
+    """Returns Adam with a linear warm-up (Gao et al. 2021, appendix B).
+
+    After the warm-up the learning rate is constant, or decays as a cosine to zero at step
+    `config.optim.decay_steps` unless that is 0.
+    """
+    rate, warmup = config.optim.learning_rate, config.optim.warmup_steps
+    if end := config.optim.decay_steps:
+        after = optax.cosine_decay_schedule(rate, end - warmup)
+    else:
+        after = optax.constant_schedule(rate)
+    schedule = optax.join_schedules([optax.linear_schedule(0.0, rate, warmup), after], [warmup])
+    return optax.adam(lambda count: schedule(count + 1), b1=config.optim.beta1)
+
+
+def create(
+    key: Key[Array, ""], energy: Energy, optimiser: optax.GradientTransformation
+) -> TrainState:
+    """Returns the state before the first step."""
+    params, vectors = energy.init(key)
+    # A copy, because the step donates its state and one buffer cannot be donated twice.
+    ema = jax.tree.map(jnp.copy, params)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        ema=ema,
+        vectors=vectors,
+        opt_state=optimiser.init(params),
+    )
+
+
+def create_on(
+    mesh: Mesh,
+    key: Key[Array, ""],
+    energy: Energy,
+    optimiser: optax.GradientTransformation,
+) -> TrainState:
+    """Returns the state before the first step, sharded over the devices of a mesh."""
+    make = jax.jit(
+        lambda key: create(key, energy, optimiser),
+        out_shardings=shardings(energy, optimiser, mesh),
+        compiler_options=sharding.compiler_options(mesh, runs_once=True),
+    )
+    return make(key)
+
+
+def abstract(energy: Energy, optimiser: optax.GradientTransformation) -> TrainState:
+    """Returns the shapes and dtypes of a state, as `jax.ShapeDtypeStruct`s."""
+    return jax.eval_shape(
+        functools.partial(create, energy=energy, optimiser=optimiser), jax.random.key(0)
+    )
+
+
+def shardings(energy: Energy, optimiser: optax.GradientTransformation, mesh: Mesh) -> Any:
+    """Returns the sharding of each array of a state (`sharding.fully_sharded`)."""
+    return jax.tree.map(
+        lambda array: sharding.fully_sharded(array.shape, mesh), abstract(energy, optimiser)
+    )
+
+
+def replicated_kernels(params: Params, mesh: Mesh) -> list[str]:
+    """Returns the paths of kernels with no axis that the `fsdp` devices can divide equally."""
+    flat = traverse_util.flatten_dict(params, sep="/")
+    return [
+        path
+        for path, array in flat.items()
+        if mesh.shape[sharding.FSDP] > 1
+        and array.ndim > 1
+        and sharding.fully_sharded(array.shape, mesh).is_fully_replicated
+    ]

@@ -1,0 +1,326 @@
+"""One training step: a pure function of state and batch, and its compiled program."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, Key
+from ml_collections import ConfigDict
+
+from drl_jax import diffusion, noise, recovery
+from drl_jax.diffusion import NoiseSchedule
+from drl_jax.method import Method
+from drl_jax.networks.energy import Params
+from drl_jax.runtime import sharding
+from drl_jax.sampling import ladder
+from drl_jax.training import state as train_state
+from drl_jax.training.state import TrainState
+
+
+class Statistics(NamedTuple):
+    """Per-example statistics of a training step, before reduction.
+
+    The last three are NaN for an objective without a chain.
+
+    Attributes:
+      t: level.
+      loss: loss.
+      f_pos: output of the network for data.
+      f_neg: output of the network for the end of the chain.
+      displacement: distance from the start of the chain to its end.
+      acceptance: mean acceptance probability of the chain's steps.
+    """
+
+    t: Int[Array, "B"]
+    loss: Float[Array, "B"]
+    f_pos: Float[Array, "B"]
+    f_neg: Float[Array, "B"]
+    displacement: Float[Array, "B"]
+    acceptance: Float[Array, "B"]
+
+
+class Metrics(NamedTuple):
+    """Metrics of a training step: means over the batch.
+
+    Attributes:
+      loss: mean over all examples.
+      grad_norm: norm of the gradient of all parameters together.
+      f_pos, f_neg, displacement, acceptance: mean of each of the `Statistics` over the
+        examples in each of the G `diffusion.level_groups`; NaN for a group without examples.
+    """
+
+    loss: Float[Array, ""]
+    grad_norm: Float[Array, ""]
+    f_pos: Float[Array, "G"]
+    f_neg: Float[Array, "G"]
+    displacement: Float[Array, "G"]
+    acceptance: Float[Array, "G"]
+
+
+# (keys [B], normalised parameters, data x [B, ...], levels t [B], method)
+#   -> (gradient of the mean loss with respect to these parameters, statistics)
+Objective = Callable[
+    [Key[Array, "B"], Params, Float[Array, "B *D"], Int[Array, "B"], Method],
+    tuple[Params, Statistics],
+]
+
+# (keys [B], schedule) -> levels t [B] in 0..T-1
+LevelDistribution = Callable[[Key[Array, "B"], NoiseSchedule], Int[Array, "B"]]
+
+
+class Training(NamedTuple):
+    """How a method is trained.
+
+    Attributes:
+      objective: gradient of the loss.
+      draw_levels: distribution of the levels.
+      optimiser: turns gradients into updates.
+      ema_decay: decay of the exponential moving average of the parameters.
+      accumulate: number of parts of each device's examples whose gradients are accumulated
+        one after the other, to save memory.
+    """
+
+    objective: Objective
+    draw_levels: LevelDistribution
+    optimiser: optax.GradientTransformation
+    ema_decay: float
+    accumulate: int = 1
+
+
+def from_config(config: ConfigDict) -> Training:
+    """Returns the training that a configuration describes."""
+    return Training(
+        objective=OBJECTIVES[config.train.objective],
+        draw_levels=LEVEL_DISTRIBUTIONS[config.train.levels],
+        optimiser=train_state.optimiser(config),
+        ema_decay=config.optim.ema_decay,
+        accumulate=config.train.accumulate,
+    )
+
+
+def train_step(
+    state: TrainState,
+    x: Float[Array, "B *D"],
+    key: Key[Array, ""],
+    method: Method,
+    training: Training,
+    mesh: Mesh,
+) -> tuple[TrainState, Metrics]:
+    """Makes one step of maximum likelihood (Gao et al. 2021, algorithm 1).
+
+    Args:
+      state: state before the step.
+      x: data in [-1, 1].
+      key: key of the run, into which the step and the example are folded.
+      method: network, noise levels and sampler.
+      training: loss, distribution of the levels, and optimiser.
+      mesh: devices that share the batch.
+    """
+    keys = noise.example_keys(jax.random.fold_in(key, state.step), jnp.arange(len(x)))
+    params, normalise_vjp, vectors = jax.vjp(
+        lambda raw: method.energy.normalise(raw, state.vectors),
+        sharding.gather(state.params, mesh),
+        has_aux=True,
+    )
+
+    def gradient(params, examples):
+        keys, x = examples
+        t = training.draw_levels(noise.fold(keys, 0), method.schedule)
+        return training.objective(keys, params, x, t, method)
+
+    def on_device(params, examples):
+        return accumulate(
+            functools.partial(gradient, params), params, examples, training.accumulate
+        )
+
+    grads, statistics = sharding.mean_over_examples(on_device, mesh)(params, (keys, x))
+    (grads,) = normalise_vjp(grads)
+    updates, opt_state = training.optimiser.update(grads, state.opt_state, state.params)
+    new_params = optax.apply_updates(state.params, updates)
+    new_state = TrainState(
+        step=state.step + 1,
+        params=new_params,
+        ema=optax.incremental_update(new_params, state.ema, 1 - training.ema_decay),
+        vectors=vectors,
+        opt_state=opt_state,
+    )
+    return new_state, summarise(statistics, optax.tree.norm(grads), method.schedule.T)
+
+
+def recovery_gradient(
+    keys: Key[Array, "B"],
+    params: Params,
+    x: Float[Array, "B *D"],
+    t: Int[Array, "B"],
+    method: Method,
+) -> tuple[Params, Statistics]:
+    """Returns the gradient of the recovery likelihood's loss (Gao et al. 2021, eq. 8).
+
+    Positive samples are data, negative samples the ends of chains on the model's
+    conditionals.
+
+    Args:
+      keys: one key per example.
+      params: normalised parameters, with respect to which the gradient is taken.
+      x: data in [-1, 1].
+      t: levels in 0..T-1.
+      method: network, noise levels and sampler.
+    """
+    schedule = method.schedule
+    y_pos, x_tilde = recovery.positives(noise.fold(keys, 1), x, t, schedule)
+    y_neg, acceptance = ladder.sample_conditional(
+        noise.fold(keys, 2), method.conditionals(params), x_tilde, t
+    )
+
+    def signed_loss(params, y, sign):
+        f = functools.partial(method.energy.f, params)
+        loss, f_y = recovery.loss(f, y, sign, t, schedule)
+        return jnp.mean(loss), (loss, f_y)
+
+    def gradient(y_and_sign):
+        return jax.grad(signed_loss, has_aux=True)(params, *y_and_sign)
+
+    # One after the other, each with the batch size of the chain, so that the compiler shares
+    # the code of the network.
+    samples = jnp.stack([y_pos, y_neg]), jnp.array([-1.0, 1.0], x.dtype)
+    grads, (loss, (f_pos, f_neg)) = sum_gradients(gradient, params, samples)
+    displacement = recovery.displacement(y_neg, x_tilde)
+    loss = jnp.sum(loss, axis=0)
+    return grads, Statistics(t, loss, f_pos, f_neg, displacement, acceptance)
+
+
+def denoising_gradient(
+    keys: Key[Array, "B"],
+    params: Params,
+    x: Float[Array, "B *D"],
+    t: Int[Array, "B"],
+    method: Method,
+) -> tuple[Params, Statistics]:
+    """Returns the gradient of the normal approximation's loss (section 3.3), with no chain.
+
+    See `recovery.denoising_loss`; the arguments are those of `recovery_gradient`.
+    """
+    schedule = method.schedule
+    y, x_tilde = recovery.expected_positives(noise.fold(keys, 1), x, t, schedule)
+    no_chain = jnp.full_like(x, jnp.nan, shape=t.shape)
+
+    def mean_loss(params):
+        loss = recovery.denoising_loss(method.F(params), y, x_tilde, t, schedule)
+        # XLA computes this f only once: it is part of the loss.
+        return jnp.mean(loss), (loss, method.energy.f(params, x_tilde, t))
+
+    grads, (loss, f_pos) = jax.grad(mean_loss, has_aux=True)(params)
+    return grads, Statistics(t, loss, f_pos, no_chain, no_chain, no_chain)
+
+
+def uniform_levels(keys: Key[Array, "B"], schedule: NoiseSchedule) -> Int[Array, "B"]:
+    """Draws levels uniformly from 0..T-1."""
+    return jax.vmap(lambda key: jax.random.randint(key, (), 0, schedule.T, jnp.int32))(keys)
+
+
+def log_noise_levels(keys: Key[Array, "B"], schedule: NoiseSchedule) -> Int[Array, "B"]:
+    """Draws levels about uniformly in the logarithm of their noise.
+
+    Level t has probability ∝ sigma_{t+1}² / sigma_bar_{t+1}². This is the inverse of the
+    denoising loss's weight, so the mean loss over such draws is, up to a factor, the negative
+    log-likelihood of the conditionals, with equal weights for all levels. Uniform draws would
+    spend 3% of the examples on the lowest thirty of a thousand levels, which determine all
+    details finer than a tenth; this distribution spends half of them there.
+    """
+    log_p = 2 * jnp.log(schedule.sigma[1:] / schedule.sigma_bar[1:])
+    log_p = log_p.astype(jnp.float32)  # draws are float32, whatever the schedule is
+    return jax.vmap(jax.random.categorical, (0, None))(keys, log_p).astype(jnp.int32)
+
+
+# The values of config.train.objective and config.train.levels.
+OBJECTIVES: dict[str, Objective] = {
+    "recovery": recovery_gradient,
+    "denoising": denoising_gradient,
+}
+LEVEL_DISTRIBUTIONS: dict[str, LevelDistribution] = {
+    "uniform": uniform_levels,
+    "log_noise": log_noise_levels,
+}
+
+
+def accumulate(
+    gradient: Callable[[Any], tuple[Params, Statistics]],
+    params: Params,
+    examples: Any,
+    parts: int,
+) -> tuple[Params, Statistics]:
+    """Computes a mean gradient and per-example statistics in parts (gradient accumulation).
+
+    Args:
+      gradient: examples -> (mean gradient, statistics per example).
+      params: parameters, whose shapes the gradient has.
+      examples: tree of arrays with the examples along the first axis.
+      parts: number of parts, processed one after the other: memory is that of one part.
+    """
+    split = jax.tree.map(lambda a: a.reshape(parts, -1, *a.shape[1:]), examples)
+    total, statistics = sum_gradients(gradient, params, split)
+    joined = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), statistics)
+    return jax.tree.map(lambda a: a / parts, total), joined
+
+
+def sum_gradients(
+    gradient: Callable[[Any], tuple[Params, Any]], params: Params, items: Any
+) -> tuple[Params, Any]:
+    """Sums the gradients of items along their first axis, one after the other.
+
+    Args:
+      gradient: item -> (gradient, auxiliary output).
+      params: parameters, whose shapes the gradient has.
+      items: tree of arrays with the items along the first axis.
+
+    Returns:
+      the sum of the gradients, and the auxiliary outputs stacked along a new first axis.
+    """
+
+    def add(total, item):
+        grads, auxiliary = gradient(item)
+        return jax.tree.map(jnp.add, total, grads), auxiliary
+
+    return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), items)
+
+
+def summarise(statistics: Statistics, grad_norm: Float[Array, ""], T: int) -> Metrics:
+    """Returns means over the batch, and over the examples in each group of levels."""
+    groups = diffusion.level_groups(T)
+    group = statistics.t * len(groups) // T
+    in_group = jax.nn.one_hot(group, len(groups), dtype=statistics.loss.dtype)
+    count = jnp.sum(in_group, axis=0)
+
+    def group_mean(values):
+        return jnp.where(count > 0, values @ in_group / count, jnp.nan)
+
+    return Metrics(
+        loss=jnp.mean(statistics.loss),
+        grad_norm=grad_norm,
+        f_pos=group_mean(statistics.f_pos),
+        f_neg=group_mean(statistics.f_neg),
+        displacement=group_mean(statistics.displacement),
+        acceptance=group_mean(statistics.acceptance),
+    )
+
+
+def compile_step(
+    mesh: Mesh, method: Method, training: Training
+) -> Callable[[TrainState, Array, Key[Array, ""]], tuple[TrainState, Metrics]]:
+    """Returns (state, x, key) -> (state, metrics) as one jitted, sharded program.
+
+    The state passed in is donated.
+    """
+    replicated, split = sharding.replicated(mesh), sharding.by_example(mesh)
+    state_sharding = train_state.shardings(method.energy, training.optimiser, mesh)
+    return jax.jit(
+        lambda state, x, key: train_step(state, x, key, method, training, mesh),
+        in_shardings=(state_sharding, split, replicated),
+        out_shardings=(state_sharding, replicated),
+        donate_argnums=0,
+        compiler_options=sharding.compiler_options(mesh),
+    )

@@ -1,0 +1,29 @@
+"""Models that know the truth: their energy is the testbed's log-density, in closed form."""
+
+import jax.numpy as jnp
+
+from drl_jax import diffusion
+from drl_jax.data import mixtures
+from drl_jax.mcmc import langevin
+from drl_jax.method import Method
+from drl_jax.model import Model
+from drl_jax.networks.energy import Energy
+from drl_jax.recovery import Parameterisation
+from drl_jax.runtime import sharding
+from drl_jax.sampling.ladder import Sampler
+
+
+def model(data, T, log_Z=0.0, mesh=None, shape=None):
+    """The exact F of every level, plus log Z; of points, or of images of a shape."""
+    schedule = diffusion.schedule(T)
+    F = mixtures.exact_F(data, schedule)
+    energy = Energy(
+        init=lambda key: ({}, {}),
+        normalise=lambda params, vectors: (params, vectors),
+        f=lambda params, x, t: F(x.reshape(len(x), -1), t) + log_Z,
+        shape=shape or data.means.shape[-1:],
+    )
+    sampler = Sampler(langevin.init, langevin.kernel, {"step_size": jnp.ones(T)}, 1)
+    parameterisation = Parameterisation(jnp.ones(T), 0.0)
+    method = Method(energy, schedule, parameterisation, sampler, "recovery")
+    return Model(method, {}, mesh or sharding.make_mesh())

@@ -1,0 +1,94 @@
+"""The smallest complete run, in this process or in a process of its own."""
+
+import atexit
+import functools
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from unittest import mock
+
+import jax
+from etils import epath
+
+from drl_jax import main as main_lib
+from drl_jax.runtime import cpu_devices
+
+ROOT = Path(__file__).parents[2]
+DIGITS = ROOT / "configs" / "digits.py"
+
+# A test session has its own compilation cache, so that results do not depend on earlier ones.
+_SCRATCH = Path(tempfile.mkdtemp(prefix="drl_jax_tests_"))
+atexit.register(shutil.rmtree, _SCRATCH, ignore_errors=True)
+COMPILED = _SCRATCH / "compiled"
+jax.config.update("jax_compilation_cache_dir", str(COMPILED))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+STEPS = 300
+CONFIG = {
+    "energy.ch": 8,
+    "energy.mult": "(1,)",
+    "mcmc.K": 2,
+    "train.batch_size": 16,
+    "train.num_steps": STEPS,
+    "log.every_steps": 50,
+    "log.sample_every_steps": 150,
+    "checkpoint.every_steps": 20,
+    "checkpoint.keep_every_steps": 100,
+    "evaluation.batch_size": 64,
+    "evaluation.num_samples": 100,
+    "evaluation.num_data": 200,
+}
+
+
+def training(workdir, **changes):
+    """Returns the arguments that train in a work directory.
+
+    `changes` are fields of the configuration, with '__' in place of the dots.
+    """
+    changes = {name.replace("__", "."): value for name, value in changes.items()}
+    fields = (f"--config.{name}={value}" for name, value in (CONFIG | changes).items())
+    return [f"--config={DIGITS}", f"--workdir={workdir}", *fields]
+
+
+def main(*args):
+    """Runs the program in this process and returns its exit status."""
+    with mock.patch.dict(os.environ):
+        return main_lib.main(["drl_jax", *map(str, args)])
+
+
+def start(*args, **kwargs):
+    """Starts the program in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "drl_jax.main", *map(str, args)],
+        cwd=ROOT,
+        env=environment(),
+        **kwargs,
+    )
+
+
+def environment():
+    """Returns environment variables for a process with this one's compilation cache and
+    number of devices.
+    """
+    variables = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(COMPILED)}
+    if not cpu_devices.are_given():
+        variables["JAX_NUM_CPU_DEVICES"] = str(jax.device_count())
+    return variables
+
+
+@functools.cache
+def _trained():
+    workdir = epath.Path(_SCRATCH / "trained")
+    assert main(*training(workdir)) == 0
+    return workdir
+
+
+def trained(copy=None):
+    """Returns the work directory of an uninterrupted run, or a copy that may be changed."""
+    if copy is None:
+        return _trained()
+    shutil.copytree(_trained(), copy, dirs_exist_ok=True)
+    return epath.Path(copy)

@@ -1,0 +1,214 @@
+"""The mixtures against themselves and against brute force, in float64 but for the samples."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.statistical import assert_counts
+from scipy import stats
+
+from drl_jax import diffusion, noise
+from drl_jax.data import mixtures
+
+N = 200_000
+LEVELS = [(6, t) for t in range(6)] + [(1000, t) for t in (0, 1, 30, 300, 998, 999)]
+
+
+def components(D, K=4):
+    """Weights, means and full covariances, all unlike."""
+    rng = np.random.default_rng(D)
+    roots = 0.35 * rng.normal(size=(K, D, D)) + 0.1 * np.eye(D)
+    weights = np.arange(1.0, K + 1)
+    return (
+        weights / weights.sum(),
+        rng.uniform(-1, 1, size=(K, D)),
+        roots @ roots.transpose(0, 2, 1) + 0.04 * np.eye(D),
+    )
+
+
+def brute_log_density(x, weights, means, covariances):
+    """[n] of x [n, D], by scipy."""
+    each = [
+        stats.multivariate_normal(m, C).logpdf(x)
+        for m, C in zip(means, covariances, strict=True)
+    ]
+    return np.log(weights @ np.exp(np.reshape(each, (len(weights), -1))))
+
+
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+def points(n, D, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=(n, D)))
+
+
+def normal_log_density(x, mean, sigma):
+    return np.sum(stats.norm.logpdf(x, mean, sigma), axis=-1)
+
+
+@pytest.mark.parametrize("D", [1, 5])
+def test_the_density_and_its_blurs_are_what_scipy_has(D, x64):
+    """Fails with the axes transposed, and with the variances halved."""
+    weights, means, covariances = components(D)
+    data, x = mixtures.mixture(weights, means, covariances), points(50, D)
+    expected = brute_log_density(x, weights, means, covariances)
+    np.testing.assert_allclose(data.log_density(x), expected, rtol=1e-11)
+    blurred = covariances * 0.7**2 + 0.3**2 * np.eye(D)
+    expected = brute_log_density(x, weights, 0.7 * means, blurred)
+    np.testing.assert_allclose(data.blurred(0.7, 0.3).log_density(x), expected, rtol=1e-11)
+    many = data.blurred(jnp.array([1.0, 0.7]), jnp.array([0.0, 0.3]))
+    found = many.log_density(jnp.stack([x[0], x[1]]))
+    np.testing.assert_allclose(found, [data.log_density(x)[0], expected[1]], rtol=1e-11)
+
+
+@pytest.mark.parametrize("D", [1, 5])
+def test_the_score_is_the_gradient_of_the_log_density(D, x64):
+    """Of one density for all and of one an example; fails with the pull's sign flipped."""
+    data, x = mixtures.mixture(*components(D)), points(50, D)
+    for density in (data, data.given(points(50, D, seed=1), 0.4)):
+        gradient = jax.grad(lambda x, density=density: density.log_density(x).sum())(x)
+        np.testing.assert_allclose(density.score(x), gradient, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("D", [1, 5])
+def test_conditioning_is_bayes_rule(D, x64):
+    """log p(y | x) = log p(y) + log N(x; y, sigma²) - log p(x), one sigma an example.
+
+    Fails with the weights of the components kept as they were, and with sigma not squared.
+    """
+    data, y, x_tilde = mixtures.mixture(*components(D)), points(50, D), points(50, D, seed=1)
+    sigma = jnp.linspace(0.05, 2, 50)
+    joint = data.log_density(y) + normal_log_density(x_tilde, y, sigma[:, None])
+    expected = joint - data.blurred(jnp.ones(50), sigma).log_density(x_tilde)
+    np.testing.assert_allclose(data.given(x_tilde, sigma).log_density(y), expected, rtol=1e-9)
+    nothing = data.given(x_tilde, jnp.inf)
+    np.testing.assert_allclose(nothing.log_density(y), data.log_density(y), rtol=1e-12)
+
+
+@pytest.mark.parametrize("D", [1, 5])
+def test_mean_and_covariance_are_those_of_the_components_together(D, x64):
+    """E x xᵀ - E x E xᵀ; fails without the spread of the means."""
+    weights, means, covariances = components(D)
+    mean, covariance = mixtures.mixture(weights, means, covariances).mean_and_covariance()
+    expected = weights @ means
+    second = np.einsum("k,kij->ij", weights, covariances + means[:, :, None] * means[:, None])
+    np.testing.assert_allclose(mean, expected, rtol=1e-12)
+    np.testing.assert_allclose(covariance, second - np.outer(expected, expected), rtol=1e-10)
+
+
+@pytest.mark.parametrize("D", [1, 5])
+def test_samples_are_drawn_from_the_density(D):
+    """Along each axis and along two directions across, counted in cells of known probability.
+
+    Samples of conditionals too, each its own: u = Phi of its distribution function is uniform.
+    Fails with standard deviations 2% too large, the axes transposed, the weights left out, and
+    a conditional's component taken from the first example.
+    """
+    weights, means, covariances = components(D)
+    data = mixtures.mixture(weights, means, covariances)
+    keys = noise.example_keys(jax.random.key(D), jnp.arange(N))
+    x = np.asarray(jax.jit(data.sample)(keys), np.float64)
+    across = np.random.default_rng(1).normal(size=(2, D))
+    for u in (directions := [*np.eye(D), *across]):
+        widths = np.sqrt(np.einsum("i,kij,j->k", u, covariances, u))
+        assert_uniform(mixture_cdf(x @ u, weights, means @ u, widths), of=len(directions) + 1)
+    x_tilde = jnp.asarray(x + 0.5, jnp.float32)
+    given = data.given(x_tilde, 0.4)
+    y = np.asarray(jax.jit(given.sample)(noise.fold(keys, 2)), np.float64)
+    widths = np.sqrt(np.einsum("bkj,kj->bk", given.variances, np.square(given.axes[:, 0])))
+    u = mixture_cdf(y[:, 0], np.exp(given.log_weights), np.asarray(given.means[..., 0]), widths)
+    assert_uniform(u, of=len(directions) + 1)
+
+
+def mixture_cdf(x, weights, means, widths):
+    return np.sum(weights * stats.norm.cdf(x[:, None], means, widths), axis=1)
+
+
+def assert_uniform(u, of):
+    counts, _ = np.histogram(u, bins=25, range=(0, 1))
+    assert_counts(counts, np.full(25, 1 / 25), of)
+
+
+@pytest.mark.parametrize(("T", "t"), LEVELS)
+def test_levels_are_what_quadrature_makes_of_the_data(T, t, x64):
+    """Marginals of x_t and y_t, and the conditional, by sums over a grid of the data.
+
+    Fails with t + 1 for t in a marginal, y unscaled (below the top) or scaled (at it), the
+    sigma of level t in the conditional, and the quadratic term kept at the top.
+    """
+    schedule = diffusion.schedule(T)
+    betas = np.append(np.linspace(1e-4, 0.02, 1000), 1.0)
+    ends = [0, 100, 200, 300, 400, 500, 999] if T == 6 else np.arange(1001)
+    keep = np.cumprod(1 - betas)[ends]  # a_bar²
+    a = np.sqrt(keep[t + 1] / keep[t]) if t < T - 1 else 1.0
+    weights, means, covariances = components(1)
+    data = mixtures.mixture(weights, means, covariances)
+    nodes = np.linspace(-5, 5, 4001)
+    masses = np.exp(brute_log_density(nodes, weights, means, covariances)) * 10 / 4000
+
+    def blurred(v, scale, variance):
+        """The density at v of scale x + sqrt(variance) eps, x of the data."""
+        squares = (v[:, None] - scale * nodes) ** 2
+        return np.exp(-squares / (2 * variance)) @ masses / np.sqrt(2 * np.pi * variance)
+
+    v = np.linspace(-6, 6, 301)
+    column = jnp.asarray(v)[:, None]
+    found = mixtures.marginal(data, t, schedule).log_density(column)
+    x_t = blurred(v, np.sqrt(keep[t]), 1 - keep[t])
+    np.testing.assert_allclose(np.exp(found), x_t, rtol=1e-8, atol=1e-12)
+    y_t = blurred(v, a * np.sqrt(keep[t]), a**2 * (1 - keep[t]))
+    np.testing.assert_allclose(
+        np.exp(mixtures.exact_F(data, schedule)(column, jnp.full(301, t))),
+        y_t,
+        rtol=1e-8,
+        atol=1e-12,
+    )
+    sigma = np.sqrt(1 - keep[t + 1] / keep[t])
+    near = v if t == T - 1 else 0.3 + sigma * v
+    y = blurred(near, a * np.sqrt(keep[t]), a**2 * (1 - keep[t]))
+    if t < T - 1:
+        y = y * stats.norm.pdf(0.3, near, sigma)
+    y = y / np.trapezoid(y, near)
+    found = mixtures.conditional(data, jnp.full((301, 1), 0.3), t, schedule)
+    log_p = found.log_density(jnp.asarray(near)[:, None])
+    np.testing.assert_allclose(np.exp(log_p), y, rtol=1e-6, atol=1e-9)
+
+
+def test_conditionals_of_many_levels_at_once_are_those_of_each():
+    """Compiled too. Fails with the sigma of the first example for all."""
+    schedule, data = diffusion.schedule(6), mixtures.PLANE["moons"]()
+    x_tilde, y = jax.random.normal(jax.random.key(0), (2, 6, 2))
+
+    @jax.jit
+    def together(t):
+        return mixtures.conditional(data, x_tilde, t, schedule).log_density(y)
+
+    for t in range(6):
+        alone = mixtures.conditional(data, x_tilde, t, schedule).log_density(y)
+        np.testing.assert_allclose(together(jnp.arange(6))[t], alone[t], rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", mixtures.PLANE)
+def test_every_shape_integrates_to_one_and_its_samples_lie_where_its_density_is(name):
+    """Chi-square on a grid of 30 x 30 cells over [-2.4, 2.4]², each summed at 10 x 10 points.
+
+    Fails with the widths of what is drawn 5% too large; of the ellipse, the blobs and the
+    rings, 2%.
+    """
+    data = mixtures.PLANE[name]()
+    cells, fine, edge = 30, 10, 2.4
+    ticks = (np.arange(cells * fine) + 0.5) / (cells * fine) * 2 * edge - edge
+    grid = jnp.asarray(np.stack(np.meshgrid(ticks, ticks, indexing="ij"), axis=-1))
+    rows = jax.lax.map(jax.jit(data.log_density), jnp.float32(grid))
+    masses = np.exp(np.float64(rows)) * (2 * edge / (cells * fine)) ** 2
+    assert abs(masses.sum() - 1) < 1e-4
+    probabilities = masses.reshape(cells, fine, cells, fine).sum(axis=(1, 3)).ravel()
+    keys = noise.example_keys(jax.random.key(0), jnp.arange(N))
+    x = np.asarray(jax.jit(data.sample)(keys))
+    assert np.all(np.abs(x) < edge)
+    side = np.linspace(-edge, edge, cells + 1)
+    counts, _, _ = np.histogram2d(*x.T, bins=[side, side])
+    assert_counts(counts.ravel(), probabilities / probabilities.sum())

@@ -1,0 +1,376 @@
+import ast
+import json
+import re
+import shlex
+
+import numpy as np
+import pytest
+from helpers import examples, tiny
+from helpers.examples import make_config, one_line, run_python, save
+from PIL import Image
+
+from drl_jax.data import mixtures, sources
+from drl_jax.errors import UserError
+
+
+def read_all(config):
+    """Returns all examples of the source that a config selects."""
+    source = sources.open_source(config)
+    return source.read(range(len(source)))
+
+
+def test_importing_the_data_package_imports_no_library_of_a_single_source():
+    _, output, _ = run_python(
+        "import sys, drl_jax.data.pipeline, drl_jax.data.sources; "
+        "print(*{'tensorflow', 'tensorflow_datasets', 'sklearn'} & sys.modules.keys())"
+    )
+    assert output.strip() == ""
+
+
+# Digits
+
+
+def test_digits_are_those_of_scikit_learn():
+    from sklearn.datasets import load_digits
+
+    source = sources.open_source(make_config())
+    images = np.stack(source.read(range(len(source))))
+    np.testing.assert_array_equal(images, load_digits().images[..., np.newaxis])
+    assert (images.min(), images.max()) == (0, source.white)
+
+
+def test_digits_have_one_channel():
+    with pytest.raises(UserError) as error:
+        sources.open_source(make_config(channels=3))
+    assert "--config.data.channels=1" in one_line(error)
+
+
+# Points
+
+
+@pytest.mark.parametrize("name", mixtures.PLANE)
+def test_points_are_the_same_draws_from_the_named_shape_every_time(name):
+    source = sources.Points(name)
+    assert len(source) == sources.NUM_POINTS
+    assert source.white is None
+    points = np.stack(list(source))
+    assert (points.shape, points.dtype) == ((sources.NUM_POINTS, 2), np.float32)
+    mean, covariance = mixtures.PLANE[name]().mean_and_covariance()
+    np.testing.assert_allclose(points.mean(axis=0), mean, atol=0.015)
+    np.testing.assert_allclose(np.cov(points.T), covariance, atol=0.015)
+    np.testing.assert_array_equal(source[7], sources.Points(name)[7])
+
+
+@pytest.mark.parametrize(
+    ("name", "network", "words"),
+    [
+        ("digits", "mlp", ["'digits'", "'mlp'", "'ellipse'", "'resnet'"]),
+        ("moon", "mlp", ["'moon'", "'mlp'", "'moons'", "'resnet'"]),
+        ("ellipse", "resnet", ["'ellipse'", "'resnet'", "configs/toy2d.py"]),
+    ],
+)
+def test_images_need_a_network_for_images_and_points_one_for_points(name, network, words):
+    config = make_config(name)
+    config.energy.network = network
+    with pytest.raises(UserError) as error:
+        sources.open_source(config)
+    text = one_line(error)
+    for word in words:
+        assert word in text
+
+
+# Dequantisation
+
+
+def test_dequantisation_must_be_as_wide_as_the_distance_of_pixel_values():
+    sources.open_source(make_config(dequantise=0.125))
+    with pytest.raises(UserError) as error:
+        sources.open_source(make_config(dequantise=0.1))
+    assert "config.data.dequantise is 0.1" in one_line(error)
+    assert "set it to 0.125" in one_line(error)
+
+
+# Folders
+
+
+def test_a_folder_yields_its_png_and_jpeg_files_at_any_depth_sorted_by_path(tmp_path):
+    for name, value in (("b/1.PNG", 40), ("b/c/0.jpeg", 80), ("a.png", 0), ("z.JPG", 160)):
+        save(tmp_path / name, np.full((8, 8, 3), value, np.uint8))
+    (tmp_path / "b/notes.txt").write_text("no image")
+    (tmp_path / "png").mkdir()
+    images = read_all(make_config(f"folder:{tmp_path}", channels=3))
+    np.testing.assert_allclose([image.mean() for image in images], [0, 40, 80, 160], atol=1)
+
+
+def test_a_folders_identity_changes_with_the_names_of_its_images(tmp_path):
+    save(tmp_path / "a.png", np.zeros((8, 8, 3), np.uint8))
+    config = make_config(f"folder:{tmp_path}", channels=3)
+    source = sources.open_source(config)
+    assert source.folder == tmp_path
+    assert sources.open_source(config).identity == source.identity
+    save(tmp_path / "b.png", np.zeros((8, 8, 3), np.uint8))
+    assert sources.open_source(config).identity != source.identity
+
+
+def test_a_folders_images_are_converted_to_grey_or_rgb(tmp_path):
+    grey = np.arange(64, dtype=np.uint8).reshape(8, 8)
+    rgb = np.stack([grey, 2 * grey, 3 * grey], -1)
+    save(tmp_path / "0.png", grey)
+    save(tmp_path / "1.png", rgb)
+    save(tmp_path / "2.png", np.concatenate([rgb, grey[..., np.newaxis]], -1))
+    Image.fromarray(grey).convert("P").save(tmp_path / "3.png")
+    luma = np.rint(rgb @ [0.299, 0.587, 0.114])
+
+    in_rgb = np.stack(read_all(make_config(f"folder:{tmp_path}", channels=3)))
+    greys = np.stack([grey] * 3, -1)
+    np.testing.assert_array_equal(in_rgb, np.stack([greys, rgb, rgb, greys]))
+    in_grey = np.stack(read_all(make_config(f"folder:{tmp_path}", channels=1)))
+    expected = np.stack([grey, luma, luma, grey])[..., np.newaxis]
+    np.testing.assert_allclose(in_grey, expected, atol=1.01)  # one grey level
+
+
+def test_a_folder_without_images_or_path_or_existence_is_rejected(tmp_path):
+    for path, words in (
+        (f"{tmp_path}", "contains no .png"),
+        (f"{tmp_path}/absent", "not a folder"),
+        ("", "without a path"),
+    ):
+        with pytest.raises(UserError) as error:
+            sources.open_source(make_config(f"folder:{path}", channels=3))
+        assert f"config.data.name is 'folder:{path}'" in one_line(error)
+        assert words in one_line(error)
+
+
+def test_a_folders_images_have_one_or_three_channels(tmp_path):
+    with pytest.raises(UserError) as error:
+        sources.open_source(make_config(f"folder:{tmp_path}", channels=2))
+    assert "config.data.channels is 2" in one_line(error)
+    assert "--config.data.channels to 1 or 3" in one_line(error)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (examples.save_damaged, "truncated"),
+        (examples.save_text, "not an image"),
+        (examples.save_16_bit, "more than 8 bits"),
+        (examples.save_dangling_link, "No such file"),
+    ],
+)
+def test_an_unreadable_first_image_is_named_when_the_source_is_opened(tmp_path, spoil, reason):
+    spoil(tmp_path / "0.png")
+    with pytest.raises(UserError) as error:
+        sources.open_source(make_config(f"folder:{tmp_path}", channels=3))
+    assert str(tmp_path / "0.png") in one_line(error)
+    assert reason in one_line(error)
+
+
+# TFDS
+
+
+def write_tfds(
+    dataset, data_dir, features, examples, file_format="array_record", version="1.0.0"
+):
+    """Prepares a data set with TFDS's writer, without registering its code with TFDS."""
+    import tensorflow_datasets as tfds
+
+    class Written(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+        name = dataset
+        VERSION = tfds.core.Version(version)
+
+        def _info(self):
+            return tfds.core.DatasetInfo(
+                builder=self,
+                features=tfds.features.FeaturesDict(features),
+                disable_shuffling=True,
+            )
+
+        def _split_generators(self, dl_manager):
+            del dl_manager
+            return {"train": enumerate(examples), "test": enumerate(examples[:2])}
+
+        def _generate_examples(self):
+            raise NotImplementedError
+
+    tfds.disable_progress_bar()
+    Written(data_dir=data_dir).download_and_prepare(file_format=file_format)
+
+
+@pytest.fixture(scope="module")
+def stripes():
+    """Seven RGB images of 10x12, and their files, one of which is grey."""
+    pixels = np.random.default_rng(0).integers(0, 256, (7, 10, 12, 3), dtype=np.uint8)
+    pixels[3] = pixels[3, :, :, :1]
+    files = [
+        examples.encoded(image if i != 3 else image[..., 0]) for i, image in enumerate(pixels)
+    ]
+    return pixels, files
+
+
+@pytest.fixture(scope="module")
+def tfds_dir(tmp_path_factory, stripes):
+    import tensorflow_datasets as tfds
+
+    _, files = stripes
+    folder = tmp_path_factory.mktemp("tfds")
+    image = tfds.features.Image(shape=(None, None, 3))
+    label = tfds.features.ClassLabel(num_classes=7)
+    labelled = [{"image": file, "label": i} for i, file in enumerate(files)]
+    write_tfds("stripes", folder, {"image": image, "label": label}, labelled)
+    write_tfds("labels", folder, {"label": label}, [{"label": i} for i in range(3)])
+    three = [{"image": files[0]}] * 3
+    write_tfds("records", folder, {"image": image}, three, file_format="tfrecord")
+    # TFDS has code for 'mnist', unlike the others.
+    digit = {"image": examples.encoded(np.full((28, 28), 51, np.uint8)), "label": 5}
+    features = {
+        "image": tfds.features.Image(shape=(28, 28, 1)),
+        "label": tfds.features.ClassLabel(num_classes=10),
+    }
+    version = tfds.builder_cls("mnist").VERSION
+    write_tfds("mnist", folder, features, [digit] * 3, version=version)
+    return folder
+
+
+def tfds_config(tfds_dir, name="stripes", channels=3, **fields):
+    return make_config(name, channels=channels, data_dir=str(tfds_dir), **fields)
+
+
+def test_a_tfds_data_set_without_code_is_read_as_it_was_written(tfds_dir, stripes):
+    pixels, _ = stripes
+    source = sources.open_source(tfds_config(tfds_dir))
+    assert len(source) == len(pixels)
+    for i, expected in enumerate(pixels):
+        np.testing.assert_array_equal(source[i], expected)
+    np.testing.assert_array_equal(source.read([5, 2, 3]), pixels[[5, 2, 3]])
+
+
+@pytest.mark.parametrize(("split", "count"), [("test", 2), ("train[:3]", 3), ("train+test", 9)])
+def test_any_split_that_tfds_understands_can_be_selected(tfds_dir, split, count):
+    assert len(read_all(tfds_config(tfds_dir, split=split))) == count
+
+
+def test_a_tfds_data_set_is_identified_by_its_version_and_split(tfds_dir):
+    source = sources.open_source(tfds_config(tfds_dir, split="test"))
+    assert source.identity == "stripes/1.0.0[test]"
+    assert source.folder == tfds_dir / "stripes" / "1.0.0"
+    # The evaluation writes statistics beside the version folder; they are not a version.
+    (tfds_dir / "stripes" / "1.0.0.inception-0123.npz").write_bytes(b"")
+    assert sources.open_source(tfds_config(tfds_dir)).identity == "stripes/1.0.0[train]"
+
+
+def test_a_tfds_data_set_with_code_is_read(tfds_dir):
+    images = read_all(tfds_config(tfds_dir, "mnist", channels=1))
+    np.testing.assert_array_equal(images, np.full((3, 28, 28, 1), 51))
+
+
+@pytest.mark.parametrize("name", ["stripes", "mnist"])
+def test_tfds_data_are_read_without_tensorflow(tfds_dir, name):
+    status, output, _ = run_python(
+        """
+import sys
+from drl_jax import config
+from drl_jax.data import pipeline, sources
+c = config.default()
+c.data.name, c.data.data_dir, c.data.channels = sys.argv[1], sys.argv[2], int(sys.argv[3])
+c.train.batch_size = 4
+source = sources.open_source(c)
+print(next(pipeline.training_batches(c, source))["image"].shape)
+print(next(pipeline.all_examples(c, source)).shape)
+print("tensorflow", "tensorflow" in sys.modules)
+""",
+        name,
+        tfds_dir,
+        {"stripes": 3, "mnist": 1}[name],
+    )
+    assert status == 0, output
+    assert "(4, 32, 32, " in output
+    assert "tensorflow False" in output
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"name": "cifar11"}, ["'cifar11'", "did you mean", "'cifar10'"]),
+        ({"name": "CIFAR10"}, ["'CIFAR10'", "did you mean", "'cifar10'"]),
+        ({"name": "/home/me/images"}, ["'/home/me/images'", "'folder:/path'"]),
+        ({"name": "moon"}, ["'moon'", "'moons'", "'digits'"]),
+        ({"name": ""}, ["''", "'digits'"]),
+        ({"name": "stripes:9.9.9"}, ["'stripes:9.9.9'"]),
+        ({"name": "mnist/no_such_config"}, ["'mnist/no_such_config'"]),
+        ({"name": "fashion_mnist"}, ["'fashion_mnist' is not prepared in", "python -c"]),
+        ({"name": "records"}, ["as tfrecord", "python -c", "data_dir"]),
+        ({"name": "labels"}, ["no 8-bit image", "'image'", "label: ClassLabel"]),
+        ({"split": "valid"}, ["'valid'", "its splits are train, test"]),
+        ({"split": "train[:0]"}, ["'train[:0]'", "its splits are train, test"]),
+        ({"split": "train[:"}, ["'train[:'", "its splits are train, test"]),
+        ({"channels": 1}, ["3 channels", "is 1;", "--config.data.channels=3"]),
+        ({"name": "mnist"}, ["1 channel,", "is 3;", "--config.data.channels=1"]),
+    ],
+)
+def test_a_problem_with_tfds_data_is_one_line_that_says_what_to_do(tfds_dir, fields, words):
+    with pytest.raises(UserError) as error:
+        sources.open_source(tfds_config(tfds_dir, **fields))
+    text = one_line(error)
+    for word in words:
+        assert word in text
+    if command := re.search(r"python -c .*\"", text):  # can be pasted into a shell
+        _, _, program = shlex.split(command[0])
+        assert "download_and_prepare(file_format='array_record')" in program
+        ast.parse(program)
+
+
+def test_an_unreadable_tfds_image_is_named(tmp_path, stripes):
+    import tensorflow_datasets as tfds
+
+    _, files = stripes
+    written = [{"image": files[0]}, {"image": files[1][:200]}]
+    write_tfds("spoilt", tmp_path, {"image": tfds.features.Image()}, written)
+    source = sources.open_source(tfds_config(tmp_path, "spoilt"))
+    for read in (lambda: source[1], lambda: source.read([0, 1])):
+        with pytest.raises(UserError) as error:
+            read()
+        assert "image 1 of TFDS data set 'spoilt', split 'train'" in one_line(error)
+
+
+def test_an_unreadable_tfds_record_among_several_is_named(tfds_dir, monkeypatch):
+    """TFDS does not say which record it could not read when it reads several."""
+    source = sources.open_source(tfds_config(tfds_dir))
+
+    def get(self, index):
+        if index == 2:
+            raise ValueError("Failed to read block")
+        return {"image": examples.encoded(np.zeros((10, 12, 3), np.uint8))}
+
+    def get_several(self, indices):
+        raise ValueError("Failed to read")
+
+    monkeypatch.setattr(type(source._examples), "__getitem__", get)
+    monkeypatch.setattr(type(source._examples), "__getitems__", get_several)
+    with pytest.raises(UserError) as error:
+        source.read([5, 2])
+    assert "image 2 of TFDS data set 'stripes', split 'train'" in one_line(error)
+    assert len(source.read([5, 4])) == 2
+
+
+@pytest.mark.parametrize("kind", ["tfds", "folder"])
+def test_images_of_each_source_can_be_trained_on_with_the_program(
+    tfds_dir, stripes, tmp_path, kind
+):
+    pixels, files = stripes
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i, file in enumerate(files):
+        (folder / f"{i}.png").write_bytes(file)
+    changes = {"data__name": "stripes", "data__data_dir": tfds_dir}
+    if kind == "folder":
+        changes = {"data__name": f"folder:{folder}"}
+    workdir = tmp_path / "run"
+    arguments = tiny.training(
+        workdir, **changes, data__channels=3, data__flip=True, train__num_steps=3
+    )
+    assert tiny.main(*arguments) == 0
+    metrics = json.loads((workdir / "metrics.json").read_text())
+    assert (metrics["step"], metrics["num_data"]) == (3, len(pixels))
+    assert metrics["pixel_frechet_of_data_halves"] > 0
+    sheet = np.asarray(Image.open(workdir / "samples.png"))
+    assert sheet.shape == (10 * 72 + 8, 10 * 72 + 8, 3)
