@@ -1,9 +1,14 @@
-"""CelebA, 64x64, T6 (reported: FID 5.98).
+"""CelebA, 64x64, six noise levels (T6).
 
-The centre square crop of its 218x178 images drops 20 rows at top and bottom, as the paper does.
-Hardware: a TPU v3-8 or better, or 8 GPUs; not yet measured. `num_steps` is ours.
+Reproduces: Gao et al. (2021), FID 5.98.
+Hardware:   a TPU v3-8 or 8 GPUs, or better; not yet run.
+Time:       not yet measured.
+Command:
 
     python -m drl_jax.main --config=configs/celeba64.py --workdir=DIR
+
+The centre crop of the 218x178 images drops 20 rows at the top and 20 at the bottom, as in the
+paper. The paper does not state the number of steps.
 """
 
 from drl_jax import config as config_lib

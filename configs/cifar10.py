@@ -1,9 +1,13 @@
-"""CIFAR-10, 32x32, T6: the paper's main table (reported: FID 9.58, IS 8.30).
+"""CIFAR-10, 32x32, six noise levels (T6).
 
-Hardware: the authors took 40+ hours on 8 TPU v3 cores; this program on an accelerator is not
-yet measured. The paper gives no number of steps; `num_steps` is about what fits those hours.
+Reproduces: Gao et al. (2021), FID 9.58 and inception score 8.30.
+Hardware:   8 TPU v3 cores in the paper; not yet run with this program.
+Time:       more than 40 hours in the paper; not yet measured with this program.
+Command:
 
     python -m drl_jax.main --config=configs/cifar10.py --workdir=DIR
+
+The paper does not state the number of steps; `num_steps` is about what fits its time.
 """
 
 from drl_jax import config as config_lib

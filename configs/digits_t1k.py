@@ -1,10 +1,16 @@
-"""Handwritten digits, 8x8 grey, with 1000 noise levels (the paper's T1k), in minutes.
+"""Handwritten digits, 8x8 grey, 1000 noise levels (T1k).
 
-Trained without a chain, by the denoising loss, to a pixel Fréchet distance of about 1.15.
-`--config.train.objective=recovery` draws negatives from the normal approximation instead,
-whose noise in f(y+) - f(y-) hides more: 6.8 after as many steps.
+Reproduces: the paper's T1k at a small scale; pixel Fréchet distance 1.142 between samples and
+            data.
+Hardware:   2 cores of an AMD EPYC server.
+Time:       3 min 14 s (26 November 2026).
+Command:
 
-python -m drl_jax.main --config=configs/digits_t1k.py --workdir=DIR
+    python -m drl_jax.main --config=configs/digits_t1k.py --workdir=DIR
+
+Training minimises the denoising loss, which needs no chain. `--config.train.objective=recovery`
+draws negative samples from the normal approximation instead; f(y+) - f(y-) is then noisier, and
+the distance after the same number of steps is 6.8 (24 November 2026).
 """
 
 from drl_jax import config as config_lib

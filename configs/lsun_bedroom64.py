@@ -1,9 +1,14 @@
-"""LSUN bedrooms, 64x64, T6 (the paper shows samples, no score).
+"""LSUN bedrooms, 64x64, six noise levels (T6).
 
-Centre square crop, antialiased resize. Hardware: a TPU v3-8 or better, or 8 GPUs; not yet
-measured. `num_steps` is ours.
+Reproduces: samples in Gao et al. (2021), which reports no score.
+Hardware:   a TPU v3-8 or 8 GPUs, or better; not yet run.
+Time:       not yet measured.
+Command:
 
     python -m drl_jax.main --config=configs/lsun_bedroom64.py --workdir=DIR
+
+Images are cropped to their centre square and resized with antialiasing, as in the paper. The
+paper does not state the number of steps.
 """
 
 from drl_jax import config as config_lib

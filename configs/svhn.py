@@ -1,9 +1,14 @@
-"""SVHN (cropped street-view digits), 32x32, T6: not in the paper's tables.
+"""SVHN (cropped photos of house numbers), 32x32, six noise levels (T6).
 
-The settings are CIFAR-10's, without its horizontal flips: a mirrored digit is no digit.
-Hardware: as for CIFAR-10; not yet measured. `num_steps` is ours.
+Reproduces: nothing; the paper has no figure for SVHN.
+Hardware:   a TPU v3-8 or 8 GPUs, or better; not yet run.
+Time:       not yet measured.
+Command:
 
     python -m drl_jax.main --config=configs/svhn.py --workdir=DIR
+
+The settings are those of CIFAR-10 without horizontal flips, since a mirrored digit is not a
+digit.
 """
 
 from drl_jax import config as config_lib

@@ -32,7 +32,9 @@ def default() -> ConfigDict:
                 "channels": 3,  # per pixel; for points, the number of coordinates
                 "crop": "centre",  # 'centre': to a square before resizing; 'none': no crop
                 "flip": True,  # random horizontal flips
-                "dequantise": 0.0,  # width of uniform noise added, in steps of pixel values
+                # Width of the uniform noise added to pixels in [-1, 1]: 0, or the distance of two
+                # values (2/255 for 8 bits).
+                "dequantise": 0.0,
             },
             "diffusion": {
                 "T": 6,  # number of energies; noise levels are 0..T

@@ -22,7 +22,7 @@ BETAS = np.append(np.linspace(1e-4, 0.02, 1000), 1.0)
 
 @flax.struct.dataclass
 class NoiseSchedule:
-    """The noise levels 0..T.
+    """The noise levels 0..T; all arrays have the shape [T + 1].
 
     Attributes:
       a: factor on the signal from level t - 1 to level t; at level 0, from the data.
@@ -31,17 +31,17 @@ class NoiseSchedule:
       sigma_bar: standard deviation of all noise in level t, sqrt(1 - a_bar²).
     """
 
-    a: Float[Array, "T+1"]
-    sigma: Float[Array, "T+1"]
-    a_bar: Float[Array, "T+1"]
-    sigma_bar: Float[Array, "T+1"]
+    a: Float[Array, "levels"]
+    sigma: Float[Array, "levels"]
+    a_bar: Float[Array, "levels"]
+    sigma_bar: Float[Array, "levels"]
 
     @property
     def T(self) -> int:
         """Number of energies; the noise levels are 0..T."""
         return self.a.shape[0] - 1
 
-    def is_marginal(self, t: Int[Array, "B"]) -> Float[Array, "B"]:
+    def is_marginal(self, t: Int[Array, "*B"]) -> Float[Array, "*B"]:
         """Returns 1 where t = T - 1, whose energy is learned as a marginal, and 0 below.
 
         Level T is white noise and so says nothing about x_{T-1}: the conditional is the
@@ -49,7 +49,7 @@ class NoiseSchedule:
         """
         return (t == self.T - 1).astype(self.a.dtype)
 
-    def a_y(self, t: Int[Array, "B"]) -> Float[Array, "B"]:
+    def a_y(self, t: Int[Array, "*B"]) -> Float[Array, "*B"]:
         """Returns the factor a in y_t = a x_t: a_{t+1}, and 1 at t = T - 1."""
         return jnp.where(t == self.T - 1, 1.0, self.a[t + 1])
 

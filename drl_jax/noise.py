@@ -34,6 +34,6 @@ def uniform(keys: Key[Array, "B"]) -> Float[Array, "B"]:
     return jax.vmap(lambda key: jax.random.uniform(key, (), jnp.float32))(keys)
 
 
-def per_example(values: Shaped[Array, "B"], x: Float[Array, "B *D"]) -> Shaped[Array, "B *D"]:
+def per_example(values: Shaped[Array, "B"], x: Float[Array, "B *D"]) -> Shaped[Array, "B ..."]:
     """Returns values [B] reshaped to [B, 1, ..., 1], to broadcast against x [B, ...]."""
     return jnp.reshape(values, values.shape + (1,) * (x.ndim - 1))

@@ -1,20 +1,20 @@
 # Sourced by the launch scripts.
 # shellcheck shell=bash
-exec 3>&1 # where a dry run prints, whoever reads stdout
+exec 3>&1 # for dry runs, also where a command's stdout is captured
 
-# Says what is wrong, in one line, and ends the script.
+# Prints an error message and exits with status 1.
 die() {
   echo "error: $*" >&2
   exit 1
 }
 
-# Prints the comment that a script opens with, and ends it.
+# Prints the comment at the top of a script, and exits.
 usage() {
   awk 'NR > 1 && !/^#/ { exit } NR > 1 { sub(/^# ?/, ""); print }' "$1"
   exit 0
 }
 
-# Runs a command, or with dry_run set only prints it, as a shell would read it.
+# Runs a command; if dry_run is set, only prints it, quoted for the shell.
 run() {
   if [ -z "${dry_run:-}" ]; then
     "$@"

@@ -1,8 +1,22 @@
 #!/usr/bin/env bash
-# Lint, types and every test. Options are passed to pytest.
+# Runs the linters, the type checker and the tests.
+#
+#   bash launch/test.sh [--fast] [PYTEST_OPTION...]
+#
+# --fast skips the tests that are marked slow or infrastructure (stand-ins for gcloud, Slurm and
+# buckets). All other options are passed to pytest.
 set -euo pipefail
+. "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+options=(--numprocesses=2 --dist=loadfile)
+for option in "$@"; do
+  case $option in
+    -h | --help) usage "${BASH_SOURCE[0]}" ;;
+    --fast) options+=(-m 'not slow and not infrastructure') ;;
+    *) options+=("$option") ;;
+  esac
+done
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
 .venv/bin/mypy
-.venv/bin/python -m pytest --numprocesses=2 --dist=loadfile "$@"
+.venv/bin/python -m pytest "${options[@]}"

@@ -1,29 +1,33 @@
 #!/usr/bin/env bash
-# What launch/tpu_pod.sh has done on each host of a TPU: install, start FLAGS...,
-# follow, status.
+# launch/tpu_pod.sh runs this script on each host of a TPU.
 #
-# The program outlives the connection that started it. job.log has what it says, job.pid and
-# job.status who it is and how it ended.
+#   tpu_host.sh install         # install the project for TPUs
+#   tpu_host.sh start FLAGS...  # start drl_jax.main, after stopping the one that runs
+#   tpu_host.sh follow          # print its log until it ends
+#   tpu_host.sh status          # print its exit status, or "running"
+#
+# The program keeps running when the connection that started it closes. Its output goes to
+# job.log, its process ID to job.pid and its exit status to job.status.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 case ${1:-} in
   install)
-    # The hosts come with Python 3.10, older than the project's.
+    # The hosts have Python 3.10, which is too old for the project.
     python3 -m pip install --quiet --user uv
     [ -x .venv/bin/python ] || python3 -m uv venv --quiet --python=3.12 .venv
     python3 -m uv pip install --quiet --python=.venv/bin/python --editable '.[tpu]'
     ;;
   start)
     shift
-    # The TPU is for one program at a time. One that is told to end saves first.
+    # Only one program at a time can use the TPU. At SIGTERM it saves a checkpoint first.
     if [ -f job.pid ] && kill -TERM -- "-$(cat job.pid)" 2>/dev/null; then
       tail --follow --pid="$(cat job.pid)" /dev/null
     fi
     rm -f job.status
     : >job.log
-    # shellcheck disable=SC2016  # expanded in there
+    # shellcheck disable=SC2016  # expanded by the inner shell
     setsid bash -c '
-      trap : TERM # only the program ends by it, and its status is kept
+      trap : TERM # ends the program, but not this shell, which writes its status
       .venv/bin/python -m drl_jax.main --distributed "$@" >>job.log 2>&1
       echo "$?" >job.status
     ' job "$@" </dev/null >/dev/null 2>&1 &
@@ -36,11 +40,11 @@ case ${1:-} in
     elif kill -0 "$(cat job.pid)" 2>/dev/null; then
       echo running
     else
-      echo 137 # killed, with all that ran here
+      echo 137 # killed without a status, as when the host restarts
     fi
     ;;
   *)
-    echo "error: give install, start FLAGS..., follow or status" >&2
+    echo "error: unknown command '${1:-}': give install, start FLAGS..., follow or status" >&2
     exit 1
     ;;
 esac

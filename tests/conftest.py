@@ -1,4 +1,9 @@
-"""Fixtures that several test modules share."""
+"""Run-time checks of all annotations, and fixtures that several test modules share."""
 
-from helpers.torch_files import torch  # noqa: F401
-from helpers.toy import trained_toy  # noqa: F401
+import helpers.typechecking
+
+# Must come before the first import of the package.
+helpers.typechecking.install()
+
+from helpers.torch_files import torch  # noqa: E402, F401
+from helpers.toy import trained_toy  # noqa: E402, F401

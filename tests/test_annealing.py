@@ -37,7 +37,7 @@ def test_every_level_is_a_density_of_x(T):
 @pytest.mark.parametrize("T", [1, 2, 6, 501, 1000])
 def test_rungs_lead_from_white_noise_to_data_equally_far_apart(T):
     schedule = diffusion.schedule(T)
-    level, beta = map(np.asarray, annealing.ladder(schedule, 200))
+    level, beta = map(np.asarray, annealing.annealing_path(schedule, 200))
     assert (level[0], beta[0], level[-1], beta[-1]) == (T, 0, 0, 0)
     assert set(level) == set(range(T + 1))
     assert np.all(np.diff(level - beta) < 0)
@@ -58,7 +58,9 @@ def test_a_rung_is_a_geometric_mean_of_two_levels():
         return annealing.level_log_density(F, x, jnp.full(5, t), schedule)
 
     for t, beta in ((6, 0.0), (6, 0.3), (3, 0.9), (1, 0.5), (0, 0.0)):
-        found = annealing.rung_log_density(F, x, jnp.int32(t), jnp.float32(beta), schedule)
+        found = annealing.intermediate_log_density(
+            F, x, jnp.int32(t), jnp.float32(beta), schedule
+        )
         expected = (1 - beta) * level(t) + beta * level(max(t - 1, 0))
         np.testing.assert_allclose(found, expected, rtol=1e-5)
 

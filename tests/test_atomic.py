@@ -66,7 +66,7 @@ def test_json_is_written_with_a_final_newline(folder):
     text = (folder / "values.json").read_text()
     assert json.loads(text) == values
     assert text.endswith("}\n")
-    with pytest.raises(UserError, match="cannot write to .*nonesuch"):
+    with pytest.raises(UserError, match=r"cannot write to .*nonesuch"):
         atomic.write_json(folder / "nonesuch" / "values.json", values)
 
 

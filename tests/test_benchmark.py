@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +18,7 @@ from drl_jax.tools import benchmark, flops
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_table_and_writes_json(tmp_path):
     path = tmp_path / "benchmark.json"
     command = [sys.executable, "-m", "drl_jax.tools.benchmark", "--quick", "--repeats=1"]
@@ -32,7 +32,7 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path):
         check=True,
     )
     result = json.loads(path.read_text())
-    assert 2**27 < result["peak_memory"] < 2**36
+    assert 2**27 < result["peak_memory_bytes"] < 2**36
     rows = result["programs"]
     names = ["forward pass", "chain step", "training step", "generation, T6"]
     names += ["generation, T1000"]
@@ -42,8 +42,8 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path):
 
 @pytest.mark.parametrize("trains", [True, False])
 def test_new_processes_are_timed_until_the_first_step(tmp_path, monkeypatch, trains):
-    """Of a module that says when it did what, in place of `drl_jax.main`."""
-    says = "print('step 1/1  1 step/s', flush=True)" if trains else "sys.exit('no')"
+    """Replaces `drl_jax.main` by a module that sleeps unless the cache folder exists."""
+    ends = "print('step 1/1  1 step/s', flush=True)" if trains else "sys.exit('no')"
     package = tmp_path / "drl_jax"
     package.mkdir()
     (package / "main.py").write_text(
@@ -52,123 +52,97 @@ def test_new_processes_are_timed_until_the_first_step(tmp_path, monkeypatch, tra
         "    cache = os.environ['JAX_COMPILATION_CACHE_DIR']\n"
         "    time.sleep(0 if os.path.exists(cache) else 3)\n"
         "    os.makedirs(cache, exist_ok=True)\n"
-        f"    {says}\n"
+        f"    {ends}\n"
         "    time.sleep(600)\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))  # not a new one
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))  # must not be used
     monkeypatch.chdir(tmp_path)
     if not trains:
-        with pytest.raises(UserError, match="before its first step: no"):
-            benchmark.startup("any.py")
+        with pytest.raises(UserError, match=r"before its first step.*: no$"):
+            benchmark.measure_startup("any.py")
         return
-    found = benchmark.startup("any.py")
-    assert list(found) == ["help", "first step, cold", "first step, cached"]
-    _, cold, cached = found.values()
+    times = benchmark.measure_startup("any.py")
+    assert list(times) == ["help", "first step, cold", "first step, cached"]
+    _, cold, cached = times.values()
     assert cached < 3 < cold < 60
-    assert "first step, cold" in benchmark.startup_table(found)
+    assert "first step, cold" in benchmark.startup_table(times)
 
 
 @pytest.fixture
 def machine(monkeypatch):
-    """Changes its speed, and is disturbed before or after; a program is as fast as at best."""
+    """Simulates a machine whose speed varies; one of two matrix products is slowed down.
+
+    The call of a program returns FLOPs, which take the time of the faster product.
+    """
     measured, best = itertools.cycle([1e9, 3e11, 1e14, 2e9]), itertools.cycle([3e11, 1e14])
     monkeypatch.setattr(benchmark, "matmul_flops_per_second", lambda: next(measured))
-    monkeypatch.setattr(benchmark, "seconds_a_call", lambda call: call() / next(best))
+    monkeypatch.setattr(benchmark, "seconds_per_call", lambda call: call() / next(best))
 
 
-def test_efficiency_is_the_floor_of_one_step_over_its_time(machine):
-    """Of 4 steps of 1e9 FLOPs on 2 devices, in the time of a product of 16e9 on one."""
-    programs = [benchmark.Program("chain", 1e9, 4, (0.5, 0.1), lambda: 16e9)]
+def test_efficiency_is_relative_to_the_matrix_product(machine):
+    """4 steps of 1e9 FLOPs on 2 devices take as long as a product of 16e9 FLOPs on one."""
+    program = benchmark.Program(
+        name="chain",
+        flops=1e9,
+        steps=4,
+        compile_seconds=0.5,
+        cached_compile_seconds=0.1,
+        call=lambda: 16e9,
+    )
     with Progress(3, "measurement") as progress:
-        (row,), peaks = benchmark.timed(programs, 3, 2, progress)
-    np.testing.assert_allclose(row.efficiency, [1e9 / 2 / (16e9 / 4)] * 3)
-    np.testing.assert_allclose(row.seconds, 4e9 / np.array(peaks))
-    assert peaks == [3e11, 1e14, 3e11]
-
-
-def test_growth_varies_a_size_and_fits_the_exponent(machine, monkeypatch):
-    """Of programs whose time is their FLOPs to the power of 1.3, times the product's."""
-    seen = []
-
-    class Subject(SimpleNamespace):
-        def __init__(self, config):
-            super().__init__(config=config, chips=2)
-
-        def training_step(self):
-            seen.append(self.config.mcmc.K)
-            work = flops.training_step(self.config)
-            return benchmark.Program("", work, 1, (0.0, 0.0), lambda: work**1.3)
-
-    monkeypatch.setattr(benchmark, "Subject", Subject)
-    monkeypatch.setattr(benchmark, "GROWTH", (("K", "mcmc.K", (1, 3, 10), "training step"),))
-    (found,) = benchmark.growth(config_lib.load("configs/digits.py"), 3)
-    assert seen == [1, 3, 10]
-    assert found["exponent"] == pytest.approx(1.3, rel=1e-6)
-    assert "K = 10" in benchmark.growth_table([found])
-
-
-@pytest.mark.parametrize(("name", "field", "values", "kind"), benchmark.GROWTH)
-def test_every_size_that_is_varied_costs_more_flops(name, field, values, kind):
-    work = []
-    for value in values:
-        config = benchmark.varied(benchmark.default_config(), {field: value})
-        each = flops.sampling if kind == "generation" else flops.training_step
-        work.append(config.train.batch_size * each(config))
-    assert all(b > a for a, b in itertools.pairwise(work))
+        (measurement,), matmul = benchmark.measure([program], 3, 2, progress)
+    np.testing.assert_allclose(measurement.efficiency, [1e9 / 2 / (16e9 / 4)] * 3)
+    np.testing.assert_allclose(measurement.seconds, 4e9 / np.array(matmul))
+    assert matmul == [3e11, 1e14, 3e11]
 
 
 @pytest.mark.parametrize(
-    ("changes", "whole", "levels", "K"),
-    [
-        ({}, False, 1, 5),
-        ({"mcmc.K": 2}, False, 2, 2),
-        (benchmark.T1K, False, 5, 1),
-        ({}, True, 6, 15),
-    ],
+    ("changes", "levels", "K"),
+    [({}, 1, 5), ({"mcmc.K": 2}, 2, 2), (benchmark.T1K, 5, 1)],
 )
-def test_generation_is_measured_through_the_steps_that_are_counted(
-    changes, whole, levels, K, monkeypatch
+def test_the_flops_of_generation_are_those_of_the_steps_that_run(
+    changes, levels, K, monkeypatch
 ):
-    monkeypatch.setattr(
-        benchmark.sampling,
-        "descend",
-        lambda keys, F, x, top, bottom, schedule, sampler: 0 * x + (top - bottom) * sampler.K,
-    )
-    config = benchmark.varied(config_lib.load("configs/digits.py"), changes)
-    program = benchmark.Subject(config).generation(3, whole=whole)
+    def count_steps(keys, conditionals, x, top, bottom):
+        return 0 * x + (top - bottom) * conditionals.sampler.K
+
+    monkeypatch.setattr(benchmark.ladder, "descend", count_steps)
+    config = benchmark.with_changes(config_lib.load("configs/digits.py"), changes)
+    program = benchmark.Workload(config).generation(3)
     x = np.asarray(program.call())
     np.testing.assert_array_equal(x, np.full_like(x, levels * K))
     assert program.flops == pytest.approx(len(x) * 2 * levels * K * flops.forward(config))
 
 
 def test_a_program_is_compiled_and_then_read_from_the_cache():
-    """And JAX's own cache is what it was."""
-    met = []
+    """Afterwards JAX uses the same cache as before."""
+    events = []
     before = jax.config.jax_compilation_cache_dir
-    x = np.ones((8, 8), np.float32)  # of NumPy: making it compiles nothing
+    x = np.ones((8, 8), np.float32)  # not of JAX, which would compile a program to make it
 
     def listener(event, **_):
-        met.append(event)
+        events.append(event)
 
     jax.monitoring.register_event_listener(listener)
     try:
-        program, (cold, cached) = benchmark.compiled(jax.jit(lambda x: jnp.sin(x @ x)), x)
+        jitted = jax.jit(lambda x: jnp.sin(x @ x))
+        program = benchmark.compiled("sine", jitted, x, flops=1.0)
     finally:
         jax.monitoring.unregister_event_listener(listener)
-    hits = [event for event in met if event.startswith("/jax/compilation_cache/cache_")]
+    hits = [event for event in events if event.startswith("/jax/compilation_cache/cache_")]
     assert hits == [f"/jax/compilation_cache/cache_{name}" for name in ("misses", "hits")]
-    np.testing.assert_allclose(program(x), np.sin(8 * np.ones((8, 8))), rtol=1e-5)
-    assert min(cold, cached) > 0
+    np.testing.assert_allclose(program.call(), np.sin(8 * np.ones((8, 8))), rtol=1e-5)
+    assert min(program.compile_seconds, program.cached_compile_seconds) > 0
     assert jax.config.jax_compilation_cache_dir == before
 
 
-def test_batches_are_read_out_of_random_images(monkeypatch):
-    monkeypatch.setattr(benchmark, "BATCHES", 3)
+def test_batches_of_random_images_are_read(monkeypatch):
+    monkeypatch.setattr(benchmark, "INPUT_BATCHES", 3)
     config = config_lib.load("configs/cifar10.py")
     config.data.image_size, config.train.batch_size = 16, 5
-    found = benchmark.reading(config, 2, images=7)
-    assert (found["batch"], found["shape"]) == (5, (16, 16, 3))
-    assert len(found["batches_a_second"]) == 2
-    assert min(found["batches_a_second"]) > 0
-    assert "batches of 5 images of 16x16x3: " in benchmark.reading_table(found)
+    result = benchmark.measure_input(config, 2, images=7)
+    assert (result["batch_size"], result["shape"]) == (5, (16, 16, 3))
+    assert len(result["batches_per_second"]) == 2
+    assert min(result["batches_per_second"]) > 0
+    assert "batches of 5 images of 16x16x3: " in benchmark.input_table(result)

@@ -1,4 +1,7 @@
-"""A run that lives in a bucket, through the clients that it has on a TPU, to a stand-in."""
+"""Runs with their work directory in a bucket.
+
+A stand-in for Google Cloud Storage answers the clients that access real buckets.
+"""
 
 import ast
 import contextlib
@@ -9,8 +12,9 @@ import pytest
 from helpers import tiny
 from helpers.bucket import Bucket
 
-from drl_jax import main
+from drl_jax.tasks import table
 
+PACKAGE = tiny.ROOT / "drl_jax"
 SHORT = {
     "train__num_steps": 10,
     "log__sample_every_steps": 5,
@@ -18,15 +22,16 @@ SHORT = {
     "evaluation__num_samples": 20,
     "evaluation__num_data": 40,
 }
-BRIEFLY = [
-    "chains=8",
-    "rungs=12",
-    "transitions=1",
-    "burn_in=0",
-    "warmup_steps=1",
-    "max_gap=1e9",
+CHEAP_LIKELIHOOD = [
+    "--config.likelihood.chains=8",
+    "--config.likelihood.distributions=12",
+    "--config.likelihood.transitions=1",
+    "--config.likelihood.burn_in=0",
+    "--config.likelihood.warmup_steps=1",
+    "--config.likelihood.max_gap=1e9",
 ]
-MODES = {
+# Flags of each task, and a pattern for one of the files that it writes.
+TASKS = {
     "sample": (["--num_samples=10"], r"samples/.*/samples\.npy"),
     "evaluate": ([], r"metrics\.json"),
     "interpolate": (["--pairs=1", "--frames=3"], r"interpolations/.*/metrics\.json"),
@@ -35,10 +40,7 @@ MODES = {
         ["--num_steps=2", "--num_chains=8", "--levels=0,3"],
         r"long_run/.*/long_run\.json",
     ),
-    "likelihood": (
-        [f"--config.likelihood.{change}" for change in BRIEFLY],
-        r"likelihood/.*/likelihood\.json",
-    ),
+    "likelihood": (CHEAP_LIKELIHOOD, r"likelihood/.*/likelihood\.json"),
     "ood": (["--against=inverted"], r"ood/.*/ood\.json"),
     "export": ([], r"model\.npz"),
 }
@@ -58,88 +60,79 @@ def bucket(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(bucket):
-    """The bucket with a run in it."""
+    """The bucket, with a run in it."""
     assert tiny.main(*tiny.training("gs://bucket/run", **SHORT)) == 0
     return bucket
 
 
 def names(bucket, pattern):
-    """Of the run's objects, those whose names below it match."""
+    """Returns the objects of the run whose names relative to it match a pattern."""
     return [name for name in bucket.objects if re.fullmatch(f"run/{pattern}", name)]
 
 
-def assert_nothing_half_written(bucket):
+def assert_no_temporary_objects(bucket):
     assert not names(bucket, r"(.*/)?\.[^/]*")
 
 
 @pytest.mark.slow
-def test_a_run_is_in_the_bucket(trained):
+def test_training_writes_everything_to_the_bucket(trained):
     assert len(names(trained, r"checkpoints/(5|10)/crc32\.json")) == 2
     assert names(trained, r"grids/.*\.png") == ["run/grids/00000005.png"]
     (events,) = names(trained, "events.*")
     assert b"grad_norm" in trained.objects[events]
     assert trained.objects["run/samples.png"].startswith(b"\x89PNG")
     assert json.loads(trained.objects["run/metrics.json"])["step"] == 10
-    assert_nothing_half_written(trained)
+    assert_no_temporary_objects(trained)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", MODES)
-def test_every_mode_reads_the_run_and_writes_beside_it(trained, mode):
-    args, result = MODES[mode]
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_reads_the_run_and_writes_to_the_bucket(trained, task):
+    args, result = TASKS[task]
     for name in names(trained, result):
         del trained.objects[name]
-    assert tiny.main(f"--mode={mode}", "--workdir=gs://bucket/run", *args) == 0
+    assert tiny.main(f"--mode={task}", "--workdir=gs://bucket/run", *args) == 0
     assert len(names(trained, result)) == 1
-    assert_nothing_half_written(trained)
+    assert_no_temporary_objects(trained)
 
 
-def test_every_mode_is_among_them():
-    """An import makes a checkpoint, as training does; a plan reads no run."""
-    assert {*MODES, "train", "import_original", "plan"} == {*main.MODES}
+def test_every_task_is_tested():
+    """The others do not read a run; an import writes a checkpoint as training does."""
+    assert {*TASKS, "train", "import_original", "plan"} == {*table.TASKS}
 
 
 @pytest.mark.slow
-def test_training_goes_on_there_past_a_damaged_checkpoint(trained, caplog):
+def test_training_resumes_from_the_newest_undamaged_checkpoint(trained, caplog):
     for name in names(trained, ".*"):
         trained.put(name.replace("run", "again", 1), trained.objects[name])
-    hurt = "again/checkpoints/10/state/_METADATA"
-    trained.put(hurt, trained.objects[hurt][:-1])
+    damaged = "again/checkpoints/10/state/_METADATA"
+    trained.put(damaged, trained.objects[damaged][:-1])
     changes = SHORT | {"train__num_steps": 15}
     assert tiny.main(*tiny.training("gs://bucket/again", **changes)) == 0
     assert "checkpoint of step 10 is damaged" in caplog.text
-    assert "going on from step 5 of 15" in caplog.text
+    assert "from step 5 of 15" in caplog.text
     for folder in ("10.damaged", "10", "15"):
         assert f"again/checkpoints/{folder}/crc32.json" in trained.objects
 
 
 @pytest.mark.parametrize("args", [tiny.training("gs://others/run"), ["--mode=sample"]])
-def test_a_bucket_of_others_is_told_in_a_line(bucket, capsys, args):
+def test_a_bucket_without_access_is_an_error_of_one_line(bucket, capsys, args):
     assert tiny.main(*args, "--workdir=gs://others/run") == 1
-    *_, told = capsys.readouterr().err.splitlines()
-    assert re.fullmatch(r"error: cannot (write to|read) gs://others/run: .* 403 .*", told)
+    *_, line = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"error: cannot (write to|read) gs://others/run: .* 403 .*", line)
 
 
-# And what those cases do not come to: nothing but epath, Orbax and clu may reach a file.
+# The following tests cover code that the tests above do not reach: files may be accessed only
+# with epath, Orbax and clu, which know buckets.
 FILE_MODULES = {"fileinput", "glob", "pathlib", "shutil", "tempfile"}
-# Folders of this machine, for processes that are timed on it, and gone with them.
-SCRATCH = {"benchmark.py": ["tempfile"]}
-OF_PROCESSES = {
-    "_exit",
-    "close",
-    "cpu_count",
-    "environ",
-    "fork",
-    "getpid",
-    "pipe",
-    "read",
-    "waitpid",
-    "write",
-}
+# Configurations are Python programs on this machine; the benchmark needs temporary folders.
+EXCEPTIONS = {"config.py": ["pathlib"], "tools/benchmark.py": ["tempfile"]}
+# What `os` has besides files.
+ALLOWED = {"PathLike", "cpu_count", "environ", "fspath", "getpid"}
 
 
-def reaches(source):
-    """What a module has that reaches files by itself, which in a bucket are not there."""
+def local_file_access(source):
+    """Returns the names in a module's source that access local files only."""
     found = []
     for node in ast.walk(ast.parse(source)):
         match node:
@@ -147,7 +140,7 @@ def reaches(source):
                 found.append("open")
             case ast.Attribute(value=ast.Name(id="io"), attr="open"):
                 found.append("io.open")
-            case ast.Attribute(value=ast.Name(id="os"), attr=name) if name not in OF_PROCESSES:
+            case ast.Attribute(value=ast.Name(id="os"), attr=name) if name not in ALLOWED:
                 found.append(f"os.{name}")
             case ast.Import(names=aliases):
                 found += [alias.name for alias in aliases if alias.name in FILE_MODULES]
@@ -159,15 +152,14 @@ def reaches(source):
 
 @pytest.mark.parametrize(
     "module",
-    sorted((tiny.ROOT / "drl_jax").rglob("*.py")),
-    ids=lambda path: path.relative_to(tiny.ROOT / "drl_jax").as_posix(),
+    sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py")),
 )
-def test_no_module_reaches_files_by_itself(module):
-    assert reaches(module.read_text()) == SCRATCH.get(module.name, [])
+def test_no_module_accesses_only_local_files(module):
+    assert local_file_access((PACKAGE / module).read_text()) == EXCEPTIONS.get(module, [])
 
 
 @pytest.mark.parametrize(
-    ("source", "what"),
+    ("source", "name"),
     [
         ("with open(workdir / 'a') as f: pass", "open"),
         ("map(open, paths)", "open"),
@@ -180,5 +172,5 @@ def test_no_module_reaches_files_by_itself(module):
         ("from pathlib import Path", "pathlib"),
     ],
 )
-def test_what_reaches_files_is_seen(source, what):
-    assert reaches(source) == [what]
+def test_local_file_access_is_detected(source, name):
+    assert local_file_access(source) == [name]

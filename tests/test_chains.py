@@ -12,12 +12,12 @@ from drl_jax.config import default
 from drl_jax.errors import UserError
 from drl_jax.mcmc import hmc, langevin
 from drl_jax.metrics import diagnostics
-from drl_jax.sampling import chains as long_run
-from drl_jax.sampling.ladder import Sampler
+from drl_jax.sampling import chains as chains_lib
+from drl_jax.sampling.ladder import Conditionals, Sampler
 
 T = 6
 DECAY = 0.8  # r: what a Langevin step leaves of a distance on the Gaussian conditionals
-S = 1 + long_run.PROJECTIONS
+S = 1 + chains_lib.PROJECTIONS
 
 
 def conditional(t, x_tilde):
@@ -49,12 +49,13 @@ def runner(F, sampler, x_tilde, t, points, seed=0):
     """Returns chains at their start, and a compiled function that takes chains on to a step."""
     keys = noise.example_keys(jax.random.key(seed), jnp.arange(len(t)))
     trace = jnp.zeros((len(t), points, S))
-    start = long_run.start(F, x_tilde, t, SCHEDULE, sampler, trace)
+    conditionals = Conditionals(F, SCHEDULE, sampler)
+    start = chains_lib.start(conditionals, x_tilde, t, trace)
 
     @jax.jit
     def advance(chains, last):
         first = chains.step[0]
-        return long_run.advance(keys, F, chains, x_tilde, t, first, last, SCHEDULE, sampler)
+        return chains_lib.advance(keys, conditionals, chains, x_tilde, t, first, last)
 
     return start, advance
 
@@ -106,7 +107,7 @@ def test_the_trace_holds_equidistant_steps_and_never_more_than_its_points():
         chains, _ = advance(chains, n)
         one, _ = by_one(one._replace(trace=jnp.zeros_like(one.trace)), n)
         positions[n] = np.asarray(one.state.position)
-        every = int(long_run.thinning(n, 8))
+        every = int(chains_lib.thinning(n, 8))
         assert every == next(e for e in (1, 2, 4, 8, 16) if n <= 8 * e)
         points = n // every
         assert points <= 8
@@ -117,9 +118,9 @@ def test_the_trace_holds_equidistant_steps_and_never_more_than_its_points():
         if points > 1:
             np.testing.assert_allclose(y @ direction, projected, atol=1e-5)
             np.testing.assert_allclose(np.linalg.norm(direction, axis=0), 1, atol=1e-4)
-        kept = long_run.kept_draws(chains)
+        kept = chains_lib.draws_after_warm_up(chains)
         np.testing.assert_array_equal(kept, chains.trace[:, points // 2 : points])
-    assert long_run.kept_draws(start).shape == (4, 0, S)
+    assert chains_lib.draws_after_warm_up(start).shape == (4, 0, S)
 
 
 def test_the_effective_sample_size_is_that_of_the_ar1_which_langevin_is():
@@ -128,7 +129,7 @@ def test_the_effective_sample_size_is_that_of_the_ar1_which_langevin_is():
     t = jnp.full((n,), T - 1)
     start, advance = runner(gaussian, steps_of_decay(DECAY), jnp.zeros((n, 1)), t, points=1000)
     chains, _ = advance(start, 4000)  # every fourth is kept, of which the second half
-    draws, r = long_run.kept_draws(chains), DECAY**4
+    draws, r = chains_lib.draws_after_warm_up(chains), DECAY**4
     assert draws.shape == (n, 500, S)
     found = diagnostics.convergence(draws, np.arange(n) % (n // 4))
     assert found.draws == 500 * n
@@ -151,22 +152,24 @@ def test_r_hat_tells_chains_that_mix_from_chains_that_are_stuck():
     for F in (one_mode, two_modes):
         start, advance = runner(F, sampler, x_tilde, jnp.full((n,), T - 1), points=1000)
         chains, _ = advance(start, 1000)
-        found = diagnostics.convergence(long_run.kept_draws(chains), np.arange(n) // 4)
+        found = diagnostics.convergence(
+            chains_lib.draws_after_warm_up(chains), np.arange(n) // 4
+        )
         r_hat[F] = found.r_hat, found.r_hat_worst
     assert r_hat[one_mode][1] < 1.1
     assert r_hat[two_modes][0] > 5
 
 
 def test_the_recorded_steps_are_a_ladder_of_1_2_5():
-    assert long_run.recorded_steps(1) == [0, 1]
-    assert long_run.recorded_steps(10) == [0, 1, 2, 5, 10]
-    assert long_run.recorded_steps(300) == [0, 1, 2, 5, 10, 20, 50, 100, 200, 300]
-    assert long_run.recorded_steps(100_000)[-3:] == [20_000, 50_000, 100_000]
+    assert chains_lib.recorded_steps(1) == [0, 1]
+    assert chains_lib.recorded_steps(10) == [0, 1, 2, 5, 10]
+    assert chains_lib.recorded_steps(300) == [0, 1, 2, 5, 10, 20, 50, 100, 200, 300]
+    assert chains_lib.recorded_steps(100_000)[-3:] == [20_000, 50_000, 100_000]
 
 
 @pytest.mark.parametrize("n", [2, 3, 4, 7, 8, 9, 64])
 def test_chains_that_share_a_condition_are_four_or_more(n):
-    _, counts = np.unique(long_run.shared_conditions(n), return_counts=True)
+    _, counts = np.unique(chains_lib.shared_conditions(n), return_counts=True)
     assert counts.sum() == n
     assert counts.min() >= min(n, 4)
     assert counts.max() < 8
@@ -175,9 +178,9 @@ def test_chains_that_share_a_condition_are_four_or_more(n):
 @pytest.mark.parametrize(
     ("refused", "words"),
     [
-        (lambda: long_run.shared_conditions(1), "1 chains.*R-hat.*2 or more"),
-        (lambda: long_run.require_levels(np.array([0, 6]), 6), "level 6 is out of.*0 to 5"),
-        (lambda: long_run.require_levels(np.array([-1]), 6), "level -1 is out of range"),
+        (lambda: chains_lib.shared_conditions(1), "1 chains.*R-hat.*2 or more"),
+        (lambda: chains_lib.require_levels(np.array([0, 6]), 6), "level 6 is out of.*0 to 5"),
+        (lambda: chains_lib.require_levels(np.array([-1]), 6), "level -1 is out of range"),
     ],
 )
 def test_impossible_chains_are_one_clear_line(refused, words):
@@ -190,10 +193,10 @@ def test_one_draw_is_no_chain(name):
     config = default()
     config.mcmc.sampler = name
     require = functools.partial(
-        long_run.require_chain, method.make_sampler(config.mcmc, SCHEDULE)
+        chains_lib.require_chain, method.make_sampler(config.mcmc, SCHEDULE)
     )
     if name == "normal_approximation":
-        with pytest.raises(UserError, match=r"^the normal approximation.*sampler=langevin"):
+        with pytest.raises(UserError, match=r"normal_approximation.*sampler=langevin"):
             require()
     else:
         require()

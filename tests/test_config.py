@@ -1,6 +1,9 @@
 import json
+import subprocess
+import sys
 
 import pytest
+from helpers import tiny
 
 from drl_jax import config as config_lib
 from drl_jax.errors import UserError
@@ -14,7 +17,15 @@ def changed(**fields):
     return config
 
 
-def test_the_default_is_possible():
+def test_the_configuration_needs_no_jax():
+    program = "import sys, drl_jax.config; print({'jax', 'numpy'} & set(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tiny.ROOT, capture_output=True, text=True
+    )
+    assert done.stdout == "set()\n", done.stderr
+
+
+def test_the_default_is_valid():
     config_lib.validate(config_lib.default())
 
 
@@ -29,27 +40,48 @@ def test_the_default_is_possible():
         ("energy.mult", ()),
         ("energy.mult", (1, 0)),
         ("energy.mult", (1, "2")),
+        ("mcmc.K", 0),
+        ("mcmc.b_squared", 0.0),
         ("mcmc.b_squared", float("nan")),
+        ("mcmc.leapfrog", (0,)),
         ("mcmc.noise_scale", -0.1),
+        ("mcmc.noise_scale", float("inf")),
+        ("mcmc.target_acceptance", 1.0),
+        ("mcmc.warmup_steps", 0),
+        ("mesh.data", 0),
+        ("mesh.data", -2),
         ("optim.ema_decay", 1.0),
         ("optim.beta1", -0.1),
         ("optim.learning_rate", float("inf")),
         ("optim.warmup_steps", -1),
+        ("train.accumulate", 0),
         ("train.energy_limit", 0.0),
         ("checkpoint.keep_last", 0),
         ("evaluation.batch_size", 0),
+        ("likelihood.distributions", 0),
+        ("likelihood.target_acceptance", 1.0),
     ],
 )
 def test_an_impossible_value_is_refused_by_name(name, value):
-    with pytest.raises(UserError, match=rf"^config\.{name} is [^\n]*$"):
+    with pytest.raises(UserError, match=rf"^config\.{name} is [^\n]*: [^\n]*$") as raised:
         config_lib.validate(changed(**{name.replace(".", "__"): value}))
+    assert str(value) in str(raised.value)
 
 
-def test_points_in_the_plane_are_computed_in_float32():
-    points = {"energy__network": "mlp", "data__channels": 2, "data__flip": False}
-    config_lib.validate(changed(**points))
-    with pytest.raises(UserError, match=r"energy\.dtype is 'bfloat16': .* must be 'float32'"):
-        config_lib.validate(changed(**points, energy__dtype="bfloat16"))
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("seed", 2**32 - 1),
+        ("energy.ch", 4),
+        ("mcmc.noise_scale", 0.0),
+        ("mesh.data", -1),
+        ("optim.beta1", 0.0),
+        ("optim.warmup_steps", 0),
+        ("likelihood.burn_in", 0),
+    ],
+)
+def test_values_at_the_bounds_are_valid(name, value):
+    config_lib.validate(changed(**{name.replace(".", "__"): value}))
 
 
 def test_every_number_of_the_default_is_checked():
@@ -57,6 +89,40 @@ def test_every_number_of_the_default_is_checked():
         if isinstance(value, int | float) and not isinstance(value, bool):
             with pytest.raises(UserError, match=rf"config\.{name} is -"):
                 config_lib.validate(changed(**{name.replace(".", "__"): type(value)(-2)}))
+
+
+@pytest.mark.parametrize(
+    "names", [config_lib.MINIMUM, config_lib.BELOW, config_lib.CHOICES, config_lib.OF_POINTS]
+)
+def test_the_tables_of_checks_name_fields(names):
+    assert dict(config_lib.flatten(config_lib.default())).keys() >= names.keys()
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"mcmc__sampler": "nuts"}, "mcmc.sampler is 'nuts': use 'langevin' or 'mala' or"),
+        ({"mcmc__sampler": "normal_approximation"}, "T = 1000 levels.* T = 6"),
+        ({"train__objective": "denoising"}, "'denoising': .*T = 1000 levels.* T = 6"),
+        (
+            {"diffusion__T": 1000, "mcmc__sampler": "normal_approximation", "mcmc__K": 2},
+            "mcmc.K is 2: .*'normal_approximation'.* 1$",
+        ),
+        ({"mcmc__sampler": "mala", "mcmc__noise_scale": 0.9}, "noise_scale is 0.9: .*'mala'"),
+        ({"mcmc__sampler": "hmc", "mcmc__noise_scale": 0.9}, "noise_scale is 0.9: .*'hmc'"),
+        ({"optim__decay_steps": 500}, "decay_steps is 500: .*warmup_steps, 1000"),
+    ],
+)
+def test_values_that_do_not_fit_each_other_are_refused(fields, words):
+    with pytest.raises(UserError, match=rf"^config\.[^\n]*{words}"):
+        config_lib.validate(changed(**fields))
+
+
+def test_points_in_the_plane_are_computed_in_float32():
+    points = {"energy__network": "mlp", "data__channels": 2, "data__flip": False}
+    config_lib.validate(changed(**points))
+    with pytest.raises(UserError, match=r"energy\.dtype is 'bfloat16': .* must be 'float32'"):
+        config_lib.validate(changed(**points, energy__dtype="bfloat16"))
 
 
 def test_a_value_of_another_type_is_refused_with_an_example():
@@ -68,13 +134,45 @@ def test_a_value_of_another_type_is_refused_with_an_example():
 
 
 def test_fields_are_those_of_the_default():
-    more, fewer = config_lib.default(), config_lib.default()
-    more.mcmc.steps = 3
+    more, fewer, old = config_lib.default(), config_lib.default(), config_lib.default()
+    more.mcmc.warmup_step = 3
     del fewer.mcmc.K
-    with pytest.raises(UserError, match=r"config\.mcmc\.steps is unknown"):
-        config_lib.validate(more)
-    with pytest.raises(UserError, match=r"config\.mcmc\.K is missing"):
-        config_lib.validate(fewer)
+    old.train.parts = 4
+    for config, words in (
+        (more, r"config\.mcmc\.warmup_step is unknown.* config\.mcmc\.warmup_steps"),
+        (fewer, r"config\.mcmc\.K is missing"),
+        (old, r"config\.train\.parts .*config\.train\.accumulate"),
+    ):
+        with pytest.raises(UserError, match=words):
+            config_lib.validate(config)
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("x = 1", "get_config"),
+        ("def get_config(:", "SyntaxError.*mine.py, line 2"),
+        ("import nonesuch", "nonesuch"),
+        ("def get_config():\n    return undefined", "NameError.*undefined"),
+        ("def get_config(x):\n    return x", "mine.py.*missing 1 required"),
+        ("def get_config():\n    pass", "NoneType.*ConfigDict"),
+        ("def get_config():\n    open('nonesuch.txt')", "nonesuch.txt"),
+        ("def get_config():\n    c = default()\n    c.seed = 'a'\n    return c", "seed"),
+        ("def get_config():\n    c = default()\n    c.sed = 1\n    return c", "config.sed "),
+        ("def get_config():\n    c = default()\n    del c.seed\n    return c", "config.seed "),
+    ],
+)
+def test_a_file_without_a_configuration_is_one_clear_line(tmp_path, source, words):
+    file = tmp_path / "mine.py"
+    file.write_text(f"from drl_jax.config import default\n{source}\n")
+    with pytest.raises(UserError, match=f"^[^\n]*{words}[^\n]*$"):
+        config_lib.load(str(file))
+
+
+@pytest.mark.parametrize("file", ["nonesuch.py", str(tiny.ROOT / "README.md"), str(tiny.ROOT)])
+def test_a_file_that_is_not_a_python_file_is_refused(file):
+    with pytest.raises(UserError, match=f"^--config={file}: no such Python file"):
+        config_lib.load(file)
 
 
 def test_a_configuration_survives_json():
@@ -85,20 +183,50 @@ def test_a_configuration_survives_json():
     config_lib.require_resumable(again, config)
 
 
+def test_the_configuration_of_an_earlier_version_gets_the_new_names_and_fields():
+    values = config_lib.to_json(config_lib.default())
+    del values["train"]["accumulate"], values["likelihood"]["distributions"]
+    values["train"]["parts"], values["likelihood"]["rungs"] = 4, 70
+    del values["data"]["crop"]
+    before = json.dumps(values)
+    config = config_lib.from_json(values)
+    config_lib.validate(config)
+    assert (config.train.accumulate, config.likelihood.distributions) == (4, 70)
+    assert config.data.crop == config_lib.default().data.crop
+    assert json.dumps(values) == before
+
+
+@pytest.mark.parametrize("section", ["mcmc", "guidance"])
+def test_the_configuration_of_a_later_version_is_one_clear_line(section):
+    values = config_lib.to_json(config_lib.default())
+    values.setdefault(section, {})["scale"] = 2
+    with pytest.raises(UserError, match=rf"config\.{section}\.scale[^\n]*version[^\n]*$"):
+        config_lib.from_json(values)
+
+
+def test_new_names_of_fields_are_fields_and_old_names_are_not():
+    fields = dict(config_lib.flatten(config_lib.default())).keys()
+    assert fields >= {*config_lib.RENAMED.values()}
+    assert not fields & config_lib.RENAMED.keys()
+
+
 def test_another_run_is_refused_with_every_difference():
     with pytest.raises(UserError) as raised:
         config_lib.require_resumable(changed(), changed(mcmc__K=7, data__flip=False))
     assert "data.flip was True, now False; mcmc.K was 30, now 7" in str(raised.value)
 
 
-def test_what_changes_no_step_may_change():
+def test_a_run_may_resume_with_changes_that_no_training_step_depends_on():
     free = changed(
+        train__accumulate=7,
         train__num_steps=7,
         train__loss_limit=7.0,
         train__energy_limit=7.0,
+        mesh__fsdp=7,
         log__every_steps=7,
         checkpoint__keep_last=7,
         evaluation__batch_size=7,
+        likelihood__chains=7,
     )
     config_lib.require_resumable(changed(), free)
 

@@ -1,20 +1,23 @@
-"""Every file in configs/ loads, is valid, and makes a training step of the right shapes."""
+"""Tests that every file in configs/ is valid, documented, and has the paper's settings."""
 
+import ast
 import functools
 import pathlib
+import re
 
 import jax
 import pytest
 
 from drl_jax import config as config_lib
-from drl_jax import method, model
+from drl_jax import diffusion, method
 from drl_jax.runtime import sharding
-from drl_jax.training import state as train_state
-from drl_jax.training import step as train_step
+from drl_jax.training import state, step
 
-CONFIGS = sorted((pathlib.Path(__file__).resolve().parents[1] / "configs").glob("*.py"))
+FOLDER = pathlib.Path(__file__).resolve().parents[1] / "configs"
+CONFIGS = sorted(FOLDER.glob("*.py"))
+README = FOLDER / "README.md"
 
-# From the paper's tables: size, blocks, batch, beta1.
+# Gao et al. (2021): image size, blocks, batch size, beta1.
 PAPER = {
     "cifar10": (32, 8, 256, 0.9),
     "celeba64": (64, 6, 128, 0.5),
@@ -31,30 +34,51 @@ def test_there_is_a_config_for_each_of_the_papers_tables():
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_a_config_says_how_to_run_it(path):
-    assert f"python -m drl_jax.main --config=configs/{path.name}" in path.read_text()
+def test_a_config_states_result_hardware_time_and_command(path):
+    text = ast.get_docstring(ast.parse(path.read_text()))
+    for heading in ("Reproduces:", "Hardware:", "Time:"):
+        assert f"\n{heading} " in text
+    assert f"\n    python -m drl_jax.main --config=configs/{path.name} --workdir=DIR" in text
+
+
+def test_the_readme_has_a_row_for_each_config():
+    rows = re.findall(r"^\| `(\w+)\.py` \|", README.read_text(), re.MULTILINE)
+    assert sorted(rows) == sorted(path.stem for path in CONFIGS)
+
+
+def test_the_example_in_the_readme_is_a_valid_config(tmp_path):
+    (example,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+    (tmp_path / "example.py").write_text(example)
+    config = config_lib.load(str(tmp_path / "example.py"))
+    config_lib.validate(config)
+    assert method.from_config(config).energy.shape == (64, 64, 3)
+
+
+def test_every_setting_in_the_readme_exists():
+    fields = dict(config_lib.flatten(config_lib.default()))
+    text = README.read_text()
+    named = set(re.findall(r"config\.([a-z_]+\.\w+)", text))
+    named |= set(re.findall(rf"`((?:{'|'.join(config_lib.default())})\.\w+)\W", text))
+    assert {"data.name", "mcmc.K", "train.accumulate"} <= named
+    assert named <= fields.keys()
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_a_whole_training_step_has_the_shapes_of_its_config(path):
+def test_a_training_step_of_each_config_keeps_the_shapes_of_its_state(path):
     config = config_lib.load(str(path))
     config_lib.validate(config)
     learned = method.from_config(config)
     size, channels = config.data.image_size, config.data.channels
     points = config.energy.network == "mlp"
     assert learned.energy.shape == ((channels,) if points else (size, size, channels))
-    optimiser = train_state.optimiser(config)
-    state = model.abstract_state(config)
-    step = functools.partial(
-        train_step.train_step,
-        method=learned,
-        optimiser=optimiser,
-        ema_decay=config.optim.ema_decay,
-        mesh=sharding.make_mesh(),
+    training = step.from_config(config)
+    old = state.abstract(learned.energy, training.optimiser)
+    train_step = functools.partial(
+        step.train_step, method=learned, training=training, mesh=sharding.make_mesh()
     )
     x = jax.ShapeDtypeStruct((config.train.batch_size, *learned.energy.shape), "float32")
-    new_state, metrics = jax.eval_shape(step, state, x, jax.random.key(0))
-    same = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), state, new_state)
+    new, metrics = jax.eval_shape(train_step, old, x, jax.random.key(0))
+    same = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), old, new)
     assert all(jax.tree.leaves(same))
     assert metrics.loss.shape == ()
     assert metrics.f_pos.shape == (len(diffusion.level_groups(config.diffusion.T)),)

@@ -7,11 +7,12 @@ import optax
 import pytest
 from jax import lax
 
-from drl_jax import diffusion, model, recovery
+from drl_jax import diffusion, recovery
 from drl_jax.mcmc import langevin
 from drl_jax.method import Method
+from drl_jax.model import Model
 from drl_jax.networks import convolution, resnet
-from drl_jax.networks.convolution import conv3x3, kernel_gradient, whole_gradient
+from drl_jax.networks.convolution import conv3x3, kernel_gradient, materialise_gradient
 from drl_jax.recovery import Parameterisation
 from drl_jax.runtime import sharding
 from drl_jax.sampling.ladder import Sampler
@@ -19,13 +20,13 @@ from drl_jax.training import state as train_state
 from drl_jax.training import step as train_step
 
 B = 8
-SHAPES = [  # H, W, input and output channels
+SHAPES = [  # height, width, input channels, output channels
     (5, 4, 1, 3),
     (4, 7, 3, 1),
     (3, 3, 1, 1),
     (1, 2, 2, 5),
     (8, 8, 6, 6),
-    (8, 10, 128, 256),  # Winograd's
+    (8, 10, 128, 256),  # wide enough for Winograd's algorithm
 ]
 
 
@@ -35,13 +36,14 @@ def float64():
         yield
 
 
-def autodiff(x, kernel):
+def direct(x, kernel):
     return lax.conv_general_dilated(
         x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
 
 
 def arrays(H, W, I, O, *lead):  # noqa: E741
+    """Draws images and a kernel, with leading axes before the others."""
     x_key, kernel_key = jax.random.split(jax.random.key(H * W + I))
     x = jax.random.normal(x_key, (*lead, B, H, W, I))
     kernel = jax.random.normal(kernel_key, (*lead, 3, 3, I, O))
@@ -49,12 +51,12 @@ def arrays(H, W, I, O, *lead):  # noqa: E741
 
 
 def gradients(conv):
-    """Gradients in images and kernel of something that is not linear in either."""
+    """Returns the gradients of a function that is not linear in the images or the kernel."""
     return jax.grad(lambda x, kernel: jnp.sum(jnp.sin(conv(x, kernel))), (0, 1))
 
 
 def second_gradients(conv):
-    """Gradients of a function of those: reverse over reverse."""
+    """Returns the gradients of a function of the first gradients (reverse over reverse)."""
 
     def penalty(x, kernel):
         return sum(jnp.sum(jnp.cos(g)) for g in gradients(conv)(x, kernel))
@@ -62,31 +64,31 @@ def second_gradients(conv):
     return jax.grad(penalty, (0, 1))
 
 
-def assert_equal(ours, theirs):
+def assert_equal(actual, expected):
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11), ours, theirs
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11), actual, expected
     )
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_gradients_are_those_of_autodiff(shape):
+def test_gradients_to_second_order_are_those_of_autodiff(shape):
     args = arrays(*shape)
     for order in (lambda conv: conv, gradients, second_gradients):
-        assert_equal(jax.jit(order(conv3x3))(*args), jax.jit(order(autodiff))(*args))
+        assert_equal(jax.jit(order(conv3x3))(*args), jax.jit(order(direct))(*args))
 
 
-@pytest.mark.parametrize("channels", [1, 2, 3, 128])  # which the widths may not divide
-def test_the_kernels_gradient_is_the_same_in_pieces_of_any_size(channels, monkeypatch):
-    monkeypatch.setattr(convolution, "CHANNELS", channels)
+@pytest.mark.parametrize("channels", [1, 2, 3, 128])  # includes sizes that do not divide 4, 3
+def test_kernel_gradient_does_not_depend_on_the_block_size(channels, monkeypatch):
+    monkeypatch.setattr(convolution, "BLOCK_CHANNELS", channels)
     x, kernel = arrays(4, 5, 4, 3)
-    g = autodiff(x, kernel)
+    g = direct(x, kernel)
     expected = convolution._kernel_gradient_by_convolution(x, g)
-    assert_equal(convolution._kernel_gradient_by_tiles(x, g), expected)
+    assert_equal(convolution._kernel_gradient_by_blocks(x, g), expected)
 
 
-def test_the_kernels_gradient_is_the_same_of_transposed_arrays():
+def test_kernel_gradient_of_transposed_arrays_is_the_same():
     x, kernel = arrays(4, 5, 4, 3)
-    g = autodiff(x, kernel)
+    g = direct(x, kernel)
     expected = convolution._kernel_gradient_by_convolution(x, g)
     assert_equal(jax.jit(convolution._kernel_gradient_transposed)(x, g), expected)
 
@@ -94,13 +96,14 @@ def test_the_kernels_gradient_is_the_same_of_transposed_arrays():
 @pytest.mark.parametrize(
     ("platform", "transposed", "convolutions"), [("cpu", 2, 1), ("tpu", 0, 4), ("cuda", 0, 1)]
 )
-def test_every_platform_has_its_own_kernels_gradient(
+def test_every_platform_has_its_own_form_of_the_kernel_gradient(
     platform, transposed, convolutions, monkeypatch
 ):
-    monkeypatch.setattr(convolution, "CHANNELS", 2)
-    args = arrays(4, 5, 4, 3)
-    g = autodiff(*args)
-    traced = jax.jit(lambda x, g: kernel_gradient(x, g)).trace(args[0], g)  # a new function
+    monkeypatch.setattr(convolution, "BLOCK_CHANNELS", 2)
+    x, kernel = arrays(4, 5, 4, 3)
+    g = direct(x, kernel)
+    # The lambda is a new function, which has not been traced with another block size.
+    traced = jax.jit(lambda x, g: kernel_gradient(x, g)).trace(x, g)
     text = traced.lower(lowering_platforms=(platform,)).as_text()
     before, *_ = text.split("stablehlo.convolution")
     assert before.count("stablehlo.transpose") == transposed
@@ -108,7 +111,7 @@ def test_every_platform_has_its_own_kernels_gradient(
 
 
 @pytest.mark.parametrize(
-    ("shape", "platform", "is_winograds"),
+    ("shape", "platform", "uses_winograd"),
     [
         ((8, 8, 256, 128), "cpu", True),
         ((4, 4, 256, 256), "cpu", True),
@@ -122,51 +125,51 @@ def test_every_platform_has_its_own_kernels_gradient(
         ((8, 8, 256, 256), "cuda", False),
     ],
 )
-def test_wide_convolutions_on_cpus_are_winograds(shape, platform, is_winograds):
+def test_only_wide_convolutions_on_cpus_use_winograds_algorithm(shape, platform, uses_winograd):
     x, kernel = arrays(*shape)
-    for fn, args in ((conv3x3, (x, kernel)), (kernel_gradient, (x, autodiff(x, kernel)))):
+    for fn, args in ((conv3x3, (x, kernel)), (kernel_gradient, (x, direct(x, kernel)))):
         traced = jax.jit(lambda *args, fn=fn: fn(*args)).trace(*args)
         text = traced.lower(lowering_platforms=(platform,)).as_text()
-        assert ("stablehlo.dot_general" in text) == is_winograds
-        assert ("stablehlo.convolution" in text) != is_winograds
+        assert ("stablehlo.dot_general" in text) == uses_winograd
+        assert ("stablehlo.convolution" in text) != uses_winograd
 
 
-def test_a_gradient_is_the_same_when_it_is_stored_first():
-    def stored(x, kernel):
-        return conv3x3(whole_gradient(jnp.sin(x)), kernel)
+def test_materialising_a_gradient_does_not_change_it():
+    def materialised(x, kernel):
+        return conv3x3(materialise_gradient(jnp.sin(x)), kernel)
 
     def fused(x, kernel):
-        return autodiff(jnp.sin(x), kernel)
+        return direct(jnp.sin(x), kernel)
 
     args = arrays(4, 5, 2, 3)
     for order in (lambda conv: conv, gradients, second_gradients):
-        assert_equal(jax.jit(order(stored))(*args), jax.jit(order(fused))(*args))
-    gradient = jax.grad(lambda x: jnp.sum(whole_gradient(x) ** 2))
+        assert_equal(jax.jit(order(materialised))(*args), jax.jit(order(fused))(*args))
+    gradient = jax.grad(lambda x: jnp.sum(materialise_gradient(x) ** 2))
     assert "optimization_barrier" in jax.jit(gradient).lower(args[0]).as_text()
 
 
 @pytest.mark.parametrize("axes", [(0, 0), (0, None), (None, 0)])
-def test_gradients_survive_vmap(axes):
+def test_second_gradients_under_vmap_are_those_of_autodiff(axes):
     args = arrays(4, 5, 2, 3, 3)
-    some = [a if axis == 0 else a[0] for a, axis in zip(args, axes, strict=True)]
-    ours = jax.jit(jax.vmap(second_gradients(conv3x3), in_axes=axes))(*some)
-    assert_equal(ours, jax.jit(jax.vmap(second_gradients(autodiff), in_axes=axes))(*some))
+    args = [a if axis == 0 else a[0] for a, axis in zip(args, axes, strict=True)]
+    actual = jax.jit(jax.vmap(second_gradients(conv3x3), in_axes=axes))(*args)
+    assert_equal(actual, jax.jit(jax.vmap(second_gradients(direct), in_axes=axes))(*args))
 
 
-def test_gradients_survive_a_loop():
-    def climb(conv, x, kernel):
+def test_gradients_inside_and_of_a_loop_are_those_of_autodiff():
+    def gradient_ascent(conv, x, kernel):
         def step(x, _):
             return x + gradients(conv)(x, kernel)[0], None
 
         return jnp.sum(jnp.sin(lax.scan(step, x, length=3)[0]))
 
     args = arrays(4, 5, 2, 3)
-    for function in (climb, jax.grad(climb, (1, 2))):
+    for function in (gradient_ascent, jax.grad(gradient_ascent, (1, 2))):
         compiled = jax.jit(function, static_argnums=0)
-        assert_equal(compiled(conv3x3, *args), compiled(autodiff, *args))
+        assert_equal(compiled(conv3x3, *args), compiled(direct, *args))
 
 
-def test_the_kernels_gradient_is_summed_over_devices():
+def test_kernel_gradient_is_reduced_over_devices():
     def over_devices(kernel, x):
         x_gradient, kernel_gradient = gradients(conv3x3)(x, kernel)
         return kernel_gradient, x_gradient
@@ -174,12 +177,12 @@ def test_the_kernels_gradient_is_summed_over_devices():
     x, kernel = arrays(4, 5, 2, 3)
     mesh = sharding.make_mesh()
     mapped = jax.jit(sharding.mean_over_examples(over_devices, mesh))
-    found = mapped(kernel, x)[0]
-    assert_equal(found * mesh.size, gradients(autodiff)(x, kernel)[1])
+    mean, _ = mapped(kernel, x)
+    assert_equal(mean * mesh.size, gradients(direct)(x, kernel)[1])
 
 
 def loops(hlo):
-    """The lines of a compiled program's text that run inside a while-loop."""
+    """Returns the lines of a compiled program that run inside a while-loop."""
     lines, calls, bodies = {}, {}, set()
     for block in re.split(r"\n(?=\S)", hlo):
         name = re.match(r"(?:ENTRY )?%?([\w.\-]+) ", block)
@@ -198,21 +201,25 @@ def loops(hlo):
 
 
 def generation():
-    method, mesh = tiny_method(), sharding.make_mesh()
+    method = tiny_method()
     params, _ = method.energy.init(jax.random.key(0))
-    program = model.Model(method, params, mesh).generate
-    key = jax.random.key(1)
-    return program.lower(params, method.sampler.tuning, key, jnp.arange(B), (), {})
+    model = Model.create(method, params, sharding.make_mesh())
+    shared, examples = model.arguments(jax.random.key(1), jnp.arange(B))
+    return model.programs.generate.lower(shared, examples)
 
 
 def training():
-    method, mesh = tiny_method(), sharding.make_mesh()
-    optimiser = optax.adam(1e-4)
-    state = train_state.create(jax.random.key(0), method.energy, optimiser)
-    x = jnp.zeros((B, *method.energy.shape))
-    return train_step.compile_for(mesh, method, optimiser, 0.9).lower(
-        state, x, jax.random.key(1)
+    method = tiny_method()
+    training = train_step.Training(
+        objective=train_step.recovery_gradient,
+        draw_levels=train_step.uniform_levels,
+        optimiser=optax.adam(1e-4),
+        ema_decay=0.9,
     )
+    state = train_state.create(jax.random.key(0), method.energy, training.optimiser)
+    x = jnp.zeros((B, *method.energy.shape))
+    step = train_step.compile_step(sharding.make_mesh(), method, training)
+    return step.lower(state, x, jax.random.key(1))
 
 
 def tiny_method():
@@ -220,16 +227,16 @@ def tiny_method():
     energy = resnet.energy(4, 3, ch=8, mult=(1,), N=1)
     s = recovery.step_sizes(schedule, 2e-4)
     sampler = Sampler(langevin.init, langevin.kernel, {"step_size": s}, K=2)
-    return Method(energy, schedule, Parameterisation(s**2, 0.0), sampler, "recovery")
+    return Method(energy, schedule, Parameterisation(s**2, 0.0), sampler)
 
 
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="a trap of XLA:CPU")
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="concerns XLA:CPU")
 @pytest.mark.parametrize("program", [generation, training])
-def test_no_loop_holds_a_convolution_that_is_slow_there(program):
+def test_loops_only_hold_convolutions_that_are_fast_in_loops(program):
     with jax.enable_x64(False):
         inside = loops(program().compile().as_text())
     convolutions = [line for line in inside if " convolution(" in line]
     assert convolutions
     assert not [line for line in convolutions if "dim_labels=b01f_01io->b01f" not in line]
-    # Nor are kernels turned in every step of a chain: once before it is enough.
+    # Kernels are rotated once before a chain, not in each of its steps.
     assert not [line for line in inside if " reverse(" in line]

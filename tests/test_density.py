@@ -1,10 +1,9 @@
-"""Annealed models against normalisers that are known, and the mode that anneals.
+"""Bounds of log Z and log-likelihoods of models whose log Z is known.
 
-Of a sampled quantity a test asks that it be within `statistical.limit` of its standard errors,
-which correct code fails with probability 1e-6: weights are nearly normal where they vary as
-little as here.
+Sampled quantities must be within `statistical.limit` standard errors of their true values,
+which correct code fails with probability 1e-6: log-weights that vary as little as here are
+close to normal.
 """
-
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +21,19 @@ from drl_jax.metrics import density
 CORRELATED = mixtures.gaussian(
     np.linspace(-0.3, 0.4, 8), 0.02 * np.eye(8) + 0.1 * np.outer(*[np.linspace(0, 1, 8)] * 2)
 )
-LOG_Z = 7.3  # of all exact models here
+LOG_Z = 7.3  # of all exact models in this file
 
 
 def points(data, n, seed=0):
     return np.asarray(data.sample(noise.example_keys(jax.random.key(seed), jnp.arange(n))))
+
+
+def complete(model, key, x, budget):
+    """Returns the completed annealing."""
+    annealing = density.begin(model, key, x, budget)
+    for state in density.annealed(model, key, annealing, budget):
+        annealing = state
+    return annealing
 
 
 CASES = [
@@ -40,82 +47,89 @@ CASES = [
 @pytest.mark.slow
 @pytest.mark.parametrize(("data", "T"), CASES, ids=["blobs6", "blobs1k", "8d6", "8d1k"])
 def test_the_default_budget_bounds_log_Z_within_0_05_nats(data, T):
-    """Of energies that are right up to a constant. The truth lies between the bounds, as far
-    as their stated errors tell.
+    """The energies are exact up to a constant, so log Z must lie between the bounds.
 
-    Fails (each tried) with gains taken after the transitions instead of before, with gains
-    the wrong way round, with log Z of white noise left out, and if the transitions target the
-    rung that is left instead of the one that is entered.
+    Fails (each tried) if the log-weights are computed after the transitions instead of before
+    or have the wrong sign, if log Z of white noise is left out, and if the transitions leave
+    the previous distribution invariant instead of the next one.
     """
     model = exact.model(data, T, LOG_Z)
     found = density.log_partition(model, jax.random.key(1), points(data, 256))
-    for bound, way in ((found.lower, -1), (found.upper, 1)):
+    for bound, sign in ((found.lower, -1), (found.upper, 1)):
         assert abs(bound.log_Z - LOG_Z) < 0.05
-        assert way * (bound.log_Z - LOG_Z) > -limit(2) * bound.std_error
+        assert sign * (bound.log_Z - LOG_Z) > -limit(2) * bound.std_error
         assert bound.effective_sample_size > 200
         assert bound.meaningful
 
 
-FEW = density.DEFAULT._replace(rungs=80, transitions=1, leapfrog=1, chains=20_000, burn_in=0)
+def test_weights_are_unbiased_and_their_logarithms_are_bounds():
+    """E[w] is Z down and 1 / Z up, although E[log w] is off by more than ten standard errors.
 
-
-@pytest.fixture(scope="module")
-def few_rungs():
-    """Log-weights of both ways along a ladder so short that they vary."""
+    There are so few intermediate distributions that the weights vary. Fails (each tried) if
+    the transitions come before the log-weight, and if steps 10% too long are always accepted.
+    """
+    budget = density.DEFAULT._replace(
+        distributions=80, transitions=1, leapfrog=1, chains=20_000, burn_in=0
+    )
     data = mixtures.PLANE["ellipse"]()
     model = exact.model(data, 6, LOG_Z)
-    key, x = jax.random.key(2), points(data, FEW.chains)
-    annealing = density.begin(model, key, x, FEW)
-    for later in density.annealed(model, key, annealing, FEW):
-        annealing = later
-    return [np.float64(d.gains).sum(axis=1) for d in (annealing.down, annealing.up)]
-
-
-def test_weights_are_unbiased_and_their_logarithms_are_bounds(few_rungs):
-    """E[w] = Z down and 1 / Z up, although E[log w] misses by ten standard errors and more.
-
-    Fails (each tried) if transitions come before the gain, and if a step 10% too long is
-    accepted whatever it does.
-    """
-    for log_w, sign in zip(few_rungs, (1, -1), strict=True):
-        excess = log_w - sign * LOG_Z
-        w, n = np.exp(excess), len(log_w)
+    annealing = complete(model, jax.random.key(2), points(data, budget.chains), budget)
+    for state, sign in ((annealing.down, 1), (annealing.up, -1)):
+        excess = np.float64(state.log_weights).sum(axis=1) - sign * LOG_Z
+        w, n = np.exp(excess), len(excess)
         assert 0.2 < np.std(excess) < 1.5
         assert abs(np.mean(w) - 1) < limit(2) * np.std(w) / np.sqrt(n)
         assert np.mean(excess) < -10 * np.std(excess) / np.sqrt(n)
 
 
-def test_the_warm_up_finds_the_steps_of_the_target_acceptance_on_every_marginal():
+def test_the_warm_up_reaches_the_target_acceptance_on_every_marginal():
     model = exact.model(CORRELATED, 6)
     budget = density.DEFAULT._replace(
-        chains=512, rungs=60, burn_in=0, transitions=2, warmup_steps=300
+        chains=512, distributions=60, burn_in=0, transitions=2, warmup_steps=300
     )
-    key = jax.random.key(3)
-    annealing = density.begin(model, key, points(CORRELATED, 512), budget)
-    for later in density.annealed(model, key, annealing, budget):
-        annealing = later
+    annealing = complete(model, jax.random.key(3), points(CORRELATED, 512), budget)
     acceptance = annealing.down.acceptance
     np.testing.assert_allclose(np.mean(acceptance), budget.target_acceptance, atol=0.05)
     np.testing.assert_allclose(acceptance, budget.target_acceptance, atol=0.15)
 
 
-def test_an_annealing_that_is_stopped_goes_on_to_the_same_bits():
-    """Through `to_arrays` and back, in the middle of either way."""
+def test_an_annealing_that_is_saved_and_continued_gives_the_same_bits():
+    """Saved with `to_arrays` at the start, and in the middle of either pass."""
     model = exact.model(mixtures.PLANE["ellipse"](), 6)
-    budget = density.DEFAULT._replace(chains=5, rungs=130, burn_in=7, transitions=1)
+    budget = density.DEFAULT._replace(chains=5, distributions=130, burn_in=7, transitions=1)
     key, x = jax.random.key(4), points(mixtures.PLANE["ellipse"](), 3)
     begun = density.begin(model, key, x, budget)
-    whole = list(density.annealed(model, key, begun, budget))
-    made = [annealing.made for annealing in whole]
-    assert made[-1] == density.moves(model.method.schedule, budget)
-    assert np.all(np.diff(made) > 0)
-    for stop in (0, len(whole) // 4, 3 * len(whole) // 4):
-        kept = density.from_arrays(density.to_arrays(whole[stop]))
-        *_, end = density.annealed(model, key, kept, budget)
-        jax.tree.map(np.testing.assert_array_equal, end, whole[-1])
+    states = list(density.annealed(model, key, begun, budget))
+    moves_done = [state.moves_done for state in states]
+    assert moves_done[-1] == density.moves(model.method.schedule, budget)
+    assert np.all(np.diff(moves_done) > 0)
+    for stop in (0, len(states) // 4, 3 * len(states) // 4):
+        saved = density.from_arrays(density.to_arrays(states[stop]))
+        *_, end = density.annealed(model, key, saved, budget)
+        jax.tree.map(np.testing.assert_array_equal, end, states[-1])
 
 
-def test_the_density_of_points_is_that_of_their_level_0():
+def test_the_history_of_both_passes_starts_and_ends_at_the_bounds():
+    """Log Z is 0 at white noise and the bound at level 0, for either pass."""
+    data = mixtures.PLANE["ellipse"]()
+    model = exact.model(data, 6, LOG_Z)
+    budget = density.DEFAULT._replace(chains=64, distributions=60, burn_in=3, transitions=1)
+    annealing = complete(model, jax.random.key(7), points(data, 64), budget)
+    schedule = model.method.schedule
+    history = density.history(annealing, schedule, budget)
+    ends = np.asarray(schedule.sigma_bar)[[-1, 0]]
+    np.testing.assert_allclose(history.sigma_bar[[0, -1]], ends, rtol=1e-5)
+    assert np.all(np.diff(history.sigma_bar) < 0)
+    down, up = history.log_Z
+    np.testing.assert_allclose(down[[0, -1]], [0, annealing.partition.lower.log_Z], atol=1e-9)
+    np.testing.assert_allclose(up[0], 0, atol=1e-9)
+    # The burn-in adds nothing to the log-weights.
+    np.testing.assert_allclose(up[-1], annealing.partition.upper.log_Z, atol=1e-9)
+    for sizes in history.effective_sample_size:
+        assert np.all((sizes > 0) & (sizes <= 1 + 1e-9))
+
+
+def test_the_log_likelihood_of_points_is_their_log_density_at_level_0():
     data = mixtures.PLANE["ellipse"]()
     model, x = exact.model(data, 6, LOG_Z), points(data, 4000)
     log_q, log_P = density.log_likelihood(model, jax.random.key(5), x)
@@ -123,14 +137,14 @@ def test_the_density_of_points_is_that_of_their_level_0():
     schedule = model.method.schedule
     _, covariance = mixtures.marginal(data, 0, schedule).mean_and_covariance()
     entropy = np.linalg.slogdet(2 * np.pi * np.e * np.float64(covariance))[1] / 2
-    # The log-density of a Gaussian in D dimensions varies by D / 2 nats².
+    # The log-density of a Gaussian in D dimensions has variance D / 2.
     assert abs(np.mean(log_q) - LOG_Z + entropy) < limit(1) / np.sqrt(len(x))
 
 
-def test_the_probability_of_a_discrete_image_is_known_where_its_pixels_are_uniform():
-    """Two pixels of three values each, and images a little off these values.
+def test_the_probability_of_a_discrete_image_with_uniform_pixels_is_correct():
+    """Two pixels with three possible values each, in images slightly off these values.
 
-    Fails without the rounding, and with the volume's sign turned.
+    Fails without rounding to the values, and with the wrong sign of the log-volume.
     """
     values = np.stack(np.meshgrid([-1, 0, 1], [-1, 0, 1]), axis=-1).reshape(-1, 2)
     data = mixtures.isotropic(values.astype(float), std=1e-5)
@@ -138,7 +152,7 @@ def test_the_probability_of_a_discrete_image_is_known_where_its_pixels_are_unifo
     x = np.clip(values + 0.1, -1, 1).reshape(-1, 1, 2, 1)
     log_q, log_P = density.log_likelihood(model, jax.random.key(6), x, values=3)
     np.testing.assert_allclose(log_P, LOG_Z - 2 * np.log(3), atol=2e-3)
-    # log q_0 varies by one nat here; off the values it would be dozens lower.
+    # log q_0 has variance 1 here; without the rounding it would be dozens of nats lower.
     expected = LOG_Z - 2 * np.log(3) - np.log(2 * np.pi * np.e * 0.01**2)
     assert abs(np.mean(log_q) - expected) < limit(1) / np.sqrt(len(x))
 
@@ -146,12 +160,12 @@ def test_the_probability_of_a_discrete_image_is_known_where_its_pixels_are_unifo
 @pytest.mark.parametrize(
     ("x", "words"),
     [
-        (np.zeros((2, 8, 8, 1), np.uint8), "dtype uint8: give floating-point"),
-        (np.full((2, 8, 8, 1), 255.0), r"pixels lie in \[255, 255\]"),
-        (np.full((2, 8, 8, 1), np.nan), "pixels lie in"),
-        (np.zeros((2, 9, 8, 1)), "2x9x8x1: give one or more of 8x8x1"),
+        (np.zeros((2, 8, 8, 1), np.uint8), "uint8"),
+        (np.full((2, 8, 8, 1), 255.0), r"\[255, 255\]"),
+        (np.full((2, 8, 8, 1), np.nan), "nan"),
+        (np.zeros((2, 9, 8, 1)), "2x9x8x1.* 8x8x1"),
     ],
 )
-def test_data_that_are_no_images_of_the_model_are_one_clear_line(x, words):
+def test_images_that_do_not_fit_the_model_give_an_error_of_one_line(x, words):
     with pytest.raises(UserError, match=f"^[^\n]*{words}[^\n]*$"):
         density.log_likelihood(drl_jax.load("digits"), jax.random.key(0), x, values=17)

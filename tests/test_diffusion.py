@@ -11,7 +11,7 @@ BETAS = np.linspace(1e-4, 0.02, 1000)
 
 
 def exact(T):
-    """a, sigma, a_bar, sigma_bar of T6 and T1k by their definition, products of 1 - beta."""
+    """Returns a, sigma, a_bar, sigma_bar of T6 or T1k by definition: products of 1 - beta."""
     ends = np.arange(1001) if T == 1000 else np.array([0, 100, 200, 300, 400, 500, 999])
     keep = np.append(1 - BETAS, 0.0)
     runs = [keep[s:e] for s, e in zip([0, *(ends[:-1] + 1)], ends + 1, strict=True)]
@@ -21,11 +21,11 @@ def exact(T):
 
 
 @pytest.mark.parametrize("T", [6, 1000])
-def test_the_papers_schedules_are_runs_of_the_betas_to_the_last_digit(T):
-    """In float32 and in float64.
+def test_schedules_of_the_paper_equal_products_over_the_betas_to_the_last_digit(T):
+    """Tests float32 and float64.
 
-    Fails with a run of T6 begun one beta late, with sigma computed from float32 a, and with
-    the top level's beta left at 0.02.
+    Fails if a level of T6 starts one beta late, if sigma is computed from a in float32, or if
+    the last beta is 0.02 instead of 1.
     """
     names = ("a", "sigma", "a_bar", "sigma_bar")
     for name, expected in zip(names, exact(T), strict=True):
@@ -38,7 +38,7 @@ def test_the_papers_schedules_are_runs_of_the_betas_to_the_last_digit(T):
             np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12, err_msg=name)
 
 
-def test_t6_has_the_programs_sigmas():
+def test_sigmas_of_t6_are_those_of_the_authors_program():
     published = [0.01, 0.32368, 0.51650, 0.63221, 0.71324, 0.77337, 0.99974]
     np.testing.assert_allclose(diffusion.schedule(6).sigma, published, atol=5e-6)
 
@@ -51,7 +51,7 @@ def test_t1k_ends_in_white_noise():
 
 
 @pytest.mark.parametrize("T", [1, 2, 6, 11, 501, 1000])
-def test_signal_and_noise_keep_unit_energy(T):
+def test_squares_of_signal_and_noise_factors_sum_to_one_and_noise_increases(T):
     schedule = diffusion.schedule(T)
     assert schedule.a.shape == (T + 1,)
     np.testing.assert_allclose(schedule.a**2 + schedule.sigma**2, 1, atol=2e-7)
@@ -60,12 +60,12 @@ def test_signal_and_noise_keep_unit_energy(T):
 
 
 @pytest.mark.parametrize("T", [-1, 0, 502, 999, 1001])
-def test_levels_that_do_not_fit_on_the_schedule_are_refused(T):
+def test_numbers_of_levels_that_do_not_fit_the_betas_raise(T):
     with pytest.raises(UserError, match=rf"T = {T} "):
         diffusion.schedule(T)
 
 
-def test_y_is_not_scaled_at_the_top_level_which_is_the_marginal():
+def test_top_level_is_the_marginal_with_unscaled_y():
     schedule = diffusion.schedule(6)
     t = jnp.arange(6)
     np.testing.assert_array_equal(schedule.is_marginal(t), [0, 0, 0, 0, 0, 1])
@@ -75,16 +75,16 @@ def test_y_is_not_scaled_at_the_top_level_which_is_the_marginal():
 
 @pytest.mark.parametrize("T", [6, 1000])
 def test_pairs_have_the_joint_moments_of_the_diffusion_at_every_level(T):
-    """x_t and what x_{t+1} adds to a x_t are independent normals of known mean and variance.
+    """The noise in x_t and in x_{t+1} - a x_t is standard normal and uncorrelated.
 
-    That makes the moments of x_{t+1}, and at 1000 levels says more than they do: there
-    sigma_{t+1} is a small part of sigma_bar_{t+1}. Fails with sigma 2% too large in the
-    step or sigma_bar in `diffuse`, a[t] for a[t + 1], a_bar 2% too large, eps of the step
-    that of `diffuse`, and the sign of a flipped.
+    This implies the moments of x_{t+1}. At 1000 levels it is also more sensitive than they are,
+    since sigma_{t+1} is small compared with sigma_bar_{t+1}. Fails if sigma is 2% too large in
+    `step`, sigma_bar or a_bar 2% too large in `diffuse`, a[t] is used for a[t + 1], both draws
+    use the same eps, or the sign of a is flipped.
     """
     a, sigma, a_bar, sigma_bar = (jnp.asarray(v, jnp.float32) for v in exact(T))
     schedule = diffusion.schedule(T)
-    x, B, D = 3.0, 500, 240  # 120,000 numbers a level
+    x, B, D = 3.0, 500, 240  # 120,000 numbers per level
     keys = noise.example_keys(jax.random.key(0), jnp.arange(B))
 
     def moments(t):
@@ -102,8 +102,8 @@ def test_pairs_have_the_joint_moments_of_the_diffusion_at_every_level(T):
 
 
 @pytest.mark.parametrize("T", [6, 1000])
-def test_the_posterior_is_what_bayes_makes_of_the_pairs(T):
-    """Regression of x_t on x_{t+1} in the joint normal distribution, in float64."""
+def test_posterior_is_the_regression_of_x_t_on_x_next(T):
+    """Compares with conditioning the joint normal distribution of the pair, in float64."""
     schedule = diffusion.schedule(T)
     t = jnp.unique(jnp.linspace(0, T - 1, 10).astype(int))
     x, x_next = 0.7, -0.4

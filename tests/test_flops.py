@@ -11,22 +11,22 @@ from drl_jax.tools import flops
 
 
 def test_forward_flops_of_a_network_counted_by_hand():
-    # Embedding 2 -> 8 -> 8; conv_in 1 -> 2 at 4x4; a block of 2 at 4x4; one of 4 at 2x2 with
-    # a skip convolution; head 8 -> 4.
+    # Embedding 2 -> 8 -> 8; conv_in 1 -> 2 at 4x4; a block with 2 channels at 4x4; a block with
+    # 4 channels at 2x2 and a convolution in its skip connection; head 8 -> 4.
     dense = 2 * 8 + 8 * 8 + 8 * 2 + 8 * 4 + 8 * 4
     taps = 9 * (16 * (1 * 2 + 2 * 2 + 2 * 2) + 4 * (2 * 4 + 4 * 4 + 2 * 4))
     assert flops.resnet(4, 1, ch=2, mult=(1, 2), N=1) == 2 * (dense + taps)
 
 
-def test_forward_flops_are_what_xla_counts():
+def test_forward_flops_agree_with_xlas_count():
     size, ch, mult, N = 64, 32, (1, 2), 2
     energy = resnet.energy(size, 3, ch=ch, mult=mult, N=N)
     params, _ = jax.eval_shape(energy.init, jax.random.key(0))
     x, t = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32), jnp.zeros((1,), jnp.int32)
     traced = jax.jit(energy.f).trace(params, x, t)
-    lowered = traced.lower(lowering_platforms=("cuda",))  # where no convolution is Winograd's
+    lowered = traced.lower(lowering_platforms=("cuda",))  # no Winograd there
     counted = lowered.cost_analysis()["flops"]
-    # XLA leaves out the taps on the border and counts elementwise operations: a few percent.
+    # XLA omits products with padding and counts elementwise operations: a few percent.
     assert flops.resnet(size, 3, ch, mult, N) == pytest.approx(counted, rel=0.05)
 
 
@@ -42,18 +42,18 @@ def passes(config, program):
     return program(config) / flops.forward(config)
 
 
-def test_a_langevin_step_is_two_passes_and_the_loss_six(config):
+def test_a_langevin_step_costs_two_passes_and_the_loss_six(config):
     assert passes(config, flops.training_step) == 2 * 10 + 6
     assert passes(config, flops.sampling) == 6 * 2 * 10
 
 
-def test_mala_takes_one_gradient_more_for_its_start(config):
+def test_mala_needs_one_more_gradient_to_initialise(config):
     config.mcmc.sampler = "mala"
     assert passes(config, flops.training_step) == 2 * 11 + 6
     assert passes(config, flops.sampling) == 6 * 2 * 11
 
 
-def test_hmc_takes_a_gradient_a_leapfrog_step_the_longest_of_a_training_batch(config):
+def test_hmc_needs_one_gradient_per_leapfrog_step_of_the_longest_trajectory(config):
     config.mcmc.sampler = "hmc"
     config.mcmc.leapfrog = (1, 2, 3, 4, 5, 6)
     assert passes(config, flops.training_step) == 2 * 61 + 6
@@ -61,14 +61,14 @@ def test_hmc_takes_a_gradient_a_leapfrog_step_the_longest_of_a_training_batch(co
     assert flops.leapfrog(config) == 6
 
 
-def test_denoising_needs_no_chain(config):
+def test_a_denoising_step_costs_six_passes(config):
     config.diffusion.T, config.train.objective = 1000, "denoising"
     config.mcmc.sampler, config.mcmc.K = "normal_approximation", 1
     assert passes(config, flops.training_step) == 6
     assert passes(config, flops.sampling) == 2000
 
 
-def test_a_network_for_points_is_as_large_as_its_kernels(config):
+def test_an_mlp_costs_two_flops_per_weight(config):
     config.energy.network, config.data.channels, config.energy.N = "mlp", 2, 3
     energy = method.from_config(config).energy
     params, _ = jax.eval_shape(

@@ -6,8 +6,8 @@ import pytest
 
 from drl_jax.tools.plan import hlo
 
-# As XLA:TPU writes it: 3 trips of a loop of 4 trips with a step of 2 up to 8, a fusion with
-# cycles of its own that count as the whole's, a conditional, and collectives of all kinds.
+# In the format of XLA:TPU: a loop of 3 trips around a loop of 4 trips (from 0 to 8 in steps of
+# 2), a fusion whose inner cycles must not be counted twice, a conditional, and collectives.
 NESTED = """\
 HloModule jit_step, is_scheduled=true, entry_computation_layout={(f32[8]{0})->f32[8]{0}}
 
@@ -109,7 +109,7 @@ def nested():
 
 @pytest.fixture(scope="module")
 def scanned():
-    """7 products in each of 3 trips, as XLA:CPU compiles it."""
+    """HLO text of XLA:CPU: 7 matrix products in each of 3 trips."""
 
     def outer(x, w):
         def trip(x, _):
@@ -127,12 +127,12 @@ def test_trip_counts_follow_from_counter_bound_and_step(nested):
     assert hlo.loops(nested) == [hlo.Loop("big", 3, 1), hlo.Loop("small", 4, 3)]
 
 
-def test_cycles_multiply_loops_out_and_take_fusions_whole(nested):
+def test_cycles_are_multiplied_by_trip_counts_and_fusions_count_once(nested):
     # Both branches of the conditional count.
     assert hlo.cycles(nested) == 3 * (1 + 4 * (100 + 10)) + 1000 + 2000
 
 
-def test_collectives_count_once_each_with_their_loop_and_runs(nested):
+def test_each_collective_is_listed_once_with_its_loop_and_runs(nested):
     assert hlo.collectives(nested) == [
         hlo.Collective("collective-permute", "permute", 32, 12, "small"),
         hlo.Collective("all-reduce", "reduce-start", 32, 1, ""),
@@ -151,7 +151,7 @@ def test_collectives_count_once_each_with_their_loop_and_runs(nested):
         ("tuple(%zero.3, %x.3)", "tuple(%i.3, %x.3)"),
     ],
 )
-def test_trips_that_the_data_decide_are_none_and_count_as_asked(old, new):
+def test_data_dependent_trip_counts_are_none_and_counted_as_requested(old, new):
     assert old in NESTED
     module = hlo.parse(NESTED.replace(old, new))
     assert hlo.loops(module)[1] == hlo.Loop("small", None, 3)
@@ -160,7 +160,7 @@ def test_trips_that_the_data_decide_are_none_and_count_as_asked(old, new):
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_a_scan_in_a_scan_is_read_as_it_was_written(scanned, known):
+def test_nested_scans_are_recognised(scanned, known):
     assert '"known_trip_count"' in scanned
     text = scanned if known else re.sub(r'"known_trip_count":\{"n":"\d+"\},?', "", scanned)
     module = hlo.parse(text)
@@ -171,7 +171,7 @@ def test_a_scan_in_a_scan_is_read_as_it_was_written(scanned, known):
     assert hlo.collectives(module) == []
 
 
-def test_a_loop_whose_end_is_an_argument_has_no_trip_count():
+def test_a_loop_whose_bound_is_an_argument_has_no_trip_count():
     def program(n, x):
         return jax.lax.fori_loop(0, n, lambda i, x: jnp.sin(x) * i, x)
 

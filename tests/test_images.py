@@ -1,16 +1,12 @@
 import numpy as np
+import pytest
 from etils import epath
 from PIL import Image
 
 from drl_jax.plots import images
 
 
-def test_pixels_map_from_unit_range_and_are_clipped():
-    x = np.array([-2.0, -1.0, 0.0, 1.0, 3.0])
-    np.testing.assert_array_equal(pipeline.to_uint8(x), [0, 0, 128, 255, 255])
-
-
-def test_a_grid_has_grey_gaps_around_enlarged_tiles():
+def test_a_grid_has_grey_gaps_around_enlarged_images():
     x = np.stack([np.full((8, 8, 1), v) for v in (-1, 1, -1)]).astype(np.float32)
     sheet = images.grid(x, columns=2)
     scale = 8
@@ -18,10 +14,21 @@ def test_a_grid_has_grey_gaps_around_enlarged_tiles():
     assert np.all(sheet[:scale] == images.GREY)
     assert np.all(sheet[scale : 9 * scale, scale : 9 * scale] == 0)
     assert np.all(sheet[scale : 9 * scale, 10 * scale : 18 * scale] == 255)
-    assert np.all(sheet[10 * scale :, 10 * scale :] == images.GREY)  # no fourth image
+    assert np.all(sheet[10 * scale :, 10 * scale :] == images.GREY)  # there is no fourth image
 
 
-def test_png_files_hold_the_pixels(tmp_path):
+@pytest.mark.parametrize(
+    ("shape", "points", "size"), [((2,), True, images.POINTS), ((8, 8, 1), False, 9)]
+)
+def test_points_are_shown_as_a_histogram_and_images_as_a_square_grid(shape, points, size):
+    assert images.are_points(shape) == points
+    assert images.grid_size(shape, columns=3) == size
+    x = np.zeros((size + 5, *shape), np.float32)
+    expected = images.histogram(x) if points else images.grid(x[:size], columns=3)
+    np.testing.assert_array_equal(images.picture(x, columns=3), expected)
+
+
+def test_a_png_file_contains_the_pixels(tmp_path):
     for channels in (1, 3):
         pixels = np.random.default_rng(0).integers(0, 256, (5, 4, channels), np.uint8)
         path = epath.Path(tmp_path / f"{channels}.png")

@@ -1,4 +1,4 @@
-"""The network, against what torch-fidelity computes with the same made-up weights."""
+"""Compares the network with torch-fidelity's, given the same random weights."""
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +9,7 @@ from helpers.fixtures import INCEPTION, assert_close
 
 from drl_jax.metrics import inception, weights
 from drl_jax.runtime import sharding
+from drl_jax.runtime.batching import Engine
 
 NAMES = ("64", "192", "768", "2048", "logits_unbiased", "logits")
 
@@ -21,7 +22,7 @@ def expected():
 
 @pytest.fixture(scope="module")
 def found(expected):
-    """Our features of the images of all sizes, by size, from one pass through the network."""
+    """Our features of the images, by image size, from one pass through the network."""
     images = {size: expected[f"images_{size}"] for size in (32, 64, 299)}
     x = jnp.concatenate([inception.prepare(image) for image in images.values()])
     features = jax.jit(inception.Network().apply)(random_inception.variables(), x)
@@ -30,21 +31,21 @@ def found(expected):
     return {size: {n: split[n][i] for n in split} for i, size in enumerate(images)}
 
 
-def test_the_files_tensors_have_the_names_and_shapes_of_the_networks_variables():
+def test_names_and_shapes_of_the_tensors_are_those_of_the_pytorch_file():
     lines = (INCEPTION / "names.txt").read_text().splitlines()
     assert sorted(lines) == sorted(
-        f"{name} {shape}" for name, (_, shape) in weights.file_places().items()
+        f"{name} {shape}" for name, (_, shape) in weights.file_layout().items()
     )
 
 
 @pytest.mark.parametrize("size", [32, 64, 299])
 @pytest.mark.parametrize("name", NAMES)
-def test_features_are_those_of_torch_fidelity(found, expected, size, name):
-    """To 1e-5 of the greatest; the errors measured reach 1.3e-6."""
+def test_features_equal_those_of_torch_fidelity(found, expected, size, name):
+    """To 1e-5 relative to the largest; the measured errors are up to 1.3e-6."""
     assert_close(found[size][name], expected[f"{name}_{size}"], 1e-5)
 
 
-def test_resize_puts_pixel_i_at_i_times_the_ratio_and_repeats_the_last():
+def test_resize_interpolates_at_i_times_the_ratio_and_repeats_the_last_pixel():
     x = jnp.asarray([0.0, 4.0, 8.0])[None, :, None, None] + jnp.asarray([0.0, 100.0])[:, None]
     resized = inception.resize(x, 6)
     assert resized.shape == (1, 6, 6, 1)
@@ -52,12 +53,12 @@ def test_resize_puts_pixel_i_at_i_times_the_ratio_and_repeats_the_last():
     np.testing.assert_allclose(resized[0, 0, :, 0], [0, 100 / 3, 200 / 3, 100, 100, 100])
 
 
-def test_an_image_of_the_right_size_is_not_resized():
+def test_an_image_of_the_networks_input_size_is_not_resized():
     x = np.random.default_rng(0).integers(0, 256, (1, 299, 299, 3), np.uint8)
     np.testing.assert_array_equal(inception.prepare(x), (np.float32(x) - 128) / 128)
 
 
-def test_grey_is_rgb_of_equal_channels():
+def test_a_grey_image_is_treated_as_rgb_with_equal_channels():
     x = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 1), np.uint8)
     np.testing.assert_array_equal(
         inception.prepare(x), inception.prepare(np.repeat(x, 3, axis=-1))
@@ -65,14 +66,14 @@ def test_grey_is_rgb_of_equal_channels():
 
 
 @pytest.mark.parametrize("n", [1, 3, 4, 9])
-def test_an_extractor_yields_every_images_features_once_in_order(monkeypatch, n):
-    def corner(self, variables, x):
+def test_an_extractor_yields_the_features_of_every_image_once_in_order(monkeypatch, n):
+    def first_pixel(self, variables, x):
         pixels = x[:, 0, 0]
         return dict.fromkeys(NAMES, variables["scale"] * pixels)
 
-    monkeypatch.setattr(inception.Network, "apply", corner)
+    monkeypatch.setattr(inception.Network, "apply", first_pixel)
     mesh = sharding.make_mesh(jax.devices()[:1])
-    extractor = inception.Extractor({"scale": jnp.float32(128)}, mesh, batch_size=4)
+    extractor = inception.Extractor({"scale": jnp.float32(128)}, Engine(mesh, batch_size=4))
     images = [np.full((5, 5, 3), i, np.uint8) for i in range(n)]
     batches = list(extractor(iter(images)))
     assert max(len(batch["2048"]) for batch in batches) <= 4

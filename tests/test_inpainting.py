@@ -7,12 +7,13 @@ import pytest
 from helpers import tiny
 from helpers.statistical import assert_mean, assert_variance
 
-from drl_jax import diffusion, model, noise
-from drl_jax.data import pipeline
+from drl_jax import diffusion, noise
+from drl_jax.data import pipeline, sources
 from drl_jax.errors import UserError
 from drl_jax.mcmc import hmc, langevin, mala, normal_approximation
 from drl_jax.sampling import inpainting, masks
-from drl_jax.sampling.ladder import Sampler
+from drl_jax.sampling.ladder import Conditionals, Sampler
+from drl_jax.storage import runs
 
 T = 6
 SCHEDULE = diffusion.schedule(T)
@@ -73,7 +74,7 @@ def inpainted(n, rounds, known_value=X):
 
 @jax.jit
 def _inpaint(keys, x, known, rounds):
-    return inpainting.inpaint(keys, F, x, known, rounds, SCHEDULE, HMC)
+    return inpainting.inpaint(keys, Conditionals(F, SCHEDULE, HMC), x, known, rounds)
 
 
 def exact_moments(rounds):
@@ -166,7 +167,9 @@ def test_known_pixels_are_kept_to_the_bit_by_every_sampler(name):
     x = jax.random.uniform(jax.random.key(1), (500, 2), minval=-1, maxval=1)
     known = jax.random.bernoulli(jax.random.key(2), 0.5, (500, 2))
     result = jax.jit(
-        lambda x: inpainting.inpaint(keys, F, x, known, 2, SCHEDULE, SAMPLERS[name])
+        lambda x: inpainting.inpaint(
+            keys, Conditionals(F, SCHEDULE, SAMPLERS[name]), x, known, rounds=2
+        )
     )(x)
     np.testing.assert_array_equal(result == x, known)
     assert np.all(np.isfinite(result))
@@ -191,11 +194,12 @@ def test_distances_of_draws_of_one_distribution_are_equal():
 
 @pytest.fixture(scope="module")
 def run():
-    return model.load_run(tiny.trained())
+    return runs.load(tiny.trained())
 
 
 def test_a_trained_model_keeps_what_is_known_and_completes_it_in_many_ways(run):
-    x = np.stack(list(pipeline.all_images(run.config, limit=5)))
+    source = sources.open_source(run.config)
+    x = np.stack(list(pipeline.all_examples(run.config, source, limit=5)))
     known = masks.named("centre", 8, jax.random.key(0))
     completed = run.model.inpaint(jax.random.key(0), x, known, completions=3, rounds=2)
     assert completed.shape == (5, 3, 8, 8, 1)
@@ -204,19 +208,19 @@ def test_a_trained_model_keeps_what_is_known_and_completes_it_in_many_ways(run):
     hidden = completed[:, :, ~known[..., 0]]
     assert hidden.std(axis=1).min() > 1e-3
     spoilt = np.where(known, x, 0.5)
-    program = run.model._inpaint._cache_size()
+    program = run.model.programs.inpaint._cache_size()
     again = run.model.inpaint(jax.random.key(0), spoilt, known, completions=3, rounds=2)
     np.testing.assert_array_equal(again, completed)
     run.model.inpaint(jax.random.key(0), x, ~known, completions=3, rounds=3)
-    assert run.model._inpaint._cache_size() == program  # mask and rounds are data
+    assert run.model.programs.inpaint._cache_size() == program  # mask and rounds are data
 
 
 @pytest.mark.parametrize(
     ("x", "known", "rounds", "words"),
     [
-        (np.zeros((1, 8, 9, 1)), np.eye(8, dtype=bool)[..., None], 1, "array of 1x8x9x1"),
+        (np.zeros((1, 8, 9, 1)), np.eye(8, dtype=bool)[..., None], 1, "1x8x9x1"),
         (np.full((1, 8, 8, 1), 1.5), np.eye(8, dtype=bool)[..., None], 1, r"in \[1.5, 1.5\]"),
-        (np.zeros((1, 8, 8, 1)), np.eye(7, dtype=bool)[..., None], 1, "mask is 7x7x1"),
+        (np.zeros((1, 8, 8, 1)), np.eye(7, dtype=bool)[..., None], 1, "7x7x1"),
         (np.zeros((1, 8, 8, 1)), np.eye(8, dtype=bool)[..., None], 0, "rounds is 0"),
     ],
 )

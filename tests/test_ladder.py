@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.gaussian_ladder import (
+    CONDITIONALS,
     DATA,
     LANGEVIN,
     SCHEDULE,
@@ -19,7 +20,7 @@ from drl_jax import noise
 from drl_jax.data import mixtures
 from drl_jax.mcmc import hmc, langevin, mala, normal_approximation
 from drl_jax.sampling import ladder
-from drl_jax.sampling.ladder import Sampler
+from drl_jax.sampling.ladder import Conditionals, Sampler
 
 KERNELS = [(mala.kernel, {}), (hmc.kernel, {"leapfrog": jnp.full(6, 3)})]
 
@@ -53,32 +54,29 @@ def test_every_level_of_generation_has_its_exact_moments_on_gaussian_data():
     levels are scanned upwards (each tried)."""
     n = 200_000
     keys = noise.example_keys(jax.random.key(0), jnp.arange(n))
-    descend = jax.jit(
-        lambda x, top, bottom: ladder.descend(
-            keys, gaussian, x, top, bottom, SCHEDULE, LANGEVIN
-        )
-    )
+    descend = jax.jit(lambda x, top, bottom: ladder.descend(keys, CONDITIONALS, x, top, bottom))
     x = ladder.white_noise(keys, (1,), SCHEDULE)
     for t, (mean, variance) in reversed(list(enumerate(exact_ladder()))):
         x = descend(x, t + 1, t)
         assert_mean(x[:, 0], mean, variance, of=12)
         assert_variance(x[:, 0], mean, variance, of=12)
-    whole = ladder.generate(keys, gaussian, (1,), SCHEDULE, LANGEVIN)
+    whole = ladder.generate(keys, CONDITIONALS, (1,))
     np.testing.assert_allclose(whole, x, rtol=1e-5, atol=1e-6)
 
 
 def test_a_sample_depends_on_its_own_key_alone():
     keys = noise.example_keys(jax.random.key(0), jnp.arange(10))
-    many = ladder.generate(keys, gaussian, (3,), SCHEDULE, LANGEVIN)
-    few = ladder.generate(keys[4:6], gaussian, (3,), SCHEDULE, LANGEVIN)
+    many = ladder.generate(keys, CONDITIONALS, (3,))
+    few = ladder.generate(keys[4:6], CONDITIONALS, (3,))
     np.testing.assert_allclose(many[4:6], few, rtol=1e-6)
 
 
 def test_noise_scale_sharpens_samples():
     keys = noise.example_keys(jax.random.key(0), jnp.arange(2000))
     half = {"step_size": S, "noise_scale": jnp.full(6, 0.5)}
-    sharp = ladder.generate(keys, gaussian, (1,), SCHEDULE, LANGEVIN._replace(tuning=half))
-    plain = ladder.generate(keys, gaussian, (1,), SCHEDULE, LANGEVIN)
+    sampler = LANGEVIN._replace(tuning=half)
+    sharp = ladder.generate(keys, CONDITIONALS._replace(sampler=sampler), (1,))
+    plain = ladder.generate(keys, CONDITIONALS, (1,))
     assert np.var(sharp) < 0.8 * np.var(plain)
 
 
@@ -87,16 +85,16 @@ def test_a_warm_up_finds_the_steps_of_the_target_acceptance(kernel, tuning):
     """Chains that come after it, and adapt no more, are accepted as often as asked."""
     sampler = Sampler(hmc.init, kernel, {"step_size": S} | tuning, K=40)
     keys = noise.example_keys(jax.random.key(0), jnp.arange(500))
-    warm_up = jax.jit(
-        lambda keys: ladder.warm_up(keys, gaussian, (8,), SCHEDULE, sampler, 80, 0.7)
-    )
+    conditionals = CONDITIONALS._replace(sampler=sampler)
+    warm_up = jax.jit(lambda keys: ladder.warm_up(keys, conditionals, (8,), 80, 0.7))
     step_size, acceptance = warm_up(keys)
     np.testing.assert_allclose(acceptance, 0.7, atol=0.05)
     adapted = sampler._replace(tuning=tuning | {"step_size": step_size})
     keys = noise.example_keys(jax.random.key(1), jnp.arange(600))
     t = jnp.arange(600) % 6
     x_tilde = jax.random.normal(jax.random.key(2), (600, 8))
-    _, acceptance = ladder.sample_conditional(keys, gaussian, x_tilde, t, SCHEDULE, adapted)
+    conditionals = CONDITIONALS._replace(sampler=adapted)
+    _, acceptance = ladder.sample_conditional(keys, conditionals, x_tilde, t)
     np.testing.assert_allclose(acceptance.reshape(100, 6).mean(axis=0), 0.7, atol=0.06)
 
 
@@ -112,7 +110,8 @@ def test_an_adjusted_ladder_has_the_exact_moments_of_the_data(kernel, tuning):
     step_size = 0.8 / jnp.sqrt(1 / marginal(t)[1] + pull)
     sampler = Sampler(hmc.init, kernel, {"step_size": step_size} | tuning, K=40)
     keys = noise.example_keys(jax.random.key(0), jnp.arange(n))
-    x = jax.jit(lambda keys: ladder.generate(keys, gaussian, (1,), SCHEDULE, sampler))(keys)
+    conditionals = CONDITIONALS._replace(sampler=sampler)
+    x = jax.jit(lambda keys: ladder.generate(keys, conditionals, (1,)))(keys)
     mean, variance = (
         np.float64(v).item() for v in mixtures.marginal(DATA, 0, SCHEDULE).mean_and_covariance()
     )
@@ -133,7 +132,10 @@ def test_the_top_level_is_drawn_from_the_marginal_whatever_the_noise_above(x_til
     F = mixtures.exact_F(data, SCHEDULE)
     x = jax.jit(
         lambda keys: ladder.recover(
-            keys, F, jnp.full((n, 1), x_tilde), jnp.full(n, t), SCHEDULE, sampler
+            keys,
+            Conditionals(F, SCHEDULE, sampler),
+            x_tilde=jnp.full((n, 1), x_tilde),
+            t=jnp.full(n, t),
         )
     )(keys)
     grid = np.linspace(-7, 7, 1401)
@@ -190,11 +192,8 @@ def test_a_chain_computes_no_density_and_no_gradient_that_it_does_not_use(module
         lambda y, ct: (counting("gradient", -y * ct[:, None]),),
     )
     sampler = Sampler(module.init, module.kernel, {"step_size": S} | tuning, K=4)
+    conditionals = Conditionals(lambda y, t: half_square(y), SCHEDULE, sampler)
     keys = noise.example_keys(jax.random.key(0), jnp.arange(3))
-    chain = jax.jit(
-        lambda x: ladder.sample_conditional(
-            keys, lambda y, t: half_square(y), x, jnp.arange(3), SCHEDULE, sampler
-        )
-    )
+    chain = jax.jit(lambda x: ladder.sample_conditional(keys, conditionals, x, jnp.arange(3)))
     jax.block_until_ready(chain(jnp.ones((3, 2))))
     assert (counted["value"], counted["gradient"]) == cost

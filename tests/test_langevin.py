@@ -33,7 +33,10 @@ def run(n, steps, s, start, noise_scale=1.0):
 
 
 def exact_moments(steps, s, start, noise_scale=1.0):
-    """On a Gaussian, a Langevin step is y' = r y + (1 - r) mean + s z, r = 1 - s²/2v."""
+    """Returns the mean and variance after some steps on a Gaussian of variance v.
+
+    There a Langevin step is y' = r y + (1 - r) mean + s z with r = 1 - s²/2v.
+    """
     r = 1 - s**2 / (2 * VARIANCE)
     mean, variance = start, 0.0
     for _ in range(steps):
@@ -42,7 +45,7 @@ def exact_moments(steps, s, start, noise_scale=1.0):
 
 
 def test_every_step_has_the_exact_moments_on_a_gaussian():
-    """Broken by s²/2 -> s² in the drift, and by a step size 2% too large: both fail."""
+    """Fails if the drift has s² for s²/2, or the step size is 2% too large."""
     n, s = 200_000, 0.5
     for steps in (1, 2, 5, 40):
         y = run(n, steps, jnp.full(n, s), start=-1.0)
@@ -52,25 +55,25 @@ def test_every_step_has_the_exact_moments_on_a_gaussian():
 
 
 def transitions(name, s):
-    """The Langevin step as a matrix on the grid, from row to column, in float64.
+    """Returns the transition matrix of a Langevin step on the grid, from row to column.
 
-    The kernel says where it drifts, with its noise off; the noise is N(0, s²).
+    Each row is N(drift, s²), where the drift is the kernel's step without noise.
     """
     n = len(GRID)
     log_p, keys = log_density_fn(name, n), jax.random.split(jax.random.key(0), n)
     state = langevin.init(jnp.asarray(GRID)[:, None], log_p)
     drifted, _ = langevin.kernel(keys, state, log_p, jnp.full(n, s), noise_scale=jnp.zeros(n))
-    moved = np.exp(-((GRID - np.asarray(drifted.position)) ** 2) / (2 * s**2))
-    return moved / moved.sum(axis=1, keepdims=True)
+    density = np.exp(-((GRID - np.asarray(drifted.position)) ** 2) / (2 * s**2))
+    return density / density.sum(axis=1, keepdims=True)
 
 
 @pytest.mark.parametrize("name", ["normal", "bimodal"])
-def test_the_stationary_bias_on_a_conditional_falls_with_the_square_of_the_step(name):
-    """Of E y², by the chain's transitions on a grid; on a normal of variance v exactly.
+def test_stationary_bias_on_a_conditional_is_quadratic_in_the_step_size(name):
+    """Tests the bias of E y² in the stationary distribution of the chain on a grid.
 
-    There it is v / (1 - s² / 4v). Half the step, a quarter of the bias to first order. Fails
-    with the drift 2% too large, with s in the place of s², with the drift's sign flipped, and
-    with the conditional's sigma 2% off.
+    Half the step size has a quarter of the bias, to first order. On a normal of variance v,
+    E y² = v / (1 - s² / 4v) exactly. Fails if the drift is 2% too large, has s for s² or the
+    wrong sign, or if the conditional's sigma is 2% off.
     """
     steps = np.array([0.08, 0.04, 0.02])
     with jax.enable_x64(True):
@@ -81,28 +84,28 @@ def test_the_stationary_bias_on_a_conditional_falls_with_the_square_of_the_step(
         if name == "normal":
             v = float(exact(name).variances[0, 0, 0])
             np.testing.assert_allclose(bias, v / (1 - steps**2 / (4 * v)) - v, rtol=1e-5)
-        else:  # it is bimodal
+        else:  # the conditional has two modes
             assert np.sum((p[1:-1] > p[:-2]) & (p[1:-1] > p[2:])) == 2
             assert p[np.abs(GRID) < 0.2].min() < 0.5 * p[GRID < 0].max()
 
 
 @pytest.mark.parametrize("name", ["normal", "bimodal"])
-def test_long_chains_on_a_conditional_have_the_moments_of_their_transitions(name):
-    """From x_tilde on; they are not the conditional's at so long a step.
+def test_long_chains_on_a_conditional_have_the_moments_of_the_transition_matrix(name):
+    """Tests chains from x_tilde, whose step is long enough to bias the moments.
 
-    Fails with the noise or the drift 2% too large, and with the conditional's sigma 2% off.
+    Fails if the noise or the drift is 2% too large, or the conditional's sigma is 2% off.
     """
     s, steps = 0.2, 250
     with jax.enable_x64(True):
-        p, moved = masses(exact(name)), transitions(name, s)
+        p, matrix = masses(exact(name)), transitions(name, s)
     start = np.argmin(np.abs(GRID - X_TILDE))
     y = long_chain(name, langevin.init, langevin.kernel, 100_000, steps, step_size=s)
-    assert_moments(y, np.linalg.matrix_power(moved, steps)[start])
+    assert_moments(y, np.linalg.matrix_power(matrix, steps)[start])
     with pytest.raises(AssertionError, match="standard errors"):
         assert_moments(y, p)
 
 
-def test_noise_scale_scales_the_noise_alone():
+def test_noise_scale_scales_only_the_noise():
     n, s = 100_000, 0.5
     y = run(n, 10, jnp.full(n, s), start=0.0, noise_scale=0.3)
     mean, variance = exact_moments(10, s, 0.0, noise_scale=0.3)
@@ -110,7 +113,7 @@ def test_noise_scale_scales_the_noise_alone():
     assert_variance(y, mean, variance, of=2)
 
 
-def test_without_noise_it_climbs_the_gradient():
+def test_langevin_without_noise_is_gradient_ascent():
     y = run(2, 3, jnp.array([0.1, 0.3]), start=0.0, noise_scale=0.0)
     expected = [exact_moments(3, s, 0.0)[0] for s in (0.1, 0.3)]
     np.testing.assert_allclose(y, expected, rtol=1e-6)

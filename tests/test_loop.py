@@ -32,17 +32,17 @@ def workdir(tmp_path):
     return epath.Path(tmp_path) / "run"
 
 
-# --- one run in five starts, and what is to be seen of it ---
+# --- one run, started five times ---
 
 
-class Story(NamedTuple):
-    """What was seen of a run that was ended four times before it ended by itself."""
+class Record(NamedTuple):
+    """A run that was killed or stopped four times before it finished."""
 
     workdir: epath.Path
-    terminal: str  # all that the second start wrote, on a terminal
-    logs: list[str]  # all that each of the others wrote, to a pipe
-    stopped: list[tuple[int, float]]  # status, and seconds it took, after each SIGTERM
-    compiled: set[str]  # programs that were not in the cache
+    terminal: str  # output of the second start, on a terminal
+    logs: list[str]  # output of each of the others, into a file
+    stopped: list[tuple[int, float]]  # exit status and seconds after each SIGTERM
+    compiled: set[str]  # programs that were not in the compilation cache
 
 
 def compiled():
@@ -56,7 +56,7 @@ def stop(process):
 
 
 def on_a_terminal(args, until):
-    """Runs the program on a terminal, where something else logs, until it is stopped."""
+    """Runs the program on a terminal, with another thread logging, until it is stopped."""
     chatter = """
 import logging, sys, threading, time
 def talk():
@@ -100,10 +100,10 @@ sys.exit(main.main(sys.argv))
 
 
 @pytest.fixture(scope="module")
-def story(tmp_path_factory):
+def record(tmp_path_factory):
     tiny.trained()  # compiles every program
     found = compiled()
-    folder = tmp_path_factory.mktemp("story")
+    folder = tmp_path_factory.mktemp("record")
     workdir = epath.Path(folder) / "run"
     args = tiny.training(workdir)
     logs, stopped = [], []
@@ -112,10 +112,10 @@ def story(tmp_path_factory):
         written = workdir / "checkpoints"
         return {path.name for path in written.iterdir()} if written.exists() else set()
 
-    def in_the_midst_of_a_write():
+    def during_a_write():
         return any("tmp" in name for name in names())
 
-    def newly_written():
+    def after_a_new_checkpoint():
         before = {name for name in names() if name.isdecimal()}
         return lambda: {name for name in names() if name.isdecimal()} - before
 
@@ -131,85 +131,88 @@ def story(tmp_path_factory):
             log.seek(0)
             logs.append(log.read())
 
-    run(in_the_midst_of_a_write, subprocess.Popen.kill)
-    terminal, status = on_a_terminal(args, newly_written())
+    run(during_a_write, subprocess.Popen.kill)
+    terminal, status = on_a_terminal(args, after_a_new_checkpoint())
     stopped.append(status)
-    run(newly_written(), subprocess.Popen.kill)
-    run(newly_written(), lambda process: stopped.append(stop(process)))
+    run(after_a_new_checkpoint(), subprocess.Popen.kill)
+    run(after_a_new_checkpoint(), lambda process: stopped.append(stop(process)))
     run(lambda: True, lambda process: process.wait(timeout=300))
-    return Story(workdir, terminal, logs, stopped, compiled() - found)
+    return Record(workdir, terminal, logs, stopped, compiled() - found)
 
 
 @pytest.mark.slow
-def test_a_run_killed_and_stopped_again_and_again_ends_in_the_same_bits(story):
-    assert_same(state_of(story.workdir), state_of(tiny.trained()))
+def test_a_run_that_was_killed_and_stopped_equals_an_uninterrupted_one_to_the_bit(record):
+    assert_same(state_of(record.workdir), state_of(tiny.trained()))
     for name in ("metrics.json", "samples.png"):
-        assert (story.workdir / name).read_bytes() == (tiny.trained() / name).read_bytes()
+        assert (record.workdir / name).read_bytes() == (tiny.trained() / name).read_bytes()
     assert [
-        path.name for path in (story.workdir / "checkpoints").iterdir() if "." in path.name
+        path.name for path in (record.workdir / "checkpoints").iterdir() if "." in path.name
     ] == []
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_ends_within_seconds_with_status_143(story):
+def test_sigterm_saves_and_ends_within_seconds_with_status_143(record):
     for text, (status, seconds) in zip(
-        (story.terminal, story.logs[2]), story.stopped, strict=True
+        (record.terminal, record.logs[2]), record.stopped, strict=True
     ):
         assert status == 143
         assert seconds < 10
         assert re.search(
-            r"^stopped by signal 15; step \d+ is saved: the same command goes on from here\r?$",
+            r"^stopped by signal 15; step \d+ is saved: the same command resumes from here\r?$",
             text,
             re.MULTILINE,
         )
-    went_on = [re.search(r"going on from step (\d+) of 300", log) for log in story.logs]
-    assert went_on[0] is None
-    starts = [int(found[1]) for found in went_on[1:]]
+    resumed = [re.search(r"resuming from step (\d+) of 300", log) for log in record.logs]
+    assert resumed[0] is None
+    starts = [int(found[1]) for found in resumed[1:]]
     assert starts == sorted(set(starts))
     saved = [
-        re.search(r"step (\d+) is saved", text)[1] for text in (story.terminal, story.logs[2])
+        re.search(r"step (\d+) is saved", text)[1] for text in (record.terminal, record.logs[2])
     ]
-    assert [int(step) for step in saved] == [starts[0], starts[2]]  # each went on from there
+    assert [int(step) for step in saved] == [
+        starts[0],
+        starts[2],
+    ]  # the next start resumes there
 
 
 @pytest.mark.slow
-def test_a_terminal_shows_a_bar_that_no_line_of_log_tears(story):
+def test_log_lines_do_not_break_the_progress_bar_on_a_terminal(record):
     bars = re.findall(
-        r"(\d+)/300 \[\d\d:\d\d<\d\d:\d\d, +[\d.]+step/s, loss=-?\d+\.\d{4}\]", story.terminal
+        r"(\d+)/300 \[\d\d:\d\d<\d\d:\d\d, +[\d.]+step/s, loss=-?\d+\.\d{4}\]", record.terminal
     )
     assert len(set(bars)) > 2
     shown = [
-        line.rpartition("\r")[2] for line in story.terminal.replace("\r\n", "\n").split("\n")
+        line.rpartition("\r")[2] for line in record.terminal.replace("\r\n", "\n").split("\n")
     ]
     assert shown.count("a line of its own") > 5
     others = {line for line in shown if "a line of its own" in line} - {"a line of its own"}
     assert not others
-    assert "step 50/300" not in story.terminal  # that is for logs
+    assert "step 50/300" not in record.terminal  # that is for logs
 
 
 @pytest.mark.slow
-def test_a_log_has_plain_lines_and_no_noise(story):
+def test_a_log_file_has_only_plain_lines(record):
     known = [
-        r"going on from step \d+ of 300",
+        r"resuming from step \d+ of 300",
         r"step \d+/300  [\d.]+ steps/s  \d\d:\d\d:\d\d left  loss -?\d\.\d{5}",
         r"stopped by signal 15; step \d+ is saved: .*",
         r"pixel Fréchet distance .*",
         r"samples\.png and metrics\.json are in .*",
     ]
-    for log in story.logs:
+    for log in record.logs:
         for line in log.splitlines():
             assert any(re.fullmatch(pattern, line) for pattern in known), line
-    assert "step 300/300" in story.logs[-1]
+    assert "step 300/300" in record.logs[-1]
 
 
 @pytest.mark.slow
-def test_starts_find_the_programs_that_an_earlier_one_compiled(story):
+def test_later_starts_use_the_compilation_cache(record):
     assert any(name.startswith("jit_step-") for name in compiled())
-    again = {name for name in story.compiled if name.startswith(("jit_step-", "jit_program-"))}
+    again = {name for name in record.compiled if name.startswith(("jit_step-", "jit_program-"))}
     assert not again
 
 
-# --- the rest, in this process ---
+# --- tests in this process ---
 
 
 def test_a_checkpoint_holds_its_step_and_more_steps_may_be_asked_for(workdir, tmp_path):
@@ -302,7 +305,7 @@ def test_an_exploding_or_unreal_loss_energy_or_gradient_is_refused(changes):
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_signals_are_held_and_handed_back(signum):
+def test_signal_handlers_are_restored(signum):
     before = signal.getsignal(signum)
     with preemption.stop_on_signal() as stop:
         assert stop() is None

@@ -1,4 +1,4 @@
-"""The mixtures against themselves and against brute force, in float64 but for the samples."""
+"""Tests Gaussian mixtures against brute force; in float64, except for the samples."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ LEVELS = [(6, t) for t in range(6)] + [(1000, t) for t in (0, 1, 30, 300, 998, 9
 
 
 def components(D, K=4):
-    """Weights, means and full covariances, all unlike."""
+    """Returns weights, means and full covariance matrices, all different."""
     rng = np.random.default_rng(D)
     roots = 0.35 * rng.normal(size=(K, D, D)) + 0.1 * np.eye(D)
     weights = np.arange(1.0, K + 1)
@@ -27,7 +27,7 @@ def components(D, K=4):
 
 
 def brute_log_density(x, weights, means, covariances):
-    """[n] of x [n, D], by scipy."""
+    """Returns log p(x) [n] of x [n, D], by scipy."""
     each = [
         stats.multivariate_normal(m, C).logpdf(x)
         for m, C in zip(means, covariances, strict=True)
@@ -50,47 +50,52 @@ def normal_log_density(x, mean, sigma):
 
 
 @pytest.mark.parametrize("D", [1, 5])
-def test_the_density_and_its_blurs_are_what_scipy_has(D, x64):
+def test_the_density_with_and_without_added_noise_agrees_with_scipy(D, x64):
     """Fails with the axes transposed, and with the variances halved."""
     weights, means, covariances = components(D)
     data, x = mixtures.mixture(weights, means, covariances), points(50, D)
     expected = brute_log_density(x, weights, means, covariances)
     np.testing.assert_allclose(data.log_density(x), expected, rtol=1e-11)
-    blurred = covariances * 0.7**2 + 0.3**2 * np.eye(D)
-    expected = brute_log_density(x, weights, 0.7 * means, blurred)
-    np.testing.assert_allclose(data.blurred(0.7, 0.3).log_density(x), expected, rtol=1e-11)
-    many = data.blurred(jnp.array([1.0, 0.7]), jnp.array([0.0, 0.3]))
-    found = many.log_density(jnp.stack([x[0], x[1]]))
+    diffused = covariances * 0.7**2 + 0.3**2 * np.eye(D)
+    expected = brute_log_density(x, weights, 0.7 * means, diffused)
+    np.testing.assert_allclose(data.diffused(0.7, 0.3).log_density(x), expected, rtol=1e-11)
+    two = data.diffused(jnp.array([1.0, 0.7]), jnp.array([0.0, 0.3]))
+    found = two.log_density(jnp.stack([x[0], x[1]]))
     np.testing.assert_allclose(found, [data.log_density(x)[0], expected[1]], rtol=1e-11)
 
 
 @pytest.mark.parametrize("D", [1, 5])
 def test_the_score_is_the_gradient_of_the_log_density(D, x64):
-    """Of one density for all and of one an example; fails with the pull's sign flipped."""
-    data, x = mixtures.mixture(*components(D)), points(50, D)
-    for density in (data, data.given(points(50, D, seed=1), 0.4)):
+    """Tests one density for all points, and one per point; fails with the sign flipped."""
+    weights, means, covariances = components(D)
+    data, x = mixtures.mixture(weights, means, covariances), points(50, D)
+    for density in (data, data.posterior(points(50, D, seed=1), 0.4)):
         gradient = jax.grad(lambda x, density=density: density.log_density(x).sum())(x)
         np.testing.assert_allclose(density.score(x), gradient, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("D", [1, 5])
 def test_conditioning_is_bayes_rule(D, x64):
-    """log p(y | x) = log p(y) + log N(x; y, sigma²) - log p(x), one sigma an example.
+    """log p(y | x) = log p(y) + log N(x; y, sigma²) - log p(x), with one sigma per example.
 
-    Fails with the weights of the components kept as they were, and with sigma not squared.
+    Fails with the weights of the components unchanged, and with sigma not squared.
     """
-    data, y, x_tilde = mixtures.mixture(*components(D)), points(50, D), points(50, D, seed=1)
+    weights, means, covariances = components(D)
+    data = mixtures.mixture(weights, means, covariances)
+    y, x_tilde = points(50, D), points(50, D, seed=1)
     sigma = jnp.linspace(0.05, 2, 50)
     joint = data.log_density(y) + normal_log_density(x_tilde, y, sigma[:, None])
-    expected = joint - data.blurred(jnp.ones(50), sigma).log_density(x_tilde)
-    np.testing.assert_allclose(data.given(x_tilde, sigma).log_density(y), expected, rtol=1e-9)
-    nothing = data.given(x_tilde, jnp.inf)
-    np.testing.assert_allclose(nothing.log_density(y), data.log_density(y), rtol=1e-12)
+    expected = joint - data.diffused(jnp.ones(50), sigma).log_density(x_tilde)
+    np.testing.assert_allclose(
+        data.posterior(x_tilde, sigma).log_density(y), expected, rtol=1e-9
+    )
+    prior = data.posterior(x_tilde, jnp.inf)
+    np.testing.assert_allclose(prior.log_density(y), data.log_density(y), rtol=1e-12)
 
 
 @pytest.mark.parametrize("D", [1, 5])
-def test_mean_and_covariance_are_those_of_the_components_together(D, x64):
-    """E x xᵀ - E x E xᵀ; fails without the spread of the means."""
+def test_mean_and_covariance_are_those_of_the_whole_mixture(D, x64):
+    """Cov = E x xᵀ - E x E xᵀ; fails without the spread of the means."""
     weights, means, covariances = components(D)
     mean, covariance = mixtures.mixture(weights, means, covariances).mean_and_covariance()
     expected = weights @ means
@@ -101,11 +106,12 @@ def test_mean_and_covariance_are_those_of_the_components_together(D, x64):
 
 @pytest.mark.parametrize("D", [1, 5])
 def test_samples_are_drawn_from_the_density(D):
-    """Along each axis and along two directions across, counted in cells of known probability.
+    """Projections on each axis and on two random directions have the exact distribution.
 
-    Samples of conditionals too, each its own: u = Phi of its distribution function is uniform.
-    Fails with standard deviations 2% too large, the axes transposed, the weights left out, and
-    a conditional's component taken from the first example.
+    So does one sample from each of many posteriors. The distribution function of a sample is
+    uniform, which a chi-square test checks. Fails with standard deviations 2% too large, the
+    axes transposed, the weights left out, and a posterior's component taken from the first
+    example.
     """
     weights, means, covariances = components(D)
     data = mixtures.mixture(weights, means, covariances)
@@ -116,10 +122,15 @@ def test_samples_are_drawn_from_the_density(D):
         widths = np.sqrt(np.einsum("i,kij,j->k", u, covariances, u))
         assert_uniform(mixture_cdf(x @ u, weights, means @ u, widths), of=len(directions) + 1)
     x_tilde = jnp.asarray(x + 0.5, jnp.float32)
-    given = data.given(x_tilde, 0.4)
-    y = np.asarray(jax.jit(given.sample)(noise.fold(keys, 2)), np.float64)
-    widths = np.sqrt(np.einsum("bkj,kj->bk", given.variances, np.square(given.axes[:, 0])))
-    u = mixture_cdf(y[:, 0], np.exp(given.log_weights), np.asarray(given.means[..., 0]), widths)
+    posterior = data.posterior(x_tilde, 0.4)
+    y = np.asarray(jax.jit(posterior.sample)(noise.fold(keys, 2)), np.float64)
+    variances = np.einsum("bkj,kj->bk", posterior.variances, np.square(posterior.axes[:, 0]))
+    u = mixture_cdf(
+        y[:, 0],
+        weights=np.exp(posterior.log_weights),
+        means=np.asarray(posterior.means[..., 0]),
+        widths=np.sqrt(variances),
+    )
     assert_uniform(u, of=len(directions) + 1)
 
 
@@ -133,11 +144,11 @@ def assert_uniform(u, of):
 
 
 @pytest.mark.parametrize(("T", "t"), LEVELS)
-def test_levels_are_what_quadrature_makes_of_the_data(T, t, x64):
-    """Marginals of x_t and y_t, and the conditional, by sums over a grid of the data.
+def test_the_densities_of_every_level_agree_with_quadrature(T, t, x64):
+    """Computes q(x_t), q(y_t) and q(y_t | x_{t+1}) by sums over a grid of data points.
 
-    Fails with t + 1 for t in a marginal, y unscaled (below the top) or scaled (at it), the
-    sigma of level t in the conditional, and the quadratic term kept at the top.
+    Fails with t + 1 for t in a marginal, y unscaled (below the highest level) or scaled (at
+    it), the sigma of level t in the conditional, and the quadratic term at the highest level.
     """
     schedule = diffusion.schedule(T)
     betas = np.append(np.linspace(1e-4, 0.02, 1000), 1.0)
@@ -149,17 +160,17 @@ def test_levels_are_what_quadrature_makes_of_the_data(T, t, x64):
     nodes = np.linspace(-5, 5, 4001)
     masses = np.exp(brute_log_density(nodes, weights, means, covariances)) * 10 / 4000
 
-    def blurred(v, scale, variance):
-        """The density at v of scale x + sqrt(variance) eps, x of the data."""
+    def diffused(v, scale, variance):
+        """Returns the density at v of scale x + sqrt(variance) eps, with x from the data."""
         squares = (v[:, None] - scale * nodes) ** 2
         return np.exp(-squares / (2 * variance)) @ masses / np.sqrt(2 * np.pi * variance)
 
     v = np.linspace(-6, 6, 301)
     column = jnp.asarray(v)[:, None]
     found = mixtures.marginal(data, t, schedule).log_density(column)
-    x_t = blurred(v, np.sqrt(keep[t]), 1 - keep[t])
+    x_t = diffused(v, np.sqrt(keep[t]), 1 - keep[t])
     np.testing.assert_allclose(np.exp(found), x_t, rtol=1e-8, atol=1e-12)
-    y_t = blurred(v, a * np.sqrt(keep[t]), a**2 * (1 - keep[t]))
+    y_t = diffused(v, a * np.sqrt(keep[t]), a**2 * (1 - keep[t]))
     np.testing.assert_allclose(
         np.exp(mixtures.exact_F(data, schedule)(column, jnp.full(301, t))),
         y_t,
@@ -168,7 +179,7 @@ def test_levels_are_what_quadrature_makes_of_the_data(T, t, x64):
     )
     sigma = np.sqrt(1 - keep[t + 1] / keep[t])
     near = v if t == T - 1 else 0.3 + sigma * v
-    y = blurred(near, a * np.sqrt(keep[t]), a**2 * (1 - keep[t]))
+    y = diffused(near, a * np.sqrt(keep[t]), a**2 * (1 - keep[t]))
     if t < T - 1:
         y = y * stats.norm.pdf(0.3, near, sigma)
     y = y / np.trapezoid(y, near)
@@ -177,8 +188,8 @@ def test_levels_are_what_quadrature_makes_of_the_data(T, t, x64):
     np.testing.assert_allclose(np.exp(log_p), y, rtol=1e-6, atol=1e-9)
 
 
-def test_conditionals_of_many_levels_at_once_are_those_of_each():
-    """Compiled too. Fails with the sigma of the first example for all."""
+def test_conditionals_of_several_levels_in_one_call_agree_with_one_call_per_level():
+    """One of the two is compiled. Fails with the sigma of the first example for all."""
     schedule, data = diffusion.schedule(6), mixtures.PLANE["moons"]()
     x_tilde, y = jax.random.normal(jax.random.key(0), (2, 6, 2))
 
@@ -192,11 +203,11 @@ def test_conditionals_of_many_levels_at_once_are_those_of_each():
 
 
 @pytest.mark.parametrize("name", mixtures.PLANE)
-def test_every_shape_integrates_to_one_and_its_samples_lie_where_its_density_is(name):
-    """Chi-square on a grid of 30 x 30 cells over [-2.4, 2.4]², each summed at 10 x 10 points.
+def test_every_shape_integrates_to_one_and_its_samples_follow_its_density(name):
+    """Chi-square test on 30 x 30 cells of [-2.4, 2.4]², each integrated with 10 x 10 nodes.
 
-    Fails with the widths of what is drawn 5% too large; of the ellipse, the blobs and the
-    rings, 2%.
+    Fails with the standard deviations of the samples 5% too large; for the ellipse, the blobs
+    and the rings, 2%.
     """
     data = mixtures.PLANE[name]()
     cells, fine, edge = 30, 10, 2.4

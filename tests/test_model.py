@@ -1,63 +1,137 @@
-import weakref
+import dataclasses
+import inspect
+from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from etils import epath
 from helpers import exact
-from ml_collections import ConfigDict
 
+import drl_jax
+from drl_jax import model as model_lib
 from drl_jax.data import mixtures
-from drl_jax.model import Run
-from drl_jax.tasks import common, sample
+from drl_jax.errors import UserError
+from drl_jax.mcmc import hmc, langevin
+from drl_jax.model import Model
+from drl_jax.sampling.ladder import Sampler
+
+PACKAGE = str(Path(drl_jax.__file__).parent)
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def model():
-    data = mixtures.gaussian(np.zeros(4), np.eye(4))
-    return exact.model(data, 6, shape=(2, 2, 1))
+    """Exact energies of white noise, as 2x2 images on T = 6 levels."""
+    return exact.model(mixtures.gaussian(np.zeros(4), np.eye(4)), 6, shape=(2, 2, 1))
 
 
-def test_the_next_batch_is_begun_before_the_one_at_hand_is_given_out(model):
-    """And none after it: what waits on the devices does not grow."""
-    begun = []
-
-    def compiled(params, tuning, key, numbers, examples, settings):
-        begun.append(np.asarray(numbers).tolist())
-        return numbers
-
-    size = model._batch_size
-    n = 3 * size + 1
-    batches = model.batches(compiled, jax.random.key(0), np.arange(n))
-    found = []
-    for i, batch in enumerate(batches, 1):
-        found += batch.tolist()
-        assert len(begun) == min(i + 1, 4)
-    assert found == list(range(n))
-    assert begun[3] == [n - 1] * size
+def with_kernel(model, kernel, **tuning):
+    """The same model with another kernel, compiled anew."""
+    tuning = {"step_size": jnp.full(6, 0.5)} | tuning
+    init = hmc.init if kernel is hmc.kernel else langevin.init
+    sampler = Sampler(init, kernel, tuning, K=2)
+    method = model.method._replace(sampler=sampler)
+    return Model.create(method, model.params, model.mesh)
 
 
-def test_samples_are_written_as_they_come(model, monkeypatch, tmp_path):
-    """Of the batches the one at hand is held, and what the grid shows; the files are whole.
+def test_a_sampling_request_goes_through_at_most_five_calls(model):
+    """Between `Model.sample` and the kernel; functions inside functions count as one."""
+    calls = []
 
-    Fails where empty slices of the batches are kept for the grid (tried).
-    """
-    rng = np.random.default_rng(0)
-    x = rng.uniform(-1, 1, (700, 2, 2, 1)).astype(np.float32)
-    drawn = []
+    def kernel(keys, state, log_density_fn, **tuning):
+        frames = [frame.frame.f_code for frame in inspect.stack()]
+        names = [code.co_qualname for code in frames if code.co_filename.startswith(PACKAGE)]
+        calls.append(names[: names.index("Model.sample")])
+        return langevin.kernel(keys, state, log_density_fn, **tuning)
 
-    def draw(*_):
-        for start in range(0, len(x), 150):
-            assert sum(each() is not None for each in drawn) <= 2
-            batch = x[start : start + 150].copy()
-            drawn.append(weakref.ref(batch))
-            yield batch
+    with_kernel(model, kernel).sample(jax.random.key(0), 1)
+    assert calls
+    for names in calls:
+        between = [name for name in names if "<locals>" not in name]
+        assert 0 < len(between) <= 5, between
 
-    monkeypatch.setattr(common, "draw", draw)
-    run = Run(ConfigDict(), model, 5)
-    monkeypatch.setattr(sample.model_lib, "load_run", lambda *_: run)
-    monkeypatch.setattr(common, "adapt", lambda *_: None)
-    sample.run(epath.Path(tmp_path), lambda config: config, 700, 0)
-    folder = tmp_path / "samples" / "step_5_seed_0"
-    np.testing.assert_array_equal(np.load(folder / "samples.npy"), x)
-    assert len(list(folder.iterdir())) == 702
+
+def test_a_model_cannot_be_changed(model):
+    for field in dataclasses.fields(Model):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(model, field.name, None)
+
+
+def test_adapt_returns_a_new_model_and_leaves_the_old_one_as_it_was(model):
+    leapfrog = jnp.full(6, 3)
+    old = with_kernel(model, hmc.kernel, leapfrog=leapfrog)
+    before = old.step_size.copy()
+    adapted, acceptance = old.adapt(jax.random.key(0), num_steps=60, target=0.8)
+    np.testing.assert_array_equal(old.step_size, before)
+    assert np.abs(adapted.step_size - before).min() > 0.01
+    np.testing.assert_allclose(acceptance, 0.8, atol=0.1)
+    np.testing.assert_array_equal(adapted.method.sampler.tuning["leapfrog"], leapfrog)
+
+
+def test_other_step_sizes_and_parameters_compile_nothing(model):
+    key = jax.random.key(0)
+    x = model.sample(key, 8)
+    count = model.programs.generate._cache_size()
+    other = model.with_step_size(model.step_size / 2)
+    assert np.abs(other.sample(key, 8) - x).max() > 1e-3
+    np.testing.assert_array_equal(model.with_params(model.params).sample(key, 8), x)
+    assert model.programs.generate._cache_size() == count
+
+
+def test_samples_in_batches_are_the_samples(model):
+    key = jax.random.key(3)
+    small = Model.create(model.method, model.params, model.mesh, batch_size=8)
+    batches = list(small.sample_batches(key, 19))
+    assert max(map(len, batches)) == small.engine.batch_size
+    np.testing.assert_array_equal(np.concatenate(batches), small.sample(key, 19))
+
+
+def test_descending_with_a_stop_gives_the_same_samples(model):
+    key = jax.random.key(1)
+    x_T = np.random.default_rng(0).normal(size=(5, 2, 2, 1))
+    halfway = model.descend(key, x_T, top=6, bottom=3)
+    np.testing.assert_allclose(
+        model.descend(key, halfway, top=3, bottom=0),
+        model.descend(key, x_T, top=6, bottom=0),
+        rtol=1e-5,
+        atol=1e-5,
+    )
+
+
+@pytest.mark.parametrize(("top", "bottom"), [(7, 0), (3, -1), (2, 3)])
+def test_levels_that_do_not_exist_are_refused(model, top, bottom):
+    with pytest.raises(UserError, match=f"{top}.* {bottom}.* 6 "):
+        model.descend(jax.random.key(0), np.zeros((1, 2, 2, 1)), top, bottom)
+
+
+def test_the_log_density_of_exact_energies_is_that_of_the_data(model):
+    x = np.random.default_rng(0).normal(size=(7, 2, 2, 1)).astype(np.float32)
+    t = np.full(7, 5)
+    white = -(np.square(x).sum(axis=(1, 2, 3)) + 4 * np.log(2 * np.pi)) / 2
+    np.testing.assert_allclose(model.log_density(x, t), white, rtol=1e-4)
+
+
+def test_a_model_describes_itself(model):
+    for part in ("(2, 2, 1)", "T=6", "langevin", f"devices={model.mesh.size}"):
+        assert part in repr(model)
+
+
+@pytest.mark.parametrize(
+    ("x", "named"),
+    [
+        (np.zeros((1, 2, 2, 1), np.uint8), "uint8"),
+        (np.zeros((1, 2, 3, 1)), "1x2x3x1.* 2x2x1"),
+        (np.zeros((2, 2, 1)), "2x2x1"),
+        (np.zeros((0, 2, 2, 1)), "0x2x2x1"),
+        (np.full((1, 2, 2, 1), 255.0), r"\[255, 255\]"),
+        (np.full((1, 2, 2, 1), np.nan), "nan"),
+    ],
+)
+def test_arrays_that_are_no_images_of_the_model_are_refused(x, named):
+    with pytest.raises(UserError, match=named):
+        model_lib.as_images(x, (2, 2, 1))
+
+
+def test_images_may_leave_the_range_by_rounding():
+    x = np.full((1, 2, 2, 1), 1.000001)
+    np.testing.assert_array_equal(model_lib.as_images(x, (2, 2, 1)), np.float32(x))

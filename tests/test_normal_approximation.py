@@ -15,7 +15,7 @@ def data():
 
 
 def draw(keys, t, x_tilde, schedule, noise_scale=1.0):
-    """One draw for every x_tilde [B, D] at its level t [B], with the exact energies."""
+    """Draws once from every x_tilde [B, D] at level t [B], with the exact energies."""
     F = mixtures.exact_F(data(), schedule)
 
     def log_density_fn(y):
@@ -27,10 +27,10 @@ def draw(keys, t, x_tilde, schedule, noise_scale=1.0):
     return state.position
 
 
-def test_from_x_tilde_it_draws_the_papers_normal_distribution():
-    """N(x_tilde + sigma² grad F(x_tilde), sigma² I), at the top too, where a is 0.
+def test_draws_from_x_tilde_have_the_moments_of_the_papers_normal_distribution():
+    """N(x_tilde + sigma² grad F(x_tilde), sigma² I), also at the top, where a is 0.
 
-    Fails with the drift of a Langevin step (half of it), and with sigma 2% too large.
+    Fails if the drift is halved, as in a Langevin step, or sigma is 2% too large.
     """
     levels, n = (0, 30, 500, 998, 999), 200_000
     schedule = diffusion.schedule(1000)
@@ -45,13 +45,13 @@ def test_from_x_tilde_it_draws_the_papers_normal_distribution():
         assert_variance(y, -0.8 + variance * float(score), variance, of=2 * len(levels))
 
 
-def test_its_divergence_from_the_conditional_falls_with_the_fourth_power_of_sigma(monkeypatch):
-    """KL -> sigma⁴ F''(x_tilde)² / 4, over the sigmas of T1k, by sums over a grid in float64.
+def test_divergence_from_the_conditional_is_of_fourth_order_in_sigma(monkeypatch):
+    """KL -> sigma⁴ F''(x_tilde)² / 4 as sigma -> 0, by sums over a grid in float64.
 
-    The conditional's variance is sigma² / (1 - sigma² F'') to first order, and the means
-    differ by sigma⁴ F' F'', which costs sigma⁶ only. The kernel says the normal's mean and
-    width: its draws where the noise is 0 and 1. At none of the x_tilde is F'' ever near 0.
-    Fails with the drift or the width 1% off.
+    To first order, the conditional's variance is sigma² / (1 - sigma² F''). The means differ by
+    sigma⁴ F' F'', which contributes only sigma⁶. The mean and standard deviation of the
+    approximation are the kernel's draws for noise 0 and 1. F'' is not close to 0 at any of the
+    x_tilde. Fails if the drift or the standard deviation is 1% off.
     """
     levels = np.unique(np.geomspace(1, 999, 25).astype(int)) - 1
     with jax.enable_x64(True):
@@ -60,15 +60,15 @@ def test_its_divergence_from_the_conditional_falls_with_the_fourth_power_of_sigm
         for x in (-0.9, -0.65, 0.8):
             t, x_tilde = jnp.asarray(levels), jnp.full((len(levels), 1), x)
             keys = noise.example_keys(jax.random.key(0), t)
-            ends = []
+            draws = []
             for z in (0.0, 1.0):
                 monkeypatch.setattr(noise, "normal", lambda keys, shape, z=z: z)
-                ends.append(np.asarray(draw(keys, t, x_tilde, schedule))[:, 0])
-            mean, width = ends[0], ends[1] - ends[0]
+                draws.append(np.asarray(draw(keys, t, x_tilde, schedule))[:, 0])
+            mean, std = draws[0], draws[1] - draws[0]
             u, du = np.linspace(-9, 9, 2001, retstep=True)
-            log_normal = -(u**2) / 2 - np.log(2 * np.pi) / 2 - np.log(width)[:, None]
+            log_normal = -(u**2) / 2 - np.log(2 * np.pi) / 2 - np.log(std)[:, None]
             exact = mixtures.conditional(data(), x_tilde, t, schedule)
-            y = jnp.asarray(mean[:, None] + width[:, None] * u)
+            y = jnp.asarray(mean[:, None] + std[:, None] * u)
             log_exact = jax.vmap(exact.log_density, 1, 1)(y[:, :, None])
             masses = np.exp(-(u**2) / 2) / np.sqrt(2 * np.pi) * du
             divergence = (log_normal - np.asarray(log_exact)) @ masses

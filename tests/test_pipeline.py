@@ -69,22 +69,22 @@ def test_resize_is_tensorflows_antialiased_bilinear(shape, size):
 
     image = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
     expected = tf.image.resize(image / 127.5 - 1, (size, size), "bilinear", antialias=True)
-    actual = pipeline.prepare(image, size, "none", white=255)
+    actual = pipeline.prepare(image, size, "none", white=255.0)
     np.testing.assert_allclose(actual, expected, atol=1e-5)
 
 
 def test_centre_crop_of_celeba_drops_20_rows_at_top_and_bottom():
     image = np.random.default_rng(0).integers(0, 256, (218, 178, 3), dtype=np.uint8)
     np.testing.assert_array_equal(
-        pipeline.prepare(image, 64, "centre", white=255),
-        pipeline.prepare(image[20:-20], 64, "none", white=255),
+        pipeline.prepare(image, 64, "centre", white=255.0),
+        pipeline.prepare(image[20:-20], 64, "none", white=255.0),
     )
 
 
 def test_centre_crop_of_a_wide_image_is_its_middle_square():
     image = np.arange(3 * 8, dtype=np.uint8).reshape(3, 8, 1)
     np.testing.assert_array_equal(
-        pipeline.prepare(image, 3, "centre", white=255), scaled(image[:, 2:5])
+        pipeline.prepare(image, 3, "centre", white=255.0), scaled(image[:, 2:5])
     )
 
 
@@ -92,7 +92,7 @@ def test_black_becomes_minus_one_and_white_one_exactly_with_and_without_resize()
     for size in (5, 7):
         for value, expected in ((0, -1), (255, 1)):
             image = pipeline.prepare(
-                np.full((7, 7, 3), value, np.uint8), size, "none", white=255
+                np.full((7, 7, 3), value, np.uint8), size, "none", white=255.0
             )
             assert image.dtype == np.float32
             assert image.shape == (size, size, 3)
@@ -110,7 +110,7 @@ def test_digits_are_scaled_from_0_to_16_to_minus_one_to_one():
 
 def test_to_uint8_inverts_the_scaling_of_every_pixel_value():
     image = np.arange(256, dtype=np.uint8).reshape(16, 16, 1)
-    x = pipeline.prepare(image, 16, "none", white=255)
+    x = pipeline.prepare(image, 16, "none", white=255.0)
     np.testing.assert_array_equal(pipeline.to_uint8(x), image)
 
 
@@ -330,8 +330,8 @@ def write_known(name, data_dir, images):
 
         def _split_generators(self, dl_manager):
             del dl_manager
-            examples = (example(self.info.features, image) for image in images)
-            return {"train": enumerate(examples)}
+            features = self.info.features
+            return {"train": enumerate(example(features, image) for image in images)}
 
     tfds.disable_progress_bar()
     builder = Written(data_dir=data_dir, config=variant or None)
@@ -407,7 +407,7 @@ def test_the_papers_data_are_prepared_as_in_the_paper(tmp_path, config_name):
     expected = np.stack([papers_preparation(image, name, size) for image in pixels])
 
     def found(image):
-        """Returns the number of the expected image that it equals, and whether it is mirrored."""
+        """Returns which of the expected images it is, and whether it is mirrored."""
         both = np.stack([expected, expected[:, :, ::-1]])
         error = np.max(np.abs(both - image), axis=(2, 3, 4))
         assert np.min(error) < 1 / 255

@@ -4,7 +4,7 @@ import pytest
 from drl_jax.metrics import pixels
 
 
-def test_pixel_metrics_say_distance_scale_and_range():
+def test_pixel_metrics_are_distance_reference_distance_and_range():
     data = np.random.default_rng(0).uniform(-1, 1, size=(500, 2, 2, 1))
     metrics = pixels.pixel_metrics(data + 0.5, data)
     assert metrics["pixel_frechet"] == pytest.approx(4 * 0.25, rel=1e-6)

@@ -1,4 +1,7 @@
-"""float32 and bfloat16 against float64. Breaks that were tried stand where they fail."""
+"""float32 and bfloat16 compared with float64.
+
+"Fails" in a docstring names bugs that were introduced on purpose to see the test fail.
+"""
 
 import json
 import math
@@ -12,24 +15,25 @@ from jax import lax
 
 import drl_jax
 from drl_jax import diffusion, method, noise, recovery
-from drl_jax.data import pipeline
+from drl_jax.data import pipeline, sources
 from drl_jax.mcmc import hmc, langevin, mala, normal_approximation
 from drl_jax.mcmc.log_density import value_and_gradient
+from drl_jax.model import Model
 from drl_jax.networks import mlp, resnet
 from drl_jax.networks.convolution import conv3x3
 from drl_jax.networks.energy import computed_in
 from drl_jax.recovery import Parameterisation
 from drl_jax.sampling import inpainting, ladder
-from drl_jax.sampling.ladder import Sampler
-from drl_jax.storage import exported
+from drl_jax.sampling.ladder import Conditionals, Sampler
+from drl_jax.storage import runs
 from drl_jax.tools import precision
 
 B, T = 24, 6
-LEVELS = np.arange(B, dtype=np.int32) % T
+LEVELS = jnp.arange(B, dtype=jnp.int32) % T
 
 
 def away_from_initialisation(energy):
-    """What f takes, of order one over the root of a kernel's inputs, biases of order 0.1."""
+    """Returns normalised parameters: kernels of order inputs^-1/2, biases of order 0.1."""
     params, _ = jax.jit(lambda key: energy.normalise(*energy.init(key)))(jax.random.key(0))
     rng = np.random.default_rng(1)
 
@@ -56,15 +60,16 @@ def random_mlp():
 
 
 def shipped():
-    run = exported.load("digits")
-    x = np.stack(list(pipeline.all_images(run.config, B)))
+    run = runs.load("digits")
+    source = sources.open_source(run.config)
+    x = jnp.stack(list(pipeline.all_examples(run.config, source, B)))
     keys, schedule = noise.example_keys(jax.random.key(2), jnp.arange(B)), diffusion.schedule(T)
     x_t = diffusion.diffuse(keys, x, LEVELS, schedule)
     return run.model.method.energy, run.model.params, x_t
 
 
 def in_float64(tree):
-    """The tree in float64; its arrays of whole numbers stay as they are."""
+    """Converts the floating-point arrays of a tree to float64."""
     return jax.tree.map(
         lambda a: np.asarray(
             a, np.float64 if jnp.issubdtype(a.dtype, jnp.floating) else a.dtype
@@ -80,26 +85,26 @@ def f_and_gradient(energy, params, x):
     return jax.tree.map(np.asarray, program(params, x))
 
 
-def misses(ours, truth):
-    """Errors of f over its root mean square, and of each gradient over its own length."""
+def relative_errors(ours, truth):
+    """Errors of f relative to its root mean square; errors of each gradient to its norm."""
     (f, gradient), (f_truth, gradient_truth) = ours, truth
-    of_f = np.abs(f - f_truth) / np.sqrt(np.mean(f_truth**2))
-    apart, length = (
+    f_error = np.abs(f - f_truth) / np.sqrt(np.mean(f_truth**2))
+    difference, norm = (
         np.sqrt(np.sum(g.reshape(B, -1) ** 2, axis=1))
         for g in (gradient - gradient_truth, gradient_truth)
     )
-    return of_f, apart / length
+    return f_error, difference / norm
 
 
-@pytest.mark.parametrize("parts", [random_resnet, random_mlp, shipped])
-def test_energies_and_gradients_miss_float64_by_rounding(parts):
-    """float32 by 1e-6, and the resnet in bfloat16 by a thousand times that and not much more.
+@pytest.mark.parametrize("network", [random_resnet, random_mlp, shipped])
+def test_energies_and_gradients_differ_from_float64_by_rounding_errors(network):
+    """About 1e-6 in float32; in bfloat16, about a thousand times as much.
 
-    Gradients by the median of the examples: at a kink of the leaky ReLU any rounding turns
-    one. Broken by a cast of x to bfloat16 in the network, by one to float32 (float64 is not
-    that any more), and by a `computed_in` that leaves the images as they are.
+    The gradients' errors are medians over the examples, because a rounding error at a kink of
+    the leaky ReLU changes a gradient completely. Fails if the network casts x to bfloat16 or to
+    float32, and if `computed_in` does not cast the images.
     """
-    energy, params, x = parts()
+    energy, params, x = network()
     with jax.enable_x64(True):
         double = in_float64((params, x))
         truth = f_and_gradient(energy, *double)
@@ -107,20 +112,20 @@ def test_energies_and_gradients_miss_float64_by_rounding(parts):
         differences_agree(energy, *double, truth[1])
     single = f_and_gradient(energy, params, x)
     assert {leaf.dtype for leaf in single} == {np.dtype(np.float32)}
-    of_f, of_gradient = misses(single, truth)
-    assert np.max(of_f) < 3e-6
-    assert np.median(of_gradient) < 1e-6
-    if parts is random_mlp:
+    f_error, gradient_error = relative_errors(single, truth)
+    assert np.max(f_error) < 3e-6
+    assert np.median(gradient_error) < 1e-6
+    if network is random_mlp:
         return
     half = f_and_gradient(computed_in(jnp.bfloat16, energy), params, x)
     assert {leaf.dtype for leaf in half} == {np.dtype(np.float32)}
-    of_f, of_gradient = misses(half, truth)
-    assert 1e-3 < np.max(of_f) < 0.1
-    assert 3e-3 < np.median(of_gradient) < 0.1
+    f_error, gradient_error = relative_errors(half, truth)
+    assert 1e-3 < np.max(f_error) < 0.1
+    assert 3e-3 < np.median(gradient_error) < 0.1
 
 
 def differences_agree(energy, params, x, gradient):
-    """Central differences give the gradient to eight digits: a float32 on the way, two."""
+    """Compares with central differences: they agree to eight digits, in float32 to two."""
     v = np.random.default_rng(0).normal(size=x.shape)
     h = 1e-6
     f = jax.jit(energy.f)
@@ -130,10 +135,10 @@ def differences_agree(energy, params, x, gradient):
     assert np.median(np.abs(difference - along)) < 1e-7 * scale
 
 
-@pytest.mark.parametrize("parts", [random_resnet, random_mlp])
-def test_networks_compute_in_the_precision_of_their_images(parts):
-    """Broken by a time embedding that is float32 and not weakly so, in either network."""
-    energy, params, x = parts()
+@pytest.mark.parametrize("network", [random_resnet, random_mlp])
+def test_networks_compute_in_the_precision_of_their_images(network):
+    """Fails if the time embedding of either network is float32 and not weakly typed."""
+    energy, params, x = network()
 
     def program(params, x):
         return str(
@@ -148,8 +153,10 @@ def test_networks_compute_in_the_precision_of_their_images(parts):
 
 
 def test_convolutions_multiply_in_bfloat16_and_add_up_in_float32():
-    """Of f and both its gradients. Broken by a `computed_in` that leaves the images as they
-    are, by a kernel that is not rounded, and by sums that have the precision of images.
+    """In f and both its gradients.
+
+    Fails if `computed_in` does not cast the images, if a kernel is not rounded, and if sums
+    have the precision of the images.
     """
     energy, params, x = random_resnet()
     low = computed_in(jnp.bfloat16, energy).f
@@ -158,7 +165,7 @@ def test_convolutions_multiply_in_bfloat16_and_add_up_in_float32():
         .lower(params, x)
         .as_text()
     )
-    # On CPUs the kernels' gradients are matrix products, in the loops that add them up.
+    # On CPUs, the gradients of kernels are sums of matrix products, computed in loops.
     products = re.findall(
         r"stablehlo\.(?:convolution|dot_general)[^\n]*: "
         r"\(tensor<[\dx]*x(\w+)>, tensor<[\dx]*x(\w+)>\) -> tensor<[\dx]*x(\w+)>",
@@ -169,9 +176,11 @@ def test_convolutions_multiply_in_bfloat16_and_add_up_in_float32():
     assert set(products) == {("bf16", "bf16", "f32"), ("f32", "f32", "f32")}
 
 
-def test_gradients_of_parameters_miss_float32_by_bfloat16s_rounding():
-    """They are float32 and point the same way. Broken by biases that are rounded before they
-    are added: XLA:CPU then adds up their gradients in bfloat16, and half of one is lost.
+def test_gradients_of_parameters_in_bfloat16_have_its_rounding_errors():
+    """They are float32 and have almost the same direction.
+
+    Fails if biases are rounded before they are added: XLA:CPU then sums their gradients in
+    bfloat16 and loses half of one.
     """
     energy, params, x = random_resnet()
     half = computed_in(jnp.bfloat16, energy)
@@ -187,8 +196,8 @@ def test_gradients_of_parameters_miss_float32_by_bfloat16s_rounding():
 
 
 def test_a_configuration_chooses_bfloat16_for_f_alone():
-    """Broken by a chain's state, or a network's last sum, in bfloat16."""
-    run = exported.load("digits")
+    """Fails if the state of a chain or the network's last sum is in bfloat16."""
+    run = runs.load("digits")
     config = run.config.copy_and_resolve_references()
     config.energy.dtype = "bfloat16"
     half = method.from_config(config)
@@ -197,20 +206,19 @@ def test_a_configuration_chooses_bfloat16_for_f_alone():
     assert f.dtype == np.float32
     assert np.any(f != np.asarray(jnp.asarray(f, jnp.bfloat16), np.float32))
     keys = noise.example_keys(jax.random.key(0), jnp.arange(B))
-    y, _ = ladder.sample_conditional(
-        *(keys, half.F(params), x, LEVELS, half.schedule, half.sampler._replace(K=2))
-    )
+    half = half._replace(sampler=half.sampler._replace(K=2))
+    y, _ = ladder.sample_conditional(keys, half.conditionals(params), x, LEVELS)
     assert y.dtype == np.float32
     assert np.any(y != np.asarray(jnp.asarray(y, jnp.bfloat16), np.float32))
 
 
-def test_the_conditional_log_density_has_float64s_digits():
-    """Broken by a temperature in float32."""
+def test_the_conditional_log_density_is_accurate_in_float64():
+    """Fails if the temperature is float32."""
     with jax.enable_x64(True):
         schedule = diffusion.schedule(T)
         tau, sigma = np.asarray(schedule.sigma_bar[:-1]), np.asarray(schedule.sigma)
-        y, x_tilde = np.random.default_rng(0).normal(size=(2, T, 3))
-        t = np.arange(T)
+        y, x_tilde = jnp.asarray(np.random.default_rng(0).normal(size=(2, T, 3)))
+        t = jnp.arange(T)
         F = recovery.log_density(
             lambda x, t: jnp.sum(jnp.sin(x), axis=1), Parameterisation(tau, 1.0)
         )
@@ -221,8 +229,8 @@ def test_the_conditional_log_density_has_float64s_digits():
         np.testing.assert_allclose(ours, theirs, rtol=1e-12)
 
 
-def test_the_same_keys_are_the_same_noise_in_every_precision():
-    """Broken by the default dtype in either draw."""
+def test_the_same_keys_give_the_same_noise_in_every_precision():
+    """Fails if either draw has the default dtype."""
     keys = noise.example_keys(jax.random.key(3), jnp.arange(5))
     with jax.enable_x64(True):
         again = noise.example_keys(jax.random.key(3), jnp.arange(5))
@@ -241,30 +249,28 @@ def sampler_of(module, s, K):
     return Sampler(module.init, module.kernel, tuning, K)
 
 
-def parts_of_a_chain(module, params, dtype):
-    """Schedule, F and sampler of the random MLP, made in the precision at hand."""
+def mlp_conditionals(module, params, dtype):
+    """Conditionals of the random MLP, in the enabled precision."""
     schedule = diffusion.schedule(T)
     s = recovery.step_sizes(schedule, 1e-2)
     f = lambda x, t: mlp.energy(5, width=32).f(params, x, t)  # noqa: E731
     F = recovery.log_density(f, Parameterisation(s**2 * 300, 1.0))
     assert schedule.a.dtype == s.dtype == dtype
-    return schedule, F, sampler_of(module, s, 30)
+    return Conditionals(F, schedule, sampler_of(module, s, 30))
 
 
 @pytest.mark.parametrize("module", [langevin, mala, hmc])
 def test_chains_of_thirty_steps_are_the_same_in_float32_and_float64(module):
-    """A smooth energy: no chain parts from its twin, as at a kink, but where a step is refused.
+    """The energy is smooth: chains diverge only where they differ in an accept decision.
 
-    Broken by noise in the default dtype, and by the accept step's uniform in it.
+    Fails if the noise, or the uniform number of the accept decision, has the default dtype.
     """
     _, params, x = random_mlp()
 
     def run(params, x):
-        schedule, F, sampler = parts_of_a_chain(module, params, x.dtype)
+        conditionals = mlp_conditionals(module, params, x.dtype)
         keys = noise.example_keys(jax.random.key(5), jnp.arange(B))
-        program = jax.jit(
-            lambda x: ladder.sample_conditional(keys, F, x, LEVELS, schedule, sampler)
-        )
+        program = jax.jit(lambda x: ladder.sample_conditional(keys, conditionals, x, LEVELS))
         return jax.tree.map(np.asarray, program(x))
 
     y, accepted = run(params, np.asarray(x))
@@ -272,38 +278,39 @@ def test_chains_of_thirty_steps_are_the_same_in_float32_and_float64(module):
         truth, accepted_truth = run(*in_float64((params, x)))
     assert truth.dtype == accepted_truth.dtype == np.float64
     assert y.dtype == accepted.dtype == np.float32
-    apart, moved = (np.sqrt(np.mean(d**2, axis=1)) for d in (y - truth, truth - x))
-    apart /= np.median(moved)
+    difference, moved = (np.sqrt(np.mean(d**2, axis=1)) for d in (y - truth, truth - x))
+    difference /= np.median(moved)
     assert np.median(moved) > 0.1
-    assert 1e-9 < np.median(apart) < 2e-6
-    assert np.mean(apart < 1e-4) > 0.9
+    assert 1e-9 < np.median(difference) < 2e-6
+    assert np.mean(difference < 1e-4) > 0.9
     np.testing.assert_allclose(np.median(accepted - accepted_truth), 0, atol=1e-5)
 
 
 @pytest.mark.parametrize("module", [langevin, mala, hmc, normal_approximation])
 def test_generation_warm_up_and_inpainting_run_in_float64(module):
-    """Broken by a momentum or white noise that stays float32: loops refuse such a carry."""
+    """Fails if the momentum or white noise is float32: loops reject a carry of that type."""
     _, params, _ = random_mlp()
     with jax.enable_x64(True):
-        schedule, F, sampler = parts_of_a_chain(module, in_float64(params), np.float64)
-        sampler = sampler._replace(K=1)
+        conditionals = mlp_conditionals(module, in_float64(params), np.float64)
+        sampler = conditionals.sampler._replace(K=1)
+        conditionals = conditionals._replace(sampler=sampler)
         keys = noise.example_keys(jax.random.key(5), jnp.arange(2))
-        x = jax.jit(lambda keys: ladder.generate(keys, F, (5,), schedule, sampler))(keys)
+        x = jax.jit(lambda keys: ladder.generate(keys, conditionals, (5,)))(keys)
         known = jnp.array([True, False, False, True, False])
         inpainted = jax.eval_shape(
-            lambda x: inpainting.inpaint(keys, F, x, known, 2, schedule, sampler), x
+            lambda x: inpainting.inpaint(keys, conditionals, x, known, 2), x
         )
         assert x.dtype == inpainted.dtype == np.float64
         if module in (mala, hmc):
             adapted = jax.eval_shape(
-                lambda keys: ladder.warm_up(keys, F, (5,), schedule, sampler, 4, 0.65), keys
+                lambda keys: ladder.warm_up(keys, conditionals, (5,), 4, 0.65), keys
             )
             assert {a.dtype for a in adapted} == {np.dtype(np.float64)}
     assert np.all(np.isfinite(x))
 
 
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="a fact of XLA:CPU")
-def test_a_bfloat16_convolution_on_a_cpu_rounds_what_goes_in_and_what_comes_out():
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="a property of XLA:CPU")
+def test_a_bfloat16_convolution_on_a_cpu_rounds_inputs_and_outputs():
     keys = jax.random.split(jax.random.key(0))
     x = jax.random.normal(keys[0], (2, 8, 8, 16)).astype(jnp.bfloat16)
     kernel = jax.random.normal(keys[1], (3, 3, 16, 8)).astype(jnp.bfloat16)
@@ -315,7 +322,7 @@ def test_a_bfloat16_convolution_on_a_cpu_rounds_what_goes_in_and_what_comes_out(
 
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
-    """What the command prints of the shipped model, and the numbers behind it."""
+    """Output of the command for the shipped model, and its JSON values."""
     path = tmp_path_factory.mktemp("precision") / "precision.json"
     capture = []
     with pytest.MonkeyPatch.context() as patch:
@@ -325,7 +332,8 @@ def table(tmp_path_factory):
     return "\n".join(capture), json.loads(path.read_text())
 
 
-def test_the_command_prints_a_row_a_level_and_precision_and_a_verdict(table):
+@pytest.mark.slow
+def test_the_command_prints_a_row_per_level_and_precision_and_verdicts(table):
     printed, result = table
     lines = printed.splitlines()
     assert len(lines) == 2 + 2 * T + 1 + 2 + 2
@@ -333,18 +341,20 @@ def test_the_command_prints_a_row_a_level_and_precision_and_a_verdict(table):
     assert "nan" not in printed
     numbers = [v for row in result["levels"] for v in row.values() if isinstance(v, float)]
     assert np.all(
-        np.isfinite([*numbers, *result["samples"].values(), *result["log_weight"].values()])
+        np.isfinite(
+            [*numbers, *result["samples"].values(), *result["log_weight_error"].values()]
+        )
     )
-    assert "accept steps yes" in lines[-2]
-    assert "accept steps no (" in lines[-1]
+    assert "accept decisions accurate" in lines[-2]
+    assert "accept decisions not accurate (" in lines[-1]
 
 
-def test_the_shipped_model_is_fit_for_chains_in_float32_and_not_for_accept_steps_in_bfloat16(
-    table,
-):
-    """Chains by a loose bound, since one at a kink parts from its twin (3e-3 was seen).
+@pytest.mark.slow
+def test_float32_is_accurate_and_accept_decisions_in_bfloat16_are_not(table):
+    """For the shipped model.
 
-    Broken by f in bfloat16 in float32's place, and the other way round.
+    The bound on chains is loose, since those at a kink diverge (3e-3 was observed). Fails if
+    float32 and bfloat16 are exchanged.
     """
     rows = table[1]["levels"]
     single, half = (
@@ -352,49 +362,50 @@ def test_the_shipped_model_is_fit_for_chains_in_float32_and_not_for_accept_steps
         for name in ("float32", "bfloat16")
     )
     for t in range(T):
-        assert single[t]["f"] < 1e-6
-        assert single[t]["F"] < (0.05 if t == 0 else 5e-4)
-        assert single[t]["increment"] < (0.05 if t == 0 else 5e-4)
-        assert single[t]["path_by_displacement"] < 2e-2
-        assert single[t]["other_decisions"] <= 0.01
-        assert 5e-4 < half[t]["f"] < 3e-2
-        assert 0.03 < half[t]["F"] < (1000 if t == 0 else 10)
-        assert half[t]["increment"] > 100 * single[t]["increment"]
-        assert 1e-3 < half[t]["path_by_displacement"] < 0.15
-        assert half[t]["other_decisions"] > 0.03
+        assert single[t]["f_error"] < 1e-6
+        assert single[t]["F_error"] < (0.05 if t == 0 else 5e-4)
+        assert single[t]["delta_F_error"] < (0.05 if t == 0 else 5e-4)
+        assert single[t]["end_error_by_displacement"] < 2e-2
+        assert single[t]["changed_decisions"] <= 0.01
+        assert 5e-4 < half[t]["f_error"] < 3e-2
+        assert 0.03 < half[t]["F_error"] < (1000 if t == 0 else 10)
+        assert half[t]["delta_F_error"] > 100 * single[t]["delta_F_error"]
+        assert 1e-3 < half[t]["end_error_by_displacement"] < 0.15
+        assert half[t]["changed_decisions"] > 0.03
 
 
-def test_log_weights_are_right_in_float32_and_not_in_bfloat16(table):
-    """Of annealing through all levels: nats of the digits model, whose F is about 1e4.
+@pytest.mark.slow
+def test_log_weights_are_accurate_in_float32_and_not_in_bfloat16(table):
+    """In nats, for annealing through all levels of the digits model, whose F is about 1e4.
 
-    Broken by f in bfloat16 in float32's place.
+    Fails if f is bfloat16 in place of float32.
     """
-    found = table[1]["log_weight"]
-    assert 1e-4 < found["float32"] < 0.03
-    assert found["bfloat16"] > 10
+    errors = table[1]["log_weight_error"]
+    assert 1e-4 < errors["float32"] < 0.03
+    assert errors["bfloat16"] > 10
 
 
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["--model=nonesuch"], "'nonesuch' is no work directory"),
-        (["--precision=half"], "Unknown command line flag 'precision'"),
+        (["--model=nonesuch"], "'nonesuch'"),
+        (["--precision=half"], "flag 'precision'"),
         (["--K=0"], "flag --K=0"),
-        (["digits"], "unexpected argument 'digits'"),
+        (["digits"], "argument 'digits'"),
     ],
 )
-def test_a_mistake_is_one_line_and_status_one(args, words, capsys):
+def test_a_user_error_is_one_line_and_status_one(args, words, capsys):
     assert precision.main(["precision", *args]) == 1
-    said = capsys.readouterr()
-    assert words in said.err
-    assert said.err.count("\n") == 1
-    assert not said.out
+    printed = capsys.readouterr()
+    assert words in printed.err
+    assert printed.err.count("\n") == 1
+    assert not printed.out
 
 
-def test_a_model_can_be_given_its_network_in_bfloat16():
+def test_the_network_of_a_model_can_be_replaced_by_one_in_bfloat16():
     model = drl_jax.load("digits")
     energy = computed_in(jnp.bfloat16, model.method.energy)
-    low = type(model)(model.method._replace(energy=energy), model.params, model.mesh)
+    low = Model.create(model.method._replace(energy=energy), model.params, model.mesh)
     x, t = np.full((6, 8, 8, 1), 0.3, np.float32), np.arange(6)
     assert low.log_density(x, t).dtype == np.float32
     np.testing.assert_allclose(low.f(x, t), model.f(x, t), atol=0.1)

@@ -6,19 +6,20 @@ from helpers.random_inception import vectors
 from PIL import Image
 
 from drl_jax import config as config_lib
+from drl_jax.data import sources
 from drl_jax.errors import UserError
 from drl_jax.metrics import reference
 
 
-class Counting:
-    """A stand-in for the network that counts the images it is shown."""
+class CountingExtractor:
+    """Replaces the network, and counts the images that it is given."""
 
     def __init__(self):
-        self.seen = 0
+        self.count = 0
 
     def __call__(self, images):
         for batch in vectors(images):
-            self.seen += len(batch["2048"])
+            self.count += len(batch["2048"])
             yield batch
 
 
@@ -41,24 +42,28 @@ def workdir(tmp_path):
     return epath.Path(tmp_path / "run")
 
 
-def seen(config, workdir, sha256="1234"):
-    """The summary, and of how many images it was computed."""
-    extractor = Counting()
-    return reference.of_data(config, extractor, sha256, workdir), extractor.seen
+def summary_of_data(config, workdir, sha256="1234"):
+    """Returns the summary, and the number of images from which it was computed."""
+    extractor = CountingExtractor()
+    source = sources.open_source(config)
+    summary = reference.of_data(
+        config=config, source=source, extractor=extractor, sha256=sha256, workdir=workdir
+    )
+    return summary, extractor.count
 
 
 def assert_equal(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-def test_a_second_call_reads_what_the_first_has_written(config, workdir, tmp_path):
-    first, computed = seen(config, workdir)
-    assert computed == first.moments.n == 6
+def test_a_second_call_reads_what_the_first_wrote(config, workdir, tmp_path):
+    first, count = summary_of_data(config, workdir)
+    assert count == first.moments.n == 6
     (file,) = tmp_path.glob("images.inception-*.npz")  # next to the folder, not inside
     assert len(list((tmp_path / "images").iterdir())) == 6
     assert not list(workdir.iterdir())
-    second, computed = seen(config, workdir)
-    assert computed == 0
+    second, count = summary_of_data(config, workdir)
+    assert count == 0
     assert_equal(first, second)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["images", file.name, "run"]
 
@@ -66,7 +71,7 @@ def test_a_second_call_reads_what_the_first_has_written(config, workdir, tmp_pat
 @pytest.mark.parametrize(
     "change",
     [
-        {"sha256": "another"},
+        {"sha256": "5678"},
         {"data.image_size": 4},
         {"data.channels": 1},
         {"data.crop": "none"},
@@ -75,54 +80,54 @@ def test_a_second_call_reads_what_the_first_has_written(config, workdir, tmp_pat
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_other_weights_or_data_are_computed_anew(config, workdir, tmp_path, change):
-    seen(config, workdir)
+def test_other_weights_or_data_have_another_file(config, workdir, tmp_path, change):
+    summary_of_data(config, workdir)
     sha256 = change.pop("sha256", "1234")
     if change.pop("new", None):
         Image.new("RGB", (8, 8)).save(tmp_path / "images" / "new.png")
     config.update_from_flattened_dict(change)
-    summary, computed = seen(config, workdir, sha256)
-    assert computed == summary.moments.n > 0
+    summary, count = summary_of_data(config, workdir, sha256)
+    assert count == summary.moments.n > 0
     assert len(list(tmp_path.glob("*.npz"))) == 2
 
 
-def test_what_changes_no_image_changes_no_statistics(config, workdir):
-    seen(config, workdir)
+def test_settings_that_do_not_change_the_images_share_the_file(config, workdir):
+    summary_of_data(config, workdir)
     config.data.flip = False
     config.evaluation.num_data = 6
     config.evaluation.batch_size = 3
-    assert seen(config, workdir)[1] == 0
+    assert summary_of_data(config, workdir)[1] == 0
 
 
-def test_a_damaged_file_is_computed_anew_and_replaced(config, workdir, tmp_path):
-    first, _ = seen(config, workdir)
+def test_a_damaged_file_is_replaced(config, workdir, tmp_path):
+    first, _ = summary_of_data(config, workdir)
     (file,) = tmp_path.glob("*.npz")
     file.write_bytes(file.read_bytes()[:5000])
-    again, computed = seen(config, workdir)
-    assert computed == 6
+    again, count = summary_of_data(config, workdir)
+    assert count == 6
     assert_equal(first, again)
-    assert seen(config, workdir)[1] == 0
+    assert summary_of_data(config, workdir)[1] == 0
 
 
-def test_where_the_datas_place_cannot_be_written_to_the_work_directory_is(
+def test_the_work_directory_is_used_if_the_datas_place_cannot_be_written_to(
     config, workdir, tmp_path, monkeypatch
 ):
     def write(file, summary, write=reference.write):
         if file.parent == epath.Path(tmp_path):
-            raise UserError("not here")
+            raise UserError("cannot write here")
         write(file, summary)
 
     monkeypatch.setattr(reference, "write", write)
-    seen(config, workdir)
+    summary_of_data(config, workdir)
     assert not list(tmp_path.glob("*.npz"))
     assert len(list(workdir.glob("inception-*.npz"))) == 1
-    assert seen(config, workdir)[1] == 0
+    assert summary_of_data(config, workdir)[1] == 0
 
 
-def test_data_that_lie_in_no_folder_have_their_statistics_in_the_work_directory(workdir):
+def test_the_work_directory_is_used_for_data_without_a_folder(workdir):
     config = config_lib.default()
     config.data.update(name="digits", image_size=8, channels=1)
     config.evaluation.num_data = 10
-    summary, _ = seen(config, workdir)
+    summary, _ = summary_of_data(config, workdir)
     assert summary.moments.n == 10
     assert len(list(workdir.glob("inception-*.npz"))) == 1

@@ -16,7 +16,7 @@ REFUSED = Compiled(1.0, None, None, None)
 
 @pytest.fixture
 def plan():
-    """Returns a function that makes the plan of one program on a topology."""
+    """Returns a function that builds the plan of one program on a topology."""
 
     def make(compiled, name):
         topology = chips.parse(name)
@@ -38,36 +38,36 @@ def plan():
     return make
 
 
-def test_memory_is_what_lives_at_once(plan):
+def test_memory_needed_excludes_aliased_outputs(plan):
     [program] = plan(FITS, "v5e:2x2")["programs"]
     assert program["bytes_needed"] == 4 * 2**30
     assert program["fits"]
 
 
-def test_seconds_are_cycles_at_the_clock_and_mfu_and_days_follow(plan):
+def test_time_mfu_and_days_follow_from_cycles_and_clock_rate(plan):
     [program] = plan(FITS, "v5e:2x2")["programs"]
-    seconds = 3e6 * 2 * 4 * 128**2 / 197e12  # 131072 FLOPs a cycle
+    seconds = 3e6 * 2 * 4 * 128**2 / 197e12  # 131072 FLOPs per cycle
     assert program["estimated_seconds"] == pytest.approx(seconds)
     assert program["estimated_mfu"] == pytest.approx(1e-3 / seconds)
     assert program["estimated_days"] == pytest.approx(seconds)  # 86400 steps
 
 
-def test_of_a_gpu_no_time_is_told_but_a_bound(plan):
-    told = plan(FITS, "h100:8")
-    [program] = told["programs"]
+def test_gpus_have_a_lower_bound_but_no_estimate_of_the_time(plan):
+    gpus = plan(FITS, "h100:8")
+    [program] = gpus["programs"]
     assert not any(name.startswith("estimated") for name in program)
     assert program["seconds_at_peak"] == pytest.approx(197e9 / 989e12)
-    assert report.NO_CYCLES in report.markdown(told)
+    assert report.GPU_NOTE in report.markdown(gpus)
 
 
-def test_more_than_there_is_does_not_fit_though_it_compiles(plan):
+def test_a_program_that_compiles_can_exceed_the_memory(plan):
     large = MEMORY._replace(temporaries=60 * 2**30)
-    told = plan(FITS._replace(memory=large, needed=large.total), "a100:8")
-    assert "| verdict | **does not fit** |" in report.markdown(told)
+    too_large = plan(FITS._replace(memory=large, needed=large.total), "a100:8")
+    assert "| verdict | **does not fit** |" in report.markdown(too_large)
 
 
-def test_a_refused_program_is_told_without_a_number(plan):
+def test_unknown_memory_is_reported_as_unknown(plan):
     text = report.markdown(plan(REFUSED, "v5e:2x2"))
     assert "| verdict | **does not fit** |" in text
-    assert "| memory a device | ? |" in text
-    assert "No batch was found that fits" in text
+    assert "| memory per device | ? |" in text
+    assert "No batch size was found that fits" in text

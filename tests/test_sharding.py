@@ -1,4 +1,4 @@
-"""Eight devices against one. Run as a program, this file is what happens on the eight."""
+"""Compares eight devices with one. Run as a program, this file computes on eight devices."""
 
 import contextlib
 import functools
@@ -16,15 +16,18 @@ import pytest
 from etils import epath
 from helpers import exact, random_inception, tiny
 from helpers.fixtures import assert_close
-from helpers.runs import assert_same
+from helpers.runs import abstract_state, assert_same
 
 from drl_jax import config as config_lib
-from drl_jax import method, model, noise
-from drl_jax.data import mixtures, pipeline
+from drl_jax import method, noise
+from drl_jax.data import mixtures, pipeline, sources
 from drl_jax.errors import UserError
 from drl_jax.metrics import density, inception, ood
+from drl_jax.model import Model
 from drl_jax.runtime import sharding
-from drl_jax.storage import checkpoints, exported
+from drl_jax.runtime.batching import Engine
+from drl_jax.sampling import ladder
+from drl_jax.storage import checkpoints, runs
 from drl_jax.training import state as train_state
 from drl_jax.training import step as train_step
 
@@ -34,40 +37,39 @@ COLLECTIVE = re.compile(
 
 
 def main(workdir):
-    """Works on eight devices, and on one of them, and prints what came out, pickled."""
+    """Computes on eight devices and on one of them, and writes the results to stdout."""
     one, eight = sharding.make_mesh(jax.devices()[:1]), sharding.make_mesh()
     result = {"devices": eight.size}
-    result["noise"] = [noise_of(mesh) for mesh in (one, eight)]
+    result["noise"] = [noise_on(mesh) for mesh in (one, eight)]
     result["features"] = [features_on(mesh) for mesh in (one, eight)]
     result["scores"] = [scores_on(mesh) for mesh in (one, eight)]
-
     result["bounds"] = [bounds_on(mesh) for mesh in (one, eight)]
 
     config = make_config()
-    folded = sharding.make_mesh(fsdp=4)
-    start = jax.tree.map(np.array, trained(config, one, None, 0, 20))
+    fsdp = sharding.make_mesh(fsdp=4)
+    start = jax.tree.map(np.array, trained(config, one, None, first=0, steps=20))
     states = [
-        trained(config, one, start, 20, 5),
-        trained(config, eight, start, 20, 5),
-        trained(config, folded, start, 20, 5),
-        trained(config, eight, start, 20, 5, parts=2),
-        trained(config, folded, start, 20, 5, parts=2),
+        trained(config, one, start, first=20, steps=5),
+        trained(config, eight, start, first=20, steps=5),
+        trained(config, fsdp, start, first=20, steps=5),
+        trained(config, eight, start, first=20, steps=5, accumulate=2),
+        trained(config, fsdp, start, first=20, steps=5, accumulate=2),
     ]
-    result["held"] = [held(state) for state in states]
+    result["fractions"] = [fraction_on_first_device(state) for state in states]
     result["states"] = [jax.tree.map(np.asarray, state) for state in states]
     result["restored"] = restored(f"{workdir}/moved", config, states[0])
     result["chains"], result["step"] = compiled(config, eight)
 
     def run(name, **changes):
-        with contextlib.redirect_stderr(io.StringIO()) as told:
+        with contextlib.redirect_stderr(io.StringIO()) as stderr:
             args = tiny.training(f"{workdir}/{name}", train__num_steps=3, **changes)
-            return tiny.main(*args), told.getvalue()
+            return tiny.main(*args), stderr.getvalue()
 
     result["batch of 12"] = run("refused", train__batch_size=12)
-    result["3 parts"] = run("refused", train__parts=3)
+    result["accumulate 3"] = run("refused", train__accumulate=3)
     result["fsdp of 3"] = run("refused", mesh__fsdp=3)
     result["data of 2"] = run("refused", mesh__data=2, mesh__fsdp=2)
-    result["width of 12"] = run("wide", energy__ch=12, mesh__fsdp=8, train__parts=2)
+    result["width of 12"] = run("wide", energy__ch=12, mesh__fsdp=8, train__accumulate=2)
     result["batch of 16"] = run("trained", train__batch_size=16)
     sys.stdout.buffer.write(pickle.dumps(result))
 
@@ -82,8 +84,8 @@ def make_config():
     return config
 
 
-def noise_of(mesh):
-    """The noise of 16 examples, drawn where each lies."""
+def noise_on(mesh):
+    """Draws noise for 16 examples, each on the device that holds the example."""
     key, examples = jax.random.key(3), jnp.arange(16)
 
     @functools.partial(jax.jit, out_shardings=sharding.by_example(mesh))
@@ -95,55 +97,59 @@ def noise_of(mesh):
 
 
 def bounds_on(mesh):
-    """Bounds of log Z by 12 chains, which eight devices fill up to 16."""
+    """Bounds log Z with 12 chains, which eight devices pad to 16."""
     data = mixtures.PLANE["ellipse"]()
-    budget = density.DEFAULT._replace(chains=12, rungs=50, transitions=2, burn_in=5)
-    x = np.asarray(pipeline.sample(noise.example_keys(jax.random.key(0), jnp.arange(12))))
+    budget = density.DEFAULT._replace(chains=12, distributions=50, transitions=2, burn_in=5)
+    x = np.asarray(data.sample(noise.example_keys(jax.random.key(0), jnp.arange(12))))
     found = density.log_partition(exact.model(data, 6, mesh=mesh), jax.random.key(1), x, budget)
     return jax.tree.leaves(found)
 
 
 def features_on(mesh):
-    """The Inception network's features of 5 images, in a batch of 8."""
+    """Computes the Inception features of 5 images, in a batch of 8."""
     images = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), np.uint8)
-    extractor = inception.Extractor(random_inception.variables(), mesh, batch_size=8)
+    extractor = inception.Extractor(random_inception.variables(), Engine(mesh, 8))
     (batch,) = extractor(images)
     return batch
 
 
 def scores_on(mesh):
-    """The shipped model's scores of 11 digits, in batches of 8."""
-    config, shipped, _ = exported.load("digits")
-    x = np.stack(list(pipeline.all_images(config, limit=11)))
-    placed = model.Model(shipped.method, shipped.params, mesh)
-    return tuple(ood.Scorer(placed, batch_size=8)(jax.random.key(0), x))
+    """Scores 11 digits with the model that comes with the package, in batches of 8."""
+    config, shipped, _ = runs.load("digits")
+    images = pipeline.all_examples(config, sources.open_source(config), limit=11)
+    model = Model.create(shipped.method, shipped.params, mesh, batch_size=8)
+    return tuple(ood.Scorer(model)(jax.random.key(0), images))
 
 
-def trained(config, mesh, state, first, n, parts=1):
-    """The state after n more steps on the devices of a mesh."""
-    learned, optimiser = method.from_config(config), train_state.optimiser(config)
+def trained(config, mesh, state, first, steps, accumulate=1):
+    """Trains on a mesh from step `first`, and returns the state."""
+    learned = method.from_config(config)
+    training = train_step.from_config(config)._replace(accumulate=accumulate)
     if state is None:
-        create = jax.jit(lambda key: train_state.create(key, learned.energy, optimiser))
+        create = jax.jit(
+            lambda key: train_state.create(key, learned.energy, training.optimiser)
+        )
         state = create(jax.random.key(0))
-    shardings = train_state.shardings(learned.energy, optimiser, mesh)
+    shardings = train_state.shardings(learned.energy, training.optimiser, mesh)
     state = jax.device_put(jax.tree.map(np.array, state), shardings)
-    step = train_step.compile_for(mesh, learned, optimiser, config.optim.ema_decay, parts)
-    batches = pipeline.training_batches(config, start_step=first)
-    for _ in range(n):
+    step = train_step.compile_step(mesh, learned, training)
+    source = sources.open_source(config)
+    batches = pipeline.training_batches(config, source, start_step=first)
+    for _ in range(steps):
         x = jax.device_put(next(batches)["image"], sharding.by_example(mesh))
         state, _ = step(state, x, jax.random.key(1))
     return state
 
 
-def held(state):
-    """What the first device holds, of all the bytes of a state's kernels."""
+def fraction_on_first_device(state):
+    """Returns the fraction of a state's kernels, in bytes, that the first device holds."""
     kernels = [a for a in jax.tree.leaves(state) if a.ndim > 1]
     first = [a.addressable_shards[0].data for a in kernels]
     return sum(a.nbytes for a in first) / sum(a.nbytes for a in kernels)
 
 
 def restored(workdir, config, state):
-    """A state saved by eight devices, two and eight again, each from the one before."""
+    """Saves a state on eight devices, restores and saves it on two, and again on eight."""
     for devices, fsdp in ((8, 1), (2, 2), (8, 4)):
         mesh = sharding.make_mesh(jax.devices()[:devices], fsdp=fsdp)
         with checkpoints.Checkpoints(epath.Path(workdir), config) as manager:
@@ -151,21 +157,20 @@ def restored(workdir, config, state):
                 state = jax.device_put(jax.tree.map(np.array, state), sharding.replicated(mesh))
             else:
                 _, state = manager.restore(
-                    model.abstract_state,
-                    functools.partial(sharding.fully_sharded, mesh=mesh),
+                    abstract_state, functools.partial(sharding.fully_sharded, mesh=mesh)
                 )
             state = state.replace(step=state.step + 1)
-            manager.save(state)
-    return held(state), jax.tree.map(np.asarray, state)
+            manager.save(int(state.step), state)
+    return fraction_on_first_device(state), jax.tree.map(np.asarray, state)
 
 
 def compiled(config, mesh):
-    """The compiled programs of the chains alone, and of a whole step."""
-    learned, optimiser = method.from_config(config), train_state.optimiser(config)
+    """Returns the compiled programs of the chains alone and of a training step, as text."""
+    learned, training = method.from_config(config), train_step.from_config(config)
     whole, split = sharding.replicated(mesh), sharding.by_example(mesh)
     state = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole),
-        model.abstract_state(config),
+        abstract_state(config),
     )
     x = jax.ShapeDtypeStruct((16, 8, 8, 1), jnp.float32, sharding=split)
     t = jax.ShapeDtypeStruct((16,), jnp.int32, sharding=split)
@@ -174,10 +179,10 @@ def compiled(config, mesh):
     keys = jax.ShapeDtypeStruct(keys.shape, keys.dtype, sharding=split)
 
     def chains(params, examples):
-        keys, x, t = examples
-        return train_step.negatives(keys, params, x, t, learned)
+        keys, x_tilde, t = examples
+        return ladder.sample_conditional(keys, learned.conditionals(params), x_tilde, t)
 
-    step = train_step.compile_for(mesh, learned, optimiser, 0.99)
+    step = train_step.compile_step(mesh, learned, training)
     return (
         jax.jit(sharding.over_examples(chains, mesh))
         .lower(state.params, (keys, x, t))
@@ -189,7 +194,7 @@ def compiled(config, mesh):
 
 @pytest.fixture(scope="module")
 def eight(tmp_path_factory):
-    """What `main` printed, and the folder of its run."""
+    """The results of `main`, and the folder of its runs."""
     folder = tmp_path_factory.mktemp("eight")
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     done = subprocess.run(
@@ -206,7 +211,7 @@ def eight(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_an_example_meets_the_same_noise_on_one_and_on_eight_devices(eight):
+def test_an_example_gets_the_same_noise_on_one_and_on_eight_devices(eight):
     on_one, on_eight = eight["noise"]
     np.testing.assert_array_equal(on_one, on_eight)
     assert len(np.unique(on_one)) > 0.99 * on_one.size
@@ -230,17 +235,18 @@ def test_images_have_the_same_scores_on_one_and_on_eight_devices(eight):
 
 @pytest.mark.slow
 def test_bounds_of_log_Z_do_not_depend_on_the_number_of_devices(eight):
-    one, many = eight["bounds"]
-    np.testing.assert_allclose(many, one, rtol=1e-4, atol=1e-4)
+    on_one, on_eight = eight["bounds"]
+    np.testing.assert_allclose(on_eight, on_one, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow
-def test_five_steps_end_in_equal_states_on_any_mesh_and_in_any_parts(eight):
-    """Equal to 1e-5 of the greatest entry of each array.
+def test_training_does_not_depend_on_the_mesh_or_on_gradient_accumulation(eight):
+    """Five steps end in states equal to 1e-5 of the largest entry of each array.
 
-    On 1 x 1, 8 x 1 and 2 x 4 devices, data x fsdp, at once and in two parts.
-    From a state that has left its start: there, weights of 1e-10 have gradients of rounding
-    alone, which Adam turns into steps of full length (their error reaches 9e-6).
+    The meshes are 1 x 1, 8 x 1 and 2 x 4 (data x fsdp), the last two with and without gradient
+    accumulation. The five steps do not start at initialisation, where the gradients of weights
+    of 1e-10 are only rounding errors, which Adam turns into steps of full length (errors of up
+    to 9e-6).
     """
     on_one, *others = eight["states"]
     assert len(others) == 4
@@ -251,16 +257,16 @@ def test_five_steps_end_in_equal_states_on_any_mesh_and_in_any_parts(eight):
 
 
 @pytest.mark.slow
-def test_along_fsdp_a_device_holds_its_part_of_what_training_carries(eight):
-    """Parameters, average and Adam's moments; of ch = 8 every kernel divides by 4."""
-    assert eight["held"] == [1, 1, 0.25, 1, 0.25]
+def test_fsdp_divides_the_training_state_of_kernels(eight):
+    """Parameters, average and Adam's moments; with ch = 8 every kernel is divisible by 4."""
+    assert eight["fractions"] == [1, 1, 0.25, 1, 0.25]
 
 
 @pytest.mark.slow
-def test_a_state_moves_from_eight_devices_to_two_and_back_unchanged(eight):
-    """From 8 x 1 to 1 x 2 to 2 x 4, data x fsdp."""
-    part, state = eight["restored"]
-    assert part == 0.25
+def test_a_state_is_unchanged_by_moving_to_other_meshes(eight):
+    """From 8 x 1 to 1 x 2 to 2 x 4 (data x fsdp)."""
+    fraction, state = eight["restored"]
+    assert fraction == 0.25
     assert_same(state.replace(step=state.step - 3), eight["states"][0])
 
 
@@ -271,81 +277,95 @@ def test_the_chains_of_eight_devices_do_not_communicate(eight):
 
 
 @pytest.mark.slow
-def test_a_step_on_eight_devices_communicates_outside_its_loops_alone(eight):
+def test_a_training_step_does_not_communicate_inside_loops(eight):
     computations = dict(
         re.findall(r"^%?([\w.-]+) [^\n]*\{\n(.*?)^\}", eight["step"], re.M | re.S)
     )
-    found = {name for name, text in computations.items() if COLLECTIVE.search(text)}
-    assert found  # the gradients' mean
-    inside = set(re.findall(r"body=%?([\w.-]+)", eight["step"]))
-    assert inside
+    communicating = {name for name, text in computations.items() if COLLECTIVE.search(text)}
+    assert communicating  # the mean of the gradients
+    in_loops = set(re.findall(r"body=%?([\w.-]+)", eight["step"]))
+    assert in_loops
     while (
-        calls := {
-            called
-            for name in inside
-            for called in re.findall(r"=%?([\w.-]+)", computations[name])
-            if called in computations
+        called := {
+            name
+            for caller in in_loops
+            for name in re.findall(r"=%?([\w.-]+)", computations[caller])
+            if name in computations
         }
-        - inside
+        - in_loops
     ):
-        inside |= calls
-    assert not found & inside
+        in_loops |= called
+    assert not communicating & in_loops
 
 
 @pytest.mark.slow
-def test_a_batch_that_eight_devices_cannot_share_is_refused(eight):
-    status, told = eight["batch of 12"]
+@pytest.mark.parametrize(
+    ("run", "words"),
+    [
+        ("batch of 12", ["config.train.batch_size is 12", "8 devices", "use 8 or 16"]),
+        ("accumulate 3", ["config.train.batch_size is 16", "accumulate = 3", "use 24"]),
+        ("fsdp of 3", ["config.mesh", "fsdp = 3", "8 devices", "1, 2, 4, 8"]),
+        ("data of 2", ["config.mesh", "data = 2", "fsdp = 2", "8 devices"]),
+    ],
+)
+def test_a_batch_or_mesh_that_does_not_divide_is_an_error(eight, run, words):
+    status, stderr = eight[run]
     assert status == 1
-    assert re.fullmatch(
-        r"error: config.train.batch_size is 12, .* 8 devices: use 8 or 16\n", told
-    )
+    assert re.fullmatch(r"error: [^\n]*\n", stderr)
+    assert all(word in stderr for word in words), stderr
     assert not (eight["folder"] / "refused").exists()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("run", "told"),
-    [
-        ("3 parts", r"train.batch_size is 16, .* 8 devices times 3 parts: use 24"),
-        ("fsdp of 3", r"mesh is fsdp = 3, and there are 8 devices: fsdp can be 1, 2, 4, 8,.*"),
-        ("data of 2", r"mesh is data = 2 times fsdp = 2, and there are 8 devices: .*"),
-    ],
-)
-def test_a_mesh_or_parts_that_do_not_divide_are_refused(eight, run, told):
-    status, said = eight[run]
-    assert status == 1
-    assert re.fullmatch(rf"error: config.{told}\n", said)
+def test_kernels_that_do_not_divide_are_named_and_replicated(eight):
+    status, stderr = eight["width of 12"]
+    assert status == 0, stderr
+    assert re.search(r"fsdp = 8 .* conv_in/kernel", stderr)
 
 
 @pytest.mark.slow
-def test_kernels_that_do_not_divide_are_named_and_stay_whole(eight):
-    status, said = eight["width of 12"]
-    assert status == 0, said
-    assert re.search(r"fsdp = 8 divides no axis of conv_in/kernel, .*: whole on", said)
-
-
-@pytest.mark.slow
-def test_what_eight_devices_trained_one_can_load(eight):
-    status, told = eight["batch of 16"]
-    assert status == 0, told
+def test_one_device_loads_what_eight_devices_trained(eight):
+    status, stderr = eight["batch of 16"]
+    assert status == 0, stderr
     assert (eight["folder"] / "trained" / "samples.png").exists()
-    run = model.load_run(eight["folder"] / "trained")
+    run = runs.load(eight["folder"] / "trained")
     assert run.step == 3
     assert run.model.sample(jax.random.key(0), 2).shape == (2, 8, 8, 1)
 
 
+EIGHT = jax.sharding.AbstractMesh((4, 2), sharding.AXES)
+
+
 @pytest.mark.parametrize(
-    ("batch_size", "nearest"), [(12, "use 8 or 16"), (5, "use 8"), (17, "use 16 or 24")]
+    ("batch_size", "nearest"),
+    [(12, "use 8 or 16"), (5, "use 8"), (17, "use 16 or 24"), (30, "use 24 or 32")],
 )
-def test_an_unequal_batch_is_refused_with_the_nearest_that_work(batch_size, nearest):
-    mesh = jax.sharding.AbstractMesh((4, 2), sharding.AXES)
-    with pytest.raises(UserError, match=rf"train.batch_size is {batch_size}, .*: {nearest}$"):
-        sharding.require_divisible(batch_size, mesh, "train.batch_size")
+def test_the_error_names_the_nearest_batch_sizes_that_divide(batch_size, nearest):
+    with pytest.raises(UserError) as error:
+        sharding.require_divisible(batch_size, EIGHT, "train.batch_size")
+    assert f"config.train.batch_size is {batch_size}," in str(error.value)
+    assert "8 devices" in str(error.value)
+    assert str(error.value).endswith(nearest)
 
 
-def test_an_equal_batch_is_taken():
-    mesh = jax.sharding.AbstractMesh((4, 2), sharding.AXES)
-    sharding.require_divisible(24, mesh, "train.batch_size")
+def test_a_batch_that_divides_is_accepted():
+    sharding.require_divisible(24, EIGHT, "train.batch_size")
+    sharding.require_divisible(48, EIGHT, "train.batch_size", accumulate=3)
+
+
+@pytest.mark.parametrize(
+    ("shape", "axes"),
+    [
+        ((3, 3, 8, 16), (None, None, None, "fsdp")),
+        ((3, 3, 16, 8), (None, None, "fsdp")),
+        ((3, 3, 8, 8), (None, None, None, "fsdp")),
+        ((3, 3, 5, 1), ()),  # no axis is divisible by 2
+        ((8,), ()),  # vectors are replicated
+        ((), ()),
+    ],
+)
+def test_fsdp_splits_the_longest_axis_that_divides(shape, axes):
+    assert tuple(sharding.fully_sharded(shape, EIGHT).spec) == axes
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 import math
 import os
+import re
 import signal
 import zlib
 
@@ -42,18 +43,18 @@ def test_any_damage_that_matters_is_one_clear_line(path):
     """Flips in fields that no reader uses, such as time stamps, change nothing."""
     snapshots.write(path, SNAPSHOT, SETTINGS)
     content = path.read_bytes()
-    flipped = (
-        content[:i] + bytes([content[i] ^ 16]) + content[i + 1 :] for i in range(len(content))
-    )
     harmless = 0
-    for altered in flipped:
-        path.write_bytes(altered)
+    for i in range(len(content)):
+        path.write_bytes(content[:i] + bytes([content[i] ^ 16]) + content[i + 1 :])
         try:
-            assert_same(snapshots.read(path, SETTINGS))
-            harmless += 1
+            snapshot, message = snapshots.read(path, SETTINGS), ""
         except UserError as error:
-            assert "work is damaged" in str(error)  # noqa: PT017  (most flips, not all, raise)
-            assert "\n" not in str(error)
+            snapshot, message = None, str(error)
+        if snapshot:
+            assert_same(snapshot)
+            harmless += 1
+        else:
+            assert re.fullmatch(".*work is damaged.*", message)
     assert harmless < len(content) / 3
     no_numbers = npz.encode(SNAPSHOT.arrays)
     shorter = (content[:n] for n in range(0, len(content), 50))
@@ -67,7 +68,9 @@ def test_a_snapshot_of_an_earlier_version_is_rejected_by_name(path):
     """Earlier versions wrote a checksum of the whole file before its content."""
     content = npz.encode(SNAPSHOT.arrays)
     path.write_bytes(zlib.crc32(content).to_bytes(4, "big") + content)
-    with pytest.raises(UserError, match=r"^.*work was written by an earlier version.*remove.*$"):
+    with pytest.raises(
+        UserError, match=r"^.*work was written by an earlier version.*remove.*$"
+    ):
         snapshots.read(path, SETTINGS)
 
 

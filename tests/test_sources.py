@@ -132,7 +132,7 @@ def test_a_folders_images_are_converted_to_grey_or_rgb(tmp_path):
 def test_a_folder_without_images_or_path_or_existence_is_rejected(tmp_path):
     for path, words in (
         (f"{tmp_path}", "contains no .png"),
-        (f"{tmp_path}/absent", "not a folder"),
+        (f"{tmp_path}/absent", "no such folder"),
         ("", "without a path"),
     ):
         with pytest.raises(UserError) as error:

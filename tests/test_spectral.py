@@ -26,20 +26,21 @@ def largest_singular_value(kernel):
 
 
 def converged(params):
+    """Returns normalised parameters and vectors after the power iteration has converged."""
     vectors = spectral.init_vectors(jax.random.key(1), params, rule)
     for _ in range(300):
         normalised, vectors = spectral.normalise(params, vectors, rule)
     return normalised, vectors
 
 
-def test_vectors_belong_to_the_normalised_kernels_and_are_units():
+def test_every_normalised_kernel_has_a_unit_vector():
     vectors = spectral.init_vectors(jax.random.key(1), make_params(), rule)
     assert set(vectors) == set(RULES)
     for u in vectors.values():
         np.testing.assert_allclose(np.linalg.norm(u), 1, rtol=1e-6)
 
 
-def test_kernels_reach_norm_one_small_ones_are_not_scaled_up_and_others_are_left_alone():
+def test_norms_become_one_or_at_most_one_and_other_parameters_are_unchanged():
     params = make_params()
     normalised, _ = converged(params)
     np.testing.assert_allclose(largest_singular_value(normalised["a"]["kernel"]), 1, rtol=1e-5)
@@ -49,7 +50,7 @@ def test_kernels_reach_norm_one_small_ones_are_not_scaled_up_and_others_are_left
     np.testing.assert_array_equal(normalised["a"]["bias"], params["a"]["bias"])
 
 
-def test_one_call_makes_one_power_iteration():
+def test_normalise_makes_one_power_iteration():
     params = make_params()
     u = spectral.init_vectors(jax.random.key(1), params, rule)["a/kernel"]
     W = np.float64(params["a"]["kernel"]).reshape(-1, 6)
@@ -60,8 +61,8 @@ def test_one_call_makes_one_power_iteration():
     )
 
 
-def test_the_gradient_flows_through_the_norm():
-    """Against autodiff of the exact norm by SVD; with sigma a constant it fails."""
+def test_gradient_is_that_of_dividing_by_the_exact_norm():
+    """Compares with autodiff of the norm from an SVD. Fails if sigma is treated as constant."""
     params = make_params()
     _, vectors = converged(params)
     weight = jax.random.normal(jax.random.key(2), params["a"]["kernel"].shape)

@@ -9,7 +9,7 @@ from scipy import stats
 
 from drl_jax import config as config_lib
 from drl_jax import diffusion, noise, recovery
-from drl_jax.data import mixtures, pipeline
+from drl_jax.data import mixtures, pipeline, sources
 from drl_jax.mcmc import hmc, langevin
 from drl_jax.method import Method
 from drl_jax.networks import resnet
@@ -17,7 +17,7 @@ from drl_jax.networks.energy import Energy, computed_in
 from drl_jax.recovery import Parameterisation
 from drl_jax.runtime import sharding
 from drl_jax.sampling import ladder
-from drl_jax.sampling.ladder import Sampler
+from drl_jax.sampling.ladder import Conditionals, Sampler
 from drl_jax.training import state as train_state
 from drl_jax.training import step as train_step
 
@@ -29,9 +29,18 @@ METHOD = Method(
     schedule=SCHEDULE,
     parameterisation=Parameterisation(S**2, 0.0),
     sampler=Sampler(langevin.init, langevin.kernel, {"step_size": S}, K),
-    objective="recovery",
 )
 DECAY = 0.9
+
+
+def training(optimiser, ema_decay=DECAY, objective="recovery"):
+    """Training on uniformly drawn levels."""
+    return train_step.Training(
+        objective=train_step.OBJECTIVES[objective],
+        draw_levels=train_step.uniform_levels,
+        optimiser=optimiser,
+        ema_decay=ema_decay,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +58,7 @@ def one_step():
     x = jax.random.uniform(jax.random.key(1), (B, 4, 4, 1), minval=-1, maxval=1)
     key = jax.random.key(2)
     before = jax.tree.map(np.asarray, state)
-    step = train_step.compile_for(mesh, METHOD, optimiser, DECAY)
+    step = train_step.compile_step(mesh, METHOD, training(optimiser))
     after, metrics = step(state, x, key)
     return before, x, key, optimiser, after, metrics
 
@@ -61,14 +70,12 @@ def by_hand(params, vectors, x, key, step):
     x_t, x_tilde = diffusion.diffuse_pair(noise.fold(keys, 1), x, t, SCHEDULE)
     a = jnp.append(SCHEDULE.a[1:6], 1.0)[t][:, None, None, None]
     normalised, new_vectors = METHOD.energy.normalise(params, vectors)
-    y_neg, _ = ladder.sample_conditional(
-        noise.fold(keys, 2),
-        lambda y, t: METHOD.energy.f(normalised, y, t) / S[t] ** 2,
-        x_tilde,
-        t,
-        SCHEDULE,
-        METHOD.sampler,
+    conditionals = Conditionals(
+        F=lambda y, t: METHOD.energy.f(normalised, y, t) / S[t] ** 2,
+        schedule=SCHEDULE,
+        sampler=METHOD.sampler,
     )
+    y_neg, _ = ladder.sample_conditional(noise.fold(keys, 2), conditionals, x_tilde, t)
 
     def loss(params):
         normalised, _ = METHOD.energy.normalise(params, vectors)
@@ -130,9 +137,7 @@ def test_a_denoising_step_descends_the_normal_approximations_error():
     """
     many = diffusion.schedule(1000)
     parameterisation = Parameterisation(many.sigma_bar[:-1], 1.0)
-    method = METHOD._replace(
-        schedule=many, parameterisation=parameterisation, objective="denoising"
-    )
+    method = METHOD._replace(schedule=many, parameterisation=parameterisation)
     optimiser, mesh = optax.sgd(1.0), sharding.make_mesh()
     state = train_state.create(jax.random.key(0), method.energy, optimiser)
     params = jax.tree.map(
@@ -142,7 +147,8 @@ def test_a_denoising_step_descends_the_normal_approximations_error():
     before = jax.tree.map(np.asarray, state)
     x = jax.random.uniform(jax.random.key(1), (B, 4, 4, 1), minval=-1, maxval=1)
     key = jax.random.key(2)
-    after, metrics = train_step.compile_for(mesh, method, optimiser, DECAY)(state, x, key)
+    denoising = training(optimiser, objective="denoising")
+    after, metrics = train_step.compile_step(mesh, method, denoising)(state, x, key)
 
     keys = noise.example_keys(jax.random.fold_in(key, 0), jnp.arange(B))
     t = jnp.stack([jax.random.randint(k, (), 0, 1000) for k in noise.fold(keys, 0)])
@@ -171,12 +177,14 @@ def test_a_denoising_step_descends_the_normal_approximations_error():
 
 def test_training_in_bfloat16_has_the_losses_of_float32():
     """Step for step, before rounding has led the two apart."""
-    x = jnp.stack(list(pipeline.all_images(config_lib.load(str(tiny.DIGITS)), 512)))
+    config = config_lib.load(str(tiny.DIGITS))
+    source = sources.open_source(config)
+    x = jnp.stack(list(pipeline.all_examples(config, source, limit=512)))
     optimiser, mesh = optax.adam(1e-3), sharding.make_mesh()
 
     def losses(energy):
         method = METHOD._replace(energy=energy)
-        step = train_step.compile_for(mesh, method, optimiser, DECAY)
+        step = train_step.compile_step(mesh, method, training(optimiser))
         state = train_state.create(jax.random.key(0), energy, optimiser)
         seen = []
         for i in range(100):
@@ -203,7 +211,7 @@ def test_positives_are_of_the_energies_marginals_and_unscaled_at_the_top():
 
     @jax.jit
     def draw(t):
-        x = pipeline.sample(noise.fold(keys, 0))
+        x = data.sample(noise.fold(keys, 0))
         return recovery.positives(noise.fold(keys, 1), x, jnp.full(n, t), SCHEDULE)
 
     for t in range(6):
@@ -263,9 +271,9 @@ def test_a_quadratic_energy_learns_the_mean_and_covariance_of_every_level():
     )
     steps, B = 1500, 2000
     optimiser, mesh = optax.adam(optax.cosine_decay_schedule(0.05, steps)), sharding.make_mesh()
-    step = train_step.compile_for(mesh, method, optimiser, ema_decay=0.99)
+    step = train_step.compile_step(mesh, method, training(optimiser, ema_decay=0.99))
     state = train_state.create(jax.random.key(0), method.energy, optimiser)
-    batch = jax.jit(lambda k: pipeline.sample(jax.random.split(jax.random.key(k), B)))
+    batch = jax.jit(lambda k: data.sample(jax.random.split(jax.random.key(k), B)))
     for k in range(steps):
         state, _ = step(state, batch(k), jax.random.key(1))
     wider = []
@@ -324,12 +332,11 @@ def test_levels_are_drawn_as_asked():
     """
     n = 100_000
     schedule = diffusion.schedule(100)
-    method = METHOD._replace(schedule=schedule)
     keys = noise.example_keys(jax.random.key(0), jnp.arange(n))
     sigma, sigma_bar = (np.asarray(s[1:], float) for s in (schedule.sigma, schedule.sigma_bar))
     share = (sigma / sigma_bar) ** 2
     for levels, p in (("uniform", np.ones(100)), ("log_noise", share)):
-        t = train_step.draw_levels(keys, method._replace(levels=levels))
+        t = train_step.LEVEL_DISTRIBUTIONS[levels](keys, schedule)
         expected = n * p / p.sum()
         counts = np.bincount(np.asarray(t), minlength=100)
         assert np.abs((counts - expected) / np.sqrt(expected)).max() < 5

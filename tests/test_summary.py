@@ -11,7 +11,7 @@ def random_images(n):
     return np.random.default_rng(0).integers(0, 256, (n, 2, 2, 3), np.uint8)
 
 
-def test_a_summary_holds_moments_and_score_of_all_images_and_their_features():
+def test_a_summary_contains_the_moments_score_and_features_of_all_images():
     images = random_images(25)
     found = summary.summarise(vectors, iter(images), 25)
     pixels = images[:, 0, 0]
@@ -24,27 +24,27 @@ def test_a_summary_holds_moments_and_score_of_all_images_and_their_features():
     assert found.score == pytest.approx(scores.inception_score(pixels), rel=1e-6)
 
 
-def test_a_summary_ends_after_n_images_and_leaves_the_rest_of_the_stream():
+def test_a_summary_reads_n_images_and_leaves_the_rest_of_the_stream():
     images = iter(random_images(10))
     assert summary.summarise(vectors, images, 7).moments.n == 7
     assert len(list(images)) == 3
 
 
-@pytest.mark.parametrize(("n", "kept"), [(7, 7), (8, 8), (9, 8), (29, 8), (80, 8)])
-def test_features_are_kept_at_equal_distances(monkeypatch, n, kept):
-    monkeypatch.setattr(summary, "KEPT", 8)
+@pytest.mark.parametrize(("n", "stored"), [(7, 7), (8, 8), (9, 8), (29, 8), (80, 8)])
+def test_stored_features_are_equally_spaced(monkeypatch, n, stored):
+    monkeypatch.setattr(summary, "MAX_FEATURES", 8)
     images = [np.full((1, 1, 3), i, np.uint8) for i in range(n)]
-    places = summary.summarise(vectors, images, n).features[:, 0]
-    assert len(places) == kept
-    assert places[0] == 0
-    assert set(np.diff(places)) <= {n // kept, -(-n // kept)}
+    indices = summary.summarise(vectors, images, n).features[:, 0]
+    assert len(indices) == stored
+    assert indices[0] == 0
+    assert set(np.diff(indices)) <= {n // stored, -(-n // stored)}
 
 
 def summary_of(x, score):
-    return Summary(frechet.moments(x), x, (score, 0.1))
+    return Summary(frechet.batch_moments(x), x, (score, 0.1))
 
 
-def test_sets_are_compared_by_the_distances_of_their_features():
+def test_sets_are_compared_by_the_distances_between_their_features():
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(50, 4)), rng.normal(size=(40, 4)) + 1
     found = summary.compare(summary_of(a, 5.0), summary_of(b, 9.0))
@@ -55,7 +55,7 @@ def test_sets_are_compared_by_the_distances_of_their_features():
     assert (found["num_samples"], found["num_data"]) == (50, 40)
 
 
-def test_a_single_sample_is_refused():
+def test_a_single_sample_is_rejected():
     x = np.zeros((5, 3))
-    with pytest.raises(UserError, match="two images or more, not 1"):
+    with pytest.raises(UserError, match="number of images is 1"):
         summary.compare(summary_of(x[:1], 1.0), summary_of(x, 1.0))

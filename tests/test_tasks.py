@@ -1,25 +1,33 @@
+"""What the tasks share, and the tasks train, sample, evaluate and export."""
+
 import json
 import logging
 import math
 import re
+import weakref
 
 import jax
 import numpy as np
 import pytest
 from etils import epath
-from helpers import random_inception, tiny
+from helpers import exact, random_inception, tiny
 from helpers.random_inception import vectors
+from helpers.torch_files import tensor, write_zip
+from ml_collections import ConfigDict
 from PIL import Image
 
 from drl_jax import config as config_lib
-from drl_jax import model
+from drl_jax.data import mixtures, pipeline, sources
+from drl_jax.errors import UserError
 from drl_jax.metrics import inception, weights
-from drl_jax.tasks import evaluate
+from drl_jax.storage import runs
+from drl_jax.storage.runs import Run
+from drl_jax.tasks import common, evaluate, export, sample
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """Six coloured images."""
+    """A folder of six colour images."""
     folder = tmp_path / "images"
     folder.mkdir()
     rng = np.random.default_rng(0)
@@ -29,10 +37,21 @@ def folder(tmp_path):
     return folder
 
 
+@pytest.fixture
+def weights_file(tmp_path, torch, monkeypatch):
+    """A file of random Inception weights."""
+    file = tmp_path / "weights.pth"
+    tensors = {name: tensor(x) for name, x in random_inception.tensors().items()}
+    file.write_bytes(write_zip(tensors, torch))
+    monkeypatch.undo()  # the stand-in for PyTorch has to go before other libraries see it
+    return file
+
+
 @pytest.mark.slow
-def test_a_run_with_inception_weights_ends_in_fid_kid_and_inception_score(folder, tmp_path):
-    file, workdir = tmp_path / "weights.npz", epath.Path(tmp_path / "run")
-    np.savez(file, **random_inception.tensors())
+def test_training_with_inception_weights_computes_fid_kid_and_inception_score(
+    folder, weights_file, tmp_path
+):
+    workdir = epath.Path(tmp_path / "run")
     args = tiny.training(
         workdir,
         data__name=f"folder:{folder}",
@@ -41,74 +60,156 @@ def test_a_run_with_inception_weights_ends_in_fid_kid_and_inception_score(folder
         evaluation__num_samples=5,
         evaluation__num_data=6,
         evaluation__batch_size=6,
-        evaluation__inception_weights=file,
+        evaluation__inception_weights=weights_file,
     )
     assert tiny.main(*args) == 0
-    found = json.loads((workdir / "metrics.json").read_text())["inception"]
-    assert (found["num_samples"], found["num_data"]) == (5, 6)
-    assert found["fid"] > 0
-    assert 1 <= found["inception_score"] < inception.CLASSES
-    assert all(math.isfinite(value) for value in found.values())
+    metrics = json.loads((workdir / "metrics.json").read_text())["inception"]
+    assert (metrics["num_samples"], metrics["num_data"]) == (5, 6)
+    assert metrics["fid"] > 0
+    assert 1 <= metrics["inception_score"] < inception.CLASSES
+    assert all(math.isfinite(value) for value in metrics.values())
     assert len(list(tmp_path.glob("images.inception-*.npz"))) == 1
 
 
-def test_unusable_weights_are_refused_before_training(tmp_path, capsys):
+def test_unusable_inception_weights_are_rejected_before_training(tmp_path, capsys):
     workdir = tmp_path / "run"
     args = tiny.training(workdir, evaluation__inception_weights="nonesuch.pth")
     assert tiny.main(*args) == 1
-    told = capsys.readouterr().err
-    assert re.fullmatch(r"error: config.evaluation.inception_weights is .* no such .*\n", told)
+    error = capsys.readouterr().err
+    assert re.fullmatch(r"error: .*evaluation.inception_weights .*nonesuch.pth.*\n", error)
     assert not workdir.exists()
 
 
-def test_unusable_weights_are_refused_before_sampling(capsys, monkeypatch):
+def test_unusable_inception_weights_are_rejected_before_sampling(capsys, monkeypatch):
     workdir = tiny.trained()
-    monkeypatch.setattr(evaluate.parts, "draw", None)
+    monkeypatch.setattr(common, "draw", None)
     change = "--config.evaluation.inception_weights=nonesuch.pth"
     assert tiny.main("--mode=evaluate", f"--workdir={workdir}", change) == 1
-    assert re.search(r"^error: .* no such file; get https", capsys.readouterr().err, re.M)
+    assert re.search(r"^error: .*nonesuch.pth.*https", capsys.readouterr().err, re.M)
 
 
 @pytest.mark.parametrize(
-    ("size", "channels", "told"), [(32, 3, True), (64, 3, True), (8, 3, False), (32, 1, False)]
+    ("size", "channels", "hint"), [(32, 3, True), (64, 3, True), (8, 3, False), (32, 1, False)]
 )
-def test_where_fid_would_make_sense_the_log_says_what_it_needs(caplog, size, channels, told):
+def test_for_images_that_suit_fid_the_log_says_where_its_weights_are(
+    caplog, size, channels, hint
+):
     config = config_lib.default()
     config.data.update(image_size=size, channels=channels)
     with caplog.at_level(logging.INFO):
-        assert evaluate.named_weights(config) is None
-    assert [record.getMessage() for record in caplog.records] == [
-        f"FID, KID and the inception score are left out; for them, {weights.GET}"
-    ] * told
+        assert evaluate.load_inception_weights(config) is None
+    assert len(caplog.messages) == hint
+    assert (weights.DOWNLOAD_HINT in caplog.text) == hint
 
 
-@pytest.mark.parametrize("perception", [None, weights.Weights({}, "1234")])
-def test_many_samples_are_perceived_but_not_held(tmp_path, monkeypatch, perception):
-    """The pixels of `HELD` images are compared; Inception sees all samples, in order."""
-    config, trained, step = model.load_run(tiny.trained())
-    config.evaluation.update(num_samples=300, num_data=200)
+@pytest.mark.parametrize("inception_weights", [None, weights.Weights({}, "1234")])
+def test_inception_sees_all_samples_although_few_are_in_memory(
+    tmp_path, monkeypatch, inception_weights
+):
+    """Pixel metrics use `MAX_IN_MEMORY` images, Inception all of them, in order."""
+    run = runs.load(tiny.trained())
+    run.config.evaluation.update(num_samples=300, num_data=200)
     seen = []
 
-    def extractor(stream):
-        shown = list(stream)
-        seen.append(np.stack(shown))
-        return vectors(shown)
+    class PixelExtractor(inception.Extractor):
+        def __init__(self, *_):
+            pass
 
-    monkeypatch.setattr(evaluate, "HELD", 100)
-    monkeypatch.setattr(evaluate.inception, "Extractor", lambda *_: extractor)
-    monkeypatch.setattr(evaluate.summary, "compare", fake_comparison)
-    evaluate.measure(config, trained, step, epath.Path(tmp_path), perception)
+        def __call__(self, images):
+            images = list(images)
+            seen.append(np.stack(images))
+            return vectors(images)
+
+    monkeypatch.setattr(evaluate, "MAX_IN_MEMORY", 100)
+    monkeypatch.setattr(evaluate.inception, "Extractor", PixelExtractor)
+    monkeypatch.setattr(evaluate.summary, "compare", compare_numbers_only)
+    evaluate.measure(
+        run=run,
+        source=sources.open_source(run.config),
+        workdir=epath.Path(tmp_path),
+        inception_weights=inception_weights,
+    )
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert (metrics["num_samples"], metrics["num_data"]) == (100, 100)
-    if perception is None:
+    if inception_weights is None:
         assert "inception" not in metrics
         return
-    of_data, of_samples = seen
-    assert (len(of_data), len(of_samples)) == (200, 300)
-    key, _ = jax.random.split(jax.random.key(config.seed))
-    np.testing.assert_array_equal(of_samples, pipeline.to_uint8(trained.sample(key, 300)))
+    data, samples = seen
+    assert (len(data), len(samples)) == (200, 300)
+    key, _ = jax.random.split(jax.random.key(run.config.seed))
+    np.testing.assert_array_equal(samples, pipeline.to_uint8(run.model.sample(key, 300)))
 
 
-def fake_comparison(samples, data):
+def compare_numbers_only(samples, data):
+    """Stands in for `summary.compare`, of features that have no full covariance."""
     assert (samples.moments.n, data.moments.n) == (300, 200)
     return dict.fromkeys(("fid", "kid", "inception_score", "inception_score_of_data"), 0.0)
+
+
+@pytest.fixture
+def exact_run():
+    """An exact model of 2x2 images, with the default configuration."""
+    data = mixtures.gaussian(np.zeros(4), np.eye(4))
+    return Run(config_lib.default(), exact.model(data, 6, shape=(2, 2, 1)), 5)
+
+
+def test_samples_are_written_batch_by_batch(exact_run, monkeypatch, tmp_path):
+    """Only the current batch and the images of the grid are in memory.
+
+    Fails if empty slices of the batches are collected for the grid (tried).
+    """
+    rng = np.random.default_rng(0)
+    x = rng.uniform(-1, 1, (700, 2, 2, 1)).astype(np.float32)
+    batches = []
+
+    def draw(*_):
+        for start in range(0, len(x), 150):
+            assert sum(batch() is not None for batch in batches) <= 2
+            batch = x[start : start + 150].copy()
+            batches.append(weakref.ref(batch))
+            yield batch
+
+    monkeypatch.setattr(common, "draw", draw)
+    sample.run(run=exact_run, workdir=epath.Path(tmp_path), num_samples=700, seed=0)
+    folder = tmp_path / "samples" / "step_5_seed_0"
+    np.testing.assert_array_equal(np.load(folder / "samples.npy"), x)
+    assert len(list(folder.iterdir())) == 702
+
+
+def test_a_langevin_chain_has_no_warm_up(exact_run):
+    assert common.adapted(exact_run) is exact_run
+
+
+def test_the_warm_up_leaves_the_original_run_unchanged(caplog):
+    run = runs.load("digits")
+    config = run.config.copy_and_resolve_references()
+    config.mcmc.update(sampler="mala", warmup_steps=5)
+    run = runs.reconfigure(run, config)
+    before = run.model.step_size.copy()
+    with caplog.at_level(logging.INFO):
+        adapted = common.adapted(run)
+    assert (adapted.config, adapted.step) == (run.config, run.step)
+    assert np.all(adapted.model.step_size != before)
+    np.testing.assert_array_equal(run.model.step_size, before)
+    for t in range(6):
+        assert re.search(rf"level {t}: {adapted.model.step_size[t]:.3g}, acc", caplog.text)
+
+
+def test_a_task_for_images_rejects_a_model_of_points():
+    points = exact.model(mixtures.PLANE["ellipse"](), 6)
+    with pytest.raises(UserError, match=r"--mode=paint .*points"):
+        common.require_images(points, "paint")
+
+
+def test_resume_settings_are_the_fields_under_the_prefixes():
+    config = ConfigDict({"a": {"b": 1, "c": (2,)}, "ab": 3})
+    assert common.resume_settings(config, ("a.c", "ab")) == {"config.a.c": (2,), "config.ab": 3}
+
+
+def test_an_exported_model_is_the_model(tmp_path):
+    run = runs.load(tiny.trained())
+    export.run(run=run, workdir=epath.Path(tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["model.npz"]
+    exported = runs.load(tmp_path / "model.npz")
+    assert (exported.step, exported.config) == (run.step, run.config)
+    jax.tree.map(np.testing.assert_array_equal, exported.model.params, run.model.params)

@@ -1,4 +1,4 @@
-"""Against numbers that the authors' TensorFlow program computed from its own checkpoint."""
+"""Compares with numbers that the authors' program computed from its own checkpoint."""
 
 import re
 import shutil
@@ -7,19 +7,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from etils import epath
 from flax import traverse_util
-from helpers import tiny
+from helpers import tf_checkpoints
 from helpers.fixtures import ORIGINAL, assert_close
-from PIL import Image
 
-import drl_jax
 from drl_jax import config as config_lib
-from drl_jax import diffusion, method, model, noise, recovery
+from drl_jax import diffusion, method, noise, recovery
+from drl_jax.errors import UserError
 from drl_jax.mcmc import langevin
 from drl_jax.recovery import Parameterisation
 from drl_jax.sampling import ladder
-from drl_jax.sampling.ladder import Sampler
+from drl_jax.sampling.ladder import Conditionals, Sampler
 from drl_jax.storage import tf_checkpoint
 
 SCHEDULE = diffusion.schedule(6)
@@ -32,14 +30,18 @@ def expected():
         return dict(arrays)
 
 
+def extract(tensors):
+    """The configuration and the parts of a training state that the tensors are."""
+    config = tf_checkpoint.configure(config_lib.default(), tensors, image_size=32)
+    return config, tf_checkpoint.extract(tensors, config)
+
+
 @pytest.fixture(scope="module")
 def network():
-    """f of the authors' averaged weights, through our spectral normalisation."""
-    tensors = tf_checkpoint.read(str(ORIGINAL / "ckpt"))
-    config = tf_checkpoint.configure(config_lib.default(), tensors, image_size=32)
-    state = tf_checkpoint.to_state(tensors, config)
+    """f with the authors' averaged weights, through our spectral normalisation."""
+    config, parts = extract(tf_checkpoint.read(str(ORIGINAL / "ckpt")))
     energy = method.from_config(config).energy
-    params, _ = energy.normalise(state.ema, state.vectors)
+    params, _ = energy.normalise(parts.ema, parts.vectors)
     f = jax.jit(energy.f)
     return lambda x, t: f(params, x, t)
 
@@ -78,14 +80,12 @@ def test_three_noiseless_langevin_steps(network, expected):
     x_tilde, t = jnp.asarray(expected["x_noisy"]), jnp.asarray(expected["t"])
     keys = jax.random.split(jax.random.key(0), 6)
     tuning = {"step_size": S, "noise_scale": jnp.zeros(6)}
-    y, _ = ladder.sample_conditional(
-        keys,
-        recovery.log_density(network, Parameterisation(S**2, 0.0)),
-        x_tilde,
-        t,
-        SCHEDULE,
-        Sampler(langevin.init, langevin.kernel, tuning, K=3),
+    conditionals = Conditionals(
+        F=recovery.log_density(network, Parameterisation(S**2, 0.0)),
+        schedule=SCHEDULE,
+        sampler=Sampler(langevin.init, langevin.kernel, tuning, K=3),
     )
+    y, _ = ladder.sample_conditional(keys, conditionals, x_tilde, t)
     x = y / noise.per_example(SCHEDULE.a_y(t), y)
     assert_close(x, expected["langevin3_noiseless"], 1e-5)
 
@@ -99,141 +99,50 @@ def test_loss(network, expected):
     assert_close(jnp.abs(losses), expected["loss_ts"], 1e-4)
 
 
-# The mode import_original
-
-
-def write(prefix, tensors):
-    """Writes tensors, by the names that `tf_checkpoint.read` gives them, with TensorFlow."""
-    import tensorflow as tf
-
-    tf.raw_ops.SaveV2(
-        prefix=str(prefix),
-        tensor_names=[f"{name}/.ATTRIBUTES/VARIABLE_VALUE" for name in tensors],
-        shape_and_slices=[""] * len(tensors),
-        tensors=list(tensors.values()),
-    )
-
-
-@pytest.fixture(scope="module")
-def tensors():
-    """Those of the fixture: its raw network equals the average and has no moments."""
-    tensors = tf_checkpoint.read(str(ORIGINAL / "ckpt"))
-    del tensors["_CHECKPOINTABLE_OBJECT_GRAPH"]
-    return tensors
-
-
-@pytest.fixture(scope="module")
-def trained_tensors(tensors):
-    """As they are in the middle of training: everything differs from everything else."""
-    trained = dict(tensors)
-    for name, tensor in tensors.items():
-        if name.startswith("model/"):
-            trained[name] = tensor + 1
-        if name.startswith("model/") and name.endswith(("/w", "/b", "/g", "dense_2/dense/W")):
-            trained[f"{name}/.OPTIMIZER_SLOT/opt_c/m"] = tensor + 2
-            trained[f"{name}/.OPTIMIZER_SLOT/opt_c/v"] = tensor + 3
-    counters = {"i_iter_var": np.int32(5000), "opt_c/iter": np.int64(5001)}
-    return trained | counters | {"opt_c/beta_1": np.float32(0.9)}
-
-
-def importing(workdir, prefix, *args):
-    """The arguments that import a checkpoint."""
-    flags = f"--tf_checkpoint={prefix}", "--image_size=32", f"--workdir={workdir}"
-    return "--mode=import_original", *flags, *args
-
-
-@pytest.fixture
-def workdir(tmp_path):
-    """Not made yet."""
-    return epath.Path(tmp_path) / "run"
-
-
-def test_an_imported_checkpoint_is_the_authors_network(workdir, expected, caplog):
-    assert tiny.main(*importing(workdir, ORIGINAL / "ckpt")) == 0
-    f = drl_jax.load(workdir).f(expected["x"], expected["t"])
-    assert_close(f, expected["f"], 1e-5)
-    config = config_lib.default()
-    config.energy.ch, config.energy.N = 16, 2
-    assert model.load_run(workdir).config == config
-    assert "no moments of Adam" in caplog.text
-    assert "step 0 " in caplog.text
-
-
-def test_an_import_has_its_settings_from_the_command_line(workdir):
-    args = f"--config={tiny.ROOT}/configs/celeba64.py", "--config.optim.ema_decay=0.5"
-    assert tiny.main(*importing(workdir, ORIGINAL / "ckpt", *args)) == 0
-    config = model.load_run(workdir).config
-    assert (config.data.name, config.data.image_size) == ("celeb_a", 32)
-    assert (config.optim.beta1, config.optim.ema_decay) == (0.5, 0.5)
+def test_the_architecture_is_that_of_the_averaged_network():
+    config, _ = extract(tf_checkpoints.untrained())
     assert (config.energy.ch, config.energy.mult, config.energy.N) == (16, (1, 2, 2, 2), 2)
+    assert (config.data.image_size, config.data.channels) == (32, 3)
+    assert config.energy.parameterisation == "step"
 
 
-def test_a_whole_training_state_is_imported(tensors, trained_tensors):
-    config = tf_checkpoint.configure(config_lib.default(), trained_tensors, image_size=32)
-    state = tf_checkpoint.to_state(trained_tensors, config)
-    assert (int(state.step), state.step.dtype) == (5000, "int32")
-    adam, schedule = state.opt_state
-    assert int(adam.count) == int(schedule.count) == 5001
-    abstract = model.abstract_state(config)
-    assert jax.tree.structure(state) == jax.tree.structure(abstract)
-    for ours, like in zip(jax.tree.leaves(state), jax.tree.leaves(abstract), strict=True):
-        assert (ours.shape, ours.dtype) == (like.shape, like.dtype)
-    ema = traverse_util.flatten_dict(state.ema, sep="/")
-    shifted = {0: state.ema, 1: state.params, 2: adam.mu, 3: adam.nu}
+def test_every_part_of_a_training_state_is_extracted():
+    """Raw parameters and moments of the fixture are the average plus 1, 2 and 3."""
+    tensors = tf_checkpoints.trained()
+    config, parts = extract(tensors)
+    assert (int(parts.step), parts.step.dtype) == (5000, "int32")
+    assert (int(parts.moments.updates), parts.moments.updates.dtype) == (5001, "int32")
+    shapes = jax.eval_shape(method.from_config(config).energy.init, jax.random.key(0))
+    trees = [(parts.ema, parts.vectors), (parts.params, parts.vectors)]
+    trees += [(moment, parts.vectors) for moment in (parts.moments.mu, parts.moments.nu)]
+    for tree in trees:
+        assert jax.tree.structure(tree) == jax.tree.structure(shapes)
+        for ours, like in zip(jax.tree.leaves(tree), jax.tree.leaves(shapes), strict=True):
+            assert (ours.shape, ours.dtype) == (like.shape, like.dtype)
+    ema = traverse_util.flatten_dict(parts.ema, sep="/")
+    shifted = {0: parts.ema, 1: parts.params, 2: parts.moments.mu, 3: parts.moments.nu}
     for shift, tree in shifted.items():
         for path, value in traverse_util.flatten_dict(tree, sep="/").items():
             np.testing.assert_array_equal(value, np.asarray(ema[path]) + np.float32(shift))
     np.testing.assert_array_equal(
-        state.vectors["level_2_block_1/conv2/kernel"],
+        parts.vectors["level_2_block_1/conv2/kernel"],
         tensors["model_ema/net/res_levels/2/1/conv2d_2/conv/sn_u"][0],
     )
 
 
-def test_the_average_stands_for_a_raw_network_that_is_not_there(tensors, caplog):
+def test_only_the_average_is_required():
+    tensors = tf_checkpoints.untrained()
     average = {name: t for name, t in tensors.items() if name.startswith("model_ema/")}
-    config = tf_checkpoint.configure(config_lib.default(), average, image_size=32)
-    with caplog.at_level("INFO"):
-        state = tf_checkpoint.to_state(average, config)
-    jax.tree.map(np.testing.assert_array_equal, state.params, state.ema)
-    assert "no raw parameters" in caplog.text
+    _, parts = extract(average)
+    assert parts.params is None
+    assert parts.moments is None
+    assert int(parts.step) == 0
+    jax.tree.map(np.testing.assert_array_equal, parts.ema, extract(tensors)[1].ema)
 
 
-def test_an_imported_model_samples_is_measured_and_trains_on(workdir, tmp_path, caplog):
-    (tmp_path / "images").mkdir()
-    for i in range(4):
-        Image.new("RGB", (32, 32), (60 * i,) * 3).save(tmp_path / "images" / f"{i}.png")
-    fields = {
-        "data.name": f"folder:{tmp_path / 'images'}",
-        "mcmc.K": 1,
-        "train.batch_size": 4,
-        "evaluation.num_samples": 4,
-    }
-    changes = [f"--config.{name}={value}" for name, value in fields.items()]
-    assert tiny.main(*importing(workdir, ORIGINAL / "ckpt", *changes)) == 0
-    assert tiny.main("--mode=sample", f"--workdir={workdir}", "--num_samples=2") == 0
-    assert len(list((workdir / "samples" / "step_0_seed_0").glob("0*.png"))) == 2
-    assert tiny.main("--mode=evaluate", f"--workdir={workdir}") == 0
-    config = f"--config={tiny.ROOT}/configs/cifar10.py"
-    network = "--config.energy.ch=16", "--config.energy.N=2"
-    steps = f"--workdir={workdir}", "--config.train.num_steps=2"
-    assert tiny.main(config, *network, *changes, *steps) == 0
-    assert "going on from step 0 of 2" in caplog.text
-    assert model.load_run(workdir).step == 2
-
-
-@pytest.fixture
-def refused(workdir, capsys):
-    """Returns a function that imports a checkpoint, which must fail and leave no trace."""
-
-    def run(prefix):
-        assert tiny.main(*importing(workdir, prefix)) == 1
-        out, err = capsys.readouterr()
-        assert out == ""
-        assert re.fullmatch(r"error: .*\n", err), err  # '.' is no newline
-        assert not workdir.exists()
-        return err
-
-    return run
+def test_tensors_outside_the_networks_are_logged(caplog):
+    extract(tf_checkpoints.untrained() | {"critic/w": np.zeros(3, np.float32)})
+    assert "not imported: critic/w" in caplog.messages
 
 
 def drop(start):
@@ -242,6 +151,11 @@ def drop(start):
 
 def add(name, shape=()):
     return lambda tensors: tensors | {name: np.zeros(shape, np.float32)}
+
+
+@pytest.fixture(scope="module")
+def trained_tensors():
+    return tf_checkpoints.trained()
 
 
 @pytest.mark.parametrize(
@@ -268,34 +182,24 @@ def add(name, shape=()):
         (add("model/more"), "holds model/more,"),
         (
             add("model_ema/net/temb_dense_0/dense/w", (64, 16)),
-            r"temb_dense_0/dense/w is \[64, 16\], not \[16, 64\]",
+            r"temb_dense_0/dense/w has shape \[64, 16\], not \[16, 64\]",
         ),
         (
             add("model_ema/net/res_levels/0/0/conv2d_1/conv/w", (3, 3, 15, 16)),
-            r"res_levels/0/0/conv2d_1/conv/w is \[3, 3, 15, 16\]",
+            r"res_levels/0/0/conv2d_1/conv/w has shape \[3, 3, 15, 16\]",
         ),
         (add("model_ema/net/res_levels/3/1/conv2d_1/conv/w", (3, 3, 32, 8)), "energy.mult is"),
-        (add("i_iter_var", (2,)), r"i_iter_var is \[2\]"),
+        (add("i_iter_var", (2,)), r"i_iter_var has shape \[2\]"),
     ],
 )
-def test_a_checkpoint_of_another_network_is_refused_by_name(
-    trained_tensors, refused, tmp_path, change, words
-):
-    write(tmp_path / "ckpt", change(trained_tensors))
-    assert re.search(words, refused(tmp_path / "ckpt"))
-
-
-def test_what_is_not_imported_from_outside_the_networks_is_named(
-    trained_tensors, workdir, tmp_path, caplog
-):
-    write(tmp_path / "ckpt", add("critic/w")(trained_tensors))
-    assert tiny.main(*importing(workdir, tmp_path / "ckpt")) == 0
-    assert "not imported: critic/w" in caplog.messages
-    assert model.load_run(workdir).step == 5000
+def test_a_checkpoint_of_another_network_is_rejected_by_name(trained_tensors, change, words):
+    with pytest.raises(UserError, match=words) as raised:
+        extract(change(trained_tensors))
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize("kind", ["absent", "text", "folder", "no data", "cut", "flipped"])
-def test_a_checkpoint_that_is_none_is_refused_in_one_line(refused, tmp_path, kind):
+def test_files_that_are_not_a_checkpoint_are_rejected_in_one_line(tmp_path, kind):
     prefix = tmp_path / "ckpt"
     index, content = (tmp_path / f"ckpt.{end}" for end in ("index", "data-00000-of-00001"))
     if kind == "text":
@@ -308,24 +212,16 @@ def test_a_checkpoint_that_is_none_is_refused_in_one_line(refused, tmp_path, kin
         whole = bytearray((ORIGINAL / content.name).read_bytes())
         whole[len(whole) // 2] ^= 1
         content.write_bytes(whole[: len(whole) // 2] if kind == "cut" else whole)
-    assert f"--tf_checkpoint={prefix} cannot be read" in refused(prefix)
+    words = re.escape(f"--tf_checkpoint={prefix} cannot be read")
+    with pytest.raises(UserError, match=words) as raised:
+        tf_checkpoint.read(str(prefix))
+    assert "\n" not in str(raised.value)
 
 
-def test_an_import_does_not_touch_a_workdir_with_checkpoints(workdir, capsys):
-    def tree():
-        paths = pathlib.Path(workdir).rglob("*")
-        return {path: path.stat().st_mtime_ns for path in paths}
-
-    assert tiny.main(*importing(workdir, ORIGINAL / "ckpt")) == 0
-    before = tree()
-    capsys.readouterr()
-    assert tiny.main(*importing(workdir, ORIGINAL / "ckpt")) == 1
-    assert re.fullmatch(r"error: .*/run holds checkpoints.*\n", capsys.readouterr().err)
-    assert tree() == before
-
-
-def test_an_image_size_that_cannot_be_halved_is_refused(workdir, capsys):
-    assert tiny.main(*importing(workdir, ORIGINAL / "ckpt"), "--image_size=36") == 1
-    err = capsys.readouterr().err
-    assert re.fullmatch(r"error: images of 36x36 cannot be halved 3 times.*\n", err)
-    assert not workdir.exists()
+def test_read_returns_tensors_by_the_names_of_their_variables(tmp_path):
+    tensors = tf_checkpoints.trained()
+    tf_checkpoints.write(tmp_path / "ckpt", tensors)
+    found = tf_checkpoint.read(str(tmp_path / "ckpt"))
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(found[name], tensor)

@@ -1,4 +1,4 @@
-"""Points in the plane, through the whole program."""
+"""Points in the plane, from the data to the metrics."""
 
 import io
 import itertools
@@ -16,10 +16,11 @@ from helpers.toy import toy, training
 from PIL import Image
 
 from drl_jax import config as config_lib
-from drl_jax import method, model
-from drl_jax.data import mixtures, pipeline
+from drl_jax import method
+from drl_jax.data import pipeline, sources
 from drl_jax.metrics import density, plane
 from drl_jax.plots import images
+from drl_jax.storage import runs
 from drl_jax.tasks import evaluate
 
 
@@ -27,7 +28,7 @@ def png(path):
     return np.asarray(Image.open(io.BytesIO(path.read_bytes())))
 
 
-def test_a_run_leaves_figures_and_finite_numbers(trained_toy):
+def test_training_ends_with_figures_and_finite_metrics(trained_toy):
     metrics = json.loads((trained_toy / "metrics.json").read_text())
     assert (metrics["step"], metrics["num_samples"]) == (30, 100)
     assert 0 < metrics["two_sample_p_value"] <= 1
@@ -40,14 +41,14 @@ def test_a_run_leaves_figures_and_finite_numbers(trained_toy):
     assert [path.name for path in (trained_toy / "grids").iterdir()] == ["00000020.png"]
 
 
-def test_evaluating_gives_the_numbers_that_training_ended_with(trained_toy):
+def test_evaluating_repeats_the_metrics_of_training(trained_toy):
     names = ("metrics.json", "samples.png", "toy2d.png")
     before = {name: (trained_toy / name).read_bytes() for name in names}
     assert tiny.main("--mode=evaluate", f"--workdir={trained_toy}") == 0
     assert {name: (trained_toy / name).read_bytes() for name in names} == before
 
 
-def test_samples_are_an_array_and_one_picture(trained_toy):
+def test_samples_are_written_as_an_array_and_a_histogram(trained_toy):
     assert tiny.main("--mode=sample", f"--workdir={trained_toy}", "--num_samples=100") == 0
     folder = trained_toy / "samples" / "step_30_seed_0"
     assert {path.name for path in folder.iterdir()} == {"grid.png", "samples.npy"}
@@ -56,96 +57,77 @@ def test_samples_are_an_array_and_one_picture(trained_toy):
     np.testing.assert_array_equal(png(folder / "grid.png"), images.histogram(x)[..., 0])
 
 
-def test_what_the_metrics_test_are_the_models_samples(trained_toy, monkeypatch):
-    """The ladder is left at each shown level."""
-    seen = []
+def test_the_tested_points_are_the_samples_of_the_model(trained_toy, monkeypatch, tmp_path):
+    """Although the descent stops at each shown level."""
+    tested = []
     monkeypatch.setattr(
-        evaluate.plane, "two_sample_test", lambda rng, x, y: seen.append((x, y)) or 0.5
+        evaluate.plane, "two_sample_test", lambda rng, x, y: tested.append((x, y)) or 0.5
     )
-    config, found, step = model.load_run(trained_toy)
-    key = jax.random.key(3)
-    evaluate.measure_points(config, found, step, trained_toy, key)
-    (x, y), (samples_key, _) = seen[0], jax.random.split(key)
-    np.testing.assert_allclose(x, found.sample(samples_key, 100), atol=1e-5)
+    run, key = runs.load(trained_toy), jax.random.key(3)
+    evaluate.measure_points(run, epath.Path(tmp_path), key)
+    (x, y), (samples_key, _) = tested[0], jax.random.split(key)
+    np.testing.assert_allclose(x, run.model.sample(samples_key, 100), atol=1e-5)
     assert y.shape == (100, 2)
 
 
-def test_a_grid_that_is_too_small_is_told(trained_toy, monkeypatch, caplog):
+def test_a_grid_that_is_too_small_gives_a_warning(trained_toy, monkeypatch, tmp_path, caplog):
     narrow = plane.square(0.5, 51)
     monkeypatch.setattr(evaluate.plane, "square", lambda: narrow)
-    config, found, step = model.load_run(trained_toy)
-    evaluate.measure_points(config, found, step, trained_toy, jax.random.key(0))
-    assert "along the edge of the grid" in caplog.text
+    run = runs.load(trained_toy)
+    evaluate.measure_points(run, epath.Path(tmp_path), jax.random.key(0))
+    assert "edge of the grid" in caplog.text
 
 
 @pytest.mark.parametrize(
     "args",
-    [("interpolate",), ("inpaint",), ("long_run", "--num_steps=2")],
+    [("interpolate",), ("inpaint",), ("long_run", "--num_steps=2"), ("ood",)],
     ids=lambda args: args[0],
 )
-def test_a_mode_that_is_for_images_refuses_points(trained_toy, capsys, args):
-    mode, *rest = args
+def test_a_task_for_images_rejects_points(trained_toy, capsys, args):
+    task, *flags = args
     before = set(trained_toy.iterdir())
-    assert tiny.main(f"--mode={mode}", f"--workdir={trained_toy}", *rest) == 1
-    told = capsys.readouterr().err
-    assert re.fullmatch(rf"error: --mode={mode} is for images, .* model of points.*\n", told)
+    assert tiny.main(f"--mode={task}", f"--workdir={trained_toy}", *flags) == 1
+    error = capsys.readouterr().err
+    assert re.fullmatch(rf"error: .*--mode={task}.* points.*\n", error)
     assert set(trained_toy.iterdir()) == before
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "pattern"),
     [
-        ({"data__name": "digits"}, r"'digits', no points.* 'mlp' is for points: use 'ellipse'"),
-        ({"energy__network": "resnet"}, r"'ellipse', points in the plane.*configs/toy2d.py"),
-        ({"energy__network": "cnn"}, "'cnn': use 'resnet' or 'mlp'"),
-        ({"data__channels": 3}, "channels is 3: .*must be 2"),
-        ({"data__flip": True}, "flip is True: .*must be False"),
-        ({"data__dequantise": 0.1}, "dequantise is 0.1: .*must be 0.0"),
-        (
-            {"evaluation__inception_weights": "x.pth"},
-            "weights is 'x.pth': .*must be ''",
-        ),
-        ({"data__name": "moon"}, "'moon', no points.*'moons'"),
+        ({"data__name": "digits"}, "'digits'.*'mlp'.*'ellipse'"),
+        ({"energy__network": "resnet"}, "'ellipse'.*configs/toy2d.py"),
+        ({"energy__network": "cnn"}, "'cnn'.*'resnet'.*'mlp'"),
+        ({"data__channels": 3}, "data.channels is 3.* 2"),
+        ({"data__flip": True}, "data.flip is True.* False"),
+        ({"data__dequantise": 0.1}, "data.dequantise is 0.1.* 0.0"),
+        ({"evaluation__inception_weights": "x.pth"}, "inception_weights is 'x.pth'.* ''"),
+        ({"data__name": "moon"}, "'moon'.*'moons'"),
         ({"energy__ch": 3}, "energy.ch is 3"),
     ],
 )
-def test_settings_that_do_not_go_together_are_one_line(tmp_path, capsys, changes, words):
+def test_settings_that_contradict_each_other_are_reported_in_one_line(
+    tmp_path, capsys, changes, pattern
+):
     assert tiny.main(*training(tmp_path / "run", **changes)) == 1
-    told = capsys.readouterr().err
-    assert re.fullmatch(r"error: .*\n", told)
-    assert re.search(words, told)
+    error = capsys.readouterr().err
+    assert re.fullmatch(r"error: .*\n", error)
+    assert re.search(pattern, error)
     assert not (tmp_path / "run").exists()
 
 
-def test_images_of_a_misspelt_source_hear_of_points(tmp_path, capsys):
-    args = tiny.training(tmp_path / "run", data__name="moon")
-    assert tiny.main(*args) == 1
-    assert re.fullmatch(r"error: .*'moon'.*'digits'.*'moons'.*\n", capsys.readouterr().err)
-
-
-@pytest.mark.parametrize("name", mixtures.PLANE)
-def test_points_are_the_shapes_and_the_same_every_time(name):
-    source = pipeline.Points(name)
-    assert len(source) == pipeline.POINTS
-    points = np.stack(list(source))
-    assert (points.shape, points.dtype) == ((pipeline.POINTS, 2), np.float32)
-    mean, covariance = mixtures.PLANE[name]().mean_and_covariance()
-    np.testing.assert_allclose(points.mean(axis=0), mean, atol=0.015)
-    np.testing.assert_allclose(np.cov(points.T), covariance, atol=0.015)
-    np.testing.assert_array_equal(source[7], pipeline.Points(name)[7])
-
-
-def test_batches_are_of_points_as_they_are():
+def test_points_are_batched_unchanged():
     config = toy(data__name="ellipse", train__batch_size=6)
-    points = {tuple(point) for point in pipeline.Points("ellipse")}
-    for batch in itertools.islice(pipeline.training_batches(config), 3):
+    source = sources.open_source(config)
+    points = {tuple(point) for point in source}
+    for batch in itertools.islice(pipeline.training_batches(config, source), 3):
         assert (batch["image"].shape, batch["image"].dtype) == ((6, 2), np.float32)
         assert points.issuperset(map(tuple, batch["image"]))
-    first = next(pipeline.all_images(config, limit=1))
-    np.testing.assert_array_equal(first, pipeline.Points("ellipse")[0])
+    first = next(pipeline.all_examples(config, source, limit=1))
+    np.testing.assert_array_equal(first, source[0])
 
 
-def test_f_is_the_networks_beside_white_noise():
+def test_F_is_the_network_plus_the_log_density_of_white_noise():
     learned = method.from_config(toy(energy__ch=8))
     assert learned.energy.shape == (2,)
     params, _ = learned.energy.init(jax.random.key(0))
@@ -154,8 +136,8 @@ def test_f_is_the_networks_beside_white_noise():
     np.testing.assert_allclose(learned.F(params)(x, t), wanted, rtol=1e-6)
 
 
-def test_neighbouring_levels_of_many_are_nearly_one_energy():
-    """Else the lowest levels, where noise hides the data, could not learn from those above."""
+def test_of_many_levels_neighbours_have_nearly_the_same_energy():
+    """Otherwise the levels would have to learn independently of each other."""
     learned = method.from_config(toy())
     params, _ = learned.energy.init(jax.random.key(0))
     x = jax.random.normal(jax.random.key(1), (50, 2))
@@ -165,44 +147,52 @@ def test_neighbouring_levels_of_many_are_nearly_one_energy():
     assert np.std(f(500) - f(0)) > 5 * change
 
 
-def test_a_histogram_has_y_upwards_and_counts_as_brightness():
+def test_in_a_histogram_y_points_up_and_brightness_is_the_count():
     shown = images.histogram(np.array([[1.4, 1.4]] * 4 + [[-1.4, 0.01]]))[..., 0]
     bright = np.argwhere(shown == 255)
     assert bright.max() > 0.9 * len(shown)  # to the right
     assert bright[:, 0].max() < 0.1 * len(shown)  # at the top
     row, column = np.argwhere(shown == 128).mean(axis=0) / len(shown)
     assert abs(row - 0.5) < 0.02  # in the middle
-    assert column < 0.1  # to the left: exchanged axes fail (tried)
+    assert column < 0.1  # to the left; fails if the axes are exchanged (tried)
     assert np.unique(shown).tolist() == [0, 128, 255]
-    assert images.histogram(np.full((3, 2), 9.0)).max() == 0  # all of them outside
+    assert images.histogram(np.full((3, 2), 9.0)).max() == 0  # all are outside
 
 
-def test_saved_configurations_from_before_points_are_of_images():
+def test_old_configurations_without_a_network_are_for_images():
     old = config_lib.to_json(config_lib.default())
     del old["energy"]["network"]
     assert config_lib.from_json(old).energy.network == "resnet"
 
 
 @pytest.mark.slow
-def test_an_mlp_learns_a_mixture_and_is_sampled_right(tmp_path):
-    """Its density by quadrature, its samples by a two-sample test, its log Z by annealing."""
+def test_an_mlp_learns_a_mixture_and_samples_it(tmp_path):
+    """Its densities are integrated, its samples tested, and its log Z bounded by annealing."""
     workdir = epath.Path(tmp_path)
-    learning = {"energy.ch": 64, "energy.N": 2, "train.batch_size": 1024}
-    steps = {"train.num_steps": 1500, "optim.decay_steps": 1500, "data.name": "blobs"}
-    tested = {"evaluation.num_samples": 1000, "evaluation.batch_size": 1000}
-    changes = {"log.sample_every_steps": 10_000} | learning | steps | tested
+    changes = {
+        "data.name": "blobs",
+        "energy.ch": 64,
+        "energy.N": 2,
+        "train.batch_size": 1024,
+        "train.num_steps": 1500,
+        "optim.decay_steps": 1500,
+        "log.sample_every_steps": 10_000,
+        "evaluation.num_samples": 1000,
+        "evaluation.batch_size": 1000,
+    }
     changes = {name.replace(".", "__"): value for name, value in changes.items()}
     assert tiny.main(*training(workdir, **changes)) == 0
     metrics = json.loads((workdir / "metrics.json").read_text())
     assert max(metrics["levels"]["kl"]) <= 0.05
     assert metrics["levels"]["level"][-1] == 0
-    assert metrics["two_sample_p_value"] > 0.01  # of perfect models 1% fail
+    assert metrics["two_sample_p_value"] > 0.01  # an exact model fails with probability 0.01
 
-    # Annealing the energy that was learned bounds what quadrature knows.
-    config, learned, _ = model.load_run(workdir)
-    x = np.stack(list(pipeline.all_images(config, limit=1000)))
-    found = density.log_partition(learned, jax.random.key(0), x)
+    # Annealing bounds the log Z that quadrature computes.
+    run = runs.load(workdir)
+    source = sources.open_source(run.config)
+    x = np.stack(list(pipeline.all_examples(run.config, source, limit=1000)))
+    bounds = density.log_partition(run.model, jax.random.key(0), x)
     log_Z = metrics["levels"]["log_Z"][-1]
-    for bound, way in ((found.lower, -1), (found.upper, 1)):
+    for bound, sign in ((bounds.lower, -1), (bounds.upper, 1)):
         assert abs(bound.log_Z - log_Z) < 0.05
-        assert way * (bound.log_Z - log_Z) > -limit(2) * bound.std_error
+        assert sign * (bound.log_Z - log_Z) > -limit(2) * bound.std_error

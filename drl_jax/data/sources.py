@@ -122,8 +122,8 @@ class Folder(Source):
         self.folder = folder = epath.Path(path).expanduser()
         if not folder.is_dir():
             raise UserError(
-                f"config.data.name is 'folder:{path}', which is not a folder; give the path of "
-                "an existing one"
+                f"config.data.name is 'folder:{path}', but there is no such folder; give the "
+                "path of a folder of images"
             )
         self._channels = channels
         self._files = sorted(

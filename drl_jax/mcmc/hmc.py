@@ -66,8 +66,8 @@ def kernel(
       state: the chains.
       log_density_fn: log p up to a constant.
       step_size: ε, one number per chain.
-      leapfrog: L, the number of leapfrog steps per chain. All chains together make as many
-        as the longest trajectory has.
+      leapfrog: L, the number of leapfrog steps, one per chain. All chains cost as much as the
+        longest trajectory.
     """
     y = state.position
     momentum = noise.normal(noise.fold(keys, 0), y.shape[1:]).astype(y.dtype)
@@ -89,8 +89,7 @@ def kernel(
     log_ratio = (
         proposal.log_density - state.log_density + jnp.sum(kinetic, axis=range(1, kinetic.ndim))
     )
-    finite = jnp.isfinite(log_ratio)
-    acceptance = jnp.where(finite, jnp.exp(jnp.minimum(log_ratio, 0.0)), 0.0)
+    acceptance = jnp.where(jnp.isfinite(log_ratio), jnp.exp(jnp.minimum(log_ratio, 0.0)), 0.0)
     accepted = noise.uniform(noise.fold(keys, 1)) < acceptance
     return _select(accepted, proposal, state), Info(acceptance, accepted)
 

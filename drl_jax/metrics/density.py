@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, Num
 
 from drl_jax import config as config_lib
 from drl_jax import diffusion, noise
@@ -319,7 +319,7 @@ def history(annealing: Annealing, schedule: NoiseSchedule, budget: Budget) -> Hi
 def log_likelihood(
     model: Model,
     key: Key[Array, ""],
-    x: Float[np.ndarray, "n *D"],
+    x: Num[np.ndarray, "n *D"],
     values: int | None = None,
     dequantised: bool = False,
 ) -> tuple[Float[np.ndarray, "n"], Float[np.ndarray, "n"] | None]:

@@ -7,7 +7,7 @@ its weights.
 """
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -21,6 +21,11 @@ from drl_jax.runtime.batching import Engine
 
 SIZE = 299  # height and width of the network's input [pixels]
 CLASSES = 1008
+
+# Stream of images -> batches of their features '2048' and 'logits_unbiased'; an `Extractor`.
+FeatureFn = Callable[
+    [Iterable[UInt8[np.ndarray, "H W C"]]], Iterator[dict[str, Float[np.ndarray, "B D"]]]
+]
 
 # By default, accelerators multiply in lower precision, which would change FID.
 PRECISION = jax.lax.Precision.HIGHEST

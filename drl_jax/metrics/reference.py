@@ -1,28 +1,27 @@
 """Inception statistics of the data, computed once and cached in a file."""
 
 import hashlib
-import io
 import json
 import logging
 
-import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from drl_jax.data import pipeline
 from drl_jax.data.sources import Source
 from drl_jax.errors import UserError
 from drl_jax.metrics.frechet import Moments
-from drl_jax.metrics.inception import Extractor
+from drl_jax.metrics.inception import FeatureFn
 from drl_jax.metrics.summary import Summary, summarise
+from drl_jax.runtime import progress
+from drl_jax.storage import npz
 from drl_jax.storage.atomic import write_whole
 
 log = logging.getLogger(__name__)
 
 
 def of_data(
-    config: ConfigDict, source: Source, extractor: Extractor, sha256: str, workdir: epath.Path
+    config: ConfigDict, source: Source, extractor: FeatureFn, sha256: str, workdir: epath.Path
 ) -> Summary:
     """Returns the summary of the first config.evaluation.num_data images of the data.
 
@@ -56,8 +55,7 @@ def of_data(
             return summary
     log.info("computing the Inception statistics of the data, once, from %d images", n)
     stream = (pipeline.to_uint8(x) for x in pipeline.all_examples(config, source, limit=n))
-    progress = tqdm(stream, total=n, unit="image", disable=None)
-    summary = summarise(extractor, progress, n)
+    summary = summarise(extractor, progress.bar(iterable=stream, total=n, unit="image"), n)
     for file in files:
         try:
             write(file, summary)
@@ -75,25 +73,22 @@ def write(file: epath.Path, summary: Summary) -> None:
     Raises:
       UserError: if the file cannot be written.
     """
-    encoded = io.BytesIO()
-    np.savez(
-        encoded,
-        features=summary.features,
-        score=summary.score,
-        **summary.moments._asdict(),
-    )
-    write_whole(file, encoded.getvalue())
+    arrays = summary.moments._asdict() | {
+        "features": summary.features,
+        "score": summary.score,
+    }
+    write_whole(file, npz.encode(arrays))
 
 
 def read(file: epath.Path) -> Summary | None:
     """Returns the summary in a file, or None if the file is missing or damaged."""
     try:
-        with np.load(io.BytesIO(file.read_bytes()), allow_pickle=False) as arrays:
-            moments = Moments(int(arrays["n"]), arrays["mean"], arrays["scatter"])
-            mean, std = arrays["score"]
-            return Summary(moments, arrays["features"], (float(mean), float(std)))
+        arrays = npz.decode(file.read_bytes())
+        moments = Moments(int(arrays["n"]), arrays["mean"], arrays["scatter"])
+        mean, std = arrays["score"]
+        return Summary(moments, arrays["features"], (float(mean), float(std)))
     except FileNotFoundError:
         return None
-    except Exception as error:  # file systems, zipfile and NumPy raise many classes
+    except Exception as error:  # local disks, buckets and damaged files raise many classes
         log.warning("cannot read %s (%s); its content is computed again", file, error)
         return None

@@ -9,7 +9,7 @@ from jaxtyping import Float, UInt8
 
 from drl_jax.metrics import frechet, scores
 from drl_jax.metrics.frechet import Moments
-from drl_jax.metrics.inception import Extractor
+from drl_jax.metrics.inception import FeatureFn
 
 # KID needs the features themselves. They are stored for at most this many images, equally
 # spaced in the set: 80 MB, and ten times the size of one of its subsets.
@@ -31,7 +31,7 @@ class Summary(NamedTuple):
 
 
 def summarise(
-    extractor: Extractor, images: Iterable[UInt8[np.ndarray, "H W C"]], n: int
+    extractor: FeatureFn, images: Iterable[UInt8[np.ndarray, "H W C"]], n: int
 ) -> Summary:
     """Computes the statistics of the first n images of a stream.
 

@@ -13,8 +13,8 @@ The gradients that autodiff makes of a convolution are slow to run or to compile
 
 On CPUs, wide convolutions and their kernel gradients use Winograd's algorithm (`winograd.py`).
 
-The derivatives of the convolution and of its kernel gradient are expressed by each other, so all
-of this holds for derivatives of any order.
+The derivatives of the convolution and of its kernel gradient are expressed by each other, so
+all of this holds for derivatives of any order.
 """
 
 import jax

@@ -12,7 +12,7 @@ result, the kernel's gradient takes as many products:
 
     dK = Gᵀ [(A dY Aᵀ) * (Bᵀ X B)] G
 
-Both are only faster on CPUs; `cpu_step.md` has the measurements.
+Both are used on CPUs only. `cpu_step.md` has the measurements.
 """
 
 import jax.numpy as jnp

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-from jaxtyping import Array, Bool, Int, Key
+from jaxtyping import Array, Bool, Int, Key, Shaped
 
 from drl_jax.errors import UserError
 
@@ -70,7 +70,7 @@ def _fraction(name: str, number: str) -> float:
     return fraction
 
 
-def require_mask(known: Bool[np.ndarray, "H W 1"], shape: tuple[int, ...]) -> None:
+def require_mask(known: Shaped[np.ndarray, "..."], shape: tuple[int, ...]) -> None:
     """Checks that a mask fits images of this shape [H, W, C].
 
     Raises:

@@ -1,1 +1,1 @@
-"""Files: checkpoints, work directories, exported models."""
+"""Reads and writes files: checkpoints, trained models, unfinished work."""

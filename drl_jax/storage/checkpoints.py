@@ -174,28 +174,26 @@ class Checkpoints:
         """Returns (config, state) of an undamaged checkpoint."""
         config_args = ocp.args.Composite(config=ocp.args.JsonRestore())
         config = config_lib.from_json(self._manager.restore(step, args=config_args)["config"])
-        target = wanted = jax.tree.map(
+        target = jax.tree.map(
             lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding(a.shape)),
             abstract(config),
         )
-        if isinstance(wanted, dict):
-            # Orbax skips placeholders, but compares the structure of everything else.
-            saved = self._manager.item_metadata(step)["state"].tree
-            others = {name: saved[name] for name in saved.keys() - wanted.keys()}
-            target = wanted | jax.tree.map(lambda _: ocp.PLACEHOLDER, others)
-        args = ocp.args.PyTreeRestore(
-            item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target)
-        )
-        try:
-            restored = self._manager.restore(step, args=ocp.args.Composite(state=args))
-        except ValueError as error:  # the files are undamaged, so names or shapes differ
+        saved = self._manager.item_metadata(step)["state"].tree
+        fields = target.keys() & saved.keys() if isinstance(target, dict) else saved.keys()
+        if _shapes(target) != _shapes({name: saved[name] for name in fields}):
             raise UserError(
                 f"the checkpoint of step {step} in {self._folder} does not fit the network of "
                 "its config: use the version of this program that wrote it, or train in a new "
                 "--workdir"
-            ) from error
-        state = restored["state"]
-        return config, {n: state[n] for n in wanted} if isinstance(wanted, dict) else state
+            )
+        if isinstance(target, dict):
+            others = {name: saved[name] for name in saved.keys() - fields}
+            target |= jax.tree.map(lambda _: ocp.PLACEHOLDER, others)  # Orbax skips these
+        args = ocp.args.PyTreeRestore(
+            item=target, restore_args=ocp.checkpoint_utils.construct_restore_args(target)
+        )
+        state = self._manager.restore(step, args=ocp.args.Composite(state=args))["state"]
+        return config, {n: state[n] for n in fields} if isinstance(target, dict) else state
 
     def _set_aside(self, damaged: dict[int, str]) -> None:
         """Renames damaged checkpoints, so that their steps can be written again."""
@@ -241,6 +239,14 @@ def find_fault(folder: epath.Path) -> str | None:
     return f"{wrong[0]} is missing or altered" if wrong else None
 
 
+def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of all arrays by their path, for any kind of container."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(array.shape)
+        for path, array in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
 def _crc32(file: epath.Path) -> int:
     crc = 0
     with file.open("rb") as stream:
@@ -249,7 +255,7 @@ def _crc32(file: epath.Path) -> int:
     return crc
 
 
-def _handlers() -> ocp.handlers.CheckpointHandlerRegistry:
+def _handlers() -> ocp.handlers.DefaultCheckpointHandlerRegistry:
     """Returns which of Orbax's handlers writes and reads each item."""
     registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
     state, config = ocp.handlers.PyTreeCheckpointHandler(), ocp.handlers.JsonCheckpointHandler()

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
-from jaxtyping import Array, Int, Num
+from jaxtyping import Array, Int, Shaped
 from ml_collections import ConfigDict
 
 from drl_jax import config as config_lib
@@ -31,7 +31,7 @@ from drl_jax.networks.energy import Params, Vectors
 
 log = logging.getLogger(__name__)
 
-Tensors = dict[str, Num[np.ndarray, "..."]]  # by the name of their variable
+Tensors = dict[str, Shaped[np.ndarray, "..."]]  # by the name of their variable
 
 RAW, AVERAGE = "model/", "model_ema/"
 SLOT = "/.OPTIMIZER_SLOT/opt_c/"
@@ -189,7 +189,10 @@ def original_name(path: str) -> str:
 
 
 def _network(
-    tensors: Tensors, prefix: str, shapes: Params, vector_shapes: Vectors
+    tensors: Tensors,
+    prefix: str,
+    shapes: Params,
+    vector_shapes: Mapping[str, jax.ShapeDtypeStruct],
 ) -> tuple[Params, Vectors]:
     """Returns the parameters and spectral vectors of a network.
 

@@ -1,4 +1,5 @@
-"""What a run does: a module a mode, each a short program over the pure functions.
+"""The tasks of `drl_jax.main`, one module per --mode, each with a function `run`.
 
-`run` takes the flags that `main` has for the mode, by their names.
+`run` takes keyword arguments: `workdir`; the trained `run` or the `config`, which `main` has
+loaded; and the flags of the task, as `tasks.table` lists them.
 """

@@ -20,9 +20,8 @@ from drl_jax.tasks.table import Flag, Task
 
 PROGRAM = "python -m drl_jax.main"
 WIDTH = 88  # columns of --help
-TRUE = ("true", "t", "1")
-FALSE = ("false", "f", "0")
 INDENT = 28  # columns before the descriptions
+BOOLEANS = {"true": True, "t": True, "1": True, "false": False, "f": False, "0": False}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +84,7 @@ def changed(config: ConfigDict, changes: Sequence[str]) -> ConfigDict:
     Raises:
       UserError: if a value has the wrong type or cannot be used.
     """
+    config = config.copy_and_resolve_references()
     for change in changes:
         flag_values, argv = flags.FlagValues(), ["", change]
         config_flags.DEFINE_config_dict(
@@ -95,7 +95,6 @@ def changed(config: ConfigDict, changes: Sequence[str]) -> ConfigDict:
         except (flags.Error, ValueError) as error:
             example = dict(config_lib.flatten(config))[_field(change)]
             raise UserError(f"{change}: give a value such as {example!r}") from error
-        config = flag_values.config
     config_lib.validate(config)
     return config
 
@@ -147,9 +146,9 @@ class _Parser(flags.ArgumentParser):
         if to is str:
             return text
         if to is bool:
-            if text.lower() not in TRUE + FALSE:
+            if text.lower() not in BOOLEANS:
                 raise ValueError("give true or false")
-            return text.lower() in TRUE
+            return BOOLEANS[text.lower()]
         low, high = flag.minimum, flag.maximum
         value = int(text) if re.fullmatch(r"[+-]?\d+", text) else None
         if (
@@ -233,16 +232,15 @@ def _field(change: str) -> str:
 def _changeable(task: Task) -> str:
     """Returns a description of the fields that --config.FIELD=VALUE may change."""
 
-    def names(fields: Sequence[str], last: str) -> str:
-        return _enumerate(
-            [f"{field}*" if field[-1] == "." else field for field in fields], last
-        )
+    def names(fields: Sequence[str]) -> str:
+        patterns = [f"{field}*" if field.endswith(".") else field for field in fields]
+        return _enumerate(patterns, "and")
 
     if not task.changeable:
         return "no field"
     if task.changeable != ("",):
-        return names(task.changeable, "and")
-    return f"all fields but {names(task.fixed, 'and')}" if task.fixed else "all fields"
+        return names(task.changeable)
+    return f"all fields but {names(task.fixed)}" if task.fixed else "all fields"
 
 
 def _help_on_all(introduction: str) -> str:
@@ -315,7 +313,7 @@ def _line(left: str, text: str, indent: int = 2) -> str:
     return wrapped if len(left) < INDENT else f"{left}\n{wrapped}"
 
 
-def _enumerate(words: Sequence[str], last: str = "or") -> str:
-    """Returns the words as "a, b or c"."""
-    *first, end = words
-    return f"{', '.join(first)} {last} {end}" if first else end
+def _enumerate(words: Sequence[str], conjunction: str = "or") -> str:
+    """Returns the words as 'a, b or c'."""
+    *first, last = words
+    return f"{', '.join(first)} {conjunction} {last}" if first else last

@@ -70,7 +70,10 @@ def load_inception_weights(config: ConfigDict) -> Weights | None:
     if config.evaluation.inception_weights:
         return weights.load(config.evaluation.inception_weights)
     if config.data.channels == 3 and config.data.image_size >= 32:
-        log.info("skipping FID, KID and the inception score; to compute them, %s", weights.GET)
+        log.info(
+            "skipping FID, KID and the inception score; to compute them, %s",
+            weights.DOWNLOAD_HINT,
+        )
     return None
 
 
@@ -192,8 +195,7 @@ def measure_points(run: Run, workdir: epath.Path, key: Key[Array, ""]) -> None:
         np.random.default_rng(config.seed), samples, np.asarray(exact)
     )
     grid = plane.square()
-    exact_F = jax.jit(mixtures.exact_F(data, schedule))
-    compared = {t: plane.compare(model.log_density, exact_F, t, grid) for t in shown}
+    compared = plane.compare(model, mixtures.exact_F(data, schedule), shown, grid)
     metrics: dict[str, Any] = {
         "step": run.step,
         "num_samples": n,
@@ -236,14 +238,12 @@ def inception_metrics(
     Args:
       config: uses `evaluation` and the preparation of `data`.
       source: the data.
-      model: its mesh runs the Inception network.
+      model: its engine runs the Inception network too.
       batches: at least `config.evaluation.num_samples` samples in [-1, 1], in batches.
       workdir: keeps the data's statistics if their own folder cannot (`reference.of_data`).
       inception_weights: of the Inception network.
     """
-    extractor = inception.Extractor(
-        inception_weights.variables, model.mesh, config.evaluation.batch_size
-    )
+    extractor = inception.Extractor(inception_weights.variables, model.engine)
     data = reference.of_data(config, source, extractor, inception_weights.sha256, workdir)
     stream = (image for batch in batches for image in pipeline.to_uint8(batch))
     samples = summary.summarise(extractor, stream, config.evaluation.num_samples)

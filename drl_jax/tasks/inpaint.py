@@ -18,6 +18,7 @@ from drl_jax.tasks import common
 log = logging.getLogger(__name__)
 
 NUM_IMAGES = 8  # images of the data that are completed if no files are given
+WHITE = 128  # pixel value at and above which a mask file hides a pixel
 
 
 def run(
@@ -98,6 +99,6 @@ def load_mask(
       UserError: if the name is unknown or the file cannot be read.
     """
     if mask.lower().endswith(".png"):
-        hidden = sources.read_image(mask, channels=1) >= images_lib.GREY
+        hidden = sources.read_image(mask, channels=1) >= WHITE
         return ~hidden, epath.Path(mask).stem
     return masks.named(mask, image_size, key), mask.replace(":", "_")

@@ -67,9 +67,7 @@ def run(
         raise UserError(f"--against is empty: give one or more of {', '.join(ood.SYNTHETIC)}")
     common.require_images(run.model, "ood")
     source = sources.open_source(config)
-    others = {
-        name: open_other(config, name) for name in against if name not in ood.SYNTHETIC
-    }
+    others = {name: open_other(config, name) for name in against if name not in ood.SYNTHETIC}
     # All images are read before anything is written, because one may be unreadable.
     limit = config.evaluation.num_data
     x = read(config, source, limit)
@@ -88,17 +86,15 @@ def run(
     other_scores = {}
     for name in against:
         if name in ood.SYNTHETIC:
-            images, n = ood.synthetic_images(name, synthetic_key, x), len(x)
+            synthetic = ood.synthetic_images(name, synthetic_key, x)
+            other_scores[name] = score(name, synthetic, len(x))
         else:
-            images, n = other_images[name], len(other_images[name])
-        other_scores[name] = score(name, images, n)
+            other_scores[name] = score(name, other_images[name], len(other_images[name]))
     aurocs = {name: ood.aurocs(data_scores, scores) for name, scores in other_scores.items()}
     figures.write_histograms(
         folder / "histograms.png",
         [short_name(config.data.name), *map(short_name, against)],
-        histograms(
-            scorer.levels, [data_scores, *other_scores.values()], list(aurocs.values())
-        ),
+        histograms(scorer.levels, [data_scores, *other_scores.values()], list(aurocs.values())),
         notes="numbers: AUROC",
     )
     results = {

@@ -15,8 +15,8 @@ immediately before and after every measurement.
 
 Without --config it measures the paper's 32x32 network with N = 2 blocks per resolution (9
 million parameters) at batch size 16, which fits on a small computer. Generation is measured
-for the configured method and for T1k; in either case at most CHAIN_STEPS chain steps per
-sample are timed.
+for the configured method and for T1k; in either case at most 5 chain steps per sample are
+timed.
 
 --input instead measures how many batches per second the data pipeline delivers, from a TFDS
 data set of random PNG images, of the configuration's image and batch size, stored as

@@ -238,7 +238,7 @@ def write_grid(
     """Draws samples with the averaged parameters, for TensorBoard and as a PNG in grids/."""
     params = generation_params(job.method, state, job.sampler.mesh)
     model = job.sampler.with_params(params)
-    samples = model.sample(key, images.shown(model.shape, columns=8))
+    samples = model.sample(key, images.grid_size(model.shape, columns=8))
     grid = images.picture(samples, columns=8)
     writer.write_images(step, {"samples": grid[None]})
     folder = job.workdir / "grids"

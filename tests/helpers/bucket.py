@@ -1,8 +1,9 @@
-"""Google Cloud Storage in miniature: one bucket, in memory, as its three clients here see it.
+"""A stand-in for Google Cloud Storage with one bucket, in memory.
 
-TensorFlow (behind epath and clu's writer) insists on https and on Google's own hosts: it comes
-through a proxy, and trusts a certificate that is made here. TensorStore (behind Orbax's arrays)
-and google-cloud-storage (which Orbax asks how a bucket lists its folders) take an address.
+It serves three clients. TensorFlow, which epath and clu's writer use, always connects to
+Google's hosts with https: a proxy sends it here, and it trusts a certificate that this module
+creates. TensorStore, which Orbax uses for arrays, and google-cloud-storage, which Orbax uses to
+find out how a bucket lists folders, accept another address.
 """
 
 import datetime
@@ -21,11 +22,11 @@ NAME = "bucket"
 
 
 class Bucket:
-    """Serves until `close`.
+    """Serves the bucket until `close`.
 
     Attributes:
-      objects: the bytes of each, by name.
-      environment: the variables that lead a process here.
+      objects: name of an object -> its content.
+      environment: environment variables that direct a process's clients to this bucket.
     """
 
     def __init__(self, folder):
@@ -59,10 +60,10 @@ class Bucket:
         with self.lock:
             self.objects[name] = content
             self.generations[name] = self.generations.get(name, 0) + 1
-            return self.about(name)
+            return self.metadata(name)
 
-    def about(self, name):
-        """An object's resource."""
+    def metadata(self, name):
+        """Returns the metadata of an object."""
         return {
             "name": name,
             "bucket": NAME,
@@ -73,12 +74,12 @@ class Bucket:
         }
 
     def matches(self, name, query):
-        """Whether an object is as the one who asks believes; 0 is of none."""
-        now = self.generations[name] if name in self.objects else 0
-        return query.get("ifGenerationMatch", str(now)) == str(now)
+        """Returns whether an object has the generation that a query requires; 0: none."""
+        generation = str(self.generations[name] if name in self.objects else 0)
+        return query.get("ifGenerationMatch", generation) == generation
 
-    def listed(self, query):
-        """What is in a folder, or under it where no delimiter is given."""
+    def list_objects(self, query):
+        """Lists a folder, or all objects below it if the query has no delimiter."""
         prefix, delimiter = query.get("prefix", ""), query.get("delimiter")
         items, prefixes = [], set()
         with self.lock:
@@ -87,7 +88,7 @@ class Bucket:
                 if name.startswith(prefix) and found:
                     prefixes.add(prefix + head + found)
                 elif name.startswith(prefix):
-                    items.append(self.about(name))
+                    items.append(self.metadata(name))
         return {"items": items, "prefixes": sorted(prefixes)}
 
 
@@ -132,12 +133,12 @@ class _Handler(BaseHTTPRequestHandler):
         url = urllib.parse.urlsplit(self.path)
         query = dict(urllib.parse.parse_qsl(url.query))
         body = self.body()
-        place = url.path.removeprefix("/upload").removeprefix("/storage/v1/b")
-        place, _, target = place.partition("/rewriteTo/")
-        _, of, name = place.split("/", 2) if place.count("/") > 1 else (*place.split("/"), "")
-        if of != NAME:
-            return self.reply(403, {"error": {"code": 403, "message": "not yours"}})
-        name = urllib.parse.unquote(name)
+        path = url.path.removeprefix("/upload").removeprefix("/storage/v1/b")
+        path, _, target = path.partition("/rewriteTo/")
+        _, bucket_name, *rest = path.split("/", 2)
+        if bucket_name != NAME:
+            return self.reply(403, {"error": {"code": 403, "message": "no access"}})
+        name = urllib.parse.unquote(rest[0] if rest else "")
         with self.server.bucket.lock:
             if name == "":
                 return self.reply(200, {"name": NAME, "location": "US"})
@@ -146,13 +147,15 @@ class _Handler(BaseHTTPRequestHandler):
             if name == "o":
                 return self.list_or_upload(query, body)
             name = name.removeprefix("o/")
-            is_content = url.path == place and not place.startswith("/storage")
-            return self.one(name, query, target, is_content or query.get("alt") == "media")
+            is_content = url.path == path and not path.startswith("/storage")
+            return self.access_object(
+                name, query, target, is_content or query.get("alt") == "media"
+            )
 
     def list_or_upload(self, query, body):
         bucket = self.server.bucket
         if self.command == "GET":
-            return self.reply(200, bucket.listed(query))
+            return self.reply(200, bucket.list_objects(query))
         if "upload_id" in query:
             return self.reply(200, bucket.put(bucket.uploads[query["upload_id"]], body))
         if not bucket.matches(query["name"], query):
@@ -164,40 +167,40 @@ class _Handler(BaseHTTPRequestHandler):
         location = f"https://{HOSTS[0]}/upload/storage/v1/b/{NAME}/o?upload_id={token}"
         return self.reply(200, Location=location)
 
-    def one(self, name, query, target, content):
+    def access_object(self, name, query, target, wants_content):
         bucket = self.server.bucket
         if name not in bucket.objects:
-            return self.reply(404, {"error": {"code": 404, "message": "none"}})
+            return self.reply(404, {"error": {"code": 404, "message": "not found"}})
         if not bucket.matches(name, query):
             return self.reply(412)
         if target:
             other = urllib.parse.unquote(target.removeprefix(f"b/{NAME}/o/"))
-            about = bucket.put(other, bucket.objects[name])
-            return self.reply(200, {"done": True, "resource": about})
+            resource = bucket.put(other, bucket.objects[name])
+            return self.reply(200, {"done": True, "resource": resource})
         if self.command == "DELETE":
             del bucket.objects[name]
             return self.reply(204)
-        if content:
+        if wants_content:
             return self.send_content(bucket.objects[name], bucket.generations[name])
-        return self.reply(200, bucket.about(name))
+        return self.reply(200, bucket.metadata(name))
 
     def send_content(self, content, generation):
         headers = {"x_goog_generation": str(generation)}
         if wanted := self.headers.get("Range"):
             first, _, last = wanted.removeprefix("bytes=").partition("-")
-            part = content[int(first) : int(last) + 1 if last else None]
-            if not part:
+            selected = content[int(first) : int(last) + 1 if last else None]
+            if not selected:
                 return self.reply(416, **headers)
-            end = int(first) + len(part) - 1
+            end = int(first) + len(selected) - 1
             headers["Content_Range"] = f"bytes {first}-{end}/{len(content)}"
-            return self.reply(206, part, **headers)
+            return self.reply(206, selected, **headers)
         return self.reply(200, content, **headers)
 
     do_GET = do_POST = do_PUT = do_DELETE = do_HEAD = handle_any
 
 
 def _certificate():
-    """A key and a certificate of itself, for Google's hosts."""
+    """Returns a private key and a self-signed certificate for Google's hosts, as PEM."""
     key = ec.generate_private_key(ec.SECP256R1())
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, HOSTS[0])])
     now = datetime.datetime.now(datetime.UTC)

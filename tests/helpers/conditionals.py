@@ -1,4 +1,4 @@
-"""Two conditionals of T6 in one dimension, a normal and one of two modes, and their chains."""
+"""Two one-dimensional conditionals of T6, one normal and one bimodal, and chains on them."""
 
 import functools
 
@@ -19,6 +19,7 @@ GRID, STEP = np.linspace(-2.5, 2.5, 501, retstep=True)
 
 
 def exact(name):
+    """Returns the conditional as a mixture."""
     return mixtures.conditional(DATA[name](), jnp.array([[X_TILDE]]), LEVEL, schedule())
 
 
@@ -27,38 +28,39 @@ def schedule():
 
 
 def log_density_fn(name, n):
-    """The recovery conditional of the exact energies, of n positions."""
+    """Returns log p(y | x_tilde) with the exact energy, as a function of n positions."""
     F = mixtures.exact_F(DATA[name](), schedule())
     x_tilde, t = jnp.full((n, 1), X_TILDE), jnp.full(n, LEVEL)
     return lambda y: recovery.conditional_log_density(F, y, x_tilde, t, schedule())
 
 
 def long_chain(name, init, kernel, n, steps, **tuning):
-    """The ends of n chains that start at x_tilde, after so many steps."""
+    """Returns the ends of n chains that start at x_tilde."""
     keys = noise.example_keys(jax.random.key(0), jnp.arange(n))
     tuning = {key: jnp.full(n, value) for key, value in tuning.items()}
     log_p = log_density_fn(name, n)
 
     def step(state, k):
-        return kernel(noise.fold(keys, k), state, log_p, **tuning)
+        state, _ = kernel(noise.fold(keys, k), state, log_p, **tuning)
+        return state, None
 
     @jax.jit
     def run():
         start = init(jnp.full((n, 1), X_TILDE), log_p)
-        return jax.lax.scan(lambda *v: (step(*v)[0], None), start, jnp.arange(steps))[0]
+        return jax.lax.scan(step, start, jnp.arange(steps))[0]
 
     return np.asarray(run().position)[:, 0]
 
 
 def masses(density):
-    """Of a density on the grid; its tails beyond are below 1e-9."""
+    """Returns the probabilities of the grid's cells; the tails beyond it are below 1e-9."""
     found = np.exp(np.float64(density.log_density(GRID[:, None]))) * STEP
     assert abs(found.sum() - 1) < 1e-5
     return found / found.sum()
 
 
 def assert_moments(y, masses, powers=(1, 2, 3, 4)):
-    """The samples' moments are those of masses on the grid."""
+    """Asserts that the moments of samples y are those of probabilities on the grid."""
     moment = functools.partial(_moment, masses)
     for power in powers:
         variance = moment(2 * power) - moment(power) ** 2

@@ -1,4 +1,4 @@
-"""Models that know the truth: their energy is the testbed's log-density, in closed form."""
+"""Models whose energy is the exact log-density of a mixture of Gaussians."""
 
 import jax.numpy as jnp
 
@@ -14,7 +14,10 @@ from drl_jax.sampling.ladder import Sampler
 
 
 def model(data, T, log_Z=0.0, mesh=None, shape=None):
-    """The exact F of every level, plus log Z; of points, or of images of a shape."""
+    """Returns the model with the exact F at every level, plus the constant log Z.
+
+    Examples are points, or images of a given shape.
+    """
     schedule = diffusion.schedule(T)
     F = mixtures.exact_F(data, schedule)
     energy = Energy(
@@ -25,5 +28,5 @@ def model(data, T, log_Z=0.0, mesh=None, shape=None):
     )
     sampler = Sampler(langevin.init, langevin.kernel, {"step_size": jnp.ones(T)}, 1)
     parameterisation = Parameterisation(jnp.ones(T), 0.0)
-    method = Method(energy, schedule, parameterisation, sampler, "recovery")
-    return Model(method, {}, mesh or sharding.make_mesh())
+    method = Method(energy, schedule, parameterisation, sampler)
+    return Model.create(method, {}, mesh or sharding.make_mesh())

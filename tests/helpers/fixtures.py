@@ -1,12 +1,12 @@
-"""Numbers computed by the authors' programs, and how to compare with them."""
+"""Paths of the numbers computed by other programs, and how to compare with them."""
 
 from pathlib import Path
 
 import numpy as np
 
 FOLDER = Path(__file__).parents[1] / "fixtures"
-ORIGINAL = FOLDER / "original_t6_32px"
-INCEPTION = FOLDER / "inception_random"
+ORIGINAL = FOLDER / "original_t6_32px"  # by the authors' TensorFlow program
+INCEPTION = FOLDER / "inception_random"  # by torch-fidelity
 
 
 def assert_close(ours, theirs, rtol):

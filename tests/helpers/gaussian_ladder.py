@@ -5,7 +5,7 @@ import numpy as np
 from drl_jax import diffusion, recovery
 from drl_jax.data import mixtures
 from drl_jax.mcmc import langevin
-from drl_jax.sampling.ladder import Sampler
+from drl_jax.sampling.ladder import Conditionals, Sampler
 
 MEAN, VARIANCE, K = 0.4, 0.25, 8  # of the data; chain steps
 SCHEDULE = diffusion.schedule(6)
@@ -25,3 +25,6 @@ def gaussian(y, t):
     """F of the true marginals, every dimension by itself."""
     F = mixtures.exact_F(DATA, SCHEDULE)
     return sum(F(y[:, i : i + 1], t) for i in range(y.shape[1]))
+
+
+CONDITIONALS = Conditionals(gaussian, SCHEDULE, LANGEVIN)

@@ -1,4 +1,4 @@
-"""Weights for the Inception network, made up as fixtures/inception_random/README.md says."""
+"""Random weights for the Inception network, as fixtures/inception_random/README.md defines."""
 
 import functools
 import zlib
@@ -6,11 +6,13 @@ import zlib
 import numpy as np
 
 from drl_jax.metrics import weights
-from drl_jax.metrics.weights import file_places  # as it is where a test replaces it
+from drl_jax.metrics.weights import (
+    file_layout,
+)  # stays complete if a test replaces the module's
 
 
 def draw(name, shape):
-    """One tensor, in the order of axes that PyTorch's file has."""
+    """Draws one tensor, with the axes in the order of the PyTorch file."""
     rng = np.random.default_rng(zlib.crc32(name.encode()))
     if name.endswith("running_var"):
         x = rng.uniform(0.5, 1.5, shape)
@@ -27,16 +29,20 @@ def draw(name, shape):
 
 @functools.cache
 def tensors():
-    """All of them by name."""
-    return {name: draw(name, shape) for name, (_, shape) in file_places().items()}
+    """Returns all tensors by name."""
+    return {name: draw(name, shape) for name, (_, shape) in file_layout().items()}
 
 
 def variables():
-    return weights.variables("these weights", tensors())
+    """Returns the weights as Flax variables."""
+    return weights.to_variables(tensors(), "random weights")
 
 
 def vectors(images):
-    """A stand-in for the network: the first pixel in 2048 numbers, batches of 3."""
+    """Replaces the network: returns each image's first pixel as its features.
+
+    The pixel is padded to 2048 numbers for the features; the batch size is 3.
+    """
     images = list(images)
     for first in range(0, len(images), 3):
         pixels = np.float32([np.broadcast_to(x[0, 0], 3) for x in images[first : first + 3]])

@@ -1,36 +1,36 @@
-"""Statistical assertions with a stated false-alarm rate.
+"""Statistical assertions with a known false-alarm rate.
 
-A test of correct code fails with probability RATE at most, whatever it compares: the rate is
-split evenly over its assertions (`of`: how many there are) and over the numbers each compares
-(Bonferroni), and the limit is the two-sided quantile of what is left. Seeds are fixed, so a
-test that passes once passes always.
+A test of correct code fails with probability RATE at most. The rate is split evenly over the
+test's assertions, whose number is the argument `of`, and over the numbers that each assertion
+compares (Bonferroni). Each limit is the two-sided quantile at the resulting rate. Seeds are
+fixed, so that a test that has passed once always passes.
 
-To tell a standard deviation 2% too large, a variance 4% too large, from noise takes some
-100,000 samples: it then lies nine standard errors off, the limit five or six.
+A standard deviation that is 2% too large (a variance 4% too large) is detected with about
+100,000 samples: it is then nine standard errors off, and the limit is five or six.
 """
 
 import numpy as np
 from scipy import stats
 
-RATE = 1e-6
+RATE = 1e-6  # probability of a false alarm per test
 
 
 def limit(comparisons):
-    """Standard errors that the worst of so many comparisons may be off."""
+    """Returns the largest deviation allowed among this many comparisons [standard errors]."""
     return stats.norm.isf(RATE / (2 * comparisons))
 
 
 def assert_mean(samples, mean, variance, of=1):
-    """Column means of samples [n, ...] agree with `mean`, given each one's variance."""
+    """Asserts that the means of samples [n, ...] over n equal `mean`, given the variances."""
     n = len(samples)
     z = (np.mean(np.float64(samples), axis=0) - mean) / np.sqrt(variance / n)
     _assert_small("mean", z, of)
 
 
 def assert_variance(samples, mean, variance, of=1):
-    """Column variances of normal samples [n, ...] about a known mean agree with `variance`.
+    """Asserts that the variances of normal samples [n, ...] about a known mean are `variance`.
 
-    n times the ratio of the two is chi-square, exactly.
+    n times the ratio of the sample variance to the true one has a chi-square distribution.
     """
     n = len(samples)
     squares = (np.asarray(samples, np.float64) - mean) ** 2
@@ -38,13 +38,13 @@ def assert_variance(samples, mean, variance, of=1):
     tail = RATE / (2 * of * np.size(ratio))
     low, high = stats.chi2.ppf(tail, n) / n, stats.chi2.isf(tail, n) / n
     assert np.all((low < ratio) & (ratio < high)), (
-        f"variance {np.min(ratio):.4f} to {np.max(ratio):.4f} times what it should be, "
-        f"not {low:.4f} to {high:.4f}"
+        f"variance is {np.min(ratio):.4f} to {np.max(ratio):.4f} times the expected one; "
+        f"{low:.4f} to {high:.4f} is allowed"
     )
 
 
 def assert_covariance(a, b, covariance, variance_a, variance_b, of=1):
-    """Covariances of centred normal samples a, b [n, ...] agree with `covariance`."""
+    """Asserts that the covariances of centred normal samples a, b [n, ...] are `covariance`."""
     n = len(a)
     product = np.asarray(a, np.float64) * np.asarray(b, np.float64)
     spread = np.sqrt((variance_a * variance_b + covariance**2) / n)
@@ -52,25 +52,29 @@ def assert_covariance(a, b, covariance, variance_a, variance_b, of=1):
 
 
 def assert_counts(counts, probabilities, of=1):
-    """Counts of n samples in the cells [C] of a partition agree with its probabilities.
+    """Asserts that counts in the cells [C] of a partition follow the probabilities.
 
-    Pearson's chi-square; cells where fewer than 20 are expected are counted as one.
+    Pearson's chi-square test; cells with fewer than 20 expected samples are merged.
     """
     n = np.sum(counts)
-    few = n * probabilities < 20
+    small = n * probabilities < 20
     counts, expected = (
-        np.append(v[~few], np.sum(v[few])) for v in (np.float64(counts), n * probabilities)
+        np.append(v[~small], np.sum(v[small])) for v in (np.float64(counts), n * probabilities)
     )
-    if expected[-1] < 20:  # still too few for a chi-square: into the largest
+    if expected[-1] < 20:  # the merged cell is still too small: merge it into the largest
         largest = np.argmax(expected)
         counts[largest] += counts[-1]
         expected[largest] += expected[-1]
         counts, expected = counts[:-1], expected[:-1]
-    found = np.sum((counts - expected) ** 2 / expected)
+    statistic = np.sum((counts - expected) ** 2 / expected)
     allowed = stats.chi2.isf(RATE / of, len(counts) - 1)
-    assert found < allowed, f"chi-square {found:.1f} in {len(counts)} cells, not {allowed:.1f}"
+    assert statistic < allowed, (
+        f"chi-square is {statistic:.1f} for {len(counts)} cells; {allowed:.1f} is allowed"
+    )
 
 
-def _assert_small(what, z, of):
+def _assert_small(name, z, of):
     allowed, worst = limit(of * np.size(z)), np.max(np.abs(z))
-    assert worst < allowed, f"{what} off by {worst:.1f} standard errors, not {allowed:.1f}"
+    assert worst < allowed, (
+        f"{name} is off by {worst:.1f} standard errors; {allowed:.1f} is allowed"
+    )

@@ -70,9 +70,7 @@ def start(*args, **kwargs):
 
 
 def environment():
-    """Returns environment variables for a process with this one's compilation cache and
-    number of devices.
-    """
+    """Returns this process's environment, with its compilation cache and number of devices."""
     variables = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(COMPILED)}
     if not cpu_devices.are_given():
         variables["JAX_NUM_CPU_DEVICES"] = str(jax.device_count())

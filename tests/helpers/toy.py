@@ -1,4 +1,4 @@
-"""Small runs on points in the plane."""
+"""Small runs of configs/toy2d.py: points in the plane."""
 
 import pytest
 from etils import epath
@@ -7,7 +7,6 @@ from drl_jax import config as config_lib
 from helpers import tiny
 
 TOY = tiny.ROOT / "configs" / "toy2d.py"
-
 
 SMALL = {
     "data.name": "ellipse",
@@ -22,13 +21,14 @@ SMALL = {
 
 
 def training(workdir, **changes):
+    """Returns the arguments that train in a work directory, as `tiny.training` does."""
     changes = {name.replace("__", "."): value for name, value in changes.items()}
     fields = (f"--config.{name}={value}" for name, value in (SMALL | changes).items())
     return [f"--config={TOY}", f"--workdir={workdir}", *fields]
 
 
 def toy(**changes):
-    """The configuration of the toy, with changes."""
+    """Returns the configuration of configs/toy2d.py with changes."""
     config = config_lib.load(str(TOY))
     config.update_from_flattened_dict(
         {name.replace("__", "."): value for name, value in changes.items()}
@@ -38,7 +38,7 @@ def toy(**changes):
 
 @pytest.fixture(scope="session")
 def trained_toy(tmp_path_factory):
-    """A work directory, of a few steps; not to be changed."""
+    """The work directory of a run of a few steps, which tests must not change."""
     workdir = epath.Path(tmp_path_factory.mktemp("toy") / "run")
     assert tiny.main(*training(workdir)) == 0
     return workdir

@@ -1,4 +1,4 @@
-"""Chains that go on for thousands of steps."""
+"""The task `long_run`: runs chains for thousands of steps and reports how they converge."""
 
 from collections.abc import Sequence
 
@@ -6,61 +6,70 @@ import jax
 import numpy as np
 from etils import epath
 
-from drl_jax import config as config_lib
-from drl_jax import model as model_lib
-from drl_jax.data import pipeline
+from drl_jax import diffusion
+from drl_jax.data import pipeline, sources
 from drl_jax.sampling import chains
 from drl_jax.storage.atomic import make_writable
+from drl_jax.storage.runs import Run
+from drl_jax.storage.snapshots import Autosave
 from drl_jax.tasks import common
-from drl_jax.tasks.common import Revise
 from drl_jax.tasks.long_run import report, runner
-from drl_jax.training import step as train_step
+
+# Fields of the configuration that unfinished work depends on.
+SETTINGS = ("mcmc.", "data.", "evaluation.num_data", "evaluation.batch_size")
 
 
 def run(
+    run: Run,
     workdir: epath.Path,
-    revise: Revise,
     num_steps: int,
     num_chains: int | None,
-    levels: Sequence[str],
+    levels: Sequence[int],
     seed: int,
 ) -> None:
-    """Watches chains for thousands of steps (`long_run.watch`), going on where it stopped.
+    """Runs chains on the conditionals, and the whole ladder, for many steps.
+
+    The same command resumes an interrupted run, and the same command with more steps
+    continues a finished one.
+
+    Writes to `workdir`/long_run/step_STEP_SAMPLER_seed_SEED:
+      chains.snapshot: the chains, from which they are continued.
+      level_T.png, ladder.png, curves.png and long_run.json: see `report.write`.
 
     Args:
-      workdir: of a run.
-      revise: changes the configuration.
-      num_steps: of every chain.
-      num_chains: a level; None for as many as one batch holds.
-      levels: numbers of those to be watched; none for all, or for ten of many.
-      seed: of all noise, and of the choice of images.
+      run: the trained model.
+      workdir: where the results go.
+      num_steps: number of steps of each chain, and of the longest ladder in total.
+      num_chains: number of chains per level; None for as many as fit one batch.
+      levels: levels whose conditionals are sampled; none for all of them, or for ten if
+        there are more.
+      seed: random seed of the chains, and of the choice of images.
 
     Raises:
-      UserError: if there is no checkpoint or no data, the chains asked for are impossible or
-        were begun with other settings, or the folder cannot be written to.
-      Interrupted: a signal asked for the end; all is saved.
+      UserError: if the data cannot be used, the levels or chains asked for are impossible or
+        were started with other settings, or the folder cannot be written to.
+      Interrupted: if a signal stopped the chains; they are saved.
     """
-    config, model, step = model_lib.load_run(workdir, revise)
+    config, model = run.config, run.model
     common.require_images(model, "long_run")
-    T = model.method.schedule.T
-    few = [group[0] for group in diffusion.level_groups(T)]
-    watched = np.unique([int(level) for level in levels] or few)
-    chains.require_levels(watched, T)
+    default_levels = [group[0] for group in diffusion.level_groups(model.T)]
+    sampled_levels = np.unique(list(levels) or default_levels)
+    chains.require_levels(sampled_levels, model.T)
     chains.require_chain(model.method.sampler)
-    sharing = chains.SHARING
     if num_chains is None:
-        num_chains = max(1, config.evaluation.batch_size // len(watched) // sharing) * sharing
-    chains.shared_conditions(num_chains)
-    truth = np.stack(list(pipeline.all_images(config, limit=config.evaluation.num_data)))
-    key, setting_key = jax.random.split(jax.random.key(seed))
-    setting = runner.prepare(model, setting_key, truth, watched, num_chains)
-    name = f"step_{step}_{config.mcmc.sampler}_seed_{seed}"
+        fitting = config.evaluation.batch_size // len(sampled_levels)
+        num_chains = max(1, fitting // chains.SHARING) * chains.SHARING
+    source = sources.open_source(config)
+    limit = config.evaluation.num_data
+    images = np.stack(list(pipeline.all_examples(config, source, limit=limit)))
+    key, experiment_key = jax.random.split(jax.random.key(seed))
+    experiment = runner.prepare(model, experiment_key, images, sampled_levels, num_chains)
+    name = f"step_{run.step}_{config.mcmc.sampler}_seed_{seed}"
     folder = workdir / "long_run" / name
     make_writable(folder)
-    common.adapt(config, model)
-    settings = {"num_chains": num_chains, "levels": watched.tolist()}
-    fields = config_lib.flatten(config)
-    decisive = ("mcmc.", "data.", "evaluation.num_data", "evaluation.batch_size")
-    settings |= {f"config.{name}": v for name, v in fields if name.startswith(decisive)}
-    story = runner.run(model, key, setting, num_steps, folder, settings)
-    report.write(folder, story, setting, T)
+    model = common.adapted(run).model
+    settings = {"num_chains": num_chains, "levels": sampled_levels.tolist()}
+    settings |= common.resume_settings(config, SETTINGS)
+    autosave = Autosave(folder / "chains.snapshot", settings)
+    state = runner.run(model, key, experiment, num_steps, autosave)
+    report.write(folder, state, experiment, model.T)

@@ -1,6 +1,5 @@
-"""What is written of long-run chains: pictures, curves, numbers, and lines in the log."""
+"""Writes the results of long-run chains: pictures, curves, numbers and a summary in the log."""
 
-import json
 import logging
 import math
 from typing import Any
@@ -10,105 +9,133 @@ from etils import epath
 
 from drl_jax.plots import figures, images
 from drl_jax.plots.figures import Panel
-from drl_jax.storage.atomic import write_whole
-from drl_jax.tasks.long_run.runner import Setting, Story
+from drl_jax.storage.atomic import write_json
+from drl_jax.tasks.long_run.runner import Experiment, State
 
 log = logging.getLogger(__name__)
 
 
-def write(folder: epath.Path, story: Story, setting: Setting, T: int) -> None:
-    """Writes a picture a level and one of the ladder, curves.png and long_run.json."""
-    for number, level in enumerate(setting.levels):
-        rows = [setting.start[number], *(p[number] for p in story.pictures)]
+def write(folder: epath.Path, state: State, experiment: Experiment, T: int) -> None:
+    """Writes the results of an experiment, and logs the last statistics.
+
+    Writes to `folder`:
+      level_T.png: per level, one row of data and one row of chains per recorded step.
+      ladder.png: one row of samples per ladder.
+      curves.png: all statistics against the number of steps.
+      long_run.json, with the fields:
+        levels: levels whose conditionals are sampled.
+        chains_per_level: number of chains per level.
+        data: the statistics of exact samples, one value per level (`runner.Experiment`).
+        records: the statistics of the chains at each recorded step
+          (`runner.chain_statistics`).
+        ladder: samples, the number of samples; data.frechet, the Fréchet distance of as many
+          images; and ladders, per ladder its steps, steps_per_level and frechet.
+        A number that is undefined or infinite is null.
+
+    Args:
+      folder: where the results go.
+      state: the state after the last step.
+      experiment: what was sampled.
+      T: number of levels of the model.
+    """
+    for i, level in enumerate(experiment.levels):
+        rows = [experiment.condition_images[i], *(p[i] for p in state.pictures)]
         write_rows(folder / f"level_{level}.png", rows)
-    if story.rung_pictures:
-        write_rows(folder / "ladder.png", story.rung_pictures)
+    if state.ladder_pictures:
+        write_rows(folder / "ladder.png", state.ladder_pictures)
     else:
-        log.info("no ladder has a step for each of %d levels: ask for more --num_steps", T)
-    figures.write_curves(folder / "curves.png", panels(story, setting))
-    numbers = {
-        "levels": setting.levels.tolist(),
-        "chains_a_level": len(setting.t) // len(setting.levels),
-        "data": setting.data,
-        "records": story.records,
+        log.info("no ladder was run: it needs --num_steps=%d or more, one step per level", T)
+    figures.write_curves(folder / "curves.png", panels(state, experiment))
+    results = {
+        "levels": experiment.levels.tolist(),
+        "chains_per_level": len(experiment.t) // len(experiment.levels),
+        "data": experiment.data,
+        "records": state.records,
         "ladder": {
-            "samples": len(setting.t),
-            "data": {"frechet": setting.images_frechet},
-            "rungs": story.rungs,
+            "samples": len(experiment.t),
+            "data": {"frechet": experiment.image_frechet},
+            "ladders": state.ladders,
         },
     }
-    write_whole(
-        folder / "long_run.json", (json.dumps(_plain(numbers), indent=2) + "\n").encode()
-    )
-    end = story.records[-1]
-    log.info("after %d steps (in brackets: of data):", end["step"])
-    for i, level in enumerate(setting.levels):
+    write_json(folder / "long_run.json", _finite_or_none(results))
+    last, data = state.records[-1], experiment.data
+    log.info("after %d steps (in brackets: exact samples):", last["step"])
+    for i, level in enumerate(experiment.levels):
         log.info(
-            "  level %d: F %.1f (%.1f), moved %.2f (%.2f), acceptance %.2f, Fréchet %.3f "
-            "(%.3f), R-hat %.3f, %.0f effective draws",
+            "  level %d: F %.1f (%.1f), displacement %.2f (%.2f), acceptance %.2f, Fréchet "
+            "distance %.3f (%.3f), R-hat %.3f, effective sample size %.0f",
             level,
-            *(end["log_density"][i], setting.data["log_density"][i]),
-            *(end["displacement"][i], setting.data["displacement"][i]),
-            end["acceptance"][i],
-            *(end["frechet"][i], setting.data["frechet"][i]),
-            *(_known(end["r_hat"][i]), _known(end["effective_sample_size"][i])),
+            last["log_density"][i],
+            data["log_density"][i],
+            last["displacement"][i],
+            data["displacement"][i],
+            _or_nan(last["acceptance"][i]),
+            last["frechet"][i],
+            data["frechet"][i],
+            _or_nan(last["r_hat"][i]),
+            _or_nan(last["effective_sample_size"][i]),
         )
-    for rung in story.rungs:
+    for ladder in state.ladders:
         log.info(
-            "  ladder of %d steps, %d a level: Fréchet %.3f (%.3f)",
-            *(rung["steps"], rung["steps_a_level"], rung["frechet"], setting.images_frechet),
+            "  ladder of %d steps, %d per level: Fréchet distance %.3f (%.3f)",
+            ladder["steps"],
+            ladder["steps_per_level"],
+            ladder["frechet"],
+            experiment.image_frechet,
         )
     log.info(
-        "pictures (rows: data, then steps %s), curves.png and long_run.json are in %s",
-        *(", ".join(str(r["step"]) for r in story.records), folder),
+        "wrote long_run.json, curves.png and pictures to %s (rows of a picture: data, then "
+        "steps %s)",
+        folder,
+        ", ".join(str(record["step"]) for record in state.records),
     )
 
 
 def write_rows(path: epath.Path, rows: list[np.ndarray]) -> None:
-    """Writes images in rows of equal length."""
+    """Writes rows of equally many images as one picture."""
     images.write_png(path, images.grid(np.concatenate(rows), columns=len(rows[0])))
 
 
-def panels(story: Story, setting: Setting) -> list[Panel]:
-    """Returns the curves of all that was recorded; dotted lines are of data."""
-    names = [f"level {level}" for level in setting.levels]
-    steps = [r["step"] for r in story.records]
+def panels(state: State, experiment: Experiment) -> list[Panel]:
+    """Returns the curves of all statistics; a dotted line is the value of exact samples."""
+    names = [f"level {level}" for level in experiment.levels]
+    steps = [record["step"] for record in state.records]
 
-    def panel(title: str, scale: str, of: str, relative: bool = False) -> Panel:
-        values = np.array([[_known(v) for v in r[of]] for r in story.records]).T
-        marks = setting.data.get(of, [])
+    def panel(title: str, scale: str, statistic: str, relative: bool = False) -> Panel:
+        by_step = [[_or_nan(value) for value in r[statistic]] for r in state.records]
+        values = np.array(by_step).T
+        exact = experiment.data.get(statistic, [])
         if relative:
-            values, marks = values - np.array(marks)[:, None], [0.0]
+            values, exact = values - np.array(exact)[:, None], [0.0]
         curves = dict(zip(names, values.tolist(), strict=True))
-        return Panel(title, scale, curves, dict(zip(names, marks, strict=False)), steps)
+        return Panel(title, scale, curves, dict(zip(names, exact, strict=False)), steps)
 
-    ladder = {"whole ladder": [r["frechet"] for r in story.rungs]}
     return [
-        panel("log-density less that of data [nats]", "symlog", "log_density", relative=True),
-        panel("displacement |y - x_tilde| (dotted: of data)", "linear", "displacement"),
-        panel("acceptance since the point before", "linear", "acceptance"),
-        panel("Fréchet distance on pixels (dotted: of data)", "log", "frechet"),
+        panel("log-density minus that of data [nats]", "symlog", "log_density", relative=True),
+        panel("displacement |y - x_tilde| (dotted: data)", "linear", "displacement"),
+        panel("acceptance since the previous record", "linear", "acceptance"),
+        panel("Fréchet distance on pixels (dotted: data)", "log", "frechet"),
         panel("split R-hat, median over conditions", "log", "r_hat"),
         panel("effective sample size, all chains", "log", "effective_sample_size"),
         Panel(
-            "Fréchet distance of samples, against steps in all",
-            "log",
-            ladder,
-            {"whole ladder": setting.images_frechet},
-            [r["steps"] for r in story.rungs],
+            title="Fréchet distance of samples (x: steps of the ladder)",
+            scale="log",
+            curves={"ladder": [ladder["frechet"] for ladder in state.ladders]},
+            marks={"ladder": experiment.image_frechet},
+            x=[ladder["steps"] for ladder in state.ladders],
         ),
     ]
 
 
-def _known(value: float | None) -> float:
-    """NaN for what is not known."""
+def _or_nan(value: float | None) -> float:
+    """Returns NaN for None."""
     return math.nan if value is None else value
 
 
-def _plain(value: Any) -> Any:
-    """Replaces what JSON has no number for by None."""
+def _finite_or_none(value: Any) -> Any:
+    """Replaces NaN and infinities, which JSON cannot represent, by None."""
     if isinstance(value, dict):
-        return {name: _plain(v) for name, v in value.items()}
+        return {name: _finite_or_none(v) for name, v in value.items()}
     if isinstance(value, list):
-        return [_plain(v) for v in value]
+        return [_finite_or_none(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

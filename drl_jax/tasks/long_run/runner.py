@@ -1,388 +1,445 @@
-"""Long-run chains watched: what they start from, what they show, and going on where they were.
+"""Runs long chains on the conditionals of several levels, and records their statistics.
 
-At each level, chains on p(y | x_tilde) go on for thousands of steps. Chains of one x_tilde,
-`chains.SHARING` or more, sample one distribution and are compared with each other (R-hat,
-effective sample size); x_tilde is data of the level above, so that together they should look
-like data of their own level (energy, displacement, Fréchet distance). At the top, T - 1, there
-is no condition: all chains sample the marginal, from white noise.
+At every level, chains sample p(y | x_tilde) for thousands of steps. At least `chains.SHARING`
+chains share each condition x_tilde, and so a target distribution: R-hat and the effective
+sample size compare them with each other. The conditions are data diffused to the level above.
+So the positions of all chains of a level together should be distributed like data diffused to
+that level, which the energy, the displacement and the Fréchet distance measure. At level T - 1
+there is no condition: all chains start from white noise and sample the marginal.
 
-The whole ladder then makes as many samples for each total of steps N, with N / T steps at
-each level, from the same noise.
+Then the whole ladder generates samples with N steps in total, N / T per level, for a growing
+number of steps N, always from the same white noise.
 """
 
-import dataclasses
+import functools
 import logging
 import math
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from jaxtyping import Array, ArrayLike, Float, Int, Key
 
 from drl_jax import diffusion, noise, recovery
-from drl_jax.errors import Interrupted, UserError
+from drl_jax.errors import UserError
 from drl_jax.metrics import diagnostics
 from drl_jax.metrics.frechet import Normal, fit, frechet_distance
 from drl_jax.model import Model
-from drl_jax.runtime import preemption, processes
+from drl_jax.runtime import processes
 from drl_jax.runtime.progress import Progress
-from drl_jax.sampling import chains as long_run
+from drl_jax.sampling import chains as chains_lib
 from drl_jax.sampling import ladder
-from drl_jax.sampling.chains import Chains, Seen
-from drl_jax.storage import snapshots
-from drl_jax.storage.snapshots import Snapshot
+from drl_jax.sampling.chains import Chains, Observation
+from drl_jax.storage.snapshots import Autosave, Snapshot
 
 log = logging.getLogger(__name__)
 
-COLUMNS = 10  # chains in a picture
-REFERENCE = 1000  # images at most that stand for the data in a Fréchet distance
-CALL = 1.0  # seconds that a call of the compiled program should take
-SAVE = 60.0  # seconds between two saves
+COLUMNS = 10  # chains shown per level
+MAX_REFERENCE = 1000  # images from which a reference distribution is fitted
+CALL_SECONDS = 1.0  # duration of a call of the compiled program to aim for
 
 
-class Setting(NamedTuple):
-    """What chains start from and are compared with. Chain i of the l-th level is row l C + i.
+class Experiment(NamedTuple):
+    """The conditionals to sample, and the data to compare the chains with.
+
+    There are L levels with C chains each, n = L C chains in total; chain i of the l-th level
+    is row l C + i.
 
     Attributes:
-      levels: to be watched.
+      levels: levels whose conditionals are sampled.
       t: level of each chain.
       x_tilde: condition of each chain.
-      distribution: number of the distribution that each chain samples.
-      start: pictures of x_t of the data that the conditions were made of.
-      reference: data diffused to each level.
-      data: what draws of the data would show in the chains' place: 'log_density',
-        'displacement' and 'frechet' (of C images), a number a level.
-      images: data as they are.
-      images_frechet: the distance of L C others from them.
+      distribution: index of the distribution that each chain samples.
+      condition_images: x_t of the images that the first conditions were made from.
+      reference: per level, the normal distribution fitted to data diffused to it.
+      data: 'log_density', 'displacement' and 'frechet' of data diffused to each level, the
+        values that C exact samples would have.
+      image_reference: the normal distribution fitted to data without noise.
+      image_frechet: Fréchet distance between it and n other images.
     """
 
     levels: Int[np.ndarray, "L"]
     t: Int[np.ndarray, "n"]
     x_tilde: Float[np.ndarray, "n H W C"]
     distribution: Int[np.ndarray, "n"]
-    start: Float[np.ndarray, "L columns H W C"]
+    condition_images: Float[np.ndarray, "L columns H W C"]
     reference: list[Normal]
     data: dict[str, list[float]]
-    images: Normal
-    images_frechet: float
+    image_reference: Normal
+    image_frechet: float
 
 
-class Rung(NamedTuple):
-    """A ladder on its way down.
+class LadderProgress(NamedTuple):
+    """A ladder that has been started and not finished.
 
     Attributes:
-      total: steps of the ladder in all.
-      level: whose chain is running; -1 when all is done.
-      x_tilde: its condition.
-      chains: of this level; None before its first step.
+      steps: number of steps of the whole ladder.
+      level: level whose chain is running; -1 after the last one.
+      x_tilde: condition of that chain.
+      chains: state of that chain; None before its first step.
     """
 
-    total: int
+    steps: int
     level: int
     x_tilde: Float[np.ndarray, "n H W C"]
     chains: Chains | None
 
 
-@dataclasses.dataclass
-class Story:
-    """All that happened so far.
+@dataclass
+class State:
+    """State of an experiment: everything that a later start continues from.
 
     Attributes:
-      chains: of the conditionals.
-      records: numbers at each of the recorded steps.
-      pictures: and what the first chains looked like there, [L, columns, H, W, C] each.
-      rungs: numbers of each finished ladder.
-      rung_pictures: and its first samples, [columns, H, W, C] each.
-      rung: the unfinished ladder.
+      chains: the chains on the conditionals.
+      records: statistics of the chains at each recorded step (`chain_statistics`).
+      pictures: x_t of the first chains at each recorded step, [L, columns, H, W, C] each.
+      ladders: per finished ladder, its steps, steps_per_level and frechet.
+      ladder_pictures: the first samples of each finished ladder, [columns, H, W, C] each.
+      ladder: the ladder in progress, if there is one.
     """
 
     chains: Chains
-    records: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    pictures: list[np.ndarray] = dataclasses.field(default_factory=list)
-    rungs: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    rung_pictures: list[np.ndarray] = dataclasses.field(default_factory=list)
-    rung: Rung | None = None
+    records: list[dict[str, Any]] = field(default_factory=list)
+    pictures: list[np.ndarray] = field(default_factory=list)
+    ladders: list[dict[str, Any]] = field(default_factory=list)
+    ladder_pictures: list[np.ndarray] = field(default_factory=list)
+    ladder: LadderProgress | None = None
 
 
 def prepare(
     model: Model,
     key: Key[Array, ""],
-    truth: Float[np.ndarray, "N H W C"],
+    images: Float[np.ndarray, "N H W C"],
     levels: Int[np.ndarray, "L"],
     num_chains: int,
-) -> Setting:
-    """Diffuses images: some into conditions, some into what the chains are compared with.
+) -> Experiment:
+    """Splits images at random into conditions, exact samples and references, and diffuses them.
 
-    No image is used for two of these, so that no distance is too good.
+    No image has two roles: otherwise the Fréchet distances would be too small.
+
+    Args:
+      model: the model.
+      key: random key of the split and of the noise.
+      images: data in [-1, 1].
+      levels: levels whose conditionals are sampled.
+      num_chains: number of chains per level.
 
     Raises:
-      UserError: if there are too few images.
+      UserError: if there are too few chains to compare, or too few images.
     """
     schedule = model.method.schedule
-    shared = long_run.shared_conditions(num_chains)
-    conditions, n = shared.max() + 1, num_chains * len(levels)
-    if len(truth) < conditions + 2 * n:
+    condition_index = chains_lib.shared_conditions(num_chains)
+    num_conditions, n = condition_index.max() + 1, num_chains * len(levels)
+    if len(images) < num_conditions + 2 * n:
         raise UserError(
-            f"the data have {len(truth)} images, too few to compare {n} chains with: lower "
-            "--num_chains or name fewer --levels"
+            f"the data set has {len(images)} images, and {n} chains need at least "
+            f"{num_conditions + 2 * n}: lower --num_chains or give fewer --levels"
         )
     order_key, noise_key = jax.random.split(key)
-    order = np.asarray(jax.random.permutation(order_key, len(truth)))
-    truth = truth[order[: conditions + n + REFERENCE]]
-    of_conditions, others = slice(conditions), slice(conditions, conditions + n)
-    rest = slice(conditions + n, None)
+    order = np.asarray(jax.random.permutation(order_key, len(images)))
+    images = images[order[: num_conditions + n + MAX_REFERENCE]]
+    conditions = slice(num_conditions)
+    exact = slice(num_conditions, num_conditions + num_chains)  # as many as chains per level
+    all_exact = slice(num_conditions, num_conditions + n)  # as many as chains
+    rest = slice(num_conditions + n, None)
     diffuse_pair = jax.jit(diffusion.diffuse_pair)
-    x_tildes, distributions, starts, references = [], [], [], []
+    x_tildes, distributions, condition_images, references = [], [], [], []
     data: dict[str, list[float]] = {"log_density": [], "displacement": [], "frechet": []}
-    for number, level in enumerate(levels):
-        keys = noise.example_keys(jax.random.fold_in(noise_key, level), jnp.arange(len(truth)))
-        t = jnp.full((len(truth),), level)
-        x_t, x_tilde = (np.asarray(x) for x in diffuse_pair(keys, truth, t, schedule))
+    for i, level in enumerate(levels):
+        level_key = jax.random.fold_in(noise_key, level)
+        keys = noise.example_keys(level_key, jnp.arange(len(images)))
+        t = jnp.full((len(images),), level)
+        x_t, x_tilde = (np.asarray(x) for x in diffuse_pair(keys, images, t, schedule))
         if level == schedule.T - 1:
-            x_tildes.append(np.asarray(noise.normal(keys[:num_chains], truth.shape[1:])))
-            distributions.append(np.full(num_chains, number * num_chains))
+            x_tildes.append(np.asarray(noise.normal(keys[:num_chains], images.shape[1:])))
+            distributions.append(np.full(num_chains, i * num_chains))
         else:
-            x_tildes.append(x_tilde[of_conditions][shared])
-            distributions.append(number * num_chains + shared)
-        starts.append(x_t[of_conditions][shared[:COLUMNS]])
-        same = slice(conditions, conditions + num_chains)
-        references.append(fit(_flat(x_t[rest])))
-        y = schedule.a_y(level) * x_t[same]
-        data["log_density"].append(_mean(model.log_density(y, t[same])))
-        data["displacement"].append(_mean(recovery.displacement(y, jnp.asarray(x_tilde[same]))))
-        data["frechet"].append(distance(x_t[same], references[-1]))
-    plain = fit(_flat(truth[rest]))
-    return Setting(
-        levels,
-        np.repeat(levels, num_chains),
-        np.concatenate(x_tildes),
-        np.concatenate(distributions),
-        np.stack(starts),
-        references,
-        data,
-        plain,
-        distance(truth[others], plain),
+            x_tildes.append(x_tilde[conditions][condition_index])
+            distributions.append(i * num_chains + condition_index)
+        condition_images.append(x_t[conditions][condition_index[:COLUMNS]])
+        references.append(fit(_flatten(x_t[rest])))
+        y = schedule.a_y(level) * x_t[exact]
+        data["log_density"].append(_mean(model.log_density(y, t[exact])))
+        displacement = recovery.displacement(y, jnp.asarray(x_tilde[exact]))
+        data["displacement"].append(_mean(displacement))
+        data["frechet"].append(distance(x_t[exact], references[-1]))
+    image_reference = fit(_flatten(images[rest]))
+    return Experiment(
+        levels=levels,
+        t=np.repeat(levels, num_chains),
+        x_tilde=np.concatenate(x_tildes),
+        distribution=np.concatenate(distributions),
+        condition_images=np.stack(condition_images),
+        reference=references,
+        data=data,
+        image_reference=image_reference,
+        image_frechet=distance(images[all_exact], image_reference),
     )
 
 
 def run(
     model: Model,
     key: Key[Array, ""],
-    setting: Setting,
+    experiment: Experiment,
     num_steps: int,
-    folder: epath.Path,
-    settings: dict[str, Any],
-) -> Story:
-    """Makes all steps, or those that are left of an earlier start; returns what was seen.
+    autosave: Autosave,
+) -> State:
+    """Makes all steps that have not been made yet, and returns the state after them.
 
     Args:
-      model: with a sampler that makes chains.
-      key: of all noise of the chains.
-      setting: of the chains.
-      num_steps: of the conditionals' chains, and of the longest ladder in all.
-      folder: for the unfinished work.
-      settings: by name, what must be the same when a later start goes on from here.
+      model: model with a sampler that is a Markov chain.
+      key: random key of the chains.
+      experiment: what is sampled.
+      num_steps: number of steps of the chains on the conditionals, and of the longest ladder.
+      autosave: saves the state, also at the end.
 
     Raises:
-      UserError: if the unfinished work is damaged, or was begun with other settings.
-      Interrupted: a signal asked for the end; all is saved.
+      UserError: if the saved state is damaged or has other settings, or cannot be written.
+      Interrupted: if a signal stopped the chains; the state is saved.
     """
-    path = folder / "chains.snapshot"
-    snapshot = snapshots.read(path, settings)
-    # Compiles all there is, before a signal would have to wait for it.
-    chains, _ = model.long_run(key, setting.x_tilde, setting.t, 0)
-    ladder_chains, _ = model.long_run(key, setting.x_tilde, setting.t, 0, points=0)
-    story = Story(chains)
+    snapshot = autosave.restore()
+    # Compile both programs now: a signal has to wait until a compilation ends.
+    chains, _ = model.long_run(key, experiment.x_tilde, experiment.t, num_steps=0)
+    ladder_chains, _ = model.long_run(
+        key, experiment.x_tilde, experiment.t, num_steps=0, points=0
+    )
+    state = State(chains)
     if snapshot:
-        story = told(snapshot, chains, ladder_chains)
-        log.info("going on from step %d of %d", story.chains.step[0], num_steps)
-    T = model.method.schedule.T
-    with (
-        preemption.stop_on_signal() as stop,
-        Progress(left(story, num_steps, T), "step") as progress,
-    ):
-        saved = time.monotonic()
+        state = from_snapshot(snapshot, chains, ladder_chains)
+        log.info("resuming after step %d of %d", state.chains.step[0], num_steps)
+    with autosave, Progress(remaining_steps(state, num_steps, model.T), "step") as progress:
 
-        def pause(steps: int) -> None:
-            """Comes between two calls of the compiled program, when nothing is half done."""
-            nonlocal saved
+        def on_call(steps: int) -> None:
+            """Counts the steps of a call of the compiled program, and saves if it is time."""
             progress.add(steps)
-            signum = stop()
-            if signum or time.monotonic() - saved > SAVE:
-                snapshots.write(path, snapshot_of(story), settings)
-                saved = time.monotonic()
-            if signum:
-                raise Interrupted(signum, int(story.chains.step[0]))
+            autosave.step(int(state.chains.step[0]), functools.partial(to_snapshot, state))
 
-        watch_conditionals(story, model, key, setting, num_steps, pause)
-        watch_ladders(story, model, key, setting, num_steps, pause)
-        snapshots.write(path, snapshot_of(story), settings)
-    return story
+        run_conditionals(state, model, key, experiment, num_steps, on_call)
+        run_ladders(state, model, key, experiment, num_steps, on_call)
+        autosave.save(to_snapshot(state))
+    return state
 
 
-def watch_conditionals(
-    story: Story,
+def run_conditionals(
+    state: State,
     model: Model,
     key: Key[Array, ""],
-    setting: Setting,
+    experiment: Experiment,
     num_steps: int,
-    pause: Callable[[int], None],
+    on_call: Callable[[int], None],
 ) -> None:
-    """Takes the conditionals' chains to their last step, and records what they show."""
-    done = story.records[-1]["step"] if story.records else -1
-    for last in (step for step in long_run.recorded_steps(num_steps) if step > done):
-        first = int(story.chains.step[0])
-        for step in strides(first, last):
-            chains, seen = model.long_run(key, setting.x_tilde, setting.t, step, story.chains)
-            made = int(chains.step[0]) - first
-            first += made
+    """Advances the chains on the conditionals to step `num_steps`, recording statistics.
+
+    Args:
+      state: updated in place.
+      model: the model.
+      key: random key of the chains.
+      experiment: what is sampled.
+      num_steps: number of steps in total, those already made included.
+      on_call: called with the number of steps after each call of the compiled program, when
+        `state` is consistent.
+    """
+    recorded = state.records[-1]["step"] if state.records else -1
+    for last in (step for step in chains_lib.recorded_steps(num_steps) if step > recorded):
+        done = int(state.chains.step[0])
+        for step in call_ends(done, last):
+            chains, observation = model.long_run(
+                key, experiment.x_tilde, experiment.t, step, state.chains
+            )
+            made, done = int(chains.step[0]) - done, int(chains.step[0])
             if step == last:
-                story.records.append(record(chains, seen, setting, first - max(done, 0)))
-                story.pictures.append(_by_level(seen.x, setting)[:, :COLUMNS])
+                steps = done - max(recorded, 0)
+                state.records.append(chain_statistics(chains, observation, experiment, steps))
+                state.pictures.append(_by_level(observation.x, experiment)[:, :COLUMNS])
                 chains = chains._replace(accepted=0 * chains.accepted)
-                done = first
-            story.chains = chains
-            pause(made)
+                recorded = done
+            state.chains = chains
+            on_call(made)
 
 
-def watch_ladders(
-    story: Story,
+def run_ladders(
+    state: State,
     model: Model,
     key: Key[Array, ""],
-    setting: Setting,
+    experiment: Experiment,
     num_steps: int,
-    pause: Callable[[int], None],
+    on_call: Callable[[int], None],
 ) -> None:
-    """Makes samples with more and more steps in all, as many samples as there are chains."""
-    schedule, n = model.method.schedule, len(setting.t)
-    done = story.rungs[-1]["steps"] if story.rungs else 0
-    for total in (total for total in ladder_totals(num_steps, schedule.T) if total > done):
-        if story.rung is None or story.rung.total != total:
+    """Generates samples with more and more steps, as many samples as there are chains.
+
+    Args:
+      state: updated in place.
+      model: the model.
+      key: random key of the white noise and the chains.
+      experiment: what the samples are compared with.
+      num_steps: largest number of steps of a whole ladder.
+      on_call: called with the number of steps after each call of the compiled program, when
+        `state` is consistent.
+    """
+    T, n = model.T, len(experiment.t)
+    finished = state.ladders[-1]["steps"] if state.ladders else 0
+    for steps in (steps for steps in ladder_steps(num_steps, T) if steps > finished):
+        if state.ladder is None or state.ladder.steps != steps:
             keys = noise.example_keys(key, jnp.arange(n))
-            x_T = np.asarray(ladder.white_noise(keys, model.method.energy.shape, schedule))
-            story.rung = Rung(total, schedule.T - 1, x_T, None)
-        K = total // schedule.T
-        while story.rung.level >= 0:
-            _, level, x_tilde, chains = story.rung
+            x_T = np.asarray(ladder.white_noise(keys, model.shape, model.method.schedule))
+            state.ladder = LadderProgress(steps, T - 1, x_T, None)
+        steps_per_level = steps // T
+        while state.ladder.level >= 0:
+            _, level, x_tilde, chains = state.ladder
             t = np.full(n, level)
-            first = int(chains.step[0]) if chains else 0
-            for step in strides(first, K):
-                chains, seen = model.long_run(key, x_tilde, t, step, chains, points=0)
-                if step < K:
-                    story.rung = Rung(total, level, x_tilde, chains)
+            done = int(chains.step[0]) if chains else 0
+            for step in call_ends(done, steps_per_level):
+                chains, observation = model.long_run(key, x_tilde, t, step, chains, points=0)
+                if step < steps_per_level:
+                    state.ladder = LadderProgress(steps, level, x_tilde, chains)
                 else:
-                    story.rung = Rung(total, level - 1, np.asarray(seen.x), None)
-                made, first = step - first, step
-                pause(made)
-        x = story.rung.x_tilde
-        frechet = distance(x, setting.images)
-        story.rungs.append({"steps": total, "steps_a_level": K, "frechet": frechet})
-        story.rung_pictures.append(x[:COLUMNS])
-        story.rung = None
+                    x_t = np.asarray(observation.x)
+                    state.ladder = LadderProgress(steps, level - 1, x_t, None)
+                made, done = step - done, step
+                on_call(made)
+        x = state.ladder.x_tilde
+        state.ladders.append(
+            {
+                "steps": steps,
+                "steps_per_level": steps_per_level,
+                "frechet": distance(x, experiment.image_reference),
+            }
+        )
+        state.ladder_pictures.append(x[:COLUMNS])
+        state.ladder = None
 
 
-def ladder_totals(num_steps: int, T: int) -> list[int]:
-    """Returns the numbers of steps of whole ladders: those that give every level a step."""
-    return [total for total in long_run.recorded_steps(num_steps) if total >= T]
+def ladder_steps(num_steps: int, T: int) -> list[int]:
+    """Returns the numbers of steps of the ladders: the recorded steps that are T or more."""
+    return [steps for steps in chains_lib.recorded_steps(num_steps) if steps >= T]
 
 
-def strides(first: int, last: int) -> Iterator[int]:
-    """Yields steps to go to, the last one at the end, so that each takes about `CALL` [s].
+def call_ends(first: int, last: int) -> Iterator[int]:
+    """Yields the step at which each call of the compiled program ends; the final one is `last`.
 
-    By the clock: where chains stop on their way is without effect on them.
+    The number of steps per call is adapted so that a call takes about `CALL_SECONDS`. The
+    chains do not depend on how their steps are divided into calls.
     """
     step, stride = first, 1
     while True:
-        began = time.monotonic()
+        start = time.monotonic()
         step = min(last, step + stride)
         yield step
         if step == last:
             return
-        took = processes.from_first(time.monotonic() - began)
-        if took < CALL / 2:
+        seconds = processes.from_first(time.monotonic() - start)
+        if seconds < CALL_SECONDS / 2:
             stride *= 2
-        elif took > 2 * CALL:
+        elif seconds > 2 * CALL_SECONDS:
             stride = max(1, stride // 2)
 
 
-def record(chains: Chains, seen: Seen, setting: Setting, steps: int) -> dict[str, Any]:
-    """Returns what chains show, a number a level, given the steps since the record before.
+def chain_statistics(
+    chains: Chains, observation: Observation, experiment: Experiment, steps: int
+) -> dict[str, Any]:
+    """Returns the statistics of the chains of each level, as JSON values.
 
-    None stands for what is not known yet.
+    They are 'step', and one value per level of 'log_density' [nats], 'displacement',
+    'acceptance', 'frechet' and the fields of `diagnostics.Convergence`; None where a value is
+    not defined yet.
+
+    Args:
+      chains: the chains.
+      observation: where they are.
+      experiment: what they sample.
+      steps: number of steps since `chains.accepted` was zero.
     """
-    draws = _by_level(long_run.kept_draws(chains), setting)
-    by_level = [_by_level(x, setting) for x in (*seen, chains.accepted, setting.distribution)]
-    x, log_density, displacement, accepted, distribution = by_level
-    found = [diagnostics.convergence(*pair) for pair in zip(draws, distribution, strict=True)]
-    numbers: dict[str, Any] = {
+    by_level = functools.partial(_by_level, experiment=experiment)
+    x = by_level(observation.x)
+    draws = by_level(chains_lib.draws_after_warm_up(chains))
+    distribution = by_level(experiment.distribution)
+    convergence = [
+        diagnostics.convergence(*level) for level in zip(draws, distribution, strict=True)
+    ]
+    statistics: dict[str, Any] = {
         "step": int(chains.step[0]),
-        "log_density": [_mean(v) for v in log_density],
-        "displacement": [_mean(v) for v in displacement],
-        "acceptance": [_mean(v) / steps if steps else None for v in accepted],
-        "frechet": [distance(*pair) for pair in zip(x, setting.reference, strict=True)],
+        "log_density": [_mean(v) for v in by_level(observation.log_density)],
+        "displacement": [_mean(v) for v in by_level(observation.displacement)],
+        "acceptance": [_mean(v) / steps if steps else None for v in by_level(chains.accepted)],
+        "frechet": [distance(*level) for level in zip(x, experiment.reference, strict=True)],
     }
     for name in diagnostics.Convergence._fields:
-        numbers[name] = [getattr(c, name) if c else None for c in found]
-    return numbers
+        statistics[name] = [getattr(c, name) if c else None for c in convergence]
+    return statistics
 
 
 def distance(x: Float[np.ndarray, "n H W C"], reference: Normal) -> float:
-    """Returns the Fréchet distance on raw pixels; NaN if chains have run away."""
-    return frechet_distance(fit(_flat(x)), reference) if np.isfinite(x).all() else math.nan
+    """Returns the Fréchet distance on raw pixels; NaN if a chain has diverged."""
+    if not np.isfinite(x).all():
+        return math.nan
+    return frechet_distance(fit(_flatten(x)), reference)
 
 
-def snapshot_of(story: Story) -> Snapshot:
-    """Returns the story so far as what can be kept; `told` is its inverse."""
-    numbers: dict[str, Any] = {"records": story.records, "rungs": story.rungs}
-    arrays = _named("chains", story.chains)
-    arrays |= {"pictures": np.array(story.pictures)}
-    arrays |= {"rung_pictures": np.array(story.rung_pictures)}
-    if story.rung:
-        numbers |= {"total": story.rung.total, "level": story.rung.level}
-        arrays |= {"x_tilde": story.rung.x_tilde}
-        if story.rung.chains:
-            arrays |= _named("rung", story.rung.chains)
+def to_snapshot(state: State) -> Snapshot:
+    """Returns the state in the form in which it is saved; `from_snapshot` is the inverse."""
+    numbers: dict[str, Any] = {"records": state.records, "ladders": state.ladders}
+    arrays = _named_leaves("chains", state.chains)
+    arrays |= {"pictures": np.array(state.pictures)}
+    arrays |= {"ladder_pictures": np.array(state.ladder_pictures)}
+    if state.ladder:
+        numbers |= {"steps": state.ladder.steps, "level": state.ladder.level}
+        arrays |= {"x_tilde": state.ladder.x_tilde}
+        if state.ladder.chains:
+            arrays |= _named_leaves("ladder", state.ladder.chains)
     return Snapshot(numbers, arrays)
 
 
-def told(snapshot: Snapshot, chains: Chains, ladder_chains: Chains) -> Story:
-    """Returns the story that was kept, given chains of the same sampler as its two kinds."""
+def from_snapshot(snapshot: Snapshot, chains: Chains, ladder_chains: Chains) -> State:
+    """Returns the state that was saved.
+
+    Args:
+      snapshot: the result of `to_snapshot`.
+      chains: chains with the structure of those on the conditionals.
+      ladder_chains: chains with the structure of those of a ladder.
+    """
     numbers, arrays = snapshot
-    rung = None
+    progress = None
     if "level" in numbers:
-        running = _unnamed("rung", arrays, ladder_chains) if "rung_0" in arrays else None
-        rung = Rung(numbers["total"], numbers["level"], arrays["x_tilde"], running)
-    return Story(
-        _unnamed("chains", arrays, chains),
-        numbers["records"],
-        list(arrays["pictures"]),
-        numbers["rungs"],
-        list(arrays["rung_pictures"]),
-        rung,
+        running = "ladder_0" in arrays
+        progress = LadderProgress(
+            steps=numbers["steps"],
+            level=numbers["level"],
+            x_tilde=arrays["x_tilde"],
+            chains=_from_named_leaves("ladder", arrays, ladder_chains) if running else None,
+        )
+    return State(
+        chains=_from_named_leaves("chains", arrays, chains),
+        records=numbers["records"],
+        pictures=list(arrays["pictures"]),
+        ladders=numbers["ladders"],
+        ladder_pictures=list(arrays["ladder_pictures"]),
+        ladder=progress,
     )
 
 
-def left(story: Story, num_steps: int, T: int) -> int:
-    """Returns how many steps are still to be made, of all chains at once."""
-    steps = num_steps - int(story.chains.step[0])
-    done = story.rungs[-1]["steps"] if story.rungs else 0
-    steps += sum(N // T * T for N in ladder_totals(num_steps, T) if done < N)
-    if story.rung:
-        within = int(story.rung.chains.step[0]) if story.rung.chains else 0
-        steps -= (T - 1 - story.rung.level) * (story.rung.total // T) + within
-    return max(0, steps)
+def remaining_steps(state: State, num_steps: int, T: int) -> int:
+    """Returns how many steps are left, of the conditionals and all ladders together."""
+    remaining = num_steps - int(state.chains.step[0])
+    finished = state.ladders[-1]["steps"] if state.ladders else 0
+    remaining += sum(N // T * T for N in ladder_steps(num_steps, T) if finished < N)
+    if state.ladder:
+        within_level = int(state.ladder.chains.step[0]) if state.ladder.chains else 0
+        finished_levels = T - 1 - state.ladder.level
+        remaining -= finished_levels * (state.ladder.steps // T) + within_level
+    return max(0, remaining)
 
 
-def _by_level(x: ArrayLike, setting: Setting) -> np.ndarray:
-    x, L = np.asarray(x), len(setting.levels)
+def _by_level(x: ArrayLike, experiment: Experiment) -> np.ndarray:
+    """Reshapes [n, ...] to [L, n / L, ...]."""
+    x, L = np.asarray(x), len(experiment.levels)
     return x.reshape(L, len(x) // L, *x.shape[1:])
 
 
-def _flat(x: np.ndarray) -> np.ndarray:
+def _flatten(x: np.ndarray) -> np.ndarray:
     return x.reshape(len(x), -1)
 
 
@@ -390,10 +447,10 @@ def _mean(x: Any) -> float:
     return float(np.mean(np.asarray(x, np.float64)))
 
 
-def _named(name: str, tree: Any) -> dict[str, np.ndarray]:
+def _named_leaves(name: str, tree: Any) -> dict[str, np.ndarray]:
     return {f"{name}_{i}": leaf for i, leaf in enumerate(jax.tree.leaves(tree))}
 
 
-def _unnamed(name: str, arrays: dict[str, np.ndarray], like: Any) -> Any:
-    names = iter(f"{name}_{i}" for i in range(len(jax.tree.leaves(like))))
-    return jax.tree.map(lambda _: arrays[next(names)], like)
+def _from_named_leaves(name: str, arrays: dict[str, np.ndarray], like: Any) -> Any:
+    leaves, structure = jax.tree.flatten(like)
+    return jax.tree.unflatten(structure, [arrays[f"{name}_{i}"] for i in range(len(leaves))])

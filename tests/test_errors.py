@@ -1,0 +1,32 @@
+import pytest
+
+from drl_jax.errors import Interrupted, UserError, as_user_error
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            OSError(28, "No space left on device", "/a/b"),
+            "cannot save: No space left on device",
+        ),
+        (RuntimeError("first line,\n  second line"), "cannot save: first line, second line"),
+        (UserError("the bucket is locked"), "cannot save: the bucket is locked"),
+    ],
+)
+def test_every_exception_becomes_one_line_with_the_original_as_its_cause(error, message):
+    with pytest.raises(UserError) as raised, as_user_error("cannot save"):
+        raise error
+    assert str(raised.value) == message
+    assert raised.value.__cause__ is error
+
+
+def test_requests_to_stop_are_not_turned_into_errors():
+    with pytest.raises(KeyboardInterrupt), as_user_error("cannot save"):
+        raise KeyboardInterrupt
+
+
+def test_interrupted_holds_the_signal_and_states_the_saved_step():
+    interrupted = Interrupted(15, step=300)
+    assert interrupted.signum == 15
+    assert "300" in str(interrupted)

@@ -1,0 +1,40 @@
+"""The public names of the package."""
+
+import subprocess
+import sys
+import tomllib
+
+import pytest
+from helpers import tiny
+
+import drl_jax
+
+
+def test_importing_the_package_does_not_load_jax():
+    program = "import sys, drl_jax; dir(drl_jax); print({'jax', 'numpy'} & set(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tiny.ROOT, capture_output=True, text=True
+    )
+    assert done.stdout == "set()\n", done.stderr
+
+
+@pytest.mark.parametrize("name", drl_jax.__all__)
+def test_every_public_name_exists_and_is_listed(name):
+    assert getattr(drl_jax, name)
+    assert name in dir(drl_jax)
+
+
+def test_an_unknown_name_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="'drl_jax' has no attribute 'nonesuch'"):
+        drl_jax.nonesuch  # noqa: B018
+
+
+def test_the_version_is_that_of_the_project():
+    project = tomllib.loads((tiny.ROOT / "pyproject.toml").read_text())["project"]
+    assert drl_jax.__version__ == project["version"]
+
+
+def test_loading_returns_the_model():
+    assert isinstance(drl_jax.load("digits"), drl_jax.Model)
+    with pytest.raises(drl_jax.UserError, match="'nonesuch'"):
+        drl_jax.load("nonesuch")

@@ -1,0 +1,84 @@
+"""The task inpaint, as run from the command line."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from etils import epath
+from helpers import tiny
+from PIL import Image
+
+from drl_jax.data import pipeline, sources
+from drl_jax.storage import runs
+
+
+def test_the_grid_shows_known_pixels_mask_completions_and_original(tmp_path):
+    workdir = tiny.trained(copy=tmp_path / "run")
+    hidden = np.zeros((8, 8), np.uint8)
+    hidden[2:4, 5:] = 255
+    Image.fromarray(hidden).save(tmp_path / "patch.PNG")
+    command = ["--mode=inpaint", f"--workdir={workdir}", "--completions=2", "--rounds=1"]
+    assert tiny.main(*command, f"--mask={tmp_path / 'patch.PNG'}", "--seed=3") == 0
+    folder = workdir / "inpaintings" / f"step_{tiny.STEPS}_seed_3_patch"
+    assert sorted(path.name for path in folder.iterdir()) == ["grid.png", "metrics.json"]
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics.keys() == {
+        "step",
+        "completion_to_truth",
+        "between_completions",
+        "sample_to_truth",
+    }
+    grid = np.asarray(Image.open(folder / "grid.png"))
+    tiles = grid[8:, 8:].reshape(8, 72, 5, 72).swapaxes(1, 2)[..., :64:8, :64:8]
+    original = tiles[:, -1]
+    config = runs.load(workdir).config
+    examples = pipeline.all_examples(config, sources.open_source(config), limit=8)
+    np.testing.assert_allclose(
+        original / 127.5 - 1, np.stack(list(examples))[..., 0], atol=0.5 / 127
+    )
+    np.testing.assert_array_equal(tiles[:, 0], np.where(hidden, 128, original))
+    np.testing.assert_array_equal(tiles[:, 1], np.broadcast_to(hidden, original.shape))
+    for completion in (tiles[:, 2], tiles[:, 3]):
+        np.testing.assert_array_equal(np.where(hidden, original, completion), original)
+        assert np.mean(completion[:, hidden > 0] != original[:, hidden > 0]) > 0.5
+
+
+def test_given_files_are_completed(tmp_path):
+    workdir = tiny.trained(copy=tmp_path / "run")
+    Image.new("RGB", (20, 30), (255, 255, 255)).save(tmp_path / "white.jpg")
+    command = ["--mode=inpaint", f"--workdir={workdir}", "--completions=2", "--rounds=1"]
+    assert tiny.main(*command, "--mask=random:0.3", f"--images={tmp_path / 'white.jpg'}") == 0
+    folder = workdir / "inpaintings" / f"step_{tiny.STEPS}_seed_0_random_0.3"
+    grid = np.asarray(Image.open(folder / "grid.png"))
+    assert grid.shape == (80, (5 * 9 + 1) * 8)
+    assert np.all(grid[8:72, -72:-8] == 255)
+
+
+@pytest.mark.parametrize(
+    ("args", "pattern"),
+    [
+        (["--mask=center"], "'center'.*'centre'"),
+        (["--mask=random:1"], r"'random:1'.*in \(0, 1\)"),
+        (["--mask=random:0.001"], "hides no pixel"),
+        (["--mask=small.png"], "4x8x1.*8x8"),
+        (["--mask=black.png"], "hides no pixel"),
+        (["--mask=white.png"], "hides every pixel"),
+        (["--mask=nonesuch.png"], "nonesuch.png"),
+        (["--images=nonesuch.png"], "nonesuch.png"),
+        (["--completions=1"], "completions.*1"),
+        (["--rounds=0"], "rounds.*0"),
+        (["--frames=4"], "--frames.*interpolate.*inpaint"),
+    ],
+)
+def test_wrong_arguments_are_reported_in_one_line(tmp_path, monkeypatch, capsys, args, pattern):
+    monkeypatch.chdir(tmp_path)
+    Image.new("L", (8, 4), 255).save("small.png")
+    Image.new("L", (8, 8), 0).save("black.png")
+    Image.new("L", (8, 8), 255).save("white.png")
+    workdir = epath.Path(tiny.trained())
+    assert tiny.main("--mode=inpaint", f"--workdir={workdir}", *args) == 1
+    errors = re.findall(r"^error: .*$", capsys.readouterr().err, re.MULTILINE)
+    assert len(errors) == 1
+    assert re.search(pattern, errors[0])
+    assert not (workdir / "inpaintings").exists()

@@ -1,0 +1,81 @@
+"""Level statistics of a network and a sampler whose results are known."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from drl_jax import diffusion, noise
+from drl_jax.method import Method
+from drl_jax.metrics import levels
+from drl_jax.model import Model
+from drl_jax.networks.energy import Energy
+from drl_jax.recovery import Parameterisation
+from drl_jax.runtime import sharding
+from drl_jax.sampling.ladder import Sampler
+
+SHAPE = (3, 2, 1)
+SHIFT, K, ACCEPTANCE = 0.1, 4, 0.25
+
+
+class State(NamedTuple):
+    position: jax.Array
+
+
+class Info(NamedTuple):
+    acceptance: jax.Array
+
+
+def shift(keys, state, log_density_fn, step_size):
+    """Moves every coordinate by the step size, with a constant acceptance."""
+    position = state.position + noise.per_example(step_size, state.position)
+    return State(position), Info(jnp.full(keys.shape, ACCEPTANCE))
+
+
+def model_of(T, batch_size=256):
+    """Returns a model with f(x, t) = t + sum(x), and a sampler that only shifts x."""
+    schedule = diffusion.schedule(T)
+    energy = Energy(None, None, lambda params, x, t: t + jnp.sum(x, axis=(1, 2, 3)), SHAPE)
+    sampler = Sampler(
+        init=lambda position, log_density_fn: State(position),
+        kernel=shift,
+        tuning={"step_size": jnp.full(T, SHIFT)},
+        K=K,
+    )
+    parameterisation = Parameterisation(jnp.full(T, 2.0), precision=1.0)
+    method = Method(energy, schedule, parameterisation, sampler)
+    return Model.create(method, {}, sharding.make_mesh(), batch_size)
+
+
+def diffused(x, key, t, schedule):
+    """Returns y and x_tilde of level t in float64, given the noise that the data meet."""
+    keys = noise.fold(noise.example_keys(jax.random.fold_in(key, t), jnp.arange(len(x))), 0)
+    steps = jnp.full(len(x), t)
+    x_t, x_tilde = map(np.float64, diffusion.diffuse_pair(keys, x, steps, schedule))
+    return np.float64(schedule.a_y(t)) * x_t, x_tilde
+
+
+@pytest.mark.parametrize("batch_size", [4, 256])
+def test_statistics_are_means_over_the_data_and_the_ends_of_their_chains(batch_size):
+    """Fails if f is evaluated on x_t instead of y, or F is taken for f (both tried)."""
+    model, key = model_of(6, batch_size), jax.random.key(0)
+    x = np.random.default_rng(0).uniform(-1, 1, (10, *SHAPE)).astype(np.float32)
+    found = levels.level_statistics(model, key, x)
+    assert found["level"] == [0, 1, 2, 3, 4, 5]
+    for t in range(6):
+        y, x_tilde = diffused(x, key, t, model.method.schedule)
+        end = x_tilde + K * SHIFT
+        f_data, f_chain = (t + np.mean(np.sum(z, axis=(1, 2, 3))) for z in (y, end))
+        assert found["f_data"][t] == pytest.approx(f_data, abs=1e-5)
+        assert found["f_chain"][t] == pytest.approx(f_chain, abs=1e-5)
+    np.testing.assert_allclose(found["displacement"], K * SHIFT * np.sqrt(6), rtol=1e-5)
+    np.testing.assert_allclose(found["acceptance"], ACCEPTANCE)
+
+
+def test_ten_of_many_levels_are_evaluated():
+    x = np.zeros((1, *SHAPE), np.float32)
+    found = levels.level_statistics(model_of(1000), jax.random.key(0), x)
+    assert found["level"] == [*range(0, 1000, 100)]
+    assert {len(values) for values in found.values()} == {10}

@@ -1,0 +1,131 @@
+"""The task likelihood, as run from the command line."""
+
+import json
+import math
+import os
+import re
+import signal
+
+import numpy as np
+import pytest
+from helpers import tiny
+
+from drl_jax.errors import UserError
+from drl_jax.metrics import density
+from drl_jax.sampling.annealing import Bound, Partition
+from drl_jax.tasks import likelihood
+
+BUDGET = [
+    "--config.likelihood.chains=64",
+    "--config.likelihood.distributions=100",
+    "--config.likelihood.transitions=2",
+    "--config.likelihood.burn_in=20",
+    "--config.likelihood.warmup_steps=4",
+    "--config.likelihood.max_gap=5",
+]
+
+
+def start(model, workdir, *args):
+    return tiny.main(
+        "--mode=likelihood", f"--model={model}", f"--workdir={workdir}", *BUDGET, *args
+    )
+
+
+@pytest.mark.slow
+def test_an_interrupted_annealing_is_resumed_to_the_same_results(
+    trained_toy, tmp_path, monkeypatch, caplog
+):
+    """It is interrupted in both passes; all files are the same to the bit."""
+    assert start(trained_toy, tmp_path / "whole") == 0
+    folder = "likelihood/step_30_seed_0"
+    files = {path.name: path.read_bytes() for path in (tmp_path / "whole" / folder).iterdir()}
+    assert files.keys() == {"likelihood.json", "likelihood.png"}
+    results = json.loads(files["likelihood.json"])
+    log_Z = {name: results["log_Z"][name]["log_Z"] for name in ("lower", "upper")}
+    assert results["gap"] == pytest.approx(log_Z["upper"] - log_Z["lower"])
+    log_density = results["log_density"]
+    assert log_density["to"] - log_density["from"] == pytest.approx(abs(results["gap"]))
+    assert "bits_per_dim" not in results  # points are not discrete
+    assert results["num_data"] == 10_000
+    assert f"{log_density['from']:.3f} to {log_density['to']:.3f}" in caplog.text
+
+    add, calls = likelihood.Progress.add, []
+
+    def add_and_interrupt(self, moves):
+        add(self, moves)
+        calls.append(moves)
+        if len(calls) % 80 == 0:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(likelihood.Progress, "add", add_and_interrupt)
+    interruptions = 0
+    while (status := start(trained_toy, tmp_path / "cut")) == 128 + signal.SIGTERM:
+        interruptions += 1
+        assert start(trained_toy, tmp_path / "cut", "--config.likelihood.chains=65") == 1
+    assert status == 0
+    assert interruptions >= 2
+    for name, content in files.items():
+        assert (tmp_path / "cut" / folder / name).read_bytes() == content
+
+
+@pytest.mark.slow
+def test_with_few_levels_the_bounds_are_rejected(tmp_path, capsys):
+    """The shipped digits model has T = 6: no result is written, and nothing is left behind."""
+    cheap = [
+        "--config.likelihood.chains=8",
+        "--config.likelihood.distributions=12",
+        "--config.likelihood.transitions=1",
+        "--config.likelihood.burn_in=0",
+    ]
+    assert start("digits", tmp_path, *cheap) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(
+        r"error: .*bits per dimension.*max_gap = 5: T = 6 .*--config.diffusion.T=1000.*", error
+    )
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def bound(log_Z, ess=200.0):
+    return Bound(log_Z=log_Z, std_error=0.01, effective_sample_size=ess, chains=256, spread=0.2)
+
+
+@pytest.mark.parametrize("gap", [60.0, -60.0, math.nan, math.inf])
+def test_bounds_that_are_far_apart_or_in_the_wrong_order_are_rejected(gap):
+    bounds = Partition(bound(10.0), bound(10.0 + gap))
+    pattern = r"10.0 and .*bits per dimension.*max_gap = 0.1.*likelihood.distributions.*1000"
+    with pytest.raises(UserError, match=pattern):
+        likelihood.require_usable(bounds, density.DEFAULT, D=64, T=1000)
+
+
+def test_a_low_effective_sample_size_gives_a_warning(caplog):
+    bounds = Partition(bound(10.0, ess=1.5), bound(10.1))
+    likelihood.require_usable(bounds, density.DEFAULT, D=64, T=1000)
+    (message,) = caplog.messages
+    assert re.search(r"effective sample size of the lower bound is 1.5 of 256", message)
+
+
+def test_the_mean_lies_between_the_bounds_in_either_unit():
+    values = np.array([1.0, 3.0])
+    bounds = Partition(bound(10.0), bound(11.0))
+    nats = likelihood.mean_between(values, bounds, unit=1.0)
+    assert nats == pytest.approx({"from": -9.0, "to": -8.0, "std_error": 1 / math.sqrt(2)})
+    bits = likelihood.mean_between(values, bounds, unit=-2.0)
+    assert bits == pytest.approx({"from": 16.0, "to": 18.0, "std_error": math.sqrt(2)})
+
+
+@pytest.mark.parametrize(
+    ("args", "pattern"),
+    [
+        (["--model=nonesuch"], "'nonesuch'"),
+        (["--config.likelihood.chains=0"], "likelihood.chains is 0.*positive"),
+        (["--config.likelihood.burn_in=-1"], "likelihood.burn_in is -1.*negative"),
+        (["--config.likelihood.target_acceptance=1.0"], r"target_acceptance.*\(0, 1\)"),
+        (["--config.data.name=folder:nonesuch"], "folder:nonesuch"),
+    ],
+)
+def test_wrong_arguments_are_reported_in_one_line(tmp_path, capsys, args, pattern):
+    assert start("digits", tmp_path / "run", *args) == 1
+    error = capsys.readouterr().err
+    assert re.fullmatch(r"error: .*\n", error)
+    assert re.search(pattern, error)
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,80 @@
+"""Training and evaluation end with the same results."""
+
+import json
+import os
+
+import numpy as np
+import pytest
+from etils import epath
+from helpers import tiny
+
+RESULTS = ("metrics.json", "samples.png")
+T1K = {
+    "diffusion__T": 1000,
+    "energy__parameterisation": "noise",
+    "mcmc__sampler": "normal_approximation",
+    "mcmc__K": 1,
+}
+
+
+@pytest.fixture
+def workdir(tmp_path):
+    """A path at which nothing exists yet."""
+    return epath.Path(tmp_path) / "run"
+
+
+def files(folder):
+    """Returns the time and the content of every file below a folder, by its path."""
+    paths = [parent / name for parent, _, names in folder.walk() for name in names]
+    return {
+        path.relative_to(folder).as_posix(): (os.stat(path).st_mtime_ns, path.read_bytes())
+        for path in paths
+    }
+
+
+@pytest.mark.parametrize("num_steps", [tiny.STEPS, tiny.STEPS - 1])
+def test_training_that_is_finished_is_only_evaluated_again(workdir, num_steps):
+    tiny.trained(copy=workdir)
+    before = files(workdir)
+    assert tiny.main(*tiny.training(workdir, train__num_steps=num_steps)) == 0
+    after = files(workdir)
+    assert {name for name in after if after[name] != before.get(name)} == {*RESULTS}
+    assert before.keys() == after.keys()
+    for name in RESULTS:
+        assert before[name][1] == after[name][1]
+
+
+def test_evaluation_repeats_the_results_of_training(workdir):
+    tiny.trained(copy=workdir)
+    before = files(workdir)
+    for name in RESULTS:
+        (workdir / name).unlink()
+    assert tiny.main("--mode=evaluate", f"--workdir={workdir}") == 0
+    after = files(workdir)
+    assert before.keys() == after.keys()
+    for name in RESULTS:
+        assert before[name][1] == after[name][1]
+    assert json.loads(after["metrics.json"][1])["step"] == tiny.STEPS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mcmc__sampler": "hmc", "mcmc__leapfrog": "(1,1,1,1,2,2)", "mcmc__warmup_steps": 30},
+        T1K,
+        T1K | {"train__objective": "denoising"},
+    ],
+    ids=["hmc", "t1k_recovery", "t1k_denoising"],
+)
+def test_evaluation_repeats_the_results_of_every_kind_of_training(workdir, changes):
+    """With HMC both adapt the step sizes before they sample, to the target acceptance."""
+    few = {"train__num_steps": 5, "evaluation__num_samples": 16, "evaluation__num_data": 64}
+    assert tiny.main(*tiny.training(workdir, **few, **changes)) == 0
+    before = (workdir / "metrics.json").read_bytes()
+    assert tiny.main("--mode=evaluate", f"--workdir={workdir}") == 0
+    assert (workdir / "metrics.json").read_bytes() == before
+    found = json.loads(before)["levels"]
+    assert len(found["level"]) == (10 if "diffusion__T" in changes else 6)
+    expected = 1.0 if "diffusion__T" in changes else 0.65
+    np.testing.assert_allclose(found["acceptance"], expected, atol=0.3)
