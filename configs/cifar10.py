@@ -7,7 +7,7 @@ Command:
 
     python -m drl_jax.main --config=configs/cifar10.py --workdir=DIR
 
-The paper does not state the number of steps; `num_steps` is about what fits its time.
+The paper does not state the number of steps; `num_steps` about fits its training time.
 """
 
 from drl_jax import config as config_lib

@@ -8,8 +8,8 @@ Command:
 
     python -m drl_jax.main --config=configs/digits.py --workdir=DIR
 
-The network is small. Chains have half the paper's steps and twice its b², which gives samples
-as good for half the cost.
+The network is small. Chains have half the paper's steps and twice its b², which gives equally
+good samples at half the cost.
 """
 
 from drl_jax import config as config_lib

@@ -23,7 +23,7 @@ def default() -> ConfigDict:
         {
             "seed": 0,
             "data": {
-                # 'digits', a TFDS name or 'folder:/path/to/images'; of points in the plane:
+                # 'digits', a TFDS name or 'folder:/path/to/images'; for points in the plane:
                 # 'moons', 'rings', 'checkerboard', 'blobs', 'spirals' or 'ellipse'.
                 "name": "cifar10",
                 "split": "train",  # of a TFDS data set
@@ -32,8 +32,8 @@ def default() -> ConfigDict:
                 "channels": 3,  # per pixel; for points, the number of coordinates
                 "crop": "centre",  # 'centre': to a square before resizing; 'none': no crop
                 "flip": True,  # random horizontal flips
-                # Width of the uniform noise added to pixels in [-1, 1]: 0, or the distance of two
-                # values (2/255 for 8 bits).
+                # Width of the uniform noise added to pixels in [-1, 1]: 0, or the distance between
+                # neighbouring pixel values (2/255 for 8 bits).
                 "dequantise": 0.0,
             },
             "diffusion": {
@@ -47,7 +47,7 @@ def default() -> ConfigDict:
                 # F from f: 'step': f / s_t²; 'noise': f / sigma_bar_t - |x|² / 2;
                 # 'unit': f - |x|² / 2
                 "parameterisation": "step",
-                "dtype": "float32",  # of the factors in f's products; or 'bfloat16'
+                "dtype": "float32",  # in which f multiplies; or 'bfloat16'
             },
             "mcmc": {
                 "sampler": "langevin",  # or 'mala', 'hmc', 'normal_approximation'
@@ -55,8 +55,8 @@ def default() -> ConfigDict:
                 "b_squared": 2e-4,  # b², from which the step size of each level follows
                 "noise_scale": 1.0,  # factor of the Langevin noise when generating
                 "leapfrog": (5,),  # HMC leapfrog steps: one number, or one per level
-                "target_acceptance": 0.65,  # of MALA and HMC, which adapt before generating
-                "warmup_steps": 100,  # of this adaptation, per level
+                "target_acceptance": 0.65,  # of MALA and HMC, adapted before generation
+                "warmup_steps": 100,  # steps of this adaptation, per level
             },
             "optim": {
                 "learning_rate": 1e-4,
@@ -67,12 +67,12 @@ def default() -> ConfigDict:
             },
             "train": {
                 "objective": "recovery",  # or 'denoising', which needs no MCMC
-                "levels": "uniform",  # distribution of t; 'log_noise': even in log sigma_bar
+                "levels": "uniform",  # distribution of t; 'log_noise': about even in log SNR
                 "batch_size": 256,
                 "accumulate": 1,  # gradient accumulation: micro-batches per device and step
                 "num_steps": 240_000,
                 "loss_limit": 100.0,  # training has diverged if |loss| exceeds this
-                "energy_limit": 1e4,  # or if |f| does: float32 then rounds the loss
+                "energy_limit": 1e4,  # or if |f| exceeds this: float32 then rounds f+ - f-
             },
             "mesh": {
                 "data": -1,  # devices that share a batch; -1: number of devices / fsdp
@@ -89,16 +89,16 @@ def default() -> ConfigDict:
             },
             "evaluation": {
                 "num_samples": 1000,  # the pixel Fréchet distance uses up to 10,000 of them
-                "num_data": 10_000,  # images of the data set to compare with, at most
+                "num_data": 10_000,  # maximum number of images to compare with
                 "batch_size": 256,
                 "inception_weights": "",  # file of weights; '': no FID, KID, inception score
             },
             "likelihood": {
                 "chains": 256,  # per direction of annealing, for the bounds of log Z
-                "distributions": 1000,  # intermediate ones; at least one per level
+                "distributions": 1000,  # intermediate distributions; at least one per level
                 "transitions": 5,  # of HMC, per intermediate distribution
                 "leapfrog": 1,  # leapfrog steps per transition; 1 is MALA
-                "burn_in": 200,  # transitions at level 0 that turn data into samples
+                "burn_in": 200,  # moves, of `transitions` each, that turn data into samples of level 0
                 "target_acceptance": 0.8,
                 "warmup_steps": 20,  # per level
                 "max_gap": 0.1,  # largest usable gap between the bounds [bits per dimension]
@@ -127,7 +127,7 @@ CHOICES = {
 MINIMUM = {
     "seed": 0,
     "data.dequantise": 0,
-    "energy.ch": 4,  # the embedding of t has ch / 2 values: two frequencies at least
+    "energy.ch": 4,  # the embedding of t has ch / 2 frequencies, at least two
     "mcmc.noise_scale": 0,
     "mesh.data": -1,
     "optim.warmup_steps": 0,
@@ -299,7 +299,7 @@ def from_json(values: dict[str, Any]) -> ConfigDict:
     """Returns the configuration that `to_json` saved, in this or an earlier version.
 
     Lists become tuples again, and old names of fields (`RENAMED`) the present ones. A field
-    that did not exist yet takes its default, which is what the earlier version did.
+    that did not exist yet takes its default, which is how the earlier version behaved.
 
     Raises:
       UserError: if it has a field that this version lacks.

@@ -1,4 +1,4 @@
-"""Trains energy-based models by diffusion recovery likelihood, samples and evaluates them.
+"""Trains, samples and evaluates energy-based models (diffusion recovery likelihood).
 
 python -m drl_jax.main --config=configs/digits.py --workdir=DIR
 python -m drl_jax.main --mode=sample --workdir=DIR

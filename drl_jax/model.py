@@ -28,7 +28,7 @@ _image_strips = jax.jit(interpolation.image_strips, static_argnames="frames")
 
 
 class Programs(NamedTuple):
-    """The compiled programs of a model, shared by the models that `Model.adapt` returns."""
+    """The compiled programs of a model, shared by all models derived from it."""
 
     f: Callable
     F: Callable
@@ -288,8 +288,9 @@ class Model:
     ) -> tuple[Chains, Observation]:
         """Runs chains on p(y | x_tilde), started at y = x_tilde, up to step `num_steps`.
 
-        Given chains that it returned before, it continues them, to the bit as if they had not
-        been interrupted. Levels and numbers of steps are traced: other values compile nothing.
+        Given chains from an earlier call, it continues them; the result is bit-identical to that
+        of one call. Levels and numbers of steps are traced, so other values need no new
+        compilation.
 
         Args:
           key: random key.
@@ -333,7 +334,7 @@ class Model:
     ) -> tuple["Model", Float[np.ndarray, "T"]]:
         """Adapts the step sizes of MALA or HMC, on chains that are then discarded.
 
-        Every device runs the same chains, so the result does not depend on their number.
+        Every device runs the same chains, so the number of devices does not affect the result.
 
         Args:
           key: random key.

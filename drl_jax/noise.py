@@ -5,8 +5,8 @@ global batch. Its noise therefore depends neither on the device that holds it no
 examples in the batch.
 
 Draws are always float32 and promoted afterwards. JAX draws different numbers from the same key
-in float64, so that otherwise a chain in float64 (`jax.enable_x64`) would not see the noise of
-the same chain in float32.
+in float64, so a chain in float64 (`jax.enable_x64`) would otherwise have other noise than the
+same chain in float32.
 """
 
 import jax

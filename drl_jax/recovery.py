@@ -15,16 +15,16 @@ keeps that out of the network:
 - Few levels (T6): F = f / s_t² with s_t the Langevin step size, as in the authors' program.
 - Many levels (T1k): F = f / sigma_bar_t - |x|² / 2. Level t is data plus noise sigma_bar_t eps,
   and its score is grad F = -E[eps | x] / sigma_bar_t (Tweedie's formula). The gradient of f is
-  thus of order one per pixel at every level; with s_t² it would have to be 2e-6 at the lowest
-  level and 4e-4 at the highest. The quadratic is the log-density of white noise, which the
+  thus of order one per pixel at every level; with s_t² it would have to be 2e-6 at t = 0 and
+  4e-4 at t = T - 2. The quadratic is the log-density of white noise, which the
   levels approach, so f models only the difference from it. Since f grows no faster than
-  linearly, exp(F) can be normalised and no chain diverges. For dequantised data, sigma_bar_t
-  includes the dequantisation noise; without it, F would be steeper at the lowest level than
-  the data are.
+  linearly, exp(F) can be normalised and no chain diverges. For dequantised data, tau_t includes
+  the dequantisation noise; otherwise F would be steeper than the log-density of the data at
+  the lowest level.
 - Few dimensions: F = f - |x|² / 2. A density in the plane is smooth at the scale of the lowest
-  noise levels: its logarithm is of order one at every level, and almost the same at the lowest.
-  If f were divided by sigma_bar_t, which is small there, it would have to shrink in proportion
-  to it, accurately to within a percent.
+  noise levels: its logarithm is of order one at every level, and the lowest levels hardly
+  differ. If f were divided by sigma_bar_t, it would have to be proportional to sigma_bar_t at
+  the lowest levels, to within a percent.
 """
 
 from collections.abc import Callable

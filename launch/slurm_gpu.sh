@@ -50,8 +50,8 @@ gpus=${SLURM_GPUS_PER_NODE:-8} # or with the type, such as a100:8
 export EXTRA=cuda
 . launch/setup.sh
 # --gpu-bind=none, because every task must see all GPUs of its node, from which JAX selects one.
-# --kill-on-bad-exit=0, because a task may still be saving when another one has ended. JAX's
-# runtime ends the tasks that have lost another one.
+# --kill-on-bad-exit=0, because a task may still be saving when another one has ended. If a task
+# is lost, JAX's runtime ends the others.
 status=0
 run srun --cpus-per-task="${SLURM_CPUS_PER_TASK:-8}" --gpu-bind=none --kill-on-bad-exit=0 \
   .venv/bin/python -m drl_jax.main "${flags[@]}" || status=$?

@@ -2,7 +2,7 @@
 # launch/tpu_pod.sh runs this script on each host of a TPU.
 #
 #   tpu_host.sh install         # install the project for TPUs
-#   tpu_host.sh start FLAGS...  # start drl_jax.main, after stopping the one that runs
+#   tpu_host.sh start FLAGS...  # stop a running drl_jax.main, if any, then start a new one
 #   tpu_host.sh follow          # print its log until it ends
 #   tpu_host.sh status          # print its exit status, or "running"
 #
@@ -19,7 +19,7 @@ case ${1:-} in
     ;;
   start)
     shift
-    # Only one program at a time can use the TPU. At SIGTERM it saves a checkpoint first.
+    # Only one program at a time can use the TPU. On SIGTERM it saves a checkpoint first.
     if [ -f job.pid ] && kill -TERM -- "-$(cat job.pid)" 2>/dev/null; then
       tail --follow --pid="$(cat job.pid)" /dev/null
     fi

@@ -7,11 +7,11 @@
 #   bash launch/tpu_pod.sh down --zone=us-west4-a    # delete the TPU
 #
 # run   requests the TPU as a queued resource, or uses the existing one with this name; waits
-#       until it is active; installs this folder on every host; starts the program on all hosts
+#       until it is active; installs the project on every host; starts the program on all hosts
 #       and follows the log of the first. If the TPU is preempted, it is requested again, and
 #       the program resumes from its newest checkpoint. When the program has ended, the TPU is
 #       deleted. Ctrl-C leaves everything running; after that, the same command saves a
-#       checkpoint, installs this folder again and resumes.
+#       checkpoint, installs the project again and resumes.
 #
 # --zone=ZONE        zone of the TPU
 # --type=TYPE        accelerator type, such as v5litepod-8, v5p-32, v6e-16 or v4-32
@@ -130,7 +130,7 @@ await_active() {
   done
 }
 
-# Installs this folder, as it was when the script started, on every host, and starts the program.
+# Installs the project, as it was when this script started, on every host; starts the program.
 start() {
   run gcloud compute tpus tpu-vm scp "$scratch/drl_jax.tgz" "$name:" "${where[@]}" --worker=all &&
     on all "mkdir -p drl_jax && tar -xzf drl_jax.tgz -C drl_jax && bash $HOST install" &&

@@ -1,4 +1,4 @@
-"""The parts of a density against what is known."""
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -8,34 +8,35 @@ from scipy import stats
 
 from drl_jax import diffusion, noise
 from drl_jax.data import mixtures
-from drl_jax.sampling import annealing
+from drl_jax.mcmc import hmc, langevin, mala
+from drl_jax.sampling import annealing, ladder
+from drl_jax.sampling.ladder import Sampler
 
 
-def line():
-    """Two bumps on a line, of unequal width."""
-    one, two = np.array([[-0.6]]), np.array([[0.5]])
-    bump = mixtures.isotropic(np.concatenate([one, two]), 0.1)
-    return bump._replace(variances=jnp.array([[0.01], [0.04]]))
+def two_modes():
+    """Returns a mixture of two Gaussians of unequal width on the line."""
+    data = mixtures.isotropic(np.array([[-0.6], [0.5]]), 0.1)
+    return data._replace(variances=jnp.array([[0.01], [0.04]]))
 
 
 @pytest.mark.parametrize("T", [1, 6, 1000])
-def test_every_level_is_a_density_of_x(T):
-    """Also of the topmost two, where y is not scaled. Without D log a: fails."""
-    schedule, data = diffusion.schedule(T), line()
+def test_every_level_is_a_normalised_density_of_x(T):
+    """Includes the two highest levels, where y is not scaled. Fails without D log a."""
+    schedule, data = diffusion.schedule(T), two_modes()
     F = mixtures.exact_F(data, schedule)
     x = np.linspace(-7, 7, 28001)
-    for t in np.unique(np.linspace(0, T, 12).astype(int)):
+    for t in np.unique(np.linspace(0, T, 12).astype(int)).tolist():
         log_q = annealing.level_log_density(
             F, jnp.asarray(x)[:, None], jnp.full(len(x), t), schedule
         )
         np.testing.assert_allclose(np.trapezoid(np.exp(log_q), x), 1, rtol=1e-5)
         if t < T:
-            theirs = mixtures.marginal(data, t, schedule).log_density(jnp.asarray(x)[:, None])
-            np.testing.assert_allclose(log_q, theirs, rtol=1e-4, atol=1e-3)
+            exact = mixtures.marginal(data, t, schedule).log_density(jnp.asarray(x)[:, None])
+            np.testing.assert_allclose(log_q, exact, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("T", [1, 2, 6, 501, 1000])
-def test_rungs_lead_from_white_noise_to_data_equally_far_apart(T):
+def test_distributions_are_evenly_spaced_from_white_noise_to_data(T):
     schedule = diffusion.schedule(T)
     level, beta = map(np.asarray, annealing.annealing_path(schedule, 200))
     assert (level[0], beta[0], level[-1], beta[-1]) == (T, 0, 0, 0)
@@ -44,14 +45,14 @@ def test_rungs_lead_from_white_noise_to_data_equally_far_apart(T):
     log_sigma_bar = np.log(np.float64(schedule.sigma_bar))
     steps = -np.diff(np.interp(level - beta, np.arange(T + 1), log_sigma_bar))
     total = log_sigma_bar[-1] - log_sigma_bar[0]
-    assert np.max(steps) <= 1.5 * total / 200  # a level's gap is cut in whole rungs
+    assert np.max(steps) <= 1.5 * total / 200  # each level has a whole number of steps
     assert len(level) - 1 + T / 2 >= 200
     assert len(level) - 1 <= 200 + T
 
 
-def test_a_rung_is_a_geometric_mean_of_two_levels():
+def test_intermediate_density_is_the_geometric_mean_of_two_levels():
     schedule = diffusion.schedule(6)
-    F = mixtures.exact_F(line(), schedule)
+    F = mixtures.exact_F(two_modes(), schedule)
     x = jax.random.normal(jax.random.key(0), (5, 1))
 
     def level(t):
@@ -65,40 +66,95 @@ def test_a_rung_is_a_geometric_mean_of_two_levels():
         np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
-def test_thousands_of_gains_are_summed_exactly():
-    """Each of 1e4 nats, as of T6's level 0. In float32 the sum is off by tenths: fails."""
+def test_warm_up_starts_at_step_sizes_sigma_bar_on_the_density_of_every_level():
+    """Uses a kernel that does not move, and returns the log-density as its acceptance."""
+    schedule, data = diffusion.schedule(6), two_modes()
+
+    def kernel(keys, state, log_density_fn, step_size):
+        return state, SimpleNamespace(acceptance=log_density_fn(state.position))
+
+    keys = noise.example_keys(jax.random.key(0), jnp.arange(10))
+    sampler = Sampler(langevin.init, kernel, {"step_size": jnp.ones(6)}, K=1)
+    F = mixtures.exact_F(data, schedule)
+    step_size, log_density = annealing.warm_up(
+        keys, F, (1,), schedule, sampler, num_steps=1, target=0.7
+    )
+    np.testing.assert_allclose(step_size, schedule.sigma_bar[:6], rtol=1e-6)
+    x = ladder.white_noise(keys, (1,), schedule)
+    exact = [np.mean(mixtures.marginal(data, t, schedule).log_density(x)) for t in range(6)]
+    np.testing.assert_allclose(log_density, exact, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "tuning"),
+    [(mala.kernel, {}), (hmc.kernel, {"leapfrog": jnp.full(6, 3)})],
+    ids=["mala", "hmc"],
+)
+def test_warm_up_finds_step_sizes_proportional_to_the_widths_of_gaussian_marginals(
+    kernel, tuning
+):
+    """In units of its width every level is white noise, so the step sizes are equal there.
+
+    Chains on white noise with these step sizes, which adapt nothing, reach the target too.
+    """
+    schedule, std = diffusion.schedule(6), 0.5
+    F = mixtures.exact_F(mixtures.isotropic(np.full((1, 8), 0.4), std), schedule)
+    sampler = Sampler(hmc.init, kernel, {"step_size": jnp.ones(6)} | tuning, K=40)
+    keys = noise.example_keys(jax.random.key(0), jnp.arange(600))
+    step_size, acceptance = jax.jit(
+        lambda keys: annealing.warm_up(
+            keys, F, (8,), schedule, sampler, num_steps=200, target=0.7
+        )
+    )(keys)
+    np.testing.assert_allclose(acceptance, 0.7, atol=0.05)
+    widths = jnp.sqrt((schedule.a_bar * std) ** 2 + schedule.sigma_bar**2)
+    relative = step_size / widths[:6]
+    np.testing.assert_allclose(relative, jnp.mean(relative), rtol=0.05)
+    _, acceptance = ladder.run_chain(
+        keys,
+        sampler._replace(tuning=tuning | {"step_size": relative}),
+        lambda x: -jnp.sum(x**2, axis=1) / 2,
+        position=jax.random.normal(jax.random.key(1), (600, 8)),
+        t=jnp.arange(600) % 6,
+        steps=jnp.arange(40),
+    )
+    np.testing.assert_allclose(acceptance.reshape(100, 6).mean(axis=0), 0.7, atol=0.06)
+
+
+def test_thousands_of_log_weights_are_summed_exactly():
+    """Each is about 1e4 nats, as at level 0 of T6. Fails in float32, by tenths of a nat."""
     rng = np.random.default_rng(0)
-    gains = np.float32(1e4 * rng.standard_normal((50, 6000)))
-    found = annealing.partition(gains, -gains)
-    log_w = np.sum(np.float64(gains), axis=1)
+    log_weights = np.float32(1e4 * rng.standard_normal((50, 6000)))
+    found = annealing.partition(log_weights, -log_weights)
+    log_w = np.sum(np.float64(log_weights), axis=1)
     expected = np.max(log_w) + np.log(np.mean(np.exp(log_w - np.max(log_w))))
     np.testing.assert_allclose(found.lower.log_Z, expected, rtol=0, atol=1e-7)
 
 
-def test_a_bounds_error_and_effective_sample_size_are_those_of_its_weights():
+def test_a_bound_has_the_standard_error_and_effective_sample_size_of_its_weights():
     rng = np.random.default_rng(0)
     n, s = 400, 0.7
-    many = [annealing.bound(s * rng.standard_normal(n)) for _ in range(4000)]
+    bounds = [annealing.bound(s * rng.standard_normal(n)) for _ in range(4000)]
     estimates, errors, sizes = np.array(
-        [(b.log_Z, b.std_error, b.effective_sample_size) for b in many]
+        [(b.log_Z, b.std_error, b.effective_sample_size) for b in bounds]
     ).T
     np.testing.assert_allclose(np.std(estimates), np.median(errors), rtol=0.06)
     np.testing.assert_allclose(np.median(sizes), n * np.exp(-(s**2)), rtol=0.03)
     equal = annealing.bound(np.full(50, -3.0))
     assert (equal.log_Z, equal.std_error) == (-3.0, 0.0)
     assert equal.effective_sample_size == pytest.approx(50)
-    alone = annealing.bound(np.append(np.zeros(49), 1000.0))
-    assert alone.effective_sample_size == 1
-    assert not alone.meaningful
-    assert alone.log_Z == pytest.approx(1000 - np.log(50))
+    dominated = annealing.bound(np.append(np.zeros(49), 1000.0))
+    assert dominated.effective_sample_size == 1
+    assert not dominated.meaningful
+    assert dominated.log_Z == pytest.approx(1000 - np.log(50))
 
 
 @pytest.mark.parametrize("values", [2, 17, 256])
 @pytest.mark.parametrize("dequantised", [False, True])
-def test_a_uniform_pixels_bound_is_its_probability(values, dequantised):
-    """If p(x_0) is what uniform pixels look like with the noise, the bound is tight: log 1/V.
+def test_the_bound_of_a_uniform_pixel_is_its_probability(values, dequantised):
+    """If p(x_0) is the density of uniform pixels with the noise, the bound is tight: -log V.
 
-    That density is written here by scipy, in float64.
+    The density is computed with SciPy in float64.
     """
     schedule = diffusion.schedule(6)
     n = 2000
@@ -110,23 +166,23 @@ def test_a_uniform_pixels_bound_is_its_probability(values, dequantised):
         keys, lambda y, t: jnp.zeros(len(y)), jnp.asarray(x, jnp.float32), width, schedule
     )
     a, sigma = float(schedule.a_bar[0]), float(schedule.sigma_bar[0])
-    apart = np.float64(x_0) - a * v
+    distances = np.float64(x_0) - a * v
     if dequantised:
         ends = (
-            stats.norm.cdf((apart + a * width / 2) / sigma),
-            stats.norm.cdf((apart - a * width / 2) / sigma),
+            stats.norm.cdf((distances + a * width / 2) / sigma),
+            stats.norm.cdf((distances - a * width / 2) / sigma),
         )
-        each = (ends[0] - ends[1]) / (a * width)
+        densities = (ends[0] - ends[1]) / (a * width)
     else:
-        each = stats.norm.pdf(apart / sigma) / sigma
-    log_p = np.log(np.mean(each, axis=1))
-    total = log_p + annealing.log_volume(x_0, values, dequantised, schedule)
-    np.testing.assert_allclose(total, -np.log(values), atol=2e-3)
+        densities = stats.norm.pdf(distances / sigma) / sigma
+    log_p = np.log(np.mean(densities, axis=1))
+    bounds = log_p + annealing.log_volume(x_0, values, dequantised, schedule)
+    np.testing.assert_allclose(bounds, -np.log(values), atol=2e-3)
 
 
 @pytest.mark.parametrize("dequantised", [False, True])
-def test_the_bounds_of_all_values_of_a_pixel_add_up_to_no_more_than_one(dequantised):
-    """And to little less where the density is smooth: here normal."""
+def test_the_bounds_of_all_values_of_a_pixel_add_up_to_at_most_one(dequantised):
+    """With dequantisation noise, and a smooth density like this normal one, almost to one."""
     values, schedule = 17, diffusion.schedule(6)
     v = np.repeat(np.linspace(-1, 1, values), 20_000)[:, None]
     keys = noise.example_keys(jax.random.key(0), jnp.arange(len(v)))
@@ -139,5 +195,5 @@ def test_the_bounds_of_all_values_of_a_pixel_add_up_to_no_more_than_one(dequanti
     log_P = log_p + annealing.log_volume(x_0, values, dequantised, schedule)
     total = np.exp(log_P.reshape(values, -1).mean(axis=1)).sum()
     assert total < 1 + 1e-3
-    # A smooth density wastes what lies between spikes, if the pixels are not spread out.
+    # Without it, the pixels' noise is narrow, and the density between them is wasted.
     assert total > (0.9 if dequantised else 0.15)

@@ -11,20 +11,20 @@ from drl_jax.runtime.batching import Engine
 
 @pytest.fixture(scope="module")
 def engine():
-    """An engine with batches of at most 16 examples; test_sharding has eight devices."""
+    """An engine with batches of at most 16 examples on all devices of this process."""
     return Engine(sharding.make_mesh(), batch_size=16)
 
 
-def scaled(shared, examples):
+def scale(shared, examples):
     return {"y": shared["factor"] * examples["x"], "index": examples["index"]}
 
 
 @pytest.mark.parametrize("n", [1, 5, 16, 17, 40])
-def test_results_are_those_of_every_example_in_order(engine, n):
+def test_results_are_those_of_the_single_examples_in_order(engine, n):
     examples = {"x": np.random.default_rng(0).normal(size=(n, 3)).astype(np.float32)}
     examples["index"] = np.arange(n)
     batches = engine.run(
-        engine.compile(scaled), {"factor": np.float32(2)}, engine.split(examples)
+        engine.compile(scale), {"factor": np.float32(2)}, engine.split(examples)
     )
     results = jax.tree.map(lambda *parts: np.concatenate(parts), *batches)
     np.testing.assert_array_equal(results["y"], 2 * examples["x"])
@@ -32,17 +32,17 @@ def test_results_are_those_of_every_example_in_order(engine, n):
 
 
 @pytest.mark.parametrize("n", [3, 16, 35])
-def test_a_stream_of_examples_has_the_results_of_an_array(engine, n):
+def test_a_stream_of_examples_has_the_same_results_as_an_array(engine, n):
     x = np.random.default_rng(0).normal(size=(n, 2)).astype(np.float32)
     program = engine.compile(lambda shared, x: jnp.sum(x**2, axis=1))
-    found = [
-        np.concatenate(list(engine.run(program, (), b)))
-        for b in (engine.split(x), engine.stack(iter(x)))
-    ]
-    np.testing.assert_array_equal(*found)
+    of_array, of_stream = (
+        np.concatenate(list(engine.run(program, (), batches)))
+        for batches in (engine.split(x), engine.stack(iter(x)))
+    )
+    np.testing.assert_array_equal(of_stream, of_array)
 
 
-def test_all_batches_are_one_program_padded_with_the_last_example(engine):
+def test_all_batches_run_one_program_and_are_padded_with_the_last_example(engine):
     sizes, last = [], []
 
     def program(shared, x):
@@ -57,11 +57,11 @@ def test_all_batches_are_one_program_padded_with_the_last_example(engine):
 
     x = np.arange(37, dtype=np.float32)[:, None]
     list(engine.run(recorded, (), engine.split(x)))
-    assert sizes == [16 // engine.mesh.size]  # traced once, for one device's examples
+    assert sizes == [16 // engine.mesh.size]  # traced once, for the examples of one device
     np.testing.assert_array_equal(np.ravel(last), [15, 31, 36])
 
 
-def test_the_next_batch_is_started_before_results_are_handed_over_and_no_other(engine):
+def test_exactly_one_further_batch_has_started_when_results_are_returned(engine):
     started = []
 
     def compiled(shared, x):
@@ -74,10 +74,10 @@ def test_the_next_batch_is_started_before_results_are_handed_over_and_no_other(e
 
 
 def test_no_examples_have_no_results(engine):
-    assert list(engine.run(engine.compile(scaled), (), engine.stack(iter([])))) == []
+    assert list(engine.run(engine.compile(scale), (), engine.stack(iter([])))) == []
 
 
-def test_the_batch_size_is_rounded_up_to_a_multiple_of_the_devices():
+def test_batch_size_is_rounded_up_to_a_multiple_of_the_number_of_devices():
     mesh = SimpleNamespace(size=8)
     assert Engine(mesh, batch_size=9).batch_size == 16
     assert Engine(mesh, batch_size=8).batch_size == 8

@@ -1,10 +1,8 @@
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.gaussian_ladder import SCHEDULE, gaussian, marginal
+from helpers.gaussian_ladder import SCHEDULE, exact_F, marginal_moments
 from helpers.statistical import assert_mean, assert_variance
 
 from drl_jax import method, noise
@@ -16,37 +14,37 @@ from drl_jax.sampling import chains as chains_lib
 from drl_jax.sampling.ladder import Conditionals, Sampler
 
 T = 6
-DECAY = 0.8  # r: what a Langevin step leaves of a distance on the Gaussian conditionals
-S = 1 + chains_lib.PROJECTIONS
+DECAY = 0.8  # factor by which a Langevin step reduces y's distance to the conditional's mean
+S = 1 + chains_lib.PROJECTIONS  # scalars per point of a trace
 
 
-def conditional(t, x_tilde):
-    """Mean and precision of p(y | x_tilde) under the energy `gaussian`, in one dimension."""
-    mean, variance = marginal(t)
-    pull = jnp.where(t == T - 1, 0.0, 1 / SCHEDULE.sigma[t + 1] ** 2)
-    precision = 1 / variance + pull
-    return (mean / variance + pull * x_tilde) / precision, precision
+def conditional_moments(t, x_tilde):
+    """Returns the mean and precision of p(y | x_tilde) in one dimension, with `exact_F`."""
+    mean, variance = marginal_moments(t)
+    noise_precision = jnp.where(t == T - 1, 0.0, 1 / SCHEDULE.sigma[t + 1] ** 2)
+    precision = 1 / variance + noise_precision
+    return (mean / variance + noise_precision * x_tilde) / precision, precision
 
 
-def steps_of_decay(r):
-    """Langevin with y <- mean + r (y - mean) + s z at every level: s² = 2 (1 - r) / precision.
+def langevin_sampler(r=DECAY):
+    """Returns Langevin dynamics with y <- mean + r (y - mean) + s z at every level.
 
-    Its stationary variance is s² / (1 - r²) = 2 / (precision (1 + r)).
+    Then s² = 2 (1 - r) / precision, and the stationary variance is
+    s² / (1 - r²) = 2 / (precision (1 + r)).
     """
-    _, precision = conditional(jnp.arange(T), 0.0)
-    return Sampler(
-        langevin.init, langevin.kernel, {"step_size": jnp.sqrt(2 * (1 - r) / precision)}, 1
-    )
+    _, precision = conditional_moments(jnp.arange(T), 0.0)
+    step_size = jnp.sqrt(2 * (1 - r) / precision)
+    return Sampler(langevin.init, langevin.kernel, {"step_size": step_size}, 1)
 
 
 def hmc_sampler():
-    _, precision = conditional(jnp.arange(T), 0.0)
+    _, precision = conditional_moments(jnp.arange(T), 0.0)
     tuning = {"step_size": 0.5 / jnp.sqrt(precision), "leapfrog": jnp.full(T, 2)}
     return Sampler(hmc.init, hmc.kernel, tuning, 1)
 
 
-def runner(F, sampler, x_tilde, t, points, seed=0):
-    """Returns chains at their start, and a compiled function that takes chains on to a step."""
+def make_chains(F, sampler, x_tilde, t, points, seed=0):
+    """Returns new chains, and a compiled function that advances chains to step `last`."""
     keys = noise.example_keys(jax.random.key(seed), jnp.arange(len(t)))
     trace = jnp.zeros((len(t), points, S))
     conditionals = Conditionals(F, SCHEDULE, sampler)
@@ -61,74 +59,74 @@ def runner(F, sampler, x_tilde, t, points, seed=0):
 
 
 def test_long_chains_have_the_exact_stationary_moments_at_every_level():
-    """Of Langevin, whose variance is not quite the conditional's.
+    """Tests Langevin dynamics, whose stationary variance is not quite the conditional's.
 
-    Every chain counts once, so the draws are independent. After 80 steps 0.8^80 = 2e-8 of
-    the start is left.
+    Each chain gives one draw, so the draws are independent. After 80 steps 0.8^80 = 2e-8 of
+    the distance at the start is left.
     """
     n = 20_000
     t = jnp.repeat(jnp.arange(T), n)
     x_tilde = jnp.full((T * n, 1), 1.5)
-    start, advance = runner(gaussian, steps_of_decay(DECAY), x_tilde, t, points=0)
-    _, seen = advance(start, 80)
+    start, advance = make_chains(exact_F, langevin_sampler(), x_tilde, t, points=0)
+    _, observation = advance(start, 80)
     for level in range(T):
-        mean, precision = conditional(jnp.asarray(level), 1.5)
+        mean, precision = conditional_moments(jnp.asarray(level), 1.5)
         variance = 2 / (precision * (1 + DECAY))
         a = float(SCHEDULE.a_y(jnp.asarray(level)))
-        x = np.asarray(seen.x[t == level, 0])
+        x = np.asarray(observation.x[t == level, 0])
         assert_mean(x, float(mean) / a, float(variance) / a**2, of=2 * T)
         assert_variance(x, float(mean) / a, float(variance) / a**2, of=2 * T)
-    y = seen.x * SCHEDULE.a_y(t)[:, None]
-    np.testing.assert_allclose(seen.displacement, jnp.abs(y - 1.5)[:, 0], atol=1e-6)
-    np.testing.assert_allclose(seen.log_density, gaussian(y, t), rtol=1e-4, atol=1e-5)
+    y = observation.x * SCHEDULE.a_y(t)[:, None]
+    np.testing.assert_allclose(observation.displacement, jnp.abs(y - 1.5)[:, 0], atol=1e-6)
+    np.testing.assert_allclose(observation.log_density, exact_F(y, t), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("sampler", [steps_of_decay(DECAY), hmc_sampler()])
-def test_where_chains_stop_on_their_way_does_not_change_a_bit(sampler):
+@pytest.mark.parametrize("sampler", [langevin_sampler(), hmc_sampler()])
+def test_chains_are_bit_identical_however_their_steps_are_divided_into_calls(sampler):
     t = jnp.arange(12) % T
     x_tilde = jax.random.normal(jax.random.key(1), (12, 3))
-    start, advance = runner(gaussian, sampler, x_tilde, t, points=8)
-    whole = advance(start, 50)
+    start, advance = make_chains(exact_F, sampler, x_tilde, t, points=8)
+    in_one_call = advance(start, 50)
     chains = start
     for last in (1, 2, 9, 17, 30, 31, 50):
-        chains, seen = advance(chains, last)
-    jax.tree.map(np.testing.assert_array_equal, (chains, seen), whole)
-    assert advance._cache_size() == 1  # one program for every level and number of steps
+        chains, observation = advance(chains, last)
+    jax.tree.map(np.testing.assert_array_equal, (chains, observation), in_one_call)
+    assert advance._cache_size() == 1  # one program for all numbers of steps
 
 
-def test_the_trace_holds_equidistant_steps_and_never_more_than_its_points():
+def test_traces_hold_equidistant_steps_and_at_most_their_capacity():
     t = jnp.arange(4) % T
     x_tilde = jax.random.normal(jax.random.key(1), (4, 3))
-    start, advance = runner(gaussian, steps_of_decay(DECAY), x_tilde, t, points=8)
-    _, by_one = runner(gaussian, steps_of_decay(DECAY), x_tilde, t, points=1)
+    start, advance = make_chains(exact_F, langevin_sampler(), x_tilde, t, points=8)
+    _, advance_single = make_chains(exact_F, langevin_sampler(), x_tilde, t, points=1)
     chains, positions = start, {}
-    one = start._replace(trace=start.trace[:, :1])
+    single = start._replace(trace=start.trace[:, :1])
     for n in range(1, 70):
         chains, _ = advance(chains, n)
-        one, _ = by_one(one._replace(trace=jnp.zeros_like(one.trace)), n)
-        positions[n] = np.asarray(one.state.position)
+        single, _ = advance_single(single._replace(trace=jnp.zeros_like(single.trace)), n)
+        positions[n] = np.asarray(single.state.position)
         every = int(chains_lib.thinning(n, 8))
         assert every == next(e for e in (1, 2, 4, 8, 16) if n <= 8 * e)
         points = n // every
         assert points <= 8
-        # Random directions: as many products as there are, all as far from zero as |y|.
+        # The projections are inner products of y with the same unit vectors at every point.
         y = np.stack([positions[every * (i + 1)] for i in range(points)], axis=1)
         projected = np.asarray(chains.trace)[:, :points, 1:]
         direction, *_ = np.linalg.lstsq(y.reshape(-1, 3), projected.reshape(-1, S - 1))
         if points > 1:
             np.testing.assert_allclose(y @ direction, projected, atol=1e-5)
             np.testing.assert_allclose(np.linalg.norm(direction, axis=0), 1, atol=1e-4)
-        kept = chains_lib.draws_after_warm_up(chains)
-        np.testing.assert_array_equal(kept, chains.trace[:, points // 2 : points])
+        draws = chains_lib.draws_after_warm_up(chains)
+        np.testing.assert_array_equal(draws, chains.trace[:, points // 2 : points])
     assert chains_lib.draws_after_warm_up(start).shape == (4, 0, S)
 
 
-def test_the_effective_sample_size_is_that_of_the_ar1_which_langevin_is():
-    """n draws of correlation r are worth n (1 - r) / (1 + r), in the limit of many."""
+def test_effective_sample_size_of_langevin_is_that_of_an_ar1_process():
+    """For large n, it is n (1 - r) / (1 + r) for n draws with correlation r."""
     n = 400
     t = jnp.full((n,), T - 1)
-    start, advance = runner(gaussian, steps_of_decay(DECAY), jnp.zeros((n, 1)), t, points=1000)
-    chains, _ = advance(start, 4000)  # every fourth is kept, of which the second half
+    start, advance = make_chains(exact_F, langevin_sampler(), jnp.zeros((n, 1)), t, points=1000)
+    chains, _ = advance(start, 4000)  # the trace holds every fourth step
     draws, r = chains_lib.draws_after_warm_up(chains), DECAY**4
     assert draws.shape == (n, 500, S)
     found = diagnostics.convergence(draws, np.arange(n) % (n // 4))
@@ -138,19 +136,22 @@ def test_the_effective_sample_size_is_that_of_the_ar1_which_langevin_is():
     assert found.r_hat < 1.01
 
 
-def test_r_hat_tells_chains_that_mix_from_chains_that_are_stuck():
+def test_r_hat_is_one_for_chains_that_mix_and_large_for_chains_stuck_in_two_modes():
+    def log_density(y, centre):
+        return -jnp.sum((y - centre) ** 2, axis=1) / (2 * 0.3**2)
+
     def two_modes(y, t):
-        return jnp.logaddexp(*(-jnp.sum((y - m) ** 2, axis=1) / (2 * 0.3**2) for m in (-2, 2)))
+        return jnp.logaddexp(log_density(y, -2), log_density(y, 2))
 
     def one_mode(y, t):
-        return -jnp.sum(y**2, axis=1) / (2 * 0.3**2)
+        return log_density(y, 0)
 
     n = 64
     x_tilde = jnp.where(jnp.arange(n) % 2, 2.0, -2.0)[:, None]
     sampler = Sampler(langevin.init, langevin.kernel, {"step_size": jnp.full(T, 0.2)}, 1)
     r_hat = {}
     for F in (one_mode, two_modes):
-        start, advance = runner(F, sampler, x_tilde, jnp.full((n,), T - 1), points=1000)
+        start, advance = make_chains(F, sampler, x_tilde, jnp.full((n,), T - 1), points=1000)
         chains, _ = advance(start, 1000)
         found = diagnostics.convergence(
             chains_lib.draws_after_warm_up(chains), np.arange(n) // 4
@@ -160,7 +161,7 @@ def test_r_hat_tells_chains_that_mix_from_chains_that_are_stuck():
     assert r_hat[two_modes][0] > 5
 
 
-def test_the_recorded_steps_are_a_ladder_of_1_2_5():
+def test_recorded_steps_are_1_2_and_5_times_the_powers_of_ten():
     assert chains_lib.recorded_steps(1) == [0, 1]
     assert chains_lib.recorded_steps(10) == [0, 1, 2, 5, 10]
     assert chains_lib.recorded_steps(300) == [0, 1, 2, 5, 10, 20, 50, 100, 200, 300]
@@ -168,7 +169,7 @@ def test_the_recorded_steps_are_a_ladder_of_1_2_5():
 
 
 @pytest.mark.parametrize("n", [2, 3, 4, 7, 8, 9, 64])
-def test_chains_that_share_a_condition_are_four_or_more(n):
+def test_four_to_seven_chains_share_a_condition_if_there_are_four(n):
     _, counts = np.unique(chains_lib.shared_conditions(n), return_counts=True)
     assert counts.sum() == n
     assert counts.min() >= min(n, 4)
@@ -176,27 +177,25 @@ def test_chains_that_share_a_condition_are_four_or_more(n):
 
 
 @pytest.mark.parametrize(
-    ("refused", "words"),
+    ("call", "words"),
     [
-        (lambda: chains_lib.shared_conditions(1), "1 chains.*R-hat.*2 or more"),
-        (lambda: chains_lib.require_levels(np.array([0, 6]), 6), "level 6 is out of.*0 to 5"),
-        (lambda: chains_lib.require_levels(np.array([-1]), 6), "level -1 is out of range"),
+        (lambda: chains_lib.shared_conditions(1), "1 chains"),
+        (lambda: chains_lib.require_levels(np.array([0, 6]), 6), "level 6 .*0 to 5"),
+        (lambda: chains_lib.require_levels(np.array([-1]), 6), "level -1 "),
     ],
 )
-def test_impossible_chains_are_one_clear_line(refused, words):
+def test_single_chains_and_unknown_levels_are_errors_of_one_line(call, words):
     with pytest.raises(UserError, match=f"^[^\n]*{words}[^\n]*$"):
-        refused()
+        call()
 
 
 @pytest.mark.parametrize("name", ["langevin", "mala", "hmc", "normal_approximation"])
-def test_one_draw_is_no_chain(name):
+def test_only_the_normal_approximation_is_rejected_as_not_being_a_chain(name):
     config = default()
     config.mcmc.sampler = name
-    require = functools.partial(
-        chains_lib.require_chain, method.make_sampler(config.mcmc, SCHEDULE)
-    )
+    sampler = method.make_sampler(config.mcmc, SCHEDULE)
     if name == "normal_approximation":
-        with pytest.raises(UserError, match=r"normal_approximation.*sampler=langevin"):
-            require()
+        with pytest.raises(UserError, match=r"normal_approximation.*mcmc\.sampler"):
+            chains_lib.require_chain(sampler)
     else:
-        require()
+        chains_lib.require_chain(sampler)

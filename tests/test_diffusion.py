@@ -116,3 +116,12 @@ def test_posterior_is_the_regression_of_x_t_on_x_next(T):
     np.testing.assert_allclose(mean[:, 0], expected, rtol=1e-5, atol=1e-6)
     variance = sigma_bar[t] ** 2 - slope * a[t + 1] * sigma_bar[t] ** 2
     np.testing.assert_allclose(std**2, variance, rtol=2e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize(("T", "groups"), [(1, 1), (6, 6), (11, 10), (1000, 10)])
+def test_levels_form_at_most_ten_groups_of_neighbours(T, groups):
+    found = diffusion.level_groups(T)
+    assert [t for group in found for t in group] == list(range(T))
+    assert len(found) == groups
+    for g, levels in enumerate(found):  # as the training step computes the group of a level
+        assert {t * groups // T for t in levels} == {g}

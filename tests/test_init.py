@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import tomllib
+from importlib import metadata
 
 import pytest
 from helpers import tiny
@@ -29,9 +30,14 @@ def test_an_unknown_name_is_an_attribute_error():
         drl_jax.nonesuch  # noqa: B018
 
 
-def test_the_version_is_that_of_the_project():
+def test_the_version_is_that_of_the_installed_package():
+    assert drl_jax.__version__ == metadata.version("drl_jax")
+
+
+def test_the_citation_has_the_version_of_the_project():
     project = tomllib.loads((tiny.ROOT / "pyproject.toml").read_text())["project"]
-    assert drl_jax.__version__ == project["version"]
+    citation = (tiny.ROOT / "CITATION.cff").read_text()
+    assert f"\nversion: {project['version']}\n" in citation
 
 
 def test_loading_returns_the_model():

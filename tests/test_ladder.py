@@ -11,8 +11,8 @@ from helpers.gaussian_ladder import (
     SCHEDULE,
     K,
     S,
-    gaussian,
-    marginal,
+    exact_F,
+    marginal_moments,
 )
 from helpers.statistical import assert_mean, assert_variance
 
@@ -25,8 +25,8 @@ from drl_jax.sampling.ladder import Conditionals, Sampler
 KERNELS = [(mala.kernel, {}), (hmc.kernel, {"leapfrog": jnp.full(6, 3)})]
 
 
-def exact_ladder():
-    """Mean and variance of every x_t that the ladder of finite chains gives.
+def exact_moments():
+    """Returns the mean and variance of x_t at every level, for chains of K Langevin steps.
 
     On a Gaussian each Langevin step is affine in (y, x_tilde), so y after K steps is
     alpha x_tilde + beta + noise.
@@ -34,13 +34,13 @@ def exact_ladder():
     mean, variance = 0.0, 1.0
     levels = []
     for t in reversed(range(6)):
-        m, v = (float(x) for x in marginal(jnp.array(t)))
+        m, v = (float(x) for x in marginal_moments(jnp.array(t)))
         s2, sigma2 = float(S[t]) ** 2, float(SCHEDULE.sigma[t + 1]) ** 2
-        pull = 0.0 if t == 5 else 1 / sigma2
+        noise_precision = 0.0 if t == 5 else 1 / sigma2
         alpha, beta, spread = 1.0, 0.0, 0.0
-        r = 1 - s2 / 2 * (1 / v + pull)
+        r = 1 - s2 / 2 * (1 / v + noise_precision)
         for _ in range(K):
-            alpha = r * alpha + s2 / 2 * pull
+            alpha = r * alpha + s2 / 2 * noise_precision
             beta = r * beta + s2 / 2 * m / v
             spread = r**2 * spread + s2
         a = float(SCHEDULE.a_y(jnp.array(t)))
@@ -49,40 +49,40 @@ def exact_ladder():
     return levels[::-1]
 
 
-def test_every_level_of_generation_has_its_exact_moments_on_gaussian_data():
-    """Fails when x is not divided by a, when the top keeps the quadratic term, and when the
-    levels are scanned upwards (each tried)."""
+def test_generation_from_gaussian_data_has_its_exact_moments_at_every_level():
+    """Fails if x is not divided by a, the quadratic term is kept at the top, or the levels are
+    visited upwards."""
     n = 200_000
     keys = noise.example_keys(jax.random.key(0), jnp.arange(n))
     descend = jax.jit(lambda x, top, bottom: ladder.descend(keys, CONDITIONALS, x, top, bottom))
     x = ladder.white_noise(keys, (1,), SCHEDULE)
-    for t, (mean, variance) in reversed(list(enumerate(exact_ladder()))):
+    for t, (mean, variance) in reversed(list(enumerate(exact_moments()))):
         x = descend(x, t + 1, t)
         assert_mean(x[:, 0], mean, variance, of=12)
         assert_variance(x[:, 0], mean, variance, of=12)
-    whole = ladder.generate(keys, CONDITIONALS, (1,))
-    np.testing.assert_allclose(whole, x, rtol=1e-5, atol=1e-6)
+    generated = ladder.generate(keys, CONDITIONALS, (1,))
+    np.testing.assert_allclose(generated, x, rtol=1e-5, atol=1e-6)
 
 
-def test_a_sample_depends_on_its_own_key_alone():
+def test_a_sample_depends_only_on_its_own_key():
     keys = noise.example_keys(jax.random.key(0), jnp.arange(10))
     many = ladder.generate(keys, CONDITIONALS, (3,))
     few = ladder.generate(keys[4:6], CONDITIONALS, (3,))
     np.testing.assert_allclose(many[4:6], few, rtol=1e-6)
 
 
-def test_noise_scale_sharpens_samples():
+def test_noise_scale_below_one_reduces_the_variance_of_samples():
     keys = noise.example_keys(jax.random.key(0), jnp.arange(2000))
-    half = {"step_size": S, "noise_scale": jnp.full(6, 0.5)}
-    sampler = LANGEVIN._replace(tuning=half)
-    sharp = ladder.generate(keys, CONDITIONALS._replace(sampler=sampler), (1,))
-    plain = ladder.generate(keys, CONDITIONALS, (1,))
-    assert np.var(sharp) < 0.8 * np.var(plain)
+    tuning = {"step_size": S, "noise_scale": jnp.full(6, 0.5)}
+    sampler = LANGEVIN._replace(tuning=tuning)
+    with_half_the_noise = ladder.generate(keys, CONDITIONALS._replace(sampler=sampler), (1,))
+    with_all_noise = ladder.generate(keys, CONDITIONALS, (1,))
+    assert np.var(with_half_the_noise) < 0.8 * np.var(with_all_noise)
 
 
 @pytest.mark.parametrize(("kernel", "tuning"), KERNELS, ids=["mala", "hmc"])
-def test_a_warm_up_finds_the_steps_of_the_target_acceptance(kernel, tuning):
-    """Chains that come after it, and adapt no more, are accepted as often as asked."""
+def test_warm_up_finds_the_step_sizes_of_the_target_acceptance(kernel, tuning):
+    """New chains with these step sizes, which adapt nothing, reach the target too."""
     sampler = Sampler(hmc.init, kernel, {"step_size": S} | tuning, K=40)
     keys = noise.example_keys(jax.random.key(0), jnp.arange(500))
     conditionals = CONDITIONALS._replace(sampler=sampler)
@@ -99,15 +99,15 @@ def test_a_warm_up_finds_the_steps_of_the_target_acceptance(kernel, tuning):
 
 
 @pytest.mark.parametrize(("kernel", "tuning"), KERNELS, ids=["mala", "hmc"])
-def test_an_adjusted_ladder_has_the_exact_moments_of_the_data(kernel, tuning):
-    """No bias is left where chains are long and their ends accepted: x_0 is data with noise.
+def test_generation_with_a_metropolis_test_has_the_exact_moments_of_the_data(kernel, tuning):
+    """Long chains have no bias: x_0 is distributed as data with the noise of level 0.
 
-    The steps are nearly as long as the conditionals are wide. Langevin fails this (tried).
+    The step sizes are almost the widths of the conditionals. Langevin fails this test.
     """
     n = 50_000
     t = jnp.arange(6)
-    pull = (1 - SCHEDULE.is_marginal(t)) / SCHEDULE.sigma[1:] ** 2
-    step_size = 0.8 / jnp.sqrt(1 / marginal(t)[1] + pull)
+    noise_precision = (1 - SCHEDULE.is_marginal(t)) / SCHEDULE.sigma[1:] ** 2
+    step_size = 0.8 / jnp.sqrt(1 / marginal_moments(t)[1] + noise_precision)
     sampler = Sampler(hmc.init, kernel, {"step_size": step_size} | tuning, K=40)
     keys = noise.example_keys(jax.random.key(0), jnp.arange(n))
     conditionals = CONDITIONALS._replace(sampler=sampler)
@@ -120,10 +120,10 @@ def test_an_adjusted_ladder_has_the_exact_moments_of_the_data(kernel, tuning):
 
 
 @pytest.mark.parametrize("x_tilde", [-2.0, 1.0])
-def test_the_top_level_is_drawn_from_the_marginal_whatever_the_noise_above(x_tilde):
-    """And neither y nor x_{T-1} is scaled. Of data with two modes; MALA's steps are long.
+def test_top_level_is_drawn_from_the_unscaled_marginal_for_any_x_tilde(x_tilde):
+    """The data have two modes, and MALA's steps are long enough to move between them.
 
-    Fails with the quadratic term kept at the top, and with x divided by a_T there.
+    Fails if the quadratic term is kept at the top, or x is divided by a_T there.
     """
     n, t = 100_000, 5
     data = mixtures.isotropic(np.array([[-0.5], [2.5]]), 0.2, np.array([0.4, 0.6]))
@@ -146,13 +146,13 @@ def test_the_top_level_is_drawn_from_the_marginal_whatever_the_noise_above(x_til
         assert_mean(np.float64(x[:, 0]) ** power, mean, square - mean**2, of=2)
 
 
-def test_a_chain_that_is_stopped_goes_on_as_if_it_had_not_been():
+def test_a_chain_run_in_two_calls_equals_a_chain_run_in_one():
     keys = noise.example_keys(jax.random.key(0), jnp.arange(4))
     x_tilde, t = jax.random.normal(jax.random.key(1), (4, 3)), jnp.array([0, 2, 4, 5])
 
     def run(position, first, last):
         return ladder.run_chain(
-            keys, LANGEVIN, lambda y: gaussian(y, t), position, t, jnp.arange(first, last)
+            keys, LANGEVIN, lambda y: exact_F(y, t), position, t, jnp.arange(first, last)
         )[0]
 
     whole = run(x_tilde, 0, 9)
@@ -160,19 +160,26 @@ def test_a_chain_that_is_stopped_goes_on_as_if_it_had_not_been():
     assert np.abs(run(run(x_tilde, 0, 4), 0, 5) - whole).max() > 0.01
 
 
-COSTS = [(langevin, {}, (0, 4)), (normal_approximation, {}, (0, 4)), (mala, {}, (5, 5))]
-COSTS.append((hmc, {"leapfrog": jnp.full(6, 3)}, (13, 13)))
+# Kernel, tuning, and the numbers of values and gradients that 4 steps compute.
+COSTS = [
+    (langevin, {}, (0, 4)),
+    (normal_approximation, {}, (0, 4)),
+    (mala, {}, (5, 5)),
+    (hmc, {"leapfrog": jnp.full(6, 3)}, (13, 13)),
+]
 
 
 @pytest.mark.parametrize(
-    ("module", "tuning", "cost"), COSTS, ids=[m.__name__.split(".")[-1] for m, *_ in COSTS]
+    ("module", "tuning", "cost"),
+    COSTS,
+    ids=[module.__name__.split(".")[-1] for module, _, _ in COSTS],
 )
-def test_a_chain_computes_no_density_and_no_gradient_that_it_does_not_use(module, tuning, cost):
-    """Counted where they are computed, in 4 steps: of the value, and of the gradient.
+def test_chains_compute_only_the_values_and_gradients_that_they_use(module, tuning, cost):
+    """Counts them at run time, inside the log-density.
 
-    HMC's trajectories carry the value along; a network's is one sum more than its gradient.
-
-    Fails with a gradient at Langevin's start, and where a step's log-density is summed up.
+    HMC computes the value along its trajectories too; for a network, that is one sum more than
+    the gradient alone. Fails if Langevin computes a gradient at its starting point, or if the
+    log-density of every step is accumulated.
     """
     counted = collections.Counter()
 
@@ -184,15 +191,15 @@ def test_a_chain_computes_no_density_and_no_gradient_that_it_does_not_use(module
         return jax.pure_callback(count, jax.typeof(value), value)
 
     @jax.custom_vjp
-    def half_square(y):
+    def log_density(y):
         return counting("value", -jnp.sum(y**2, axis=1) / 2)
 
-    half_square.defvjp(
-        lambda y: (half_square(y), y),
-        lambda y, ct: (counting("gradient", -y * ct[:, None]),),
+    log_density.defvjp(
+        lambda y: (log_density(y), y),
+        lambda y, cotangent: (counting("gradient", -y * cotangent[:, None]),),
     )
     sampler = Sampler(module.init, module.kernel, {"step_size": S} | tuning, K=4)
-    conditionals = Conditionals(lambda y, t: half_square(y), SCHEDULE, sampler)
+    conditionals = Conditionals(lambda y, t: log_density(y), SCHEDULE, sampler)
     keys = noise.example_keys(jax.random.key(0), jnp.arange(3))
     chain = jax.jit(lambda x: ladder.sample_conditional(keys, conditionals, x, jnp.arange(3)))
     jax.block_until_ready(chain(jnp.ones((3, 2))))

@@ -52,9 +52,9 @@ def model_of(T, batch_size=256):
 def diffused(x, key, t, schedule):
     """Returns y and x_tilde of level t in float64, given the noise that the data meet."""
     keys = noise.fold(noise.example_keys(jax.random.fold_in(key, t), jnp.arange(len(x))), 0)
-    steps = jnp.full(len(x), t)
-    x_t, x_tilde = map(np.float64, diffusion.diffuse_pair(keys, x, steps, schedule))
-    return np.float64(schedule.a_y(t)) * x_t, x_tilde
+    level = jnp.full(len(x), t)
+    x_t, x_tilde = map(np.float64, diffusion.diffuse_pair(keys, x, level, schedule))
+    return np.float64(schedule.a_y(level))[0] * x_t, x_tilde
 
 
 @pytest.mark.parametrize("batch_size", [4, 256])

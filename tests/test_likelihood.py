@@ -118,8 +118,8 @@ def test_the_mean_lies_between_the_bounds_in_either_unit():
     [
         (["--model=nonesuch"], "'nonesuch'"),
         (["--config.likelihood.chains=0"], "likelihood.chains is 0.*positive"),
-        (["--config.likelihood.burn_in=-1"], "likelihood.burn_in is -1.*negative"),
-        (["--config.likelihood.target_acceptance=1.0"], r"target_acceptance.*\(0, 1\)"),
+        (["--config.likelihood.burn_in=-1"], "likelihood.burn_in is -1"),
+        (["--config.likelihood.target_acceptance=1.0"], "likelihood.target_acceptance is 1.0"),
         (["--config.data.name=folder:nonesuch"], "folder:nonesuch"),
     ],
 )

@@ -19,7 +19,7 @@ KEY = jax.random.key(0)
         ("checkerboard", ["#.#.", ".#.#", "#.#.", ".#.#"]),
     ],
 )
-def test_a_mask_hides_what_its_name_says(name, hidden):
+def test_a_mask_hides_the_region_that_it_is_named_after(name, hidden):
     known = masks.named(name, 4, KEY)
     assert known.shape == (4, 4, 1)
     assert known.dtype == np.bool_
@@ -27,19 +27,19 @@ def test_a_mask_hides_what_its_name_says(name, hidden):
 
 
 @pytest.mark.parametrize("size", [2, 3, 5, 8, 33])
-def test_two_halves_hide_every_pixel_once(size):
-    for one, other in (("left", "right"), ("top", "bottom")):
-        hidden = [~masks.named(name, size, KEY) for name in (one, other)]
-        assert np.all(hidden[0] ^ hidden[1])
+def test_opposite_halves_hide_every_pixel_once(size):
+    for half, opposite in (("left", "right"), ("top", "bottom")):
+        hidden, others = (~masks.named(name, size, KEY) for name in (half, opposite))
+        assert np.all(hidden ^ others)
 
 
 @pytest.mark.parametrize("fraction", [0.1, 0.5, 0.93])
-def test_a_random_mask_hides_its_fraction_anywhere(fraction):
+def test_a_random_mask_hides_its_fraction_with_equal_probability_everywhere(fraction):
     known = np.stack(
         [masks.named(f"random:{fraction}", 8, jax.random.key(i)) for i in range(200)]
     )
     np.testing.assert_array_equal(np.sum(~known, axis=(1, 2, 3)), round(fraction * 64))
-    # Each pixel is as likely as another: 64 binomials, false alarm 64 * 4e-8.
+    # Each pixel's count is binomial; the rate of false alarms is 64 * 4e-8.
     spread = np.sqrt(fraction * (1 - fraction) / 200)
     assert np.abs(np.mean(~known, axis=0) - fraction).max() < 5.5 * spread + 0.01
     again = masks.named(f"random:{fraction}", 8, jax.random.key(7))
@@ -49,34 +49,35 @@ def test_a_random_mask_hides_its_fraction_anywhere(fraction):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("center", "'center' is unknown: did you mean 'centre'.*checkerboard, random:0.5"),
-        ("botom", "did you mean 'bottom'"),
-        ("randm:0.5", "did you mean 'random'"),
-        ("", "'' is unknown: Masks are"),
-        *((f"random{rest}", r"'random.*in \(0, 1\)") for rest in ("", ":", ":x", ":0", ":1")),
-        *((f"random:{value}", r"in \(0, 1\)") for value in ("-0.5", "1.5", "nan", "inf")),
+        ("center", "'center'.* 'centre'.*checkerboard.*random:0.5"),
+        ("botom", "'botom'.* 'bottom'"),
+        ("randm:0.5", "'randm:0.5'.* 'random'"),
+        ("", "''.*centre.*random:0.5"),
+        *((f"random{rest}", rf"'random{rest}'.*\(0, 1\)") for rest in ("", ":", ":x")),
+        *(
+            (f"random:{value}", rf"'random:{value}'.*\(0, 1\)")
+            for value in ("0", "1", "-0.5", "1.5", "nan", "inf")
+        ),
     ],
 )
-def test_a_name_that_is_no_mask_is_refused_in_a_line(name, words):
-    with pytest.raises(UserError, match=words) as error:
+def test_unknown_names_and_fractions_are_errors_of_one_line(name, words):
+    with pytest.raises(UserError, match=f"^[^\n]*{words}[^\n]*$"):
         masks.named(name, 8, KEY)
-    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
     ("known", "words"),
     [
-        (np.zeros((8, 9, 1), bool), "mask is 8x9x1, the images are 8x8"),
-        (np.zeros((8, 8), bool), "mask is 8x8, the images"),
-        (np.zeros((8, 8, 3), bool), "8x8x3"),
+        (np.zeros((8, 9, 1), bool), "mask is 8x9x1,.* 8x8"),
+        (np.zeros((8, 8), bool), "mask is 8x8,.* 8x8x1"),
+        (np.zeros((8, 8, 3), bool), "mask is 8x8x3,"),
         (np.zeros((8, 8, 1)), "float64"),
-        (np.ones((8, 8, 1), bool), "hides no pixel"),
-        (np.zeros((8, 8, 1), bool), "hides every pixel"),
-        (masks.named("random:0.001", 8, KEY), "hides no pixel"),
-        (masks.named("random:0.999", 8, KEY), "hides every pixel"),
+        (np.ones((8, 8, 1), bool), "no pixel"),
+        (np.zeros((8, 8, 1), bool), "every pixel"),
+        (masks.named("random:0.001", 8, KEY), "no pixel"),
+        (masks.named("random:0.999", 8, KEY), "every pixel"),
     ],
 )
-def test_what_cannot_be_a_mask_is_refused_in_a_line(known, words):
-    with pytest.raises(UserError, match=words) as error:
+def test_masks_that_do_not_fit_the_images_are_errors_of_one_line(known, words):
+    with pytest.raises(UserError, match=f"^[^\n]*{words}[^\n]*$"):
         masks.require_mask(known, (8, 8, 3))
-    assert "\n" not in str(error.value)

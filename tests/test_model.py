@@ -21,12 +21,12 @@ PACKAGE = str(Path(drl_jax.__file__).parent)
 
 @pytest.fixture(scope="module")
 def model():
-    """Exact energies of white noise, as 2x2 images on T = 6 levels."""
+    """A model with the exact energies of white noise, on T6 and images of 2x2 pixels."""
     return exact.model(mixtures.gaussian(np.zeros(4), np.eye(4)), 6, shape=(2, 2, 1))
 
 
 def with_kernel(model, kernel, **tuning):
-    """The same model with another kernel, compiled anew."""
+    """Returns a newly compiled model with another kernel."""
     tuning = {"step_size": jnp.full(6, 0.5)} | tuning
     init = hmc.init if kernel is hmc.kernel else langevin.init
     sampler = Sampler(init, kernel, tuning, K=2)
@@ -35,7 +35,10 @@ def with_kernel(model, kernel, **tuning):
 
 
 def test_a_sampling_request_goes_through_at_most_five_calls(model):
-    """Between `Model.sample` and the kernel; functions inside functions count as one."""
+    """Counts the functions called between `Model.sample` and the kernel.
+
+    A function defined inside another one counts as part of it.
+    """
     calls = []
 
     def kernel(keys, state, log_density_fn, **tuning):
@@ -51,13 +54,13 @@ def test_a_sampling_request_goes_through_at_most_five_calls(model):
         assert 0 < len(between) <= 5, between
 
 
-def test_a_model_cannot_be_changed(model):
+def test_models_are_immutable(model):
     for field in dataclasses.fields(Model):
         with pytest.raises(dataclasses.FrozenInstanceError):
             setattr(model, field.name, None)
 
 
-def test_adapt_returns_a_new_model_and_leaves_the_old_one_as_it_was(model):
+def test_adapt_returns_a_new_model_and_does_not_change_the_old_one(model):
     leapfrog = jnp.full(6, 3)
     old = with_kernel(model, hmc.kernel, leapfrog=leapfrog)
     before = old.step_size.copy()
@@ -78,7 +81,7 @@ def test_other_step_sizes_and_parameters_compile_nothing(model):
     assert model.programs.generate._cache_size() == count
 
 
-def test_samples_in_batches_are_the_samples(model):
+def test_samples_do_not_depend_on_the_batches_in_which_they_are_drawn(model):
     key = jax.random.key(3)
     small = Model.create(model.method, model.params, model.mesh, batch_size=8)
     batches = list(small.sample_batches(key, 19))
@@ -86,7 +89,7 @@ def test_samples_in_batches_are_the_samples(model):
     np.testing.assert_array_equal(np.concatenate(batches), small.sample(key, 19))
 
 
-def test_descending_with_a_stop_gives_the_same_samples(model):
+def test_descending_in_two_calls_gives_the_same_samples_as_in_one(model):
     key = jax.random.key(1)
     x_T = np.random.default_rng(0).normal(size=(5, 2, 2, 1))
     halfway = model.descend(key, x_T, top=6, bottom=3)
@@ -99,7 +102,7 @@ def test_descending_with_a_stop_gives_the_same_samples(model):
 
 
 @pytest.mark.parametrize(("top", "bottom"), [(7, 0), (3, -1), (2, 3)])
-def test_levels_that_do_not_exist_are_refused(model, top, bottom):
+def test_levels_that_do_not_descend_from_T_to_0_are_errors(model, top, bottom):
     with pytest.raises(UserError, match=f"{top}.* {bottom}.* 6 "):
         model.descend(jax.random.key(0), np.zeros((1, 2, 2, 1)), top, bottom)
 
@@ -107,17 +110,17 @@ def test_levels_that_do_not_exist_are_refused(model, top, bottom):
 def test_the_log_density_of_exact_energies_is_that_of_the_data(model):
     x = np.random.default_rng(0).normal(size=(7, 2, 2, 1)).astype(np.float32)
     t = np.full(7, 5)
-    white = -(np.square(x).sum(axis=(1, 2, 3)) + 4 * np.log(2 * np.pi)) / 2
-    np.testing.assert_allclose(model.log_density(x, t), white, rtol=1e-4)
+    exact_log_density = -(np.square(x).sum(axis=(1, 2, 3)) + 4 * np.log(2 * np.pi)) / 2
+    np.testing.assert_allclose(model.log_density(x, t), exact_log_density, rtol=1e-4)
 
 
-def test_a_model_describes_itself(model):
+def test_repr_names_the_shape_levels_sampler_and_devices(model):
     for part in ("(2, 2, 1)", "T=6", "langevin", f"devices={model.mesh.size}"):
         assert part in repr(model)
 
 
 @pytest.mark.parametrize(
-    ("x", "named"),
+    ("x", "words"),
     [
         (np.zeros((1, 2, 2, 1), np.uint8), "uint8"),
         (np.zeros((1, 2, 3, 1)), "1x2x3x1.* 2x2x1"),
@@ -127,11 +130,11 @@ def test_a_model_describes_itself(model):
         (np.full((1, 2, 2, 1), np.nan), "nan"),
     ],
 )
-def test_arrays_that_are_no_images_of_the_model_are_refused(x, named):
-    with pytest.raises(UserError, match=named):
+def test_arrays_that_do_not_fit_the_model_are_errors(x, words):
+    with pytest.raises(UserError, match=words):
         model_lib.as_images(x, (2, 2, 1))
 
 
-def test_images_may_leave_the_range_by_rounding():
+def test_images_may_leave_the_range_by_a_rounding_error():
     x = np.full((1, 2, 2, 1), 1.000001)
     np.testing.assert_array_equal(model_lib.as_images(x, (2, 2, 1)), np.float32(x))

@@ -296,7 +296,7 @@ def test_generation_warm_up_and_inpainting_run_in_float64(module):
         conditionals = conditionals._replace(sampler=sampler)
         keys = noise.example_keys(jax.random.key(5), jnp.arange(2))
         x = jax.jit(lambda keys: ladder.generate(keys, conditionals, (5,)))(keys)
-        known = jnp.array([True, False, False, True, False])
+        known = jnp.tile(jnp.array([True, False, False, True, False]), (2, 1))
         inpainted = jax.eval_shape(
             lambda x: inpainting.inpaint(keys, conditionals, x, known, 2), x
         )

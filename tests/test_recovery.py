@@ -2,7 +2,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.statistical import assert_mean
+from helpers.statistical import assert_counts, assert_mean
+from scipy import stats
 
 from drl_jax import diffusion, noise, recovery
 from drl_jax.data import mixtures
@@ -263,6 +264,39 @@ def test_denoising_loss_has_the_gradient_of_the_divergence(energies):
             in_P = P**2 * sigma2[:-1] ** 2 / (1 + P * sigma2[:-1]) * variance_next[:-1]
             np.testing.assert_allclose(found[1, :-1] / weight[:-1], in_P, rtol=1e-6)
             np.testing.assert_allclose(found[0, :-1] / weight[:-1], 0, atol=1e-10)
+
+
+def test_positives_have_the_densities_of_the_levels_and_independent_noise():
+    """y has the density that F(·, t) learns, and x_tilde - y is noise of std sigma_{t+1}.
+
+    At the top y is x_{T-1} itself, and x_tilde - a_T y is the noise. Fails if y is scaled at
+    the top or not scaled below it, or x_tilde is drawn from the scaled y.
+    """
+    n = 100_000
+    data = mixtures.isotropic(np.array([[-0.9], [0.9]]), 0.2, np.array([0.4, 0.6]))
+    keys = noise.example_keys(jax.random.key(0), jnp.arange(n))
+
+    @jax.jit
+    def draw(t):
+        x = data.sample(noise.fold(keys, 0))
+        return recovery.positives(noise.fold(keys, 1), x, jnp.full(n, t), SCHEDULE)
+
+    for t in range(6):
+        y, x_tilde = (np.asarray(v, np.float64)[:, 0] for v in draw(t))
+        marginal = mixtures.marginal if t == 5 else mixtures.energy_marginal
+        density = marginal(data, t, SCHEDULE)
+        component_cdf = stats.norm.cdf(
+            y[:, None], density.means[:, 0], np.sqrt(density.variances[:, 0])
+        )
+        a = SCHEDULE.a[6] if t == 5 else 1.0
+        eps = (x_tilde - a * y) / SCHEDULE.sigma[t + 1]
+        # y and eps are independent, so all of 6 x 6 cells have equal probability.
+        row, column = (
+            np.minimum((6 * u).astype(int), 5)
+            for u in (component_cdf @ np.exp(density.log_weights), stats.norm.cdf(eps))
+        )
+        counts = np.bincount(6 * row + column, minlength=36)
+        assert_counts(counts, np.full(36, 1 / 36), of=6)
 
 
 @pytest.mark.parametrize("draw", [recovery.positives, recovery.expected_positives])

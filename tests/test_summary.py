@@ -21,7 +21,7 @@ def test_a_summary_contains_the_moments_score_and_features_of_all_images():
         frechet.covariance(found.moments)[:3, :3], np.cov(pixels, rowvar=False), rtol=1e-10
     )
     np.testing.assert_array_equal(found.features[:, :3], pixels)
-    assert found.score == pytest.approx(scores.inception_score(pixels), rel=1e-6)
+    assert found.score == pytest.approx(scores.inception_score(np.float32(pixels)), rel=1e-6)
 
 
 def test_a_summary_reads_n_images_and_leaves_the_rest_of_the_stream():

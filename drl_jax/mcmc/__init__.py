@@ -11,5 +11,5 @@ are [B], one per chain. Every State has a field `position`, and every Info a fie
 [B], the acceptance probability of the step.
 
 A kernel makes one step of every chain. Loops over steps, networks, configurations and devices
-are the caller's business.
+are left to the caller.
 """

@@ -66,8 +66,8 @@ def kernel(
       state: the chains.
       log_density_fn: log p up to a constant.
       step_size: ε, one number per chain.
-      leapfrog: L, the number of leapfrog steps, one per chain. All chains cost as much as the
-        longest trajectory.
+      leapfrog: L, the number of leapfrog steps, one per chain. Every chain costs as much as
+        the longest trajectory.
     """
     y = state.position
     momentum = noise.normal(noise.fold(keys, 0), y.shape[1:]).astype(y.dtype)

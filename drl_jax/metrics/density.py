@@ -227,10 +227,8 @@ def annealed(
             yield annealing
 
 
-def path_indices(
-    name: str, schedule: NoiseSchedule, budget: Budget
-) -> Int[np.ndarray, "moves+1"]:
-    """Returns the indices on the annealing path that a pass visits, in order.
+def path_indices(name: str, schedule: NoiseSchedule, budget: Budget) -> Int[np.ndarray, "V"]:
+    """Returns the V indices on the annealing path that a pass of V - 1 moves visits, in order.
 
     Args:
       name: 'down' or 'up'; the upward pass starts with the burn-in at level 0.

@@ -37,13 +37,13 @@ def level_statistics(
     method, engine = model.method, model.engine
 
     def program(shared, examples):
-        params, key, level = shared
+        params, tuning, key, level = shared
         indices, x = examples
         keys = noise.example_keys(key, indices)
         t = jnp.full(indices.shape, level)
         y_pos, x_tilde = recovery.positives(noise.fold(keys, 0), x, t, method.schedule)
         y_neg, acceptance = ladder.sample_conditional(
-            noise.fold(keys, 1), method.conditionals(params), x_tilde, t
+            noise.fold(keys, 1), method.conditionals(params, tuning), x_tilde, t
         )
         f = functools.partial(method.energy.f, params)
         moved = recovery.displacement(y_neg, x_tilde)
@@ -54,7 +54,7 @@ def level_statistics(
     statistics: dict[str, list[float]] = {"level": [float(t) for t in levels]}
     statistics |= {name: [] for name in STATISTICS}
     for level in levels:
-        shared = model.params, jax.random.fold_in(key, level), level
+        shared = model.params, method.sampler.tuning, jax.random.fold_in(key, level), level
         batches = engine.run(compiled, shared, engine.split((np.arange(len(x)), x)))
         for name, values in zip(STATISTICS, zip(*batches, strict=True), strict=True):
             statistics[name].append(float(np.mean(np.concatenate(values))))

@@ -55,7 +55,10 @@ def of_data(
             return summary
     log.info("computing the Inception statistics of the data, once, from %d images", n)
     stream = (pipeline.to_uint8(x) for x in pipeline.all_examples(config, source, limit=n))
-    summary = summarise(extractor, progress.bar(iterable=stream, total=n, unit="image"), n)
+    bar = progress.bar(iterable=stream, total=n, unit="image")
+    summary = summarise(
+        extractor, iter(bar), n
+    )  # a bar has a length, but can be read only once
     for file in files:
         try:
             write(file, summary)

@@ -13,8 +13,8 @@ The gradients that autodiff makes of a convolution are slow to run or to compile
 
 On CPUs, wide convolutions and their kernel gradients use Winograd's algorithm (`winograd.py`).
 
-The derivatives of the convolution and of its kernel gradient are expressed by each other, so
-all of this holds for derivatives of any order.
+The derivatives of the convolution and of its kernel gradient are expressed in terms of each
+other, so all of this holds for derivatives of any order.
 """
 
 import jax
@@ -133,9 +133,9 @@ def _kernel_gradient_by_convolution(x, g):
 def _kernel_gradient_by_blocks(x, g):
     """Computes the kernel gradient in blocks of BLOCK_CHANNELS channels of x and of g.
 
-    All widths then have blocks of one shape per image size. With barriers to keep neighbouring
-    operations from being fused into them, XLA:TPU compiles each shape once; a program per width
-    would take seconds each.
+    The shape of a block then depends only on the image size, not on the width. The barriers keep
+    neighbouring operations from being fused into the blocks, so XLA:TPU compiles each shape
+    once; one program per width would take seconds each.
     """
 
     def split(a):

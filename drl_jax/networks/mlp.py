@@ -9,7 +9,7 @@ from drl_jax.networks.resnet import leaky_relu, time_embedding
 
 # Angle of the time embedding's fastest sinusoid at t = T [radians]. With one radian per level,
 # as for images, each of a thousand levels would be learned separately; the lowest levels, where
-# noise hides most of the signal, would then not have enough training data.
+# the loss is mostly noise, would then not have enough training data.
 MAX_ANGLE = 10.0
 
 # Standard deviation of the Fourier features' initial frequencies [radians per unit of x].
@@ -20,8 +20,8 @@ class MLP(nn.Module):
     """f(x, t) for vectors x [B, D] and levels t [B], one number per vector.
 
     The input is x together with learned Fourier features of it, without which fine detail takes
-    long to learn (Tancik et al. 2020). Its activations of x are smooth (sine, swish), since a
-    Langevin chain follows its gradient.
+    long to learn (Tancik et al. 2020). The activations are smooth in x (sine, swish), since
+    Langevin chains follow the gradient of f.
 
     Attributes:
       width: width of every hidden layer.

@@ -1,7 +1,7 @@
 """The paper's network for images: a time-conditional Wide ResNet without normalisation layers.
 
 (Gao et al. 2021, appendix B.) The second convolution of every block is initialised close to
-zero, so that at first the blocks pass on their skip connections.
+zero, so that every block is close to its skip connection at first.
 """
 
 import functools
@@ -82,9 +82,9 @@ class Block(nn.Module):
 class ResNet(nn.Module):
     """f(x, t) for images x [B, H, W, C] and levels t [B], one number per image.
 
-    Convolutions multiply in the images' dtype, in which activations are stored, too. They
-    accumulate in the parameters' dtype, in which the sum over pixels and the time embedding are
-    computed.
+    Convolutions multiply in the images' dtype, which is also that of stored activations. They
+    accumulate in the parameters' dtype, which is also that of the sum over pixels and of the
+    time embedding.
 
     Attributes:
       ch: number of channels at the first resolution.
@@ -124,8 +124,8 @@ def mean_pool(x: Float[Array, "B H W C"]) -> Float[Array, "B H/2 W/2 C"]:
 def spectral_rule(path: str) -> Literal["to_one", "down_to_one"] | None:
     """Returns how `spectral.normalise` treats the parameter at a path.
 
-    Scales every kernel but the head's to norm one. The second kernel of a block, which is
-    initialised close to zero, is only ever scaled down.
+    Every kernel but the head's is scaled to spectral norm one. The second kernel of a block,
+    which is initialised close to zero, is only ever scaled down.
     """
     *_, module, name = path.split("/")
     if name != "kernel" or module == "head":

@@ -1,4 +1,4 @@
-"""The number of devices that JAX makes of a CPU.
+"""Chooses the number of devices that JAX makes of a CPU.
 
 XLA:CPU splits every operation over its threads, each of which waits for the slowest. With one
 device per core instead, every core computes its own examples and waits only at the end of a
@@ -16,7 +16,7 @@ def count(config: ConfigDict | None = None) -> int:
     """Returns the number of CPU devices to request: at most one per core.
 
     This is the largest number that divides the training batch and fits the mesh. Without a
-    configuration nothing is trained, and any number will do, since other batches are padded.
+    configuration nothing is trained, and only the cores limit it, since other batches are padded.
     """
     affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1

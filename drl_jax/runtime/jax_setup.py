@@ -54,7 +54,7 @@ def prepare(cpu_devices: int = 1, environment: Mapping[str, str] | None = None) 
 
 
 def has_google_hardware() -> bool:
-    """Returns whether Google made a device on the PCI bus, as it made every TPU."""
+    """Returns whether the PCI bus has a device made by Google, as every TPU is."""
     vendors = epath.Path("/sys/bus/pci/devices").glob("*/vendor")
     return any(vendor.read_text().strip() == "0x1ae0" for vendor in vendors)
 

@@ -149,8 +149,8 @@ def joined(job: Job) -> Iterator[None]:
         ) from error
     try:
         log.info(
-            "joined as process %d of %d: if one is lost, the others end after --timeout=%d "
-            "seconds at the latest, and the same command resumes from the newest checkpoint",
+            "joined as process %d of %d: if one is lost, the others end within about "
+            "--timeout=%d seconds, and the same command resumes from the newest checkpoint",
             jax.process_index(),
             jax.process_count(),
             job.timeout,

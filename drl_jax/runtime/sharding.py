@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from drl_jax.errors import UserError
@@ -29,7 +29,7 @@ def make_mesh(
     """Returns the mesh of the devices.
 
     Args:
-      devices: default: all devices of all processes.
+      devices: devices of the mesh; by default all devices of all processes.
       data: number of devices along `data`; -1: all that `fsdp` leaves.
       fsdp: number of devices along `fsdp`.
 
@@ -51,7 +51,7 @@ def make_mesh(
     return Mesh(np.array(devices).reshape(-1, fsdp), AXES, axis_types=types)
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Returns the sharding of arrays that every device holds in full, such as parameters."""
     return NamedSharding(mesh, PartitionSpec())
 
@@ -61,7 +61,7 @@ def by_example(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(AXES))
 
 
-def fully_sharded(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+def fully_sharded(shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Returns the sharding of an array of the training state, given its shape.
 
     The longest axis that is divisible by the number of `fsdp` devices is split over them.
@@ -157,7 +157,9 @@ def _device_varying(shared: PyTree) -> PyTree:
     return jax.lax.pcast(shared, AXES, to="varying")
 
 
-def require_divisible(batch_size: int, mesh: Mesh, field: str, accumulate: int = 1) -> None:
+def require_divisible(
+    batch_size: int, mesh: Mesh | AbstractMesh, field: str, accumulate: int = 1
+) -> None:
     """Raises if a batch cannot be split equally over the devices.
 
     Args:

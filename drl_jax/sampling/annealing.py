@@ -104,8 +104,8 @@ class Segment(NamedTuple):
 
     Attributes:
       x: last positions of the chains.
-      log_weights: what each move added to log w. Thousands of them are to be summed in
-        float64.
+      log_weights: increment of log w by each move. Sum them in float64, since there can be
+        thousands.
       acceptance: mean acceptance probability of each move's transitions.
     """
 
@@ -133,8 +133,8 @@ def anneal(
       keys: one key per chain.
       F: log-density of the levels.
       x: samples of the first distribution.
-      move: number of each move, folded into the keys, so that the moves can be divided into
-        calls anywhere.
+      move: number of each move, folded into the keys, so that the moves can be split into
+        several calls at any point.
       start: indices of distributions on the path.
       end: indices of distributions on the path.
       path: intermediate distributions.
@@ -238,7 +238,7 @@ class Partition(NamedTuple):
         return self.upper.log_Z - self.lower.log_Z
 
 
-def partition(down: Float[np.ndarray, "n R"], up: Float[np.ndarray, "m R"]) -> Partition:
+def partition(down: Float[np.ndarray, "n R"], up: Float[np.ndarray, "m S"]) -> Partition:
     """Bounds log Z, given the log-weights of all moves in both directions."""
     lower, upper = (bound(np.float64(log_w).sum(axis=1)) for log_w in (down, up))
     return Partition(lower, upper._replace(log_Z=-upper.log_Z))
@@ -288,15 +288,15 @@ def log_volume(
     Here q(x_0 | x) is the noise of `noisy_log_density`, v are the possible values of a pixel,
     and the decoder is P(x | x_0) = q(x_0 | x) / sum_v q(x_0 | v), pixel by pixel (Kingma et
     al. 2021, eq. 8). This accounts for the noise in x_0, the scaling to [-1, 1] and the
-    rounding of pixels. Where the noise is at least as wide as the distance of two values, as
-    for 8 bits even without u, the term is the log-volume of a pixel's bin in x_0; where the
-    model can tell neighbouring values apart, it is smaller only by what that requires.
+    rounding of pixels. Where the noise is at least as wide as the distance between neighbouring
+    values, as for 8 bits even without u, the term is the log-volume of a pixel's bin in x_0;
+    with narrower noise it is smaller.
     Bits per dimension are -log P(x) / (D log 2).
 
     Args:
       x_0: noisy images whose pixels were -1 + 2 i / (values - 1).
       values: number of possible values of a pixel: 256 for 8 bits.
-      dequantised: whether the noise includes u, as wide as the distance of two values.
+      dequantised: whether the noise includes u, as wide as the distance between values.
       schedule: noise levels.
     """
     a, sigma = schedule.a_bar[0], schedule.sigma_bar[0]

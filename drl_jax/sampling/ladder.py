@@ -1,4 +1,4 @@
-"""Sampling from one level's conditional, and down the whole ladder of noise levels.
+"""Sampling from the conditional of one level, and through all levels from T down to 0.
 
 Generation (Gao et al. 2021, algorithm 2) starts from white noise x_T. At each level
 t = T-1, ..., 0 it runs K Markov chain Monte Carlo steps on p(y | x_{t+1}), starting from
@@ -140,7 +140,7 @@ def descend(
 
     The noise of a level depends only on the example's key and the level, so descending from
     T to t and then from t to 0 gives the same samples as descending from T to 0. The levels
-    are traced values: the program need not be recompiled for others.
+    are traced values, so other values need no recompilation.
 
     Args:
       keys: one key per example; an example depends only on its own key and x.
@@ -177,7 +177,7 @@ def warm_up(
     num_steps: int,
     target: float,
 ) -> tuple[Float[Array, "T"], Float[Array, "T"]]:
-    """Adapts the step size of every conditional, on B ladders that are then discarded.
+    """Adapts the step size of every conditional, on B chains that are then discarded.
 
     Returns the step size and the mean acceptance probability of every level.
     """

@@ -84,7 +84,7 @@ def remove(path: epath.Path) -> None:
 
 
 class _Discard(io.BytesIO):
-    """The file that processes other than the first write to: it keeps nothing."""
+    """A file that discards what is written to it, for all processes but the first."""
 
     def write(self, content: Any) -> int:
         return len(memoryview(content))

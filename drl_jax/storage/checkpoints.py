@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"  # name of their folder in the work directory
 ITEMS = ("state", "config")  # the folders in each checkpoint
-CHECKSUMS = "crc32.json"  # the file beside them with the checksums of all files inside
+CHECKSUMS = "crc32.json"  # the file beside these folders, with the checksums of their files
 DAMAGED = "damaged"  # suffix of a checkpoint that was set aside
 BLOCK = 2**24  # bytes of a file in memory while its checksum is computed
 
@@ -130,8 +130,8 @@ class Checkpoints:
         """Returns (config, state) of the newest undamaged checkpoint, None if there is none.
 
         Args:
-          abstract: configuration of the checkpoint -> `jax.ShapeDtypeStruct`s of its state. A
-            dict names some of the fields of the state: only these are restored. May raise
+          abstract: configuration of the checkpoint -> `jax.ShapeDtypeStruct`s of its state. If
+            it returns a dict of some fields of the state, only these are restored. May raise
             `UserError` to reject the configuration.
           sharding: shape of an array -> its sharding.
 

@@ -29,7 +29,7 @@ SHIPPED = epath.resource_path("drl_jax") / "shipped"
 
 
 class Run(NamedTuple):
-    """A training run, as far as using its result requires it.
+    """The result of a training run.
 
     Attributes:
       config: configuration of the run.

@@ -55,7 +55,7 @@ class Moments(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """What a checkpoint holds of a training state.
+    """The parts of a training state that a checkpoint holds.
 
     Attributes:
       step: number of training steps; 0 if the checkpoint does not record it.
@@ -168,7 +168,7 @@ def extract(tensors: Tensors, config: ConfigDict) -> Parts:
 
 
 def original_name(path: str) -> str:
-    """Returns the authors' name, within a network, of the parameter at our path."""
+    """Returns the authors' name of a parameter within a network, given its path in ours."""
     module, *inner, leaf = path.split("/")
     if module == "head":
         return "net/temb_dense_2/dense/" + {"kernel": "W", "bias": "b"}[leaf]

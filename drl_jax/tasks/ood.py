@@ -80,7 +80,8 @@ def run(
 
     def score(name: str, images: Iterable[Float[np.ndarray, "H W C"]], n: int) -> Scores:
         log.info("scoring %d images: %s", n, name)
-        return scorer(key, bar(iterable=images, desc=name, total=n, unit="image", leave=False))
+        shown = bar(iterable=images, desc=name, total=n, unit="image", leave=False)
+        return scorer(key, iter(shown))  # a bar has a length, but can be read only once
 
     data_scores = score(config.data.name, x, len(x))
     other_scores = {}

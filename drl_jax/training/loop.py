@@ -1,4 +1,4 @@
-"""The training loop: where the pure step meets data, checkpoints, logs and signals."""
+"""The training loop around the pure step: data, checkpoints, logs and signals."""
 
 import contextlib
 import logging
@@ -131,14 +131,14 @@ def initial_state(
 
 
 def warn_of_replicated_kernels(method: Method, training: Training, mesh: Mesh) -> None:
-    """Logs which kernels every device holds whole in spite of `config.mesh.fsdp`."""
+    """Logs which kernels every device holds in full in spite of `config.mesh.fsdp`."""
     params = train_state.abstract(method.energy, training.optimiser).params
     names = train_state.replicated_kernels(params, mesh)
     if not names:
         return
     more = f" and {len(names) - 4} more" if names[4:] else ""
     log.warning(
-        "config.mesh.fsdp = %d divides no axis of %s%s: every device holds these whole",
+        "config.mesh.fsdp = %d divides no axis of %s%s: every device holds these in full",
         mesh.shape[sharding.FSDP],
         ", ".join(names[:4]),
         more,
@@ -153,8 +153,8 @@ def run_keys(seed: int) -> Key[Array, "3"]:
 def fit(state: TrainState, job: Job, source: Source) -> TrainState:
     """Makes the remaining steps and returns the state after them.
 
-    A state is saved only after the next step has shown that its loss is sound. For this one
-    more step is made at the end, and its update is dropped.
+    A state is saved only after the next step has shown that the loss at this state is sound.
+    Therefore one more step is made at the end, and its update is dropped.
 
     Args:
       state: state before the first of these steps. It is donated.
@@ -221,7 +221,7 @@ def fit(state: TrainState, job: Job, source: Source) -> TrainState:
         if unchecked:
             progress.add(check(*unchecked))
         check(int(newest.step), metrics, newest)
-        job.checkpoints.wait()  # while signals are still held
+        job.checkpoints.wait()  # while signals are still caught
         if signum:
             raise Interrupted(signum, int(newest.step))
     return newest

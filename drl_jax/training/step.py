@@ -223,13 +223,13 @@ def uniform_levels(keys: Key[Array, "B"], schedule: NoiseSchedule) -> Int[Array,
 
 
 def log_noise_levels(keys: Key[Array, "B"], schedule: NoiseSchedule) -> Int[Array, "B"]:
-    """Draws levels about uniformly in the logarithm of their noise.
+    """Draws levels about uniformly in the logarithm of their signal-to-noise ratio.
 
     Level t has probability ∝ sigma_{t+1}² / sigma_bar_{t+1}². This is the inverse of the
     denoising loss's weight, so the mean loss over such draws is, up to a factor, the negative
-    log-likelihood of the conditionals, with equal weights for all levels. Uniform draws would
-    spend 3% of the examples on the lowest thirty of a thousand levels, which determine all
-    details finer than a tenth; this distribution spends half of them there.
+    log-likelihood of the conditionals, with equal weights for all levels. The lowest thirty of
+    a thousand levels, which determine all details finer than about 0.1, get 21% of the
+    examples; with uniform draws they would get 3%.
     """
     log_p = 2 * jnp.log(schedule.sigma[1:] / schedule.sigma_bar[1:])
     log_p = log_p.astype(jnp.float32)  # draws are float32, whatever the schedule is

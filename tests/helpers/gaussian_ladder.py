@@ -1,4 +1,4 @@
-"""T6 on normal data, whose every marginal is known, and a Langevin sampler for it."""
+"""T6 on normal data, whose marginals are known at every level, and a Langevin sampler."""
 
 import numpy as np
 
@@ -7,7 +7,8 @@ from drl_jax.data import mixtures
 from drl_jax.mcmc import langevin
 from drl_jax.sampling.ladder import Conditionals, Sampler
 
-MEAN, VARIANCE, K = 0.4, 0.25, 8  # of the data; chain steps
+MEAN, VARIANCE = 0.4, 0.25  # of the data
+K = 8  # Langevin steps per level
 SCHEDULE = diffusion.schedule(6)
 B_SQUARED = 2e-3
 S = recovery.step_sizes(SCHEDULE, B_SQUARED)
@@ -15,16 +16,16 @@ DATA = mixtures.gaussian(np.array([MEAN]), np.array([[VARIANCE]]))
 LANGEVIN = Sampler(langevin.init, langevin.kernel, {"step_size": S}, K)
 
 
-def marginal(t):
-    """Mean and variance of y_t for data N(MEAN, VARIANCE)."""
+def marginal_moments(t):
+    """Returns the mean and variance of y_t."""
     exact = mixtures.energy_marginal(DATA, t, SCHEDULE)
     return exact.means[..., 0, 0], exact.variances[..., 0, 0]
 
 
-def gaussian(y, t):
-    """F of the true marginals, every dimension by itself."""
+def exact_F(y, t):
+    """Returns the log-density of y_t, whose dimensions are independent copies of the data."""
     F = mixtures.exact_F(DATA, SCHEDULE)
     return sum(F(y[:, i : i + 1], t) for i in range(y.shape[1]))
 
 
-CONDITIONALS = Conditionals(gaussian, SCHEDULE, LANGEVIN)
+CONDITIONALS = Conditionals(exact_F, SCHEDULE, LANGEVIN)

@@ -162,7 +162,7 @@ def prepare(
             distributions.append(i * num_chains + condition_index)
         condition_images.append(x_t[conditions][condition_index[:COLUMNS]])
         references.append(fit(_flatten(x_t[rest])))
-        y = schedule.a_y(level) * x_t[exact]
+        y = schedule.a_y(jnp.asarray(level)) * x_t[exact]
         data["log_density"].append(_mean(model.log_density(y, t[exact])))
         displacement = recovery.displacement(y, jnp.asarray(x_tilde[exact]))
         data["displacement"].append(_mean(displacement))

@@ -1,0 +1,68 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from drl_jax import config as config_lib
+from drl_jax.networks import resnet
+from drl_jax.runtime import sharding
+from drl_jax.training import state as train_state
+
+ENERGY = resnet.energy(4, 1, ch=8, mult=(1,), N=1)
+
+
+def learning_rates(num_steps, **optim):
+    """Returns Adam's updates at a constant gradient, which are the learning rates."""
+    config = config_lib.default()
+    config.optim.update(optim)
+    optimiser = train_state.optimiser(config)
+    params = jnp.zeros(1)
+    opt_state = optimiser.init(params)
+    rates = []
+    for _ in range(num_steps):
+        update, opt_state = optimiser.update(jnp.ones(1), opt_state, params)
+        rates.append(-float(update[0]))
+    return rates
+
+
+def test_warm_up_increases_the_learning_rate_linearly_and_then_keeps_it_constant():
+    rates = learning_rates(6, learning_rate=1e-2, warmup_steps=4)
+    np.testing.assert_allclose(rates, [0.25e-2, 0.5e-2, 0.75e-2, 1e-2, 1e-2, 1e-2], rtol=1e-4)
+
+
+def test_learning_rate_decays_as_a_cosine_to_zero_after_the_warm_up():
+    rates = learning_rates(6, learning_rate=1.0, warmup_steps=2, decay_steps=6)
+    expected = [0.5, *(0.5 * (1 + np.cos(np.pi * np.arange(5) / 4)))]
+    np.testing.assert_allclose(rates, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_new_state_averages_its_initial_parameters_in_arrays_of_their_own():
+    state = train_state.create(jax.random.key(0), ENERGY, optax.adam(1e-3))
+    assert state.step == 0
+    jax.tree.map(np.testing.assert_array_equal, state.ema, state.params)
+    for average, param in zip(
+        jax.tree.leaves(state.ema), jax.tree.leaves(state.params), strict=True
+    ):
+        assert average.unsafe_buffer_pointer() != param.unsafe_buffer_pointer()
+
+
+def test_an_abstract_state_has_the_shapes_and_dtypes_of_a_new_state():
+    def shapes(state):
+        return jax.tree.map(lambda array: (array.shape, array.dtype), state)
+
+    optimiser = optax.adam(1e-3)
+    state = train_state.create(jax.random.key(0), ENERGY, optimiser)
+    assert shapes(train_state.abstract(ENERGY, optimiser)) == shapes(state)
+
+
+def test_replicated_kernels_are_those_without_an_axis_that_the_devices_divide():
+    params = {
+        "block": {"kernel": jnp.zeros((3, 3, 8, 16)), "bias": jnp.zeros(5)},
+        "conv_in": {"kernel": jnp.zeros((3, 3, 1, 5))},
+    }
+    (device, *_) = jax.devices()
+    for fsdp, replicated in ((2, ["conv_in/kernel"]), (1, [])):
+        # Only the numbers of devices along the axes of the mesh matter here.
+        mesh = Mesh(np.array([[device] * fsdp]), sharding.AXES)
+        assert train_state.replicated_kernels(params, mesh) == replicated
