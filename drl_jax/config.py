@@ -32,8 +32,8 @@ def default() -> ConfigDict:
                 "channels": 3,  # per pixel; for points, the number of coordinates
                 "crop": "centre",  # 'centre': to a square before resizing; 'none': no crop
                 "flip": True,  # random horizontal flips
-                # Width of the uniform noise added to pixels in [-1, 1]: 0, or the distance between
-                # neighbouring pixel values (2/255 for 8 bits).
+                # Width of the uniform noise added to pixels in [-1, 1]: 0, or the distance
+                # between neighbouring pixel values (2/255 for 8 bits).
                 "dequantise": 0.0,
             },
             "diffusion": {
@@ -98,7 +98,7 @@ def default() -> ConfigDict:
                 "distributions": 1000,  # intermediate distributions; at least one per level
                 "transitions": 5,  # of HMC, per intermediate distribution
                 "leapfrog": 1,  # leapfrog steps per transition; 1 is MALA
-                "burn_in": 200,  # moves, of `transitions` each, that turn data into samples of level 0
+                "burn_in": 200,  # moves at level 0, of `transitions` each, from data to samples
                 "target_acceptance": 0.8,
                 "warmup_steps": 20,  # per level
                 "max_gap": 0.1,  # largest usable gap between the bounds [bits per dimension]

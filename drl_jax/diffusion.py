@@ -16,8 +16,8 @@ from jaxtyping import Array, Float, Int, Key
 from drl_jax import noise
 from drl_jax.errors import UserError
 
-# The linear schedule of Ho et al. 2020, and a last beta of 1. Only T = 1000 uses that one: level T
-# is then exactly white noise. For smaller T, a_bar_T is 0.006.
+# The linear schedule of Ho et al. 2020, and a last beta of 1, which only T = 1000 uses. Level T
+# is then exactly white noise; for smaller T, a_bar_T is about 0.006.
 BETAS = np.append(np.linspace(1e-4, 0.02, 1000), 1.0)
 
 

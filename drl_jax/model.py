@@ -288,8 +288,8 @@ class Model:
     ) -> tuple[Chains, Observation]:
         """Runs chains on p(y | x_tilde), started at y = x_tilde, up to step `num_steps`.
 
-        Given chains from an earlier call, it continues them; the result is bit-identical to that
-        of one call. Levels and numbers of steps are traced, so other values need no new
+        Given chains from an earlier call, it continues them; the result is bit-identical to
+        that of one call. Levels and numbers of steps are traced, so other values need no new
         compilation.
 
         Args:

@@ -14,6 +14,8 @@ from helpers.bucket import Bucket
 
 from drl_jax.tasks import table
 
+pytestmark = pytest.mark.infrastructure
+
 PACKAGE = tiny.ROOT / "drl_jax"
 SHORT = {
     "train__num_steps": 10,

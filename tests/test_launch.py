@@ -16,6 +16,8 @@ from etils import epath
 from helpers import tiny
 from helpers.runs import steps, wait_until
 
+pytestmark = pytest.mark.infrastructure
+
 LAUNCH = tiny.ROOT / "launch"
 SCRIPTS = sorted(LAUNCH.glob("*.sh"))
 POD = ("run", "--zone=z", "--type=v4-32", "--poll=0")

@@ -8,8 +8,8 @@ is the conditional up to an error that vanishes with sigma (Gao et al. 2021, sec
 Intended for many levels (T1k), where sigma is small. This is one draw and not a Markov chain: a
 second step would not sample the conditional.
 
-It is equal to a Langevin step of size sqrt(2) s whose noise is divided by sqrt(2), and implemented
-as such.
+It is equal to a Langevin step of size sqrt(2) s whose noise is divided by sqrt(2), and
+implemented as such.
 """
 
 import math

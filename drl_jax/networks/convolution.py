@@ -133,9 +133,9 @@ def _kernel_gradient_by_convolution(x, g):
 def _kernel_gradient_by_blocks(x, g):
     """Computes the kernel gradient in blocks of BLOCK_CHANNELS channels of x and of g.
 
-    The shape of a block then depends only on the image size, not on the width. The barriers keep
-    neighbouring operations from being fused into the blocks, so XLA:TPU compiles each shape
-    once; one program per width would take seconds each.
+    The shape of a block then depends only on the image size, not on the width. The barriers
+    keep neighbouring operations from being fused into the blocks, so XLA:TPU compiles each
+    shape once; one program per width would take seconds each.
     """
 
     def split(a):

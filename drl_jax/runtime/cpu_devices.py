@@ -16,7 +16,8 @@ def count(config: ConfigDict | None = None) -> int:
     """Returns the number of CPU devices to request: at most one per core.
 
     This is the largest number that divides the training batch and fits the mesh. Without a
-    configuration nothing is trained, and only the cores limit it, since other batches are padded.
+    configuration nothing is trained, and any number up to `MAX_DEVICES` is possible, because
+    other batches are padded.
     """
     affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
