@@ -147,7 +147,7 @@ BELOW = {
 }
 
 # Settings of images that must have these values for points in the plane.
-OF_POINTS = {
+REQUIRED_FOR_POINTS = {
     "data.channels": 2,
     "data.flip": False,
     "data.dequantise": 0.0,
@@ -259,7 +259,7 @@ def validate(config: ConfigDict) -> None:
             f"it must exceed config.optim.warmup_steps, {config.optim.warmup_steps}, or be 0",
         )
     if config.energy.network == "mlp":
-        for name, wanted in OF_POINTS.items():
+        for name, wanted in REQUIRED_FOR_POINTS.items():
             if fields[name] != wanted:
                 raise invalid(
                     name,

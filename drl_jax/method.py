@@ -13,7 +13,7 @@ from drl_jax.diffusion import NoiseSchedule
 from drl_jax.errors import UserError
 from drl_jax.mcmc import hmc, langevin, mala, normal_approximation
 from drl_jax.networks import mlp, resnet
-from drl_jax.networks.energy import Energy, Params, computed_in
+from drl_jax.networks.energy import Energy, Params, with_dtype
 from drl_jax.recovery import LevelFn, Parameterisation
 from drl_jax.sampling.ladder import Conditionals, Sampler
 
@@ -65,7 +65,7 @@ def from_config(config: ConfigDict) -> Method:
     else:
         energy = resnet.energy(config.data.image_size, channels, ch, config.energy.mult, N)
     if config.energy.dtype == "bfloat16":
-        energy = computed_in(jnp.bfloat16, energy)
+        energy = with_dtype(jnp.bfloat16, energy)
     if config.energy.parameterisation == "step":
         s = recovery.step_sizes(schedule, config.mcmc.b_squared)
         parameterisation = Parameterisation(s**2, precision=0.0)

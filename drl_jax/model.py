@@ -21,7 +21,7 @@ from drl_jax.sampling import chains as chains_lib
 from drl_jax.sampling import inpainting, interpolation, ladder, masks
 from drl_jax.sampling.chains import Chains, Observation
 
-ROUNDING = 1e-5  # distance by which a resized image may leave [-1, 1]
+PIXEL_TOLERANCE = 1e-5  # distance by which a resized image may leave [-1, 1]
 
 _sample_strips = jax.jit(interpolation.sample_strips, static_argnames="frames")
 _image_strips = jax.jit(interpolation.image_strips, static_argnames="frames")
@@ -419,7 +419,7 @@ def as_images(x: ArrayLike, shape: tuple[int, ...]) -> Float[np.ndarray, "n H W 
         raise UserError(
             f"the images are an array of shape {given}: give one or more images of {wanted}"
         )
-    if not np.abs(x).max() <= 1 + ROUNDING:  # also true of NaN
+    if not np.abs(x).max() <= 1 + PIXEL_TOLERANCE:  # also true of NaN
         raise UserError(
             f"the images' pixels lie in [{x.min():g}, {x.max():g}]: scale or clip them to "
             "[-1, 1]"

@@ -145,7 +145,7 @@ def test_a_bound_has_the_standard_error_and_effective_sample_size_of_its_weights
     assert equal.effective_sample_size == pytest.approx(50)
     dominated = annealing.bound(np.append(np.zeros(49), 1000.0))
     assert dominated.effective_sample_size == 1
-    assert not dominated.meaningful
+    assert not dominated.reliable
     assert dominated.log_Z == pytest.approx(1000 - np.log(50))
 
 

@@ -35,7 +35,7 @@ class Full(io.FileIO):
 
 
 def write_half(file):
-    with atomic.whole(file) as half:
+    with atomic.replacing(file) as half:
         half.write(b"new")
         raise KeyboardInterrupt
 
@@ -43,15 +43,15 @@ def write_half(file):
 def test_a_file_is_replaced_in_one_step(folder, monkeypatch):
     """After a failed write the old content is there, and no other file."""
     file = folder / "file"
-    atomic.write_whole(file, b"old")
+    atomic.write_atomically(file, b"old")
     with monkeypatch.context() as patch:
         patch.setattr(type(file), "open", lambda self, mode: Full(self, mode))
         with pytest.raises(UserError, match=r"cannot write to .*file: No space left"):
-            atomic.write_whole(file, b"new one")
+            atomic.write_atomically(file, b"new one")
     with pytest.raises(KeyboardInterrupt):
         write_half(file)
     assert [(path.name, path.read_bytes()) for path in folder.iterdir()] == [("file", b"old")]
-    with atomic.whole(file) as whole:
+    with atomic.replacing(file) as whole:
         whole.write(b"new ")
         whole.write(b"one")
         assert file.read_bytes() == b"old"
@@ -74,7 +74,7 @@ def test_only_the_first_process_writes_and_removes(folder, monkeypatch):
     file = folder / "file"
     for process, content in ((1, None), (0, b"from 0"), (1, b"from 0")):
         monkeypatch.setattr(atomic.jax, "process_index", lambda process=process: process)
-        atomic.write_whole(file, f"from {process}".encode())
+        atomic.write_atomically(file, f"from {process}".encode())
         assert (file.read_bytes() if file.exists() else None) == content
     atomic.remove(file)
     assert file.exists()

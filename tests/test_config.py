@@ -92,7 +92,8 @@ def test_every_number_of_the_default_is_checked():
 
 
 @pytest.mark.parametrize(
-    "names", [config_lib.MINIMUM, config_lib.BELOW, config_lib.CHOICES, config_lib.OF_POINTS]
+    "names",
+    [config_lib.MINIMUM, config_lib.BELOW, config_lib.CHOICES, config_lib.REQUIRED_FOR_POINTS],
 )
 def test_the_tables_of_checks_name_fields(names):
     assert dict(config_lib.flatten(config_lib.default())).keys() >= names.keys()

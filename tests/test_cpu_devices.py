@@ -46,4 +46,4 @@ def test_a_cpu_has_one_device_per_core_that_can_share_the_batch(
 )
 def test_the_environment_can_set_the_number_of_devices(variables, expected, monkeypatch):
     monkeypatch.setattr(os, "environ", variables)
-    assert cpu_devices.are_given() is expected
+    assert cpu_devices.set_by_user() is expected

@@ -59,7 +59,7 @@ def test_the_default_budget_bounds_log_Z_within_0_05_nats(data, T):
         assert abs(bound.log_Z - LOG_Z) < 0.05
         assert sign * (bound.log_Z - LOG_Z) > -limit(2) * bound.std_error
         assert bound.effective_sample_size > 200
-        assert bound.meaningful
+        assert bound.reliable
 
 
 def test_weights_are_unbiased_and_their_logarithms_are_bounds():

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from drl_jax.networks.energy import computed_in, from_network
+from drl_jax.networks.energy import from_network, with_dtype
 
 
 class Linear(nn.Module):
@@ -32,7 +32,7 @@ def test_f_of_a_network_applies_its_normalised_parameters(energy):
 def test_computed_in_rounds_images_to_a_dtype_and_returns_results_in_theirs(energy):
     params, _ = energy.init(jax.random.key(0))
     x, t = jax.random.normal(jax.random.key(1), (4, 3)), jnp.arange(4)
-    half = computed_in(jnp.bfloat16, energy)
+    half = with_dtype(jnp.bfloat16, energy)
     f, vjp = jax.vjp(lambda params, x: half.f(params, x, t), params, x)
     assert f.dtype == jnp.float32
     for gradient in jax.tree.leaves(vjp(jnp.ones_like(f))):

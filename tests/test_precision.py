@@ -21,7 +21,7 @@ from drl_jax.mcmc.log_density import value_and_gradient
 from drl_jax.model import Model
 from drl_jax.networks import mlp, resnet
 from drl_jax.networks.convolution import conv3x3
-from drl_jax.networks.energy import computed_in
+from drl_jax.networks.energy import with_dtype
 from drl_jax.recovery import Parameterisation
 from drl_jax.sampling import inpainting, ladder
 from drl_jax.sampling.ladder import Conditionals, Sampler
@@ -102,7 +102,7 @@ def test_energies_and_gradients_differ_from_float64_by_rounding_errors(network):
 
     The gradients' errors are medians over the examples, because a rounding error at a kink of
     the leaky ReLU changes a gradient completely. Fails if the network casts x to bfloat16 or to
-    float32, and if `computed_in` does not cast the images.
+    float32, and if `with_dtype` does not cast the images.
     """
     energy, params, x = network()
     with jax.enable_x64(True):
@@ -117,7 +117,7 @@ def test_energies_and_gradients_differ_from_float64_by_rounding_errors(network):
     assert np.median(gradient_error) < 1e-6
     if network is random_mlp:
         return
-    half = f_and_gradient(computed_in(jnp.bfloat16, energy), params, x)
+    half = f_and_gradient(with_dtype(jnp.bfloat16, energy), params, x)
     assert {leaf.dtype for leaf in half} == {np.dtype(np.float32)}
     f_error, gradient_error = relative_errors(half, truth)
     assert 1e-3 < np.max(f_error) < 0.1
@@ -155,11 +155,11 @@ def test_networks_compute_in_the_precision_of_their_images(network):
 def test_convolutions_multiply_in_bfloat16_and_add_up_in_float32():
     """In f and both its gradients.
 
-    Fails if `computed_in` does not cast the images, if a kernel is not rounded, and if sums
+    Fails if `with_dtype` does not cast the images, if a kernel is not rounded, and if sums
     have the precision of the images.
     """
     energy, params, x = random_resnet()
-    low = computed_in(jnp.bfloat16, energy).f
+    low = with_dtype(jnp.bfloat16, energy).f
     text = (
         jax.jit(jax.grad(lambda params, x: jnp.sum(low(params, x, LEVELS)), (0, 1)))
         .lower(params, x)
@@ -183,7 +183,7 @@ def test_gradients_of_parameters_in_bfloat16_have_its_rounding_errors():
     bfloat16 and loses half of one.
     """
     energy, params, x = random_resnet()
-    half = computed_in(jnp.bfloat16, energy)
+    half = with_dtype(jnp.bfloat16, energy)
 
     def gradient(energy):
         return jax.jit(jax.grad(lambda params: jnp.sum(energy.f(params, x, LEVELS))))(params)
@@ -404,7 +404,7 @@ def test_a_user_error_is_one_line_and_status_one(args, words, capsys):
 
 def test_the_network_of_a_model_can_be_replaced_by_one_in_bfloat16():
     model = drl_jax.load("digits")
-    energy = computed_in(jnp.bfloat16, model.method.energy)
+    energy = with_dtype(jnp.bfloat16, model.method.energy)
     low = Model.create(model.method._replace(energy=energy), model.params, model.mesh)
     x, t = np.full((6, 8, 8, 1), 0.3, np.float32), np.arange(6)
     assert low.log_density(x, t).dtype == np.float32

@@ -13,7 +13,7 @@ from drl_jax.data import mixtures, pipeline, sources
 from drl_jax.mcmc import hmc, langevin
 from drl_jax.method import Method
 from drl_jax.networks import resnet
-from drl_jax.networks.energy import Energy, computed_in
+from drl_jax.networks.energy import Energy, with_dtype
 from drl_jax.recovery import Parameterisation
 from drl_jax.runtime import sharding
 from drl_jax.sampling import ladder
@@ -215,7 +215,7 @@ def test_training_in_bfloat16_has_almost_the_losses_of_float32():
         return np.asarray(losses)
 
     energy = resnet.energy(8, 1, ch=8, mult=(1, 2), N=1)
-    float32, bfloat16 = train(energy), train(computed_in(jnp.bfloat16, energy))
+    float32, bfloat16 = train(energy), train(with_dtype(jnp.bfloat16, energy))
     assert 0 < np.std(bfloat16 - float32) < 0.1 * np.std(float32)
 
 

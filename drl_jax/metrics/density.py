@@ -174,7 +174,7 @@ def annealed(
     """
     schedule = model.method.schedule
     path = annealing_lib.annealing_path(schedule, budget.distributions)
-    step_size = annealing_lib.tune(jnp.asarray(annealing.step_size), path)
+    step_size = annealing_lib.interpolate_step_sizes(jnp.asarray(annealing.step_size), path)
     tuning = {"step_size": step_size, "leapfrog": jnp.full(step_size.shape, budget.leapfrog)}
 
     def program(keys, conditionals, x, move, start, end, path, tuning):

@@ -15,7 +15,7 @@ from drl_jax.metrics.inception import FeatureFn
 from drl_jax.metrics.summary import Summary, summarise
 from drl_jax.runtime import progress
 from drl_jax.storage import npz
-from drl_jax.storage.atomic import write_whole
+from drl_jax.storage.atomic import write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ def write(file: epath.Path, summary: Summary) -> None:
         "features": summary.features,
         "score": summary.score,
     }
-    write_whole(file, npz.encode(arrays))
+    write_atomically(file, npz.encode(arrays))
 
 
 def read(file: epath.Path) -> Summary | None:

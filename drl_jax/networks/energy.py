@@ -59,7 +59,7 @@ def from_network(network: nn.Module, shape: tuple[int, ...], rule: spectral.Rule
     return Energy(init, normalise, f, shape)
 
 
-def computed_in(dtype: DTypeLike, energy: Energy) -> Energy:
+def with_dtype(dtype: DTypeLike, energy: Energy) -> Energy:
     """Returns the energy with f computed in `dtype`.
 
     f casts x to `dtype` and its result back to x's dtype, so that the gradient in x, the

@@ -10,7 +10,7 @@ from jaxtyping import ArrayLike, Float
 
 from drl_jax.metrics.density import History
 from drl_jax.metrics.plane import Comparison, Grid
-from drl_jax.storage.atomic import write_whole
+from drl_jax.storage.atomic import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -270,4 +270,4 @@ def _write(path: epath.Path, figure: "Figure") -> None:
     encoded = io.BytesIO()
     # Omits Matplotlib's version, so that equal figures are equal files.
     figure.savefig(encoded, format="png", metadata={"Software": None})
-    write_whole(path, encoded.getvalue())
+    write_atomically(path, encoded.getvalue())

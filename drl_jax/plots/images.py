@@ -8,7 +8,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 from drl_jax.data.pipeline import to_uint8
-from drl_jax.storage.atomic import write_whole
+from drl_jax.storage.atomic import write_atomically
 
 GAP = 1  # width of the gap between images, before enlargement [pixels]
 GREY = 128  # pixel value of the gap
@@ -78,4 +78,4 @@ def write_png(path: epath.Path, image: UInt8[np.ndarray, "H W C"]) -> None:
     """
     encoded = io.BytesIO()
     Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image).save(encoded, "PNG")
-    write_whole(path, encoded.getvalue())
+    write_atomically(path, encoded.getvalue())

@@ -37,7 +37,7 @@ def count(config: ConfigDict | None = None) -> int:
     )
 
 
-def are_given() -> bool:
+def set_by_user() -> bool:
     """Returns whether the environment variables set the number of CPU devices."""
     flags = os.environ.get("XLA_FLAGS", "")
     return (

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from etils import epath
 
-from drl_jax.runtime.cpu_devices import are_given
+from drl_jax.runtime.cpu_devices import set_by_user
 
 # Describes one chip to libtpu, which otherwise searches for a TPU and logs that it found none.
 WITHOUT_TPU = {
@@ -36,7 +36,7 @@ def prepare(cpu_devices: int = 1, environment: Mapping[str, str] | None = None) 
         os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
     elif not has_google_hardware():
         _set_defaults(WITHOUT_TPU)
-    if not are_given():
+    if not set_by_user():
         os.environ["JAX_NUM_CPU_DEVICES"] = str(cpu_devices)
     flags = os.environ.get("XLA_FLAGS", "")
     if CPU_DEADLOCK_TIMEOUT not in flags:

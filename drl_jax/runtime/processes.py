@@ -226,7 +226,7 @@ def require_same(settings: dict[str, Any]) -> bool:
     return this == 0
 
 
-def from_first(value: Any) -> Any:
+def broadcast_from_first(value: Any) -> Any:
     """Returns the first process's `value`, JSON-serialisable, in every process."""
     import jax
     from jax.experimental import multihost_utils

@@ -127,8 +127,8 @@ def over_examples(fn: Callable, mesh: Mesh) -> Callable:
     def on_device(shared, examples):
         return fn(_device_varying(shared), examples)
 
-    whole, split = PartitionSpec(), PartitionSpec(AXES)
-    return jax.shard_map(on_device, mesh=mesh, in_specs=(whole, split), out_specs=split)
+    replicated, split = PartitionSpec(), PartitionSpec(AXES)
+    return jax.shard_map(on_device, mesh=mesh, in_specs=(replicated, split), out_specs=split)
 
 
 def mean_over_examples(fn: Callable, mesh: Mesh) -> Callable:
@@ -142,9 +142,9 @@ def mean_over_examples(fn: Callable, mesh: Mesh) -> Callable:
         mean, per_example = fn(_device_varying(shared), examples)
         return jax.lax.pmean(mean, AXES), per_example
 
-    whole, split = PartitionSpec(), PartitionSpec(AXES)
+    replicated, split = PartitionSpec(), PartitionSpec(AXES)
     return jax.shard_map(
-        on_device, mesh=mesh, in_specs=(whole, split), out_specs=(whole, split)
+        on_device, mesh=mesh, in_specs=(replicated, split), out_specs=(replicated, split)
     )
 
 

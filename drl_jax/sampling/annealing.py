@@ -139,7 +139,7 @@ def anneal(
       end: indices of distributions on the path.
       path: intermediate distributions.
       schedule: noise levels.
-      sampler: exact transitions, K per move, tuned per distribution (`tune`).
+      sampler: exact transitions, K per move, tuned per distribution (`interpolate_step_sizes`).
     """
 
     def log_q(x, i):
@@ -162,7 +162,7 @@ def anneal(
     return Segment(x, log_weights.T, acceptance.T)
 
 
-def tune(step_size: Float[Array, "T"], path: Path) -> Float[Array, "R"]:
+def interpolate_step_sizes(step_size: Float[Array, "T"], path: Path) -> Float[Array, "R"]:
     """Interpolates the levels' step sizes, on a log scale, to the distributions of the path.
 
     White noise takes the step size of level T - 1.
@@ -191,7 +191,7 @@ def warm_up(
         sampler,
         lambda _, t: lambda x: level_log_density(F, x, t, schedule),
         start=ladder.white_noise(keys, shape, schedule),
-        below=lambda x, _: x,
+        to_next_level=lambda x, _: x,
         step_size=schedule.sigma_bar[:-1],
         num_steps=num_steps,
         target=target,
@@ -216,7 +216,7 @@ class Bound(NamedTuple):
     spread: float
 
     @property
-    def meaningful(self) -> bool:
+    def reliable(self) -> bool:
         """Whether enough chains contribute for the standard error to be reliable."""
         return self.effective_sample_size >= min(10, self.chains / 2)
 

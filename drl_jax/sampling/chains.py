@@ -23,7 +23,7 @@ from drl_jax.sampling.ladder import Conditionals, Sampler
 
 POINTS = 1000  # maximum length of a trace; even
 PROJECTIONS = 4  # random projections of the position in a trace, beside its log-density
-SHARING = 4  # minimum number of chains per condition, which R-hat compares
+MIN_SHARING = 4  # minimum number of chains per condition, which R-hat compares
 
 
 class Chains(NamedTuple):
@@ -97,7 +97,7 @@ def advance(
     """
     keys = jax.vmap(jax.random.fold_in)(keys, t)  # as `ladder.descend` does
     log_density_fn = conditionals.log_density_fn(x_tilde, t)
-    kernel, tuning = conditionals.sampler.kernel, conditionals.sampler.at(t)
+    kernel, tuning = conditionals.sampler.kernel, conditionals.sampler.tuning_at(t)
     capacity = chains.trace.shape[1]
 
     def record(trace, n, y):
@@ -157,7 +157,7 @@ def recorded_steps(num_steps: int) -> list[int]:
 def shared_conditions(num_chains: int) -> Int[np.ndarray, "num_chains"]:
     """Returns the index of each chain's condition.
 
-    At least `SHARING` chains have the same condition (all of them, if there are fewer), and
+    At least `MIN_SHARING` chains have the same condition (all of them, if there are fewer), and
     so the same target distribution: R-hat compares them.
 
     Raises:
@@ -167,7 +167,7 @@ def shared_conditions(num_chains: int) -> Int[np.ndarray, "num_chains"]:
         raise UserError(
             f"{num_chains} chains per level: R-hat compares chains, so ask for 2 or more"
         )
-    return np.arange(num_chains) % max(1, num_chains // SHARING)
+    return np.arange(num_chains) % max(1, num_chains // MIN_SHARING)
 
 
 def require_levels(levels: Int[np.ndarray, "L"], T: int) -> None:

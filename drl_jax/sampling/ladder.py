@@ -34,7 +34,7 @@ class Sampler(NamedTuple):
     tuning: dict[str, Shaped[Array, "T"]]
     K: int
 
-    def at(self, t: Int[Array, "B"]) -> dict[str, Shaped[Array, "B"]]:
+    def tuning_at(self, t: Int[Array, "B"]) -> dict[str, Shaped[Array, "B"]]:
         """Returns the tuning of the levels t, one value per chain."""
         return {name: values[t] for name, values in self.tuning.items()}
 
@@ -76,7 +76,7 @@ def run_chain(
       steps: numbers of the steps, folded into the keys. Two calls with steps 0..k and
         k+1..K-1 draw the same noise as one call with steps 0..K-1.
     """
-    tuning = sampler.at(t)
+    tuning = sampler.tuning_at(t)
 
     def step(carry, k):
         state, accepted = carry
@@ -187,7 +187,7 @@ def warm_up(
         conditionals.sampler,
         conditionals.log_density_fn,
         start=white_noise(keys, shape, schedule),
-        below=lambda y, t: y / noise.per_example(schedule.a_y(t), y),
+        to_next_level=lambda y, t: y / noise.per_example(schedule.a_y(t), y),
         step_size=conditionals.sampler.tuning["step_size"],
         num_steps=num_steps,
         target=target,
@@ -199,7 +199,7 @@ def adapt_step_sizes(
     sampler: Sampler,
     log_density_fn: Callable[[Float[Array, "B *D"], Int[Array, "B"]], LogDensityFn],
     start: Float[Array, "B *D"],
-    below: Callable[[Float[Array, "B *D"], Int[Array, "B"]], Float[Array, "B *D"]],
+    to_next_level: Callable[[Float[Array, "B *D"], Int[Array, "B"]], Float[Array, "B *D"]],
     step_size: Float[Array, "T"],
     num_steps: int,
     target: float,
@@ -214,7 +214,7 @@ def adapt_step_sizes(
       sampler: kernel to be tuned.
       log_density_fn: (starting points, t) -> log-density to sample at level t.
       start: starting points at level T - 1.
-      below: (last positions at level t, t) -> starting points at level t - 1.
+      to_next_level: (last positions at level t, t) -> starting points at level t - 1.
       step_size: initial step sizes.
       num_steps: steps per level.
       target: mean acceptance probability to reach.
@@ -236,7 +236,7 @@ def adapt_step_sizes(
             num_steps=num_steps,
             target=target,
         )
-        return (below(y, t), adapted / step_size[level]), (adapted, acceptance)
+        return (to_next_level(y, t), adapted / step_size[level]), (adapted, acceptance)
 
     levels = jnp.arange(len(step_size))
     _, adapted = jax.lax.scan(adapt, (start, 1.0), levels, reverse=True)

@@ -30,7 +30,7 @@ def make_writable(folder: epath.Path) -> None:
 
 
 @contextlib.contextmanager
-def whole(path: epath.Path) -> Iterator[BinaryIO]:
+def replacing(path: epath.Path) -> Iterator[BinaryIO]:
     """Opens a file for writing that replaces `path` in one step when it is complete.
 
     An interrupted write leaves the previous content in place. Exceptions raised by the
@@ -58,13 +58,13 @@ def whole(path: epath.Path) -> Iterator[BinaryIO]:
         raise
 
 
-def write_whole(path: epath.Path, content: bytes) -> None:
-    """Writes a file in one step, as `whole` does.
+def write_atomically(path: epath.Path, content: bytes) -> None:
+    """Writes a file in one step, as `replacing` does.
 
     Raises:
       UserError: if the file cannot be written.
     """
-    with whole(path) as file, as_user_error(f"cannot write to {path}"):
+    with replacing(path) as file, as_user_error(f"cannot write to {path}"):
         file.write(content)
 
 
@@ -74,7 +74,7 @@ def write_json(path: epath.Path, values: Any) -> None:
     Raises:
       UserError: if the file cannot be written.
     """
-    write_whole(path, (json.dumps(values, indent=2) + "\n").encode())
+    write_atomically(path, (json.dumps(values, indent=2) + "\n").encode())
 
 
 def remove(path: epath.Path) -> None:

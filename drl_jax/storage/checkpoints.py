@@ -142,7 +142,7 @@ class Checkpoints:
         faults: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
             is_first = jax.process_index() == 0
-            fault = processes.from_first(
+            fault = processes.broadcast_from_first(
                 find_fault(self._folder / str(step)) if is_first else None
             )
             if not fault:
@@ -205,7 +205,7 @@ class Checkpoints:
                 if renamed.exists():
                     renamed.rmtree()
                 (self._folder / str(step)).rename(renamed)
-        processes.from_first(None)  # the other processes wait for the renaming
+        processes.broadcast_from_first(None)  # the other processes wait for the renaming
         self._manager.reload()
 
     def _write_checksums(self) -> None:

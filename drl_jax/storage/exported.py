@@ -14,7 +14,7 @@ from drl_jax import method
 from drl_jax.errors import UserError, as_user_error
 from drl_jax.networks.energy import Params
 from drl_jax.storage import npz
-from drl_jax.storage.atomic import write_whole
+from drl_jax.storage.atomic import write_atomically
 
 SUFFIX = ".npz"
 
@@ -53,7 +53,7 @@ def write(config: ConfigDict, step: int, params: Params, file: epath.Path) -> No
     flat = traverse_util.flatten_dict(params, sep="/")
     arrays = {f"{PREFIX}{name}": np.asarray(value) for name, value in flat.items()}
     content = npz.encode({ABOUT: np.array(json.dumps(about))} | arrays, compress=True)
-    write_whole(file, content)
+    write_atomically(file, content)
 
 
 def read(file: epath.Path) -> Exported:

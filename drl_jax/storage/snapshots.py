@@ -17,7 +17,7 @@ from drl_jax import config as config_lib
 from drl_jax.errors import Interrupted, UserError, as_user_error
 from drl_jax.runtime import preemption
 from drl_jax.storage import npz
-from drl_jax.storage.atomic import write_whole
+from drl_jax.storage.atomic import write_atomically
 
 INTERVAL = 60.0  # seconds between two saves
 
@@ -121,7 +121,7 @@ def write(path: epath.Path, snapshot: Snapshot, settings: dict[str, Any]) -> Non
     """
     encoded = json.dumps([snapshot.numbers, settings]).encode()
     arrays = snapshot.arrays | {NUMBERS: np.frombuffer(encoded, np.uint8)}
-    write_whole(path, npz.encode(arrays))
+    write_atomically(path, npz.encode(arrays))
 
 
 def read(path: epath.Path, settings: dict[str, Any]) -> Snapshot | None:

@@ -198,7 +198,7 @@ def require_usable(bounds: Partition, budget: Budget, D: int, T: int) -> None:
             f"or --config.likelihood.transitions (now {budget.transitions})"
         )
     for name, bound in bounds._asdict().items():
-        if not bound.meaningful:
+        if not bound.reliable:
             log.warning(
                 "the effective sample size of the %s bound is %.1f of %d: a few chains "
                 "dominate it, so its standard error is too small and it may be several nats "

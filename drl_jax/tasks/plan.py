@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from drl_jax import config as config_lib
 from drl_jax.runtime import sharding
-from drl_jax.storage.atomic import make_writable, write_json, write_whole
+from drl_jax.storage.atomic import make_writable, write_atomically, write_json
 from drl_jax.tools import flops
 from drl_jax.tools.plan import batches, chips, programs, report
 from drl_jax.tools.plan.chips import GIB
@@ -97,7 +97,7 @@ def run(*, config: ConfigDict, workdir: epath.Path | None, topology: str) -> Non
     print(text, end="")
     if workdir:
         path = workdir / f"plan_{topology.replace(':', '_')}"
-        write_whole(path.with_suffix(".md"), text.encode())
+        write_atomically(path.with_suffix(".md"), text.encode())
         write_json(path.with_suffix(".json"), plan)
         log.info("wrote %s and .json", path.with_suffix(".md"))
 

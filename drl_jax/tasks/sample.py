@@ -9,7 +9,7 @@ from etils import epath
 from drl_jax.data import pipeline
 from drl_jax.errors import as_user_error
 from drl_jax.plots import images
-from drl_jax.storage.atomic import make_writable, whole
+from drl_jax.storage.atomic import make_writable, replacing
 from drl_jax.storage.runs import Run
 from drl_jax.tasks import common
 
@@ -42,7 +42,7 @@ def run(run: Run, workdir: epath.Path, num_samples: int, seed: int) -> None:
     header = {"descr": "<f4", "fortran_order": False, "shape": (num_samples, *shape)}
     path = folder / "samples.npy"
     failure = f"cannot write to {path}"
-    with whole(path) as file:
+    with replacing(path) as file:
         with as_user_error(failure):
             np.lib.format.write_array_header_1_0(file, header)
         for batch in common.draw(model, jax.random.key(seed), num_samples):

@@ -155,7 +155,7 @@ class Workload:
         self.config = config
         devices = jax.devices()
         is_cpu = devices[0].platform == "cpu"
-        if is_cpu and not cpu_devices.are_given():  # as many as `drl_jax.main` would use
+        if is_cpu and not cpu_devices.set_by_user():  # as many as `drl_jax.main` would use
             devices = devices[: cpu_devices.count(config)]
         self.mesh = sharding.make_mesh(devices, **config.mesh)
         self.num_chips = 1 if is_cpu else self.mesh.size
@@ -575,7 +575,7 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected argument {argv[1]!r}")
     logging.set_verbosity(logging.WARNING)
-    if not cpu_devices.are_given():
+    if not cpu_devices.set_by_user():
         jax.config.update("jax_num_cpu_devices", cpu_devices.count())
     repeats = min(_REPEATS.value, 2) if _QUICK.value else _REPEATS.value
     result: Any

@@ -186,7 +186,7 @@ class Programs:
             """Returns the log-density and the kernel of step k: (state, k) -> (state, info)."""
             log_density = log_density_fn(params, x_tilde, t)
             tuning = hmc.tuning | {"step_size": jnp.full_like(self.step_size, step_size)}
-            at_t = hmc._replace(tuning=tuning).at(t)
+            at_t = hmc._replace(tuning=tuning).tuning_at(t)
 
             def step(state, k):
                 return hmc.kernel(noise.fold(keys, k), state, log_density, **at_t)

@@ -74,13 +74,13 @@ def train(config: ConfigDict, source: Source, workdir: epath.Path) -> Run:
             config.evaluation.batch_size,
         )
         if state.step < config.train.num_steps:
-            job = Job(config, method, training, sampler, workdir, checkpoints)
-            state = fit(state, job, source)
+            context = Context(config, method, training, sampler, workdir, checkpoints)
+            state = fit(state, context, source)
     params = generation_params(method, state, mesh)
     return Run(config, sampler.with_params(params), int(state.step))
 
 
-class Job(NamedTuple):
+class Context(NamedTuple):
     """The parts of a training run that stay the same from step to step.
 
     Attributes:
@@ -150,7 +150,7 @@ def run_keys(seed: int) -> Key[Array, "3"]:
     return jax.random.split(jax.random.key(seed), 3)
 
 
-def fit(state: TrainState, job: Job, source: Source) -> TrainState:
+def fit(state: TrainState, context: Context, source: Source) -> TrainState:
     """Makes the remaining steps and returns the state after them.
 
     A state is saved only after the next step has shown that the loss at this state is sound.
@@ -158,20 +158,22 @@ def fit(state: TrainState, job: Job, source: Source) -> TrainState:
 
     Args:
       state: state before the first of these steps. It is donated.
-      job: the parts that stay the same.
+      context: the parts that stay the same.
       source: training data.
 
     Raises:
       UserError: if training diverged.
       Interrupted: if a signal stopped training; the state has been saved.
     """
-    config, mesh = job.config, job.sampler.mesh
+    config, mesh = context.config, context.sampler.mesh
     split = sharding.by_example(mesh)
     _, step_key, sample_key = run_keys(config.seed)
-    step_fn = train_step.compile_step(mesh, job.method, job.training)
+    step_fn = train_step.compile_step(mesh, context.method, context.training)
     copy = jax.jit(
         lambda state: jax.tree.map(jnp.copy, state),
-        out_shardings=train_state.shardings(job.method.energy, job.training.optimiser, mesh),
+        out_shardings=train_state.shardings(
+            context.method.energy, context.training.optimiser, mesh
+        ),
     )
     start, end = int(state.step), config.train.num_steps
     batches = pipeline.training_batches(
@@ -187,14 +189,14 @@ def fit(state: TrainState, job: Job, source: Source) -> TrainState:
         metrics = jax.tree.map(np.asarray, metrics)
         require_sound(step, metrics, config.train)
         if before is not None:
-            job.checkpoints.save(step, before)
+            context.checkpoints.save(step, before)
         return metrics
 
     with contextlib.ExitStack() as stack:
         writer = stack.enter_context(
-            MetricWriter(job.workdir, just_logging=jax.process_index() > 0)
+            MetricWriter(context.workdir, just_logging=jax.process_index() > 0)
         )
-        T, every = job.method.schedule.T, config.log.every_steps
+        T, every = context.method.schedule.T, config.log.every_steps
         progress = stack.enter_context(Progress(start, end, every, T, writer))
         received_signal: Callable[[], int | None] = lambda: None  # noqa: E731
         signum = None
@@ -215,13 +217,13 @@ def fit(state: TrainState, job: Job, source: Source) -> TrainState:
             unchecked = step, metrics, before
             done = step + 1
             if done % config.log.sample_every_steps == 0 and done < end:
-                write_grid(job, state, sample_key, done, writer)
+                write_grid(context, state, sample_key, done, writer)
         newest = copy(state)
         _, metrics = advance(state)
         if unchecked:
             progress.add(check(*unchecked))
         check(int(newest.step), metrics, newest)
-        job.checkpoints.wait()  # while signals are still caught
+        context.checkpoints.wait()  # while signals are still caught
         if signum:
             raise Interrupted(signum, int(newest.step))
     return newest
@@ -233,15 +235,15 @@ def generation_params(method: Method, state: TrainState, mesh: Mesh) -> Params:
 
 
 def write_grid(
-    job: Job, state: TrainState, key: Key[Array, ""], step: int, writer: MetricWriter
+    context: Context, state: TrainState, key: Key[Array, ""], step: int, writer: MetricWriter
 ) -> None:
     """Draws samples with the averaged parameters, for TensorBoard and as a PNG in grids/."""
-    params = generation_params(job.method, state, job.sampler.mesh)
-    model = job.sampler.with_params(params)
+    params = generation_params(context.method, state, context.sampler.mesh)
+    model = context.sampler.with_params(params)
     samples = model.sample(key, images.grid_size(model.shape, columns=8))
     grid = images.picture(samples, columns=8)
     writer.write_images(step, {"samples": grid[None]})
-    folder = job.workdir / "grids"
+    folder = context.workdir / "grids"
     folder.mkdir(parents=True, exist_ok=True)
     images.write_png(folder / f"{step:08d}.png", grid)
 

@@ -72,7 +72,7 @@ def start(*args, **kwargs):
 def environment():
     """Returns this process's environment, with its compilation cache and number of devices."""
     variables = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(COMPILED)}
-    if not cpu_devices.are_given():
+    if not cpu_devices.set_by_user():
         variables["JAX_NUM_CPU_DEVICES"] = str(jax.device_count())
     return variables
 

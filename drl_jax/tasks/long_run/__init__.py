@@ -58,7 +58,7 @@ def run(
     chains.require_chain(model.method.sampler)
     if num_chains is None:
         fitting = config.evaluation.batch_size // len(sampled_levels)
-        num_chains = max(1, fitting // chains.SHARING) * chains.SHARING
+        num_chains = max(1, fitting // chains.MIN_SHARING) * chains.MIN_SHARING
     source = sources.open_source(config)
     limit = config.evaluation.num_data
     images = np.stack(list(pipeline.all_examples(config, source, limit=limit)))

@@ -1,11 +1,12 @@
 """Runs long chains on the conditionals of several levels, and records their statistics.
 
-At every level, chains sample p(y | x_tilde) for thousands of steps. At least `chains.SHARING`
-chains share each condition x_tilde, and so a target distribution: R-hat and the effective
-sample size compare them with each other. The conditions are data diffused to the level above.
-So the positions of all chains of a level together should be distributed like data diffused to
-that level, which the energy, the displacement and the Fréchet distance measure. At level T - 1
-there is no condition: all chains start from white noise and sample the marginal.
+At every level, chains sample p(y | x_tilde) for thousands of steps. At least
+`chains.MIN_SHARING` chains share each condition x_tilde, and so a target distribution: R-hat
+and the effective sample size compare them with each other. The conditions are data diffused to
+the level above. So the positions of all chains of a level together should be distributed like
+data diffused to that level, which the energy, the displacement and the Fréchet distance
+measure. At level T - 1 there is no condition: all chains start from white noise and sample the
+marginal.
 
 Then the whole ladder generates samples with N steps in total, N / T per level, for a growing
 number of steps N, always from the same white noise.
@@ -331,7 +332,7 @@ def call_ends(first: int, last: int) -> Iterator[int]:
         yield step
         if step == last:
             return
-        seconds = processes.from_first(time.monotonic() - start)
+        seconds = processes.broadcast_from_first(time.monotonic() - start)
         if seconds < CALL_SECONDS / 2:
             stride *= 2
         elif seconds > 2 * CALL_SECONDS:
