@@ -175,7 +175,7 @@ def test_kernel_gradient_is_reduced_over_devices():
         return kernel_gradient, x_gradient
 
     x, kernel = arrays(4, 5, 2, 3)
-    mesh = sharding.make_mesh()
+    mesh = sharding.make_mesh(jax.devices("cpu"))
     mapped = jax.jit(sharding.mean_over_examples(over_devices, mesh))
     mean, _ = mapped(kernel, x)
     assert_equal(mean * mesh.size, gradients(direct)(x, kernel)[1])
@@ -203,7 +203,7 @@ def loops(hlo):
 def generation():
     method = tiny_method()
     params, _ = method.energy.init(jax.random.key(0))
-    model = Model.create(method, params, sharding.make_mesh())
+    model = Model.create(method, params, sharding.make_mesh(jax.devices("cpu")))
     shared, examples = model.arguments(jax.random.key(1), jnp.arange(B))
     return model.programs.generate.lower(shared, examples)
 
@@ -218,7 +218,7 @@ def training():
     )
     state = train_state.create(jax.random.key(0), method.energy, training.optimiser)
     x = jnp.zeros((B, *method.energy.shape))
-    step = train_step.compile_step(sharding.make_mesh(), method, training)
+    step = train_step.compile_step(sharding.make_mesh(jax.devices("cpu")), method, training)
     return step.lower(state, x, jax.random.key(1))
 
 
@@ -230,10 +230,10 @@ def tiny_method():
     return Method(energy, schedule, Parameterisation(s**2, 0.0), sampler)
 
 
-@pytest.mark.skipif(jax.default_backend() != "cpu", reason="concerns XLA:CPU")
 @pytest.mark.parametrize("program", [generation, training])
 def test_loops_only_hold_convolutions_that_are_fast_in_loops(program):
-    with jax.enable_x64(False):
+    """Of XLA:CPU, wherever the tests run."""
+    with jax.enable_x64(False), jax.default_device(jax.devices("cpu")[0]):
         inside = loops(program().compile().as_text())
     convolutions = [line for line in inside if " convolution(" in line]
     assert convolutions

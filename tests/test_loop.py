@@ -208,7 +208,7 @@ def test_a_log_file_contains_only_plain_lines(record):
         r"step \d+/300  [\d.]+ steps/s  \d\d:\d\d:\d\d left  loss -?\d\.\d{5}",
         r"stopped by signal 15; step \d+ .*",
         r"pixel Fréchet distance .*",
-        r"samples\.png and metrics\.json .*",
+        r"wrote samples\.png and metrics\.json to .*",
     ]
     for log in record.logs:
         for line in log.splitlines():

@@ -203,6 +203,8 @@ def test_a_lost_process_ends_the_other_and_the_same_command_resumes(tmp_path, lo
     assert took < 2 * TIMEOUT
     assert "another task died" in output  # JAX's runtime
     assert "the same command resumes" in output
+    if signum == signal.SIGSTOP:  # resuming is the same, and slow to test
+        return
     *_, newest = steps(workdir)
     num_steps = newest + 2
     args = tiny.training(workdir, **changes | {"train__num_steps": num_steps})

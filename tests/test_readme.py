@@ -23,7 +23,14 @@ README = tiny.ROOT / "README.md"
 ARCHITECTURE = tiny.ROOT / "drl_jax" / "README.md"
 SAMPLING = tiny.ROOT / "drl_jax" / "sampling" / "README.md"
 TESTS = tiny.ROOT / "tests" / "README.md"
-FOLDERS = (".", "drl_jax", "drl_jax/sampling", "configs", "launch", "tests")
+DOCUMENTS = [
+    *sorted(tiny.ROOT.glob("*.md")),
+    *(
+        file
+        for folder in (".github", "configs", "drl_jax", "launch", "tests")
+        for file in sorted((tiny.ROOT / folder).glob("**/*.md"))
+    ),
+]
 
 
 def code_blocks(file, language):
@@ -233,9 +240,8 @@ def test_the_table_of_layers_is_the_tested_one_and_lists_all_modules():
         assert (package / name).is_dir() or (package / f"{name}.py").is_file()
 
 
-@pytest.mark.parametrize("folder", FOLDERS)
-def test_relative_links_lead_to_files_and_headings(folder):
-    file = tiny.ROOT / folder / "README.md"
+@pytest.mark.parametrize("file", DOCUMENTS, ids=lambda file: str(file.relative_to(tiny.ROOT)))
+def test_relative_links_lead_to_files_and_headings(file):
     for target in re.findall(r"\]\(([^)]+)\)", file.read_text()):
         path, _, heading = target.partition("#")
         if ":" in path:  # an address
