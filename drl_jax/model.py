@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key
+from jaxtyping import Array, ArrayLike, Float, Int, Key
 
 from drl_jax import noise
 from drl_jax.errors import UserError
@@ -205,8 +205,8 @@ class Model:
     def interpolate_images(
         self,
         key: Key[Array, ""],
-        first: Float[ArrayLike, "pairs H W C"],
-        last: Float[ArrayLike, "pairs H W C"],
+        first: ArrayLike,
+        last: ArrayLike,
         frames: int,
         level: int,
     ) -> Float[np.ndarray, "pairs frames H W C"]:
@@ -216,8 +216,8 @@ class Model:
 
         Args:
           key: random key.
-          first: images in [-1, 1] at the start of the strips.
-          last: images in [-1, 1] at the end of the strips.
+          first: images [pairs, H, W, C] in [-1, 1] at the start of the strips.
+          last: images [pairs, H, W, C] in [-1, 1] at the end of the strips.
           frames: number of images per strip, including both ends.
           level: noise level in 1..T at which the images are interpolated. At 1 they hardly
             change; at T nothing of them is left.
@@ -240,8 +240,8 @@ class Model:
     def inpaint(
         self,
         key: Key[Array, ""],
-        x: Float[ArrayLike, "n H W C"],
-        known: Bool[ArrayLike, "H W 1"],
+        x: ArrayLike,
+        known: ArrayLike,
         completions: int = 1,
         rounds: int = 10,
     ) -> Float[np.ndarray, "n completions H W C"]:
@@ -249,8 +249,8 @@ class Model:
 
         Args:
           key: random key.
-          x: images in [-1, 1]; their values at unknown pixels have no effect.
-          known: mask, true where a pixel is known; see `masks.named`.
+          x: images [n, H, W, C] in [-1, 1]; their values at unknown pixels have no effect.
+          known: mask [H, W, 1] of bool, true where a pixel is known; see `masks.named`.
           completions: number of completions per image.
           rounds: number of times each level is drawn.
 

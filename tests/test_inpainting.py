@@ -1,5 +1,4 @@
 import functools
-import inspect
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +11,6 @@ from drl_jax import diffusion, noise
 from drl_jax.data import pipeline, sources
 from drl_jax.errors import UserError
 from drl_jax.mcmc import hmc, langevin, mala, normal_approximation
-from drl_jax.model import Model
 from drl_jax.sampling import inpainting, masks
 from drl_jax.sampling.ladder import Conditionals, Sampler
 from drl_jax.storage import runs
@@ -233,7 +231,5 @@ def test_a_trained_model_keeps_known_pixels_and_completes_an_image_in_different_
     ],
 )
 def test_images_masks_and_rounds_that_do_not_fit_are_errors(run, x, known, rounds, words):
-    # Without the check of the annotations, which are not checked outside the tests either.
-    inpaint = inspect.unwrap(Model.inpaint)
     with pytest.raises(UserError, match=words):
-        inpaint(run.model, jax.random.key(0), x, known, rounds=rounds)
+        run.model.inpaint(jax.random.key(0), x, known, rounds=rounds)

@@ -1,5 +1,3 @@
-import inspect
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +9,6 @@ from helpers.statistical import assert_mean, assert_variance
 from drl_jax import diffusion, noise
 from drl_jax.data import pipeline, sources
 from drl_jax.errors import UserError
-from drl_jax.model import Model
 from drl_jax.sampling import interpolation, ladder
 from drl_jax.storage import runs
 
@@ -181,7 +178,5 @@ def test_strips_end_near_their_images_at_low_levels_and_far_from_them_at_high_on
     ],
 )
 def test_images_that_do_not_fit_are_errors_of_one_line(run, first, last, words):
-    # Without the check of the annotations, which are not checked outside the tests either.
-    interpolate_images = inspect.unwrap(Model.interpolate_images)
     with pytest.raises(UserError, match=f"^[^\n]*{words}[^\n]*$"):
-        interpolate_images(run.model, jax.random.key(0), first, last, frames=3, level=1)
+        run.model.interpolate_images(jax.random.key(0), first, last, frames=3, level=1)

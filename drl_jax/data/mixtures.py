@@ -118,13 +118,15 @@ class Mixture(NamedTuple):
         return self.log_weights - jnp.sum(squares, axis=-1) / 2 - log_normaliser
 
 
-def marginal(data: Mixture, t: Int[Array, "*B"] | int, schedule: NoiseSchedule) -> Mixture:
+def marginal(
+    data: Mixture, t: Int[Array, "*B"] | int | np.integer, schedule: NoiseSchedule
+) -> Mixture:
     """Returns q(x_t), t in 0..T; one density per element of t."""
     return data.diffused(schedule.a_bar[t], schedule.sigma_bar[t])
 
 
 def energy_marginal(
-    data: Mixture, t: Int[Array, "*B"] | int, schedule: NoiseSchedule
+    data: Mixture, t: Int[Array, "*B"] | int | np.integer, schedule: NoiseSchedule
 ) -> Mixture:
     """Returns the density of y_t = a_{t+1} x_t, t in 0..T-1: the one that F(·, t) learns."""
     a = schedule.a_y(jnp.asarray(t))
@@ -134,7 +136,7 @@ def energy_marginal(
 def conditional(
     data: Mixture,
     x_tilde: Float[Array, "B D"],
-    t: Int[Array, "*B"] | int,
+    t: Int[Array, "*B"] | int | np.integer,
     schedule: NoiseSchedule,
 ) -> Mixture:
     """Returns q(y_t | x_{t+1} = x_tilde), t in 0..T-1.
