@@ -85,6 +85,7 @@ def test_warm_up_starts_at_step_sizes_sigma_bar_on_the_density_of_every_level():
     np.testing.assert_allclose(log_density, exact, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kernel", "tuning"),
     [(mala.kernel, {}), (hmc.kernel, {"leapfrog": jnp.full(6, 3)})],

@@ -73,6 +73,7 @@ def test_a_sampler_that_communicates_misses_a_bar():
     assert missed(every_bar(job)) == ["collectives in the sampler"]
 
 
+@pytest.mark.slow
 def test_a_small_job_meets_every_bar_that_does_not_depend_on_size():
     command = [sys.executable, "-m", "drl_jax.tools.plan.bars", "--small"]
     done = subprocess.run(command, cwd=tiny.ROOT, capture_output=True, text=True)

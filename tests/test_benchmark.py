@@ -97,6 +97,7 @@ def test_efficiency_is_relative_to_the_matrix_product(machine):
     assert matmul == [3e11, 1e14, 3e11]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "levels", "K"),
     [({}, 1, 5), ({"mcmc.K": 2}, 2, 2), (benchmark.T1K, 5, 1)],

@@ -58,6 +58,7 @@ def make_chains(F, sampler, x_tilde, t, points, seed=0):
     return start, advance
 
 
+@pytest.mark.slow
 def test_long_chains_have_the_exact_stationary_moments_at_every_level():
     """Tests Langevin dynamics, whose stationary variance is not quite the conditional's.
 
@@ -81,6 +82,7 @@ def test_long_chains_have_the_exact_stationary_moments_at_every_level():
     np.testing.assert_allclose(observation.log_density, exact_F(y, t), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", [langevin_sampler(), hmc_sampler()])
 def test_chains_are_bit_identical_however_their_steps_are_divided_into_calls(sampler):
     t = jnp.arange(12) % T

@@ -206,6 +206,7 @@ def test_a_checkpoint_is_written_once(workdir):
     assert (workdir / "checkpoints" / "1" / CHECKSUMS).stat().mtime == before
 
 
+@pytest.mark.slow
 def test_a_checkpoint_with_any_damage_to_any_file_is_skipped_with_one_line(workdir, caplog):
     save(workdir / "whole", 1, 2)
     newest = workdir / "whole" / "checkpoints" / "2"

@@ -63,6 +63,7 @@ def test_every_setting_in_the_readme_exists():
     assert named <= fields.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_a_training_step_of_each_config_keeps_the_shapes_of_its_state(path):
     config = config_lib.load(str(path))

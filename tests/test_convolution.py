@@ -70,6 +70,7 @@ def assert_equal(actual, expected):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 def test_gradients_to_second_order_are_those_of_autodiff(shape):
     args = arrays(*shape)
@@ -77,6 +78,7 @@ def test_gradients_to_second_order_are_those_of_autodiff(shape):
         assert_equal(jax.jit(order(conv3x3))(*args), jax.jit(order(direct))(*args))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", [1, 2, 3, 128])  # includes sizes that do not divide 4, 3
 def test_kernel_gradient_does_not_depend_on_the_block_size(channels, monkeypatch):
     monkeypatch.setattr(convolution, "BLOCK_CHANNELS", channels)
@@ -110,6 +112,7 @@ def test_every_platform_has_its_own_form_of_the_kernel_gradient(
     assert text.count("stablehlo.convolution") == convolutions
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "platform", "uses_winograd"),
     [
@@ -134,6 +137,7 @@ def test_only_wide_convolutions_on_cpus_use_winograds_algorithm(shape, platform,
         assert ("stablehlo.convolution" in text) != uses_winograd
 
 
+@pytest.mark.slow
 def test_materialising_a_gradient_does_not_change_it():
     def materialised(x, kernel):
         return conv3x3(materialise_gradient(jnp.sin(x)), kernel)
@@ -148,6 +152,7 @@ def test_materialising_a_gradient_does_not_change_it():
     assert "optimization_barrier" in jax.jit(gradient).lower(args[0]).as_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axes", [(0, 0), (0, None), (None, 0)])
 def test_second_gradients_under_vmap_are_those_of_autodiff(axes):
     args = arrays(4, 5, 2, 3, 3)
@@ -230,6 +235,7 @@ def tiny_method():
     return Method(energy, schedule, Parameterisation(s**2, 0.0), sampler)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", [generation, training])
 def test_loops_only_hold_convolutions_that_are_fast_in_loops(program):
     """Of XLA:CPU, wherever the tests run."""

@@ -62,6 +62,7 @@ def test_the_default_budget_bounds_log_Z_within_0_05_nats(data, T):
         assert bound.reliable
 
 
+@pytest.mark.slow
 def test_weights_are_unbiased_and_their_logarithms_are_bounds():
     """E[w] is Z down and 1 / Z up, although E[log w] is off by more than ten standard errors.
 
@@ -82,6 +83,7 @@ def test_weights_are_unbiased_and_their_logarithms_are_bounds():
         assert np.mean(excess) < -10 * np.std(excess) / np.sqrt(n)
 
 
+@pytest.mark.slow
 def test_the_warm_up_reaches_the_target_acceptance_on_every_marginal():
     model = exact.model(CORRELATED, 6)
     budget = density.DEFAULT._replace(
@@ -93,6 +95,7 @@ def test_the_warm_up_reaches_the_target_acceptance_on_every_marginal():
     np.testing.assert_allclose(acceptance, budget.target_acceptance, atol=0.15)
 
 
+@pytest.mark.slow
 def test_an_annealing_that_is_saved_and_continued_gives_the_same_bits():
     """Saved with `to_arrays` at the start, and in the middle of either pass."""
     model = exact.model(mixtures.PLANE["ellipse"](), 6)
@@ -109,6 +112,7 @@ def test_an_annealing_that_is_saved_and_continued_gives_the_same_bits():
         jax.tree.map(np.testing.assert_array_equal, end, states[-1])
 
 
+@pytest.mark.slow
 def test_the_history_of_both_passes_starts_and_ends_at_the_bounds():
     """Log Z is 0 at white noise and the bound at level 0, for either pass."""
     data = mixtures.PLANE["ellipse"]()
@@ -129,6 +133,7 @@ def test_the_history_of_both_passes_starts_and_ends_at_the_bounds():
         assert np.all((sizes > 0) & (sizes <= 1 + 1e-9))
 
 
+@pytest.mark.slow
 def test_the_log_likelihood_of_points_is_their_log_density_at_level_0():
     data = mixtures.PLANE["ellipse"]()
     model, x = exact.model(data, 6, LOG_Z), points(data, 4000)

@@ -18,6 +18,7 @@ from drl_jax.mcmc import hmc
 kernel = jax.jit(hmc.kernel, static_argnums=2)
 
 
+@pytest.mark.slow
 def test_gaussian_is_invariant_at_step_sizes_where_langevin_is_biased():
     """Chains that start in the distribution stay in it, for any step size.
 
@@ -27,12 +28,14 @@ def test_gaussian_is_invariant_at_step_sizes_where_langevin_is_biased():
     assert_gaussian_is_invariant(hmc.kernel, leapfrog=3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["normal", "bimodal"])
 def test_long_chains_have_the_moments_of_a_conditional_where_langevin_does_not(name):
     """Fails as above, and if the conditional's sigma is 2% off."""
     assert_samples_conditional(hmc.kernel, name, leapfrog=3)
 
 
+@pytest.mark.slow
 def test_trajectories_are_reversible_and_satisfy_detailed_balance(monkeypatch):
     """(y, p) -> (y', p') follows the leapfrog's definition, and (y', -p') leads back to y.
 
@@ -108,6 +111,7 @@ def test_proposals_with_a_log_density_that_is_not_finite_are_rejected():
     assert 0.1 < np.mean(info.accepted) < 0.9
 
 
+@pytest.mark.slow
 def test_state_holds_the_log_density_and_gradient_at_its_position():
     y = jax.random.normal(jax.random.key(1), (50, 2))
     keys = noise.example_keys(jax.random.key(2), jnp.arange(50))

@@ -88,6 +88,7 @@ def test_the_average_replaces_missing_raw_parameters(caplog):
     assert all(not np.any(moment) for moment in jax.tree.leaves(state.opt_state))
 
 
+@pytest.mark.slow
 def test_an_imported_model_can_be_sampled_evaluated_and_trained(workdir, tmp_path, caplog):
     (tmp_path / "images").mkdir()
     for i in range(4):

@@ -38,6 +38,7 @@ def test_names_and_shapes_of_the_tensors_are_those_of_the_pytorch_file():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [32, 64, 299])
 @pytest.mark.parametrize("name", NAMES)
 def test_features_equal_those_of_torch_fidelity(found, expected, size, name):

@@ -13,6 +13,7 @@ from drl_jax.data import pipeline, sources
 from drl_jax.storage import runs
 
 
+@pytest.mark.slow
 def test_the_grid_shows_known_pixels_mask_completions_and_original(tmp_path):
     workdir = tiny.trained(copy=tmp_path / "run")
     hidden = np.zeros((8, 8), np.uint8)

@@ -165,6 +165,7 @@ SAMPLERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_every_sampler_keeps_known_pixels_bit_for_bit_and_changes_the_others(name):
     keys = noise.example_keys(jax.random.key(0), jnp.arange(500))

@@ -15,6 +15,7 @@ def save_grey(path, value, size=(8, 8)):
     return path
 
 
+@pytest.mark.slow
 def test_between_samples_there_is_one_strip_and_one_number_per_pair(tmp_path):
     workdir = tiny.trained(copy=tmp_path / "run")
     command = ["--mode=interpolate", f"--workdir={workdir}", "--pairs=3", "--frames=5"]

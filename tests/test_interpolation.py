@@ -29,6 +29,7 @@ def white_noise(key, n, shape=SHAPE):
     return noise.normal(noise.example_keys(jax.random.key(key), jnp.arange(n)), shape)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("w", [0.0, 0.1, 0.5, 0.8, 1.0])
 def test_slerp_between_white_noise_is_white_noise(w):
     """With linear interpolation, the variance at w = 0.5 would be one half."""
@@ -64,6 +65,7 @@ def recovered(strips, level):
     return descend(keys, strips.reshape(-1, *shape), level).reshape(strips.shape)
 
 
+@pytest.mark.slow
 def test_a_strip_between_samples_ends_in_these_samples():
     first = ladder.white_noise(KEYS, (5,), SCHEDULE)
     strips = sample_strips(first, white_noise(3, 4, (5,)), 4)
@@ -134,6 +136,7 @@ def run():
     return runs.load(tiny.trained())
 
 
+@pytest.mark.slow
 def test_strips_of_a_trained_model_start_at_its_samples(run):
     trained = run.model
     key = jax.random.key(5)

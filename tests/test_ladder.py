@@ -49,6 +49,7 @@ def exact_moments():
     return levels[::-1]
 
 
+@pytest.mark.slow
 def test_generation_from_gaussian_data_has_its_exact_moments_at_every_level():
     """Fails if x is not divided by a, the quadratic term is kept at the top, or the levels are
     visited upwards."""
@@ -64,6 +65,7 @@ def test_generation_from_gaussian_data_has_its_exact_moments_at_every_level():
     np.testing.assert_allclose(generated, x, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_sample_depends_only_on_its_own_key():
     keys = noise.example_keys(jax.random.key(0), jnp.arange(10))
     many = ladder.generate(keys, CONDITIONALS, (3,))
@@ -80,6 +82,7 @@ def test_noise_scale_below_one_reduces_the_variance_of_samples():
     assert np.var(with_half_the_noise) < 0.8 * np.var(with_all_noise)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kernel", "tuning"), KERNELS, ids=["mala", "hmc"])
 def test_warm_up_finds_the_step_sizes_of_the_target_acceptance(kernel, tuning):
     """New chains with these step sizes, which adapt nothing, reach the target too."""
@@ -98,6 +101,7 @@ def test_warm_up_finds_the_step_sizes_of_the_target_acceptance(kernel, tuning):
     np.testing.assert_allclose(acceptance.reshape(100, 6).mean(axis=0), 0.7, atol=0.06)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kernel", "tuning"), KERNELS, ids=["mala", "hmc"])
 def test_generation_with_a_metropolis_test_has_the_exact_moments_of_the_data(kernel, tuning):
     """Long chains have no bias: x_0 is distributed as data with the noise of level 0.
@@ -119,6 +123,7 @@ def test_generation_with_a_metropolis_test_has_the_exact_moments_of_the_data(ker
     assert_variance(x[:, 0], mean, variance, of=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("x_tilde", [-2.0, 1.0])
 def test_top_level_is_drawn_from_the_unscaled_marginal_for_any_x_tilde(x_tilde):
     """The data have two modes, and MALA's steps are long enough to move between them.

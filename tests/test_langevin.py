@@ -67,6 +67,7 @@ def transitions(name, s):
     return density / density.sum(axis=1, keepdims=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["normal", "bimodal"])
 def test_stationary_bias_on_a_conditional_is_quadratic_in_the_step_size(name):
     """Tests the bias of E y² in the stationary distribution of the chain on a grid.
@@ -89,6 +90,7 @@ def test_stationary_bias_on_a_conditional_is_quadratic_in_the_step_size(name):
             assert p[np.abs(GRID) < 0.2].min() < 0.5 * p[GRID < 0].max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["normal", "bimodal"])
 def test_long_chains_on_a_conditional_have_the_moments_of_the_transition_matrix(name):
     """Tests chains from x_tilde, whose step is long enough to bias the moments.
@@ -119,6 +121,7 @@ def test_langevin_without_noise_is_gradient_ascent():
     np.testing.assert_allclose(y, expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_info_holds_the_log_density_and_gradient_before_the_step():
     y = jnp.array([[0.0], [2.0]])
     keys = noise.example_keys(jax.random.key(0), jnp.arange(2))

@@ -227,6 +227,7 @@ def test_later_starts_compile_neither_the_step_nor_the_sampler_again(record):
 # --- tests in this process ---
 
 
+@pytest.mark.slow
 def test_a_run_extended_from_100_to_300_steps_is_bit_identical_to_a_run_of_300(
     workdir, tmp_path
 ):
@@ -260,6 +261,7 @@ def test_scalars_and_images_are_written_for_tensorboard():
     np.testing.assert_array_equal(tf.io.decode_png(png).numpy()[..., 0], file)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", [1.0, 1e3, 1e30])
 def test_a_diverging_run_ends_with_an_error_of_one_line_and_saves_only_sound_states(
     workdir, capsys, rate

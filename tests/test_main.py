@@ -137,6 +137,7 @@ def test_a_workdir_that_cannot_be_written_is_one_clear_line(fails, tmp_path, ins
     assert "cannot write to" in fails(*tiny.training("/proc/nonesuch"))
 
 
+@pytest.mark.slow
 def test_an_image_that_turns_out_unreadable_is_named(workdir, tmp_path, capsys):
     folder = tmp_path / "data"
     folder.mkdir()
@@ -220,6 +221,7 @@ def test_a_task_on_a_configuration_gets_it_with_the_changes(called):
     assert dict(config_lib.flatten(config)) == fields
 
 
+@pytest.mark.slow
 def test_a_task_on_a_trained_model_gets_it_with_the_changes(trained, called):
     args = "--mode=sample", f"--workdir={trained}", "--config.mcmc.K=7"
     assert tiny.main(*args, "--num_samples=3") == 0

@@ -21,12 +21,14 @@ def test_gaussian_is_invariant_at_step_sizes_where_langevin_is_biased():
     assert_gaussian_is_invariant(mala.kernel)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["normal", "bimodal"])
 def test_long_chains_have_the_moments_of_a_conditional_where_langevin_does_not(name):
     """Fails as above, and if the conditional's sigma is 2% off."""
     assert_samples_conditional(mala.kernel, name)
 
 
+@pytest.mark.slow
 def test_detailed_balance_holds_between_all_points_of_a_grid(monkeypatch):
     """p(y) q(y' | y) alpha(y, y') = p(y') q(y | y') alpha(y', y), and one of the alphas is 1.
 

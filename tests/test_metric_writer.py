@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from drl_jax.plots.metric_writer import MetricWriter
 
 
+@pytest.mark.slow
 def test_training_imports_tensorflow_only_to_write(tmp_path):
     program = """
 import sys

@@ -104,6 +104,7 @@ def test_mean_and_covariance_are_those_of_the_whole_mixture(D, x64):
     np.testing.assert_allclose(covariance, second - np.outer(expected, expected), rtol=1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("D", [1, 5])
 def test_samples_are_drawn_from_the_density(D):
     """Projections on each axis and on two random directions have the exact distribution.
@@ -202,6 +203,7 @@ def test_conditionals_of_several_levels_in_one_call_agree_with_one_call_per_leve
         np.testing.assert_allclose(together(jnp.arange(6))[t], alone[t], rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", mixtures.PLANE)
 def test_every_shape_integrates_to_one_and_its_samples_follow_its_density(name):
     """Chi-square test on 30 x 30 cells of [-2.4, 2.4]², each integrated with 10 x 10 nodes.

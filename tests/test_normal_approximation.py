@@ -45,6 +45,7 @@ def test_draws_from_x_tilde_have_the_moments_of_the_papers_normal_distribution()
         assert_variance(y, -0.8 + variance * float(score), variance, of=2 * len(levels))
 
 
+@pytest.mark.slow
 def test_divergence_from_the_conditional_is_of_fourth_order_in_sigma(monkeypatch):
     """KL -> sigma⁴ F''(x_tilde)² / 4 as sigma -> 0, by sums over a grid in float64.
 

@@ -24,6 +24,7 @@ def images():
     return np.stack(list(pipeline.all_examples(config, sources.open_source(config), limit=9)))
 
 
+@pytest.mark.slow
 def test_the_shipped_model_distinguishes_digits_from_synthetic_images(tmp_path, caplog):
     """At the low levels; at the high levels images are mostly noise.
 
@@ -52,6 +53,7 @@ def test_the_shipped_model_distinguishes_digits_from_synthetic_images(tmp_path, 
         assert any(pattern.fullmatch(line) for line in caplog.messages)
 
 
+@pytest.mark.slow
 def test_a_set_is_not_distinguished_from_itself(tmp_path):
     """The i-th images of all sets are diffused with the same noise, so AUROC is exactly 1/2.
 

@@ -179,6 +179,7 @@ def test_another_seed_gives_another_order_and_other_flips():
     assert np.any(flips != other_flips)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 3, 6, 12])
 def test_the_shares_of_all_processes_make_up_the_batch_of_one_process(count):
     config, source = numbered(20, batch_size=12)
@@ -275,6 +276,7 @@ def test_threads_end_with_their_iterator():
         assert not thread.is_alive()
 
 
+@pytest.mark.slow
 def test_prefetching_does_not_keep_a_process_from_exiting():
     # A batch takes half a second, and at most 8 are in progress, in 4 threads.
     status, output, end = run_python(

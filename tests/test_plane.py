@@ -50,6 +50,7 @@ def kl_of_gaussians(mean, std, mean_p, std_p):
     return terms.sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ellipse", "blobs", "moons"])  # few components: fast
 def test_the_exact_energy_has_log_z_0_and_kl_0_at_the_lowest_and_the_highest_level(name):
     """Fails if the cell area is wrong by 1% (tried)."""

@@ -96,6 +96,7 @@ def relative_errors(ours, truth):
     return f_error, difference / norm
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", [random_resnet, random_mlp, shipped])
 def test_energies_and_gradients_differ_from_float64_by_rounding_errors(network):
     """About 1e-6 in float32; in bfloat16, about a thousand times as much.
@@ -259,6 +260,7 @@ def mlp_conditionals(module, params, dtype):
     return Conditionals(F, schedule, sampler_of(module, s, 30))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", [langevin, mala, hmc])
 def test_chains_of_thirty_steps_are_the_same_in_float32_and_float64(module):
     """The energy is smooth: chains diverge only where they differ in an accept decision.
@@ -286,6 +288,7 @@ def test_chains_of_thirty_steps_are_the_same_in_float32_and_float64(module):
     np.testing.assert_allclose(np.median(accepted - accepted_truth), 0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", [langevin, mala, hmc, normal_approximation])
 def test_generation_warm_up_and_inpainting_run_in_float64(module):
     """Fails if the momentum or white noise is float32: loops reject a carry of that type."""

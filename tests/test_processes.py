@@ -78,6 +78,7 @@ def pair(tmp_path_factory):
     return workdir, outputs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 8])
 def test_two_processes_learn_what_one_learns(pair, tmp_path, devices):
     """On 2 x 4 devices, 8 devices and 1 device."""
@@ -114,6 +115,7 @@ def test_only_the_first_process_logs_and_writes(pair):
     assert steps(workdir) == [2, 4, 5]
 
 
+@pytest.mark.slow
 def test_one_process_or_two_draw_the_same_samples(pair):
     workdir, _ = pair
     args = "--mode=sample", f"--workdir={workdir}", "--num_samples=10"
@@ -140,6 +142,7 @@ def unstopped(tmp_path_factory):
     return state_of(workdir)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signalled", [0, 1])
 def test_a_signal_to_one_process_saves_a_checkpoint_and_both_resume(
     tmp_path, unstopped, signalled
@@ -160,6 +163,7 @@ def test_a_signal_to_one_process_saves_a_checkpoint_and_both_resume(
     assert_same(state_of(workdir), unstopped)
 
 
+@pytest.mark.slow
 def test_a_run_of_eight_devices_can_be_finished_on_four(tmp_path):
     """Batches and noise are the same: equal to 1e-5 of the largest entry of each array."""
     stopped, whole = (tiny.trained(tmp_path / name) for name in ("stopped", "whole"))
@@ -186,6 +190,7 @@ def test_a_run_of_eight_devices_can_be_finished_on_four(tmp_path):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", [0, 1])
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_lost_process_ends_the_other_and_the_same_command_resumes(tmp_path, lost, signum):
@@ -201,7 +206,8 @@ def test_a_lost_process_ends_the_other_and_the_same_command_resumes(tmp_path, lo
     pair[lost].communicate()
     assert status != 0
     assert took < 2 * TIMEOUT
-    assert "another task died" in output  # JAX's runtime
+    # JAX's runtime aborts the process, unless a collective operation fails in Python first.
+    assert "another task died" in output or "JAX failed" in output
     assert "the same command resumes" in output
     if signum == signal.SIGSTOP:  # resuming is the same, and slow to test
         return
@@ -240,6 +246,7 @@ def test_different_settings_are_an_error_in_all_processes(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_coordinator_that_does_not_answer_is_one_line(tmp_path):
     address = f"localhost:{free_port()}"
     flags = [f"--coordinator_address={address}", "--num_processes=2", "--process_id=1"]
@@ -256,6 +263,7 @@ def test_a_coordinator_that_does_not_answer_is_one_line(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_processes_that_do_not_come_end_the_first(tmp_path):
     flags = [f"--coordinator_address=localhost:{free_port()}", "--num_processes=2"]
     before = time.monotonic()

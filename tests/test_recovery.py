@@ -37,6 +37,7 @@ def test_conditional_is_F_plus_a_quadratic_and_the_marginal_at_the_top():
     np.testing.assert_allclose(log_p[5], expected[5], rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("T", "t"), [(6, t) for t in range(6)] + [(1000, t) for t in (0, 30, 300, 998, 999)]
 )
@@ -163,6 +164,7 @@ def true(moments):
     return mean / variance, 1 / variance
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("energies", [wrong, true])
 def test_loss_has_the_gradient_of_maximum_likelihood(energies):
     """grad E loss = weight_t tau_t grad E[-log p(y | x_tilde)] at every level; 0 for the truth.
@@ -213,6 +215,7 @@ def test_loss_has_the_gradient_of_maximum_likelihood(energies):
         np.testing.assert_allclose(expected / np.std(found, axis=0), 0, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("energies", [wrong, true])
 def test_denoising_loss_has_the_gradient_of_the_divergence(energies):
     """grad E loss = w_t grad E KL(q(y | x_tilde) | N(x_tilde + sigma² grad F, sigma²)).
@@ -299,6 +302,7 @@ def test_positives_have_the_densities_of_the_levels_and_independent_noise():
         assert_counts(counts, np.full(36, 1 / 36), of=6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("draw", [recovery.positives, recovery.expected_positives])
 def test_positives_give_the_expected_gradient_of_the_denoising_loss(draw):
     """Tests y drawn, and its mean given the data; the gradient is in h and P at F = 0.

@@ -8,6 +8,7 @@ from drl_jax.errors import UserError
 from drl_jax.networks import resnet
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "channels", "mult"), [(8, 1, (1, 2)), (16, 3, (1, 2, 2)), (4, 2, (1,))]
 )
@@ -41,12 +42,14 @@ def test_time_embedding_has_sines_in_the_first_half_and_cosines_in_the_second():
     np.testing.assert_allclose(resnet.time_embedding(jnp.array(t), ch), expected, atol=2e-4)
 
 
+@pytest.mark.slow
 def test_mean_pool_averages_two_by_two_pixels():
     x = jax.random.normal(jax.random.key(0), (2, 6, 4, 3))
     expected = nn.avg_pool(x, (2, 2), strides=(2, 2))
     np.testing.assert_allclose(resnet.mean_pool(x), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_block_is_its_skip_connection_at_initialisation():
     block = resnet.Block(features=4)
     x = jax.random.normal(jax.random.key(0), (2, 4, 4, 4))

@@ -58,6 +58,7 @@ def results(workdir):
     return json.loads(text, parse_constant=reject)
 
 
+@pytest.mark.slow
 def test_the_results_describe_the_chains_and_more_steps_continue_them(workdir, caplog):
     assert start(workdir) == 0
     found = results(workdir)
@@ -87,6 +88,7 @@ def test_the_results_describe_the_chains_and_more_steps_continue_them(workdir, c
     assert [r["steps"] for r in longer["ladder"]["ladders"]] == [10, 20, 50]
 
 
+@pytest.mark.slow
 def test_a_ladder_with_the_steps_of_training_draws_the_samples(workdir):
     K, n = tiny.CONFIG["mcmc.K"], 8
     model, key = runs.load(workdir).model, jax.random.key(3)
@@ -101,6 +103,7 @@ def test_a_ladder_with_the_steps_of_training_draws_the_samples(workdir):
     assert model.programs.advance_chains._cache_size() == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("sampler", "args", "steps", "every"), [("langevin", [], 20, 16), ("hmc", HMC, 6, 8)]
 )
@@ -152,6 +155,7 @@ def test_wrong_arguments_are_reported_in_one_line(workdir, capsys):
         assert not (workdir / "long_run").exists()
 
 
+@pytest.mark.slow
 def test_chains_with_other_settings_or_damaged_ones_are_rejected(workdir, capsys):
     short = {"num_steps": 2, "levels": "0,3"}
     assert start(workdir, **short) == 0

@@ -153,6 +153,7 @@ def test_reconfiguring_with_the_same_settings_draws_the_same_samples(run):
     np.testing.assert_array_equal(same.model.sample(key, 3), run.model.sample(key, 3))
 
 
+@pytest.mark.slow
 def test_the_shipped_model_draws_digits():
     """500 samples are about as far from the data as 1000 were after training (0.57).
 

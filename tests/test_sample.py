@@ -41,6 +41,7 @@ def samples_of(workdir, n, seed=0):
     return x
 
 
+@pytest.mark.slow
 def test_a_sample_is_a_function_of_the_seed_and_its_number(workdir):
     x = samples_of(workdir, 70)  # a full batch of 64, and a padded one
     np.testing.assert_array_equal(samples_of(workdir, 70), x)
@@ -56,6 +57,7 @@ def test_a_sample_is_a_function_of_the_seed_and_its_number(workdir):
     assert np.abs(samples_of(workdir, 3, seed=1) - x[:3]).max() > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["mala", "hmc"])
 def test_a_trained_model_is_sampled_by_another_sampler_after_a_warm_up(
     workdir, sampler, caplog

@@ -48,6 +48,7 @@ def test_digits_have_one_channel():
 # Points
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", mixtures.PLANE)
 def test_points_are_the_same_draws_from_the_named_shape_every_time(name):
     source = sources.Points(name)
@@ -263,6 +264,7 @@ def test_a_tfds_data_set_with_code_is_read(tfds_dir):
     np.testing.assert_array_equal(images, np.full((3, 28, 28, 1), 51))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["stripes", "mnist"])
 def test_tfds_data_are_read_without_tensorflow(tfds_dir, name):
     status, output, _ = run_python(
@@ -352,6 +354,7 @@ def test_an_unreadable_tfds_record_among_several_is_named(tfds_dir, monkeypatch)
     assert len(source.read([5, 4])) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tfds", "folder"])
 def test_images_of_each_source_can_be_trained_on_with_the_program(
     tfds_dir, stripes, tmp_path, kind

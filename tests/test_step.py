@@ -118,6 +118,7 @@ def assert_trees_close(actual, expected, rtol=2e-4, atol=1e-6):
     )
 
 
+@pytest.mark.slow
 def test_a_step_descends_the_gradient_of_the_recovery_loss(one_step):
     """Fails if the levels are not weighted, or negative samples use unnormalised parameters."""
     before, after, metrics = one_step.before, one_step.after, one_step.metrics
@@ -151,6 +152,7 @@ def test_a_step_increments_the_step_number_and_averages_the_parameters(one_step)
     assert_trees_close(after.ema, expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_denoising_step_descends_the_error_of_the_normal_approximation():
     """On T1k, the loss is the mean over examples of |eps_bar + sigma_bar_{t+1} grad F|² / 2D.
 
@@ -195,6 +197,7 @@ def test_a_denoising_step_descends_the_error_of_the_normal_approximation():
         assert np.all(np.isnan(of_chain))
 
 
+@pytest.mark.slow
 def test_training_in_bfloat16_has_almost_the_losses_of_float32():
     """Compares each of the first steps, before rounding errors have made the runs diverge."""
     config = config_lib.load(str(tiny.DIGITS))

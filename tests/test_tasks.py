@@ -102,6 +102,7 @@ def test_for_images_that_suit_fid_the_log_says_where_its_weights_are(
     assert (weights.DOWNLOAD_HINT in caplog.text) == hint
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("inception_weights", [None, weights.Weights({}, "1234")])
 def test_inception_sees_all_samples_although_few_are_in_memory(
     tmp_path, monkeypatch, inception_weights
@@ -180,6 +181,7 @@ def test_a_langevin_chain_has_no_warm_up(exact_run):
     assert common.adapted(exact_run) is exact_run
 
 
+@pytest.mark.slow
 def test_the_warm_up_leaves_the_original_run_unchanged(caplog):
     run = runs.load("digits")
     config = run.config.copy_and_resolve_references()

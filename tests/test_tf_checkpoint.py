@@ -57,6 +57,7 @@ def test_schedule_and_step_sizes(expected):
     assert_close(S**2, expected["step_size_square"], 1e-6)
 
 
+@pytest.mark.slow
 def test_network_and_its_gradient(network, expected):
     x, t = jnp.asarray(expected["x"]), jnp.asarray(expected["t"])
     f, vjp = jax.vjp(lambda x: network(x, t), x)

@@ -28,6 +28,7 @@ def png(path):
     return np.asarray(Image.open(io.BytesIO(path.read_bytes())))
 
 
+@pytest.mark.slow
 def test_training_ends_with_figures_and_finite_metrics(trained_toy):
     metrics = json.loads((trained_toy / "metrics.json").read_text())
     assert (metrics["step"], metrics["num_samples"]) == (30, 100)
@@ -136,6 +137,7 @@ def test_F_is_the_network_plus_the_log_density_of_white_noise():
     np.testing.assert_allclose(learned.F(params)(x, t), wanted, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_of_many_levels_neighbours_have_nearly_the_same_energy():
     """Otherwise the levels would have to learn independently of each other."""
     learned = method.from_config(toy())

@@ -45,6 +45,7 @@ def assert_direct(ours, expected, args):
     np.testing.assert_allclose(ours(*args), expected(*args), rtol=0, atol=1e-13 * terms)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ours", "expected"), BOTH)
 @pytest.mark.parametrize(
     "shape", [(1, 2, 2, 1), (2, 8, 8, 5), (3, 10, 4, 2), (1, 16, 16, 256), (0, 4, 4, 3)]
@@ -64,6 +65,7 @@ def test_result_does_not_depend_on_the_chunk_size(
     assert_direct(ours, expected, args)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ours", "expected"), BOTH)
 def test_float32_errors_are_less_than_twice_those_of_the_direct_sum(ours, expected):
     args = [a.astype(jnp.float32) for a in draw((4, 16, 16, 256), 256)]
