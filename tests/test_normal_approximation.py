@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from helpers.statistical import assert_mean, assert_variance
 
 from drl_jax import diffusion, noise, recovery
