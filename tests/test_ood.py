@@ -108,6 +108,7 @@ def test_scores_are_F_and_the_norm_of_its_gradient_at_every_level():
     np.testing.assert_allclose(found.score_norm, norm, rtol=2e-6)
 
 
+@pytest.mark.slow
 def test_scores_of_a_trained_model_are_its_F_and_gradient_norm():
     """Fails if f is used instead of F, and if the padding of a batch is not dropped."""
     model, x, key = digits().model, images()[:5], jax.random.key(2)

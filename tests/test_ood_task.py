@@ -81,6 +81,7 @@ def test_a_set_is_not_distinguished_from_itself(tmp_path):
     assert digits["median"] != results["in"]["median"]
 
 
+@pytest.mark.slow
 def test_the_default_model_is_that_of_the_work_directory(tmp_path):
     workdir = tiny.trained(copy=tmp_path / "run")
     args = ["--against=inverted", "--config.evaluation.num_data=20"]

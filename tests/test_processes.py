@@ -97,6 +97,7 @@ def test_two_processes_learn_what_one_learns(pair, tmp_path, devices):
     assert found["pixel_frechet"] == pytest.approx(expected["pixel_frechet"], rel=1e-3)
 
 
+@pytest.mark.slow
 def test_every_process_logs_that_it_joined(pair):
     _, outputs = pair
     for i, output in enumerate(outputs):
@@ -104,6 +105,7 @@ def test_every_process_logs_that_it_joined(pair):
         assert f"--timeout={TIMEOUT}" in output
 
 
+@pytest.mark.slow
 def test_only_the_first_process_logs_and_writes(pair):
     workdir, (first, second) = pair
     assert "step 5/5" in first
@@ -234,6 +236,7 @@ def test_an_error_that_is_not_of_jax_keeps_its_type(monkeypatch):
         raise KeyError("a")
 
 
+@pytest.mark.slow
 def test_different_settings_are_an_error_in_all_processes(tmp_path):
     args, others = (
         tiny.training(tmp_path / "run", optim__learning_rate=rate) for rate in (1e-3, 2e-3)

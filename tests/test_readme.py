@@ -98,6 +98,7 @@ def test_the_example_of_a_statistical_test_passes():
     variables[name]()
 
 
+@pytest.mark.slow
 def test_the_new_network_is_a_differentiable_function_of_image_level_and_parameters(tmp_path):
     cnn = load("drl_jax/networks/cnn.py", tmp_path)
     energy = cnn.energy(image_size=8, channels=1, ch=8, N=2)

@@ -181,6 +181,7 @@ def test_chains_with_other_settings_or_damaged_ones_are_rejected(workdir, capsys
     assert files(workdir) == before
 
 
+@pytest.mark.slow
 def test_by_default_all_levels_share_one_batch(workdir):
     assert tiny.main("--mode=long_run", f"--workdir={workdir}", "--num_steps=1") == 0
     found = results(workdir)

@@ -143,6 +143,7 @@ def test_a_step_descends_the_gradient_of_the_recovery_loss(one_step):
             assert np.isnan(metrics.f_pos[level])
 
 
+@pytest.mark.slow
 def test_a_step_increments_the_step_number_and_averages_the_parameters(one_step):
     before, after = one_step.before, one_step.after
     assert after.step == before.step + 1

@@ -1,7 +1,6 @@
 """Points in the plane, from the data to the metrics."""
 
 import io
-import itertools
 import json
 import re
 
@@ -115,17 +114,6 @@ def test_settings_that_contradict_each_other_are_reported_in_one_line(
     assert re.fullmatch(r"error: .*\n", error)
     assert re.search(pattern, error)
     assert not (tmp_path / "run").exists()
-
-
-def test_points_are_batched_unchanged():
-    config = toy(data__name="ellipse", train__batch_size=6)
-    source = sources.open_source(config)
-    points = {tuple(point) for point in source}
-    for batch in itertools.islice(pipeline.training_batches(config, source), 3):
-        assert (batch["image"].shape, batch["image"].dtype) == ((6, 2), np.float32)
-        assert points.issuperset(map(tuple, batch["image"]))
-    first = next(pipeline.all_examples(config, source, limit=1))
-    np.testing.assert_array_equal(first, source[0])
 
 
 def test_F_is_the_network_plus_the_log_density_of_white_noise():
