@@ -33,7 +33,7 @@ def get_config():
     config.optim.decay_steps = 3000
     config.optim.ema_decay = 0.99
     config.train.objective = "denoising"
-    config.train.levels = "log_noise"
+    config.train.levels = "log_snr"
     config.train.batch_size = 1024
     config.train.num_steps = 3000
     config.log.every_steps = 500

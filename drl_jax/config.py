@@ -47,7 +47,7 @@ def default() -> ConfigDict:
                 # F from f: 'step': f / s_t²; 'noise': f / sigma_bar_t - |x|² / 2;
                 # 'unit': f - |x|² / 2
                 "parameterisation": "step",
-                "dtype": "float32",  # in which f multiplies; or 'bfloat16'
+                "dtype": "float32",  # of the products in f; or 'bfloat16'
             },
             "mcmc": {
                 "sampler": "langevin",  # or 'mala', 'hmc', 'normal_approximation'
@@ -67,25 +67,29 @@ def default() -> ConfigDict:
             },
             "train": {
                 "objective": "recovery",  # or 'denoising', which needs no MCMC
-                "levels": "uniform",  # distribution of t; 'log_noise': about even in log SNR
+                # Distribution of t: 'uniform', or 'log_snr', about uniform in the logarithm of
+                # the signal-to-noise ratio of level t.
+                "levels": "uniform",
                 "batch_size": 256,
                 "accumulate": 1,  # gradient accumulation: micro-batches per device and step
                 "num_steps": 240_000,
                 "loss_limit": 100.0,  # training has diverged if |loss| exceeds this
-                "energy_limit": 1e4,  # or if |f| exceeds this: float32 then rounds f+ - f-
+                # ... or if |f| exceeds this, where the difference of f between positive and
+                # negative samples would be lost in float32's rounding errors.
+                "energy_limit": 1e4,
             },
             "mesh": {
                 "data": -1,  # devices that share a batch; -1: number of devices / fsdp
                 "fsdp": 1,  # devices that share the parameters and the optimiser state
             },
             "log": {
-                "every_steps": 100,
-                "sample_every_steps": 5000,
+                "every_steps": 100,  # between two log lines
+                "sample_every_steps": 5000,  # between two grids of samples
             },
             "checkpoint": {
-                "every_steps": 1000,
-                "keep_last": 3,
-                "keep_every_steps": 50_000,
+                "every_steps": 1000,  # between two checkpoints
+                "keep_last": 3,  # number of newest checkpoints to keep
+                "keep_every_steps": 50_000,  # keep those at multiples of this, too
             },
             "evaluation": {
                 "num_samples": 1000,  # the pixel Fréchet distance uses up to 10,000 of them
@@ -98,19 +102,26 @@ def default() -> ConfigDict:
                 "distributions": 1000,  # intermediate distributions; at least one per level
                 "transitions": 5,  # of HMC, per intermediate distribution
                 "leapfrog": 1,  # leapfrog steps per transition; 1 is MALA
-                "burn_in": 200,  # moves at level 0, of `transitions` each, from data to samples
-                "target_acceptance": 0.8,
-                "warmup_steps": 20,  # per level
+                # Moves of `transitions` each at level 0, from data to approximate samples of
+                # the model, with which the upper bound starts.
+                "burn_in": 200,
+                "target_acceptance": 0.8,  # of the transitions, adapted before annealing
+                "warmup_steps": 20,  # steps of this adaptation, per level
                 "max_gap": 0.1,  # largest usable gap between the bounds [bits per dimension]
             },
         }
     )
 
 
-# Old names of fields, as saved by earlier versions, and the present names.
+# Names of fields in configurations that earlier versions saved, and their present names.
 RENAMED = {
     "train.parts": "train.accumulate",
     "likelihood.rungs": "likelihood.distributions",
+}
+
+# The same for values, by the present name of the field.
+RENAMED_VALUES = {
+    "train.levels": {"log_noise": "log_snr"},
 }
 
 CHOICES = {
@@ -120,7 +131,7 @@ CHOICES = {
     "energy.dtype": ("float32", "bfloat16"),
     "mcmc.sampler": ("langevin", "mala", "hmc", "normal_approximation"),
     "train.objective": ("recovery", "denoising"),
-    "train.levels": ("uniform", "log_noise"),
+    "train.levels": ("uniform", "log_snr"),
 }
 
 # Smallest values of numbers. All other numbers must be positive.
@@ -155,8 +166,8 @@ REQUIRED_FOR_POINTS = {
     "energy.dtype": "float32",
 }
 
-# Fields, or sections of fields, that may differ when a run resumes: up to rounding, no
-# training step depends on them.
+# Fields and sections that may change when a run resumes. The training steps do not depend on
+# them, except for rounding errors.
 CHANGEABLE_ON_RESUME = (
     "train.accumulate",
     "train.num_steps",
@@ -298,11 +309,12 @@ def to_json(config: ConfigDict) -> dict[str, Any]:
 def from_json(values: dict[str, Any]) -> ConfigDict:
     """Returns the configuration that `to_json` saved, in this or an earlier version.
 
-    Lists become tuples again, and old names of fields (`RENAMED`) the present ones. A field
-    that did not exist yet takes its default, which is how the earlier version behaved.
+    Lists become tuples again. Old names of fields (`RENAMED`) and of their values
+    (`RENAMED_VALUES`) become the present ones. A field that did not exist yet takes its
+    default, which is how the earlier version behaved.
 
     Raises:
-      UserError: if it has a field that this version lacks.
+      UserError: if the saved configuration has a field that this version lacks.
     """
     config = default()
     known = dict(flatten(config))
@@ -313,9 +325,11 @@ def from_json(values: dict[str, Any]) -> ConfigDict:
                 f"the saved configuration has the unknown field config.{saved}: use the "
                 "version of drl_jax that saved it, or a newer one"
             )
-        config.update_from_flattened_dict(
-            {name: tuple(value) if isinstance(value, list) else value}
-        )
+        if isinstance(value, list):
+            value = tuple(value)
+        elif name in RENAMED_VALUES:
+            value = RENAMED_VALUES[name].get(value, value)
+        config.update_from_flattened_dict({name: value})
     return config
 
 

@@ -16,14 +16,14 @@ from jaxtyping import Array, Float, Int, Key
 from drl_jax import noise
 from drl_jax.errors import UserError
 
-# The linear schedule of Ho et al. 2020, and a last beta of 1, which only T = 1000 uses. Level T
-# is then exactly white noise; for smaller T, a_bar_T is about 0.006.
+# The linear schedule of Ho et al. (2020), and a last beta of 1, which only T = 1000 uses: then
+# level T is exactly white noise. For smaller T, a_bar_T is about 0.006.
 BETAS = np.append(np.linspace(1e-4, 0.02, 1000), 1.0)
 
 
 @flax.struct.dataclass
 class NoiseSchedule:
-    """The noise levels 0..T; all arrays have the shape [T + 1].
+    """The noise levels 0..T. Every array has the shape [T + 1], one number per level.
 
     Attributes:
       a: factor on the signal from level t - 1 to level t; at level 0, from the data.
@@ -45,25 +45,25 @@ class NoiseSchedule:
     def is_marginal(self, t: Int[Array, "*B"]) -> Float[Array, "*B"]:
         """Returns 1 where t = T - 1, whose energy is learned as a marginal, and 0 below.
 
-        Level T is white noise and so says nothing about x_{T-1}: the conditional is the
-        marginal.
+        Level T is white noise, independent of x_{T-1}, so the conditional is the marginal.
         """
         return (t == self.T - 1).astype(self.a.dtype)
 
-    def a_y(self, t: Int[Array, "*B"]) -> Float[Array, "*B"]:
-        """Returns the factor a in y_t = a x_t: a_{t+1}, and 1 at t = T - 1."""
+    def y_scale(self, t: Int[Array, "*B"]) -> Float[Array, "*B"]:
+        """Returns the factor y_t / x_t for t in 0..T-1: a_{t+1}, but 1 at t = T - 1."""
         return jnp.where(t == self.T - 1, 1.0, self.a[t + 1])
 
 
 def schedule(T: int) -> NoiseSchedule:
     """Returns the noise schedule with T energies.
 
-    Every level covers a run of consecutive betas. With T = 1000 each level covers one beta
-    (the paper's T1k). With fewer, the levels are spaced evenly over the first half of the
-    betas, and the last one covers the rest (T = 6 is the paper's T6).
+    The step to each level combines one or more consecutive `BETAS`. With T = 1000 it is one
+    beta per level (the paper's T1k). With T of 501 or less, the levels are spaced evenly over
+    the first half of the betas, and the step to level T combines the rest (T = 6 is the
+    paper's T6).
 
     Raises:
-      UserError: if T is neither 1..501 nor 1000.
+      UserError: if T is not 1000 and not in 1..501.
     """
     if T == 1000:
         ends = np.arange(1001)
@@ -72,7 +72,7 @@ def schedule(T: int) -> NoiseSchedule:
         ends = np.append(stride * np.arange(T), 999)
     else:
         raise UserError(
-            f"T = {T} does not fit the schedule of 1000 betas; use 1 to 501, or 1000"
+            f"T = {T} does not fit the noise schedule of 1000 steps; use 1 to 501, or 1000"
         )
     log_a_bar = np.cumsum(0.5 * np.log1p(-BETAS[:-1]))
     a_bar = np.exp(np.append(log_a_bar, -np.inf))[ends]
@@ -86,10 +86,9 @@ def schedule(T: int) -> NoiseSchedule:
 
 
 def level_groups(T: int) -> list[range]:
-    """Returns the groups of levels 0..T-1 that are reported together.
+    """Returns the groups into which levels 0..T-1 are divided in reports.
 
-    Each level is a group of its own if T <= 10; otherwise there are ten groups of consecutive
-    levels.
+    If T <= 10, each level is a group; otherwise there are ten groups of consecutive levels.
     """
     G = T if T <= 10 else 10
     bounds = [-(-T * g // G) for g in range(G + 1)]

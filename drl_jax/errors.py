@@ -5,10 +5,10 @@ from collections.abc import Iterator
 
 
 class UserError(ValueError):
-    """Something outside the program is wrong and the user can fix it.
+    """A problem outside the program, which the user can fix.
 
     The message is one line: what is wrong, the value, what to do. `drl_jax.main` prints that
-    line and exits with status 1; every other exception keeps its traceback.
+    line and exits with status 1. For all other exceptions, Python prints the traceback.
     """
 
 

@@ -27,14 +27,14 @@ log = logging.getLogger("drl_jax")
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs one task and returns the exit status; a `UserError` becomes one line on stderr.
+    """Runs one task and returns the exit status.
 
-    The status is 0, or 1 after an error, or 128 plus the number of the signal that stopped the
-    task.
+    It is 0, or 1 after a `UserError` (printed to stderr as one line), or 128 plus the number of
+    the signal that stopped the task. `argv` begins with the name of the program.
     """
     logging.basicConfig(format="%(message)s", level=logging.ERROR)
     log.setLevel(logging.INFO)
-    # Orbax also logs each exception through absl, in many lines.
+    # Orbax also logs each exception, with its traceback, through absl.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
         if text := command_line.help_text(argv, introduction=__doc__):
@@ -48,20 +48,24 @@ def main(argv: Sequence[str]) -> int:
     except Interrupted as interrupted:
         log.info("%s: the same command resumes from here", interrupted)
         return 128 + interrupted.signum
-    except KeyboardInterrupt:  # while there is nothing to save
+    except KeyboardInterrupt:  # Ctrl-C while there is nothing to save
         return 130
     return 0
 
 
 def run(command: Command) -> None:
-    """Loads the configuration and sets up JAX and the processes, then runs the task."""
+    """Sets up JAX and the processes of the job, and runs the task.
+
+    The configuration of a task without a trained model is loaded first, because the number of
+    CPU devices depends on it. Passes on the `UserError` or `Interrupted` that a task raises.
+    """
     values, task = command.values, command.task
     job = processes.Job(**{name: values[name] for name in processes.Job._fields})
     processes.require_possible(job)
     if not task.distributed:
         job = job._replace(distributed=False)
     if job.has_others and not values["workdir"]:
-        raise UserError("several processes need one --workdir that all of them can reach")
+        raise UserError("several processes need a --workdir that all of them can access")
     config = None
     if not task.trained:
         file = values["config"]
@@ -72,19 +76,21 @@ def run(command: Command) -> None:
         cpu_devices=1 if job.has_others else cpu_devices.count(config),
         environment=chips.parse(topology).environment if topology else {},
     )
-    with processes.joined(job):
-        if job.has_others and not processes.require_same(settings(command, config)):
-            log.setLevel(logging.ERROR)  # process 0 alone logs
+    with processes.connected(job):
+        if job.has_others:
+            processes.require_same(settings(command, config))
+            if not processes.is_first():
+                log.setLevel(logging.ERROR)
         run_task(command, config)
 
 
 def settings(command: Command, config: ConfigDict | None) -> dict[str, object]:
-    """Returns the settings that all processes of a job must share, by name."""
+    """Returns the settings that must be equal in all processes of a job, by name."""
     shared = {name: value for name, value in command.values.items() if name != "process_id"}
     if config is None:
         return shared | {"changes of config": list(command.changes)}
     fields = {f"config.{name}": value for name, value in config_lib.flatten(config)}
-    return shared | fields | {"config": None}  # the file's name may differ
+    return shared | fields | {"config": None}  # hosts may keep the file in different places
 
 
 def run_task(command: Command, config: ConfigDict | None) -> None:

@@ -25,7 +25,7 @@ class Method(NamedTuple):
       energy: network f.
       schedule: noise levels.
       parameterisation: how the log-density F is computed from f.
-      sampler: Markov chain Monte Carlo kernel for the conditionals.
+      sampler: Markov chain Monte Carlo kernel for the conditionals, with its settings.
     """
 
     energy: Energy
@@ -34,18 +34,22 @@ class Method(NamedTuple):
     sampler: Sampler
 
     def F(self, params: Params) -> LevelFn:
-        """Returns the log-density of every level, given normalised parameters."""
+        """Returns the log-density of every level, up to a constant, as a function of (x, t).
+
+        Args:
+          params: parameters of the network, spectrally normalised.
+        """
         f = functools.partial(self.energy.f, params)
         return recovery.log_density(f, self.parameterisation)
 
     def conditionals(
         self, params: Params, tuning: dict[str, Shaped[Array, "T"]] | None = None
     ) -> Conditionals:
-        """Returns the conditionals of all levels, given normalised parameters.
+        """Returns the conditionals of all levels.
 
         Args:
-          params: normalised parameters of the network.
-          tuning: settings of the sampler; by default its own.
+          params: parameters of the network, spectrally normalised.
+          tuning: settings of the kernel that replace those of `sampler`, if given.
         """
         sampler = self.sampler if tuning is None else self.sampler._replace(tuning=tuning)
         return Conditionals(self.F(params), self.schedule, sampler)
@@ -55,8 +59,8 @@ def from_config(config: ConfigDict) -> Method:
     """Builds the method that a configuration describes, with the sampler used in training.
 
     Raises:
-      UserError: if T or the image size is impossible, or the sampler has settings for
-        another number of levels.
+      UserError: if the noise schedule does not support T, the network cannot halve the images
+        often enough, or the leapfrog steps are given for another number of levels.
     """
     schedule = diffusion.schedule(config.diffusion.T)
     ch, N, channels = config.energy.ch, config.energy.N, config.data.channels
@@ -70,7 +74,7 @@ def from_config(config: ConfigDict) -> Method:
         s = recovery.step_sizes(schedule, config.mcmc.b_squared)
         parameterisation = Parameterisation(s**2, precision=0.0)
     elif config.energy.parameterisation == "noise":
-        # Dequantised data bring uniform noise of their own, of variance width² / 12.
+        # Dequantised data contain uniform noise, of variance width² / 12.
         uniform = schedule.a_bar[:-1] * config.data.dequantise / math.sqrt(12)
         temperature = jnp.hypot(schedule.sigma_bar[:-1], uniform)
         parameterisation = Parameterisation(temperature, precision=1.0)
@@ -93,7 +97,7 @@ def make_sampler(
     """Builds the sampler that `config.mcmc` describes.
 
     Args:
-      mcmc: this part of the configuration.
+      mcmc: the section `mcmc` of a configuration.
       schedule: noise levels.
       noise_scale: factor of the noise, for the samplers that have one (Langevin and the
         normal approximation).

@@ -1,4 +1,4 @@
-"""A trained model: evaluates log-densities and draws samples, as arrays in [-1, 1]."""
+"""A trained model: evaluates log-densities and draws samples. Images are in [-1, 1]."""
 
 import dataclasses
 import functools
@@ -21,14 +21,21 @@ from drl_jax.sampling import chains as chains_lib
 from drl_jax.sampling import inpainting, interpolation, ladder, masks
 from drl_jax.sampling.chains import Chains, Observation
 
-PIXEL_TOLERANCE = 1e-5  # distance by which a resized image may leave [-1, 1]
+PIXEL_TOLERANCE = 1e-5  # by which pixels may lie outside [-1, 1], as resizing can cause
 
 _sample_strips = jax.jit(interpolation.sample_strips, static_argnames="frames")
 _image_strips = jax.jit(interpolation.image_strips, static_argnames="frames")
 
 
 class Programs(NamedTuple):
-    """The compiled programs of a model, shared by all models derived from it."""
+    """The compiled programs of a model, shared by all models derived from it.
+
+    Attributes:
+      f: (params, x, t) -> f(x, t).
+      F: (params, x, t) -> F(x, t).
+      generate, descend, inpaint, start_chains, advance_chains: the functions of `sampling`,
+        compiled by `Model.compile`.
+    """
 
     f: Callable
     F: Callable
@@ -106,7 +113,7 @@ class Model:
 
     @property
     def T(self) -> int:
-        """Number of levels."""
+        """Number of energies; the noise levels are 0..T."""
         return self.method.schedule.T
 
     @property
@@ -116,7 +123,7 @@ class Model:
 
     @property
     def step_size(self) -> Float[np.ndarray, "T"]:
-        """Step size of the sampler at every level."""
+        """Step size of the sampler at every level t in 0..T-1."""
         return np.asarray(self.method.sampler.tuning["step_size"])
 
     def with_params(self, params: Params) -> "Model":
@@ -131,7 +138,7 @@ class Model:
         return dataclasses.replace(self, method=method)
 
     def f(self, x: Float[ArrayLike, "B *D"], t: Int[ArrayLike, "B"]) -> Float[Array, "B"]:
-        """Evaluates the network on x at levels t in 0..T-1."""
+        """Returns the network's output at levels t in 0..T-1."""
         return self.programs.f(self.params, jnp.asarray(x), jnp.asarray(t))
 
     def log_density(
@@ -141,17 +148,18 @@ class Model:
         return self.programs.F(self.params, jnp.asarray(x), jnp.asarray(t))
 
     def sample(self, key: Key[Array, ""], n: int) -> Float[np.ndarray, "n *D"]:
-        """Draws n samples. The i-th depends only on the key and i.
+        """Draws n samples. The i-th depends only on the key and i, not on n.
 
-        This holds to the bit for equal batch sizes. Another batch size is another compiled
-        program with other rounding errors, which a chain can amplify to visible differences.
+        For equal batch sizes, this is true bit for bit. Another batch size needs another
+        compiled program, with other rounding errors, which a chain can amplify to visible
+        differences.
         """
         return np.concatenate(list(self.sample_batches(key, n)))
 
     def sample_batches(
         self, key: Key[Array, ""], n: int
     ) -> Iterator[Float[np.ndarray, "B *D"]]:
-        """Draws n samples one batch at a time, so that memory does not grow with n."""
+        """Draws n samples batch by batch, so that the memory needed does not grow with n."""
         return self.run(self.programs.generate, key, np.arange(n))
 
     def descend(
@@ -252,10 +260,10 @@ class Model:
           x: images [n, H, W, C] in [-1, 1]; their values at unknown pixels have no effect.
           known: mask [H, W, 1] of bool, true where a pixel is known; see `masks.named`.
           completions: number of completions per image.
-          rounds: number of times each level is drawn.
+          rounds: number of times that each level is drawn; see `inpainting`.
 
         Returns:
-          images that equal x at known pixels, exactly.
+          images that are equal to x at known pixels.
 
         Raises:
           UserError: if the images or the mask do not fit the model, or rounds < 1.
@@ -289,22 +297,22 @@ class Model:
         """Runs chains on p(y | x_tilde), started at y = x_tilde, up to step `num_steps`.
 
         Given chains from an earlier call, it continues them; the result is bit-identical to
-        that of one call. Levels and numbers of steps are traced, so other values need no new
-        compilation.
+        that of a single call. Levels and numbers of steps are traced values, so other values
+        need no new compilation.
 
         Args:
           key: random key.
-          x_tilde: conditions x_{t+1}; white noise at t = T - 1.
+          x_tilde: conditions x_{t+1}, which are white noise at t = T - 1.
           t: level of each chain, in 0..T-1.
           num_steps: total number of steps, including those made before.
           chains: chains to continue; None starts new ones.
           points: maximum length of a new chain's trace, even; 0 for no trace.
 
         Returns:
-          the chains with their traces, and an observation of them, as numpy arrays.
+          the chains with their traces, and their present positions, as numpy arrays.
 
         Raises:
-          UserError: if a level is out of range, or the sampler is not a Markov chain.
+          UserError: if a level is not in 0..T-1, or the sampler is not a Markov chain.
         """
         x_tilde, t = np.asarray(x_tilde, np.float32), np.asarray(t, np.int32)
         chains_lib.require_levels(t, self.T)
@@ -343,7 +351,8 @@ class Model:
           chains: number of chains.
 
         Returns:
-          the adapted model, and the acceptance probability at each level (`ladder.warm_up`).
+          the model with adapted step sizes, and the mean acceptance probability at each level
+          (`ladder.warm_up`).
         """
 
         @functools.partial(jax.jit, out_shardings=sharding.replicated(self.mesh))
@@ -356,11 +365,11 @@ class Model:
         return self.with_step_size(step_size), np.asarray(acceptance)
 
     def compile(self, program: Callable) -> Callable:
-        """Compiles a program over examples for the devices, to be passed to `run`.
+        """Compiles a program for the devices, to be passed to `run`.
 
         Args:
-          program: (keys [B], conditionals, *arrays [B, ...], **settings) -> arrays [B, ...],
-            which treats every example independently.
+          program: (keys [B], conditionals, *arrays [B, ...], **settings) -> arrays [B, ...];
+            it must treat every example independently of the others.
         """
         return _compile(self.engine, self.method, program)
 
@@ -379,7 +388,8 @@ class Model:
           key: random key.
           indices: numbers that are folded into the key, one per example.
           *arrays: trees of arrays with the examples along the first axis.
-          **settings: trees of numbers, the same for all examples; traced values.
+          **settings: trees of numbers, the same for all examples. They are traced, so other
+            values need no new compilation.
         """
         shared, examples = self.arguments(key, indices, *arrays, **settings)
         return self.engine.run(compiled, shared, self.engine.split(examples))
@@ -387,7 +397,10 @@ class Model:
     def arguments(
         self, key: Key[Array, ""], indices: Any, *arrays: Any, **settings: Any
     ) -> tuple[Any, Any]:
-        """Returns the two arguments of a compiled program: shared values, and examples."""
+        """Returns the two arguments of a compiled program: shared values, and examples.
+
+        The arguments of this method are those of `run`.
+        """
         shared = self.params, self.method.sampler.tuning, key, settings
         return shared, (indices, arrays)
 
@@ -403,7 +416,7 @@ class Model:
 
 
 def as_images(x: ArrayLike, shape: tuple[int, ...]) -> Float[np.ndarray, "n H W C"]:
-    """Returns x in float32, after checking that it holds images of this shape in [-1, 1].
+    """Checks that x contains images of this shape [H, W, C] in [-1, 1]; returns it in float32.
 
     Raises:
       UserError: naming the dtype, shape or range that is wrong.
@@ -428,7 +441,7 @@ def as_images(x: ArrayLike, shape: tuple[int, ...]) -> Float[np.ndarray, "n H W 
 
 
 def _compile(engine: Engine, method: Method, program: Callable) -> Callable:
-    """Returns a compiled program that takes `Model.arguments`."""
+    """Compiles a program; the result takes the two arguments of `Model.arguments`."""
 
     def on_device(shared, examples):
         params, tuning, key, settings = shared

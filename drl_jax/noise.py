@@ -20,7 +20,7 @@ def example_keys(key: Key[Array, ""], examples: Int[Array, "B"]) -> Key[Array, "
 
 
 def fold(keys: Key[Array, "B"], data: int | Int[Array, ""]) -> Key[Array, "B"]:
-    """Folds an integer, which numbers a step or a purpose, into every key."""
+    """Folds an integer into every key: the number of a step, or of a use of the key."""
     return jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, data)
 
 

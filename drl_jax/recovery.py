@@ -9,22 +9,24 @@ x_tilde = x_{t+1}. Then
 (Gao et al. 2021, eqs. 3 and 11). At t = T - 1, x_tilde is white noise: there is no quadratic
 term, and y = x_t.
 
-The slope of F differs between levels by orders of magnitude. A temperature tau_t per level
-keeps that out of the network:
+The gradient of F differs between levels by orders of magnitude. Dividing f by a temperature
+tau_t per level takes these factors out of the network. There are three parameterisations
+(`config.energy.parameterisation`):
 
-- Few levels (T6): F = f / s_t² with s_t the Langevin step size, as in the authors' program.
-- Many levels (T1k): F = f / sigma_bar_t - |x|² / 2. Level t is data plus noise sigma_bar_t eps,
-  and its score is grad F = -E[eps | x] / sigma_bar_t (Tweedie's formula). The gradient of f is
-  thus of order one per pixel at every level; with s_t² it would have to be 2e-6 at t = 0 and
-  4e-4 at t = T - 2. The quadratic is the log-density of white noise, which the
-  levels approach, so f models only the difference from it. Since f grows no faster than
-  linearly, exp(F) can be normalised and no chain diverges. For dequantised data, tau_t includes
-  the dequantisation noise; otherwise F would be steeper than the log-density of the data at
-  the lowest level.
-- Few dimensions: F = f - |x|² / 2. A density in the plane is smooth at the scale of the lowest
-  noise levels: its logarithm is of order one at every level, and the lowest levels hardly
-  differ. If f were divided by sigma_bar_t, it would have to be proportional to sigma_bar_t at
-  the lowest levels, to within a percent.
+- 'step', for few levels (T6): F = f / s_t² with s_t the Langevin step size, as in the authors'
+  program.
+- 'noise', for many levels (T1k): F = f / sigma_bar_t - |x|² / 2. Level t is data plus noise
+  sigma_bar_t eps, and its score is grad F = -E[eps | x] / sigma_bar_t (Tweedie's formula). The
+  gradient of f is thus of order one per pixel at every level; with s_t² it would have to be
+  2e-6 at t = 0 and 4e-4 at t = T - 2. The quadratic term is the log-density of white noise,
+  which the levels approach, so f models only the difference from it. Since f grows no faster
+  than linearly, exp(F) can be normalised and no chain diverges. For dequantised data, tau_t is
+  the standard deviation of sigma_bar_t eps and the dequantisation noise together; with
+  sigma_bar_t alone, F would be too steep at the lowest levels.
+- 'unit', for few dimensions: F = f - |x|² / 2. A density in the plane is smooth at the scale of
+  the lowest noise levels: its logarithm is of order one at every level, and the lowest levels
+  hardly differ. If f were divided by sigma_bar_t, it would have to be proportional to
+  sigma_bar_t at the lowest levels, to within a percent.
 """
 
 from collections.abc import Callable
@@ -37,26 +39,29 @@ from drl_jax import diffusion, noise
 from drl_jax.diffusion import NoiseSchedule
 from drl_jax.mcmc.log_density import value_and_gradient
 
-# (x [B, ...], t [B]) -> [B]: a network f with its parameters bound, or the F made from it.
+# (x [B, ...], t [B]) -> [B]: the network f with given parameters, or F computed from it.
 LevelFn = Callable[[Float[Array, "B *D"], Int[Array, "B"]], Float[Array, "B"]]
 
 
 def step_sizes(schedule: NoiseSchedule, b_squared: float) -> Float[Array, "T"]:
-    """Returns the paper's Langevin step size s_t per level.
+    """Returns the paper's Langevin step size s_t of every level t in 0..T-1.
 
-    s_t² = b² c_t² sigma_{t+1}², where c_t² = sigma_bar_t / sigma_bar_0 (Gao et al. 2021,
-    section 3.4).
+        s_t² = b² c_t² sigma_{t+1}²,   c_t² = sigma_bar_t / sigma_bar_0
+
+    (Gao et al. 2021, section 3.4.)
     """
     c_squared = schedule.sigma_bar[:-1] / schedule.sigma_bar[0]
     return jnp.sqrt(b_squared * c_squared) * schedule.sigma[1:]
 
 
 class Parameterisation(NamedTuple):
-    """The log-density as a function of the network: F = f / tau_t - rho |x|² / 2.
+    """The log-density F as a function of the network's output f.
+
+        F(x, t) = f(x, t) / tau_t - rho |x|² / 2
 
     Attributes:
       temperature: tau_t, one number per level.
-      precision: rho, 1 if white noise is the reference measure, 0 without one.
+      precision: rho: 1 if f models the difference from white noise, 0 if it models all of F.
     """
 
     temperature: Float[Array, "T"]
@@ -64,7 +69,7 @@ class Parameterisation(NamedTuple):
 
 
 def log_density(f: LevelFn, parameterisation: Parameterisation) -> LevelFn:
-    """Returns the function F(x, t), the log-density of level t up to a constant."""
+    """Returns the function F(x, t), the log-density of level t up to a constant [nats]."""
     temperature, precision = parameterisation
 
     def F(x: Float[Array, "B *D"], t: Int[Array, "B"]) -> Float[Array, "B"]:
@@ -81,7 +86,12 @@ def conditional_log_density(
     t: Int[Array, "B"],
     schedule: NoiseSchedule,
 ) -> Float[Array, "B"]:
-    """Returns log p(y | x_tilde) up to a constant; at t = T - 1, the marginal F(y, t)."""
+    """Returns log p(y | x_tilde) up to a constant, at levels t in 0..T-1 [nats].
+
+        F(y, t) - |x_tilde - y|² / (2 sigma_{t+1}²),   and F(y, t) at t = T - 1
+
+    (Gao et al. 2021, eqs. 3 and 11.)
+    """
     squared_distance = jnp.sum(jnp.square(x_tilde - y), axis=range(1, y.ndim))
     quadratic = squared_distance / (2 * schedule.sigma[t + 1] ** 2)
     return F(y, t) - (1 - schedule.is_marginal(t)) * quadratic
@@ -95,7 +105,7 @@ def positives(
 ) -> tuple[Float[Array, "B *D"], Float[Array, "B *D"]]:
     """Draws positive samples (y, x_tilde) ~ q(y_t, x_{t+1} | x) for data x, t in 0..T-1."""
     x_t, x_tilde = diffusion.diffuse_pair(keys, x, t, schedule)
-    return noise.per_example(schedule.a_y(t), x) * x_t, x_tilde
+    return noise.per_example(schedule.y_scale(t), x) * x_t, x_tilde
 
 
 def expected_positives(
@@ -104,10 +114,13 @@ def expected_positives(
     t: Int[Array, "B"],
     schedule: NoiseSchedule,
 ) -> tuple[Float[Array, "B *D"], Float[Array, "B *D"]]:
-    """Draws x_tilde as `positives` does, and returns (E[y_t | x_tilde, x], x_tilde)."""
+    """Draws x_tilde ~ q(x_{t+1} | x) and returns (E[y_t | x_tilde, x], x_tilde).
+
+    x is data, t in 0..T-1. See `diffusion.posterior`.
+    """
     x_tilde = diffusion.diffuse(keys, x, t + 1, schedule)
     x_t, _ = diffusion.posterior(x, x_tilde, t, schedule)
-    return noise.per_example(schedule.a_y(t), x) * x_t, x_tilde
+    return noise.per_example(schedule.y_scale(t), x) * x_t, x_tilde
 
 
 def loss(
@@ -117,20 +130,21 @@ def loss(
     t: Int[Array, "B"],
     schedule: NoiseSchedule,
 ) -> tuple[Float[Array, "B"], Float[Array, "B"]]:
-    """Returns one phase of the recovery likelihood's loss per example, and f(y, t).
+    """Returns the positive or the negative term of the loss per example, and f(y, t).
 
         loss = sign (sigma_1 / sigma_{t+1}) f(y, t)
 
-    The positive phase takes y from the data (`positives`), with sign -1. The negative phase
-    takes as many samples y of the model's p(y | x_tilde), as constants, with sign 1. The sum of
-    both has the gradient of the recovery likelihood's negative logarithm with respect to f's
-    parameters (Gao et al. 2021, eq. 8), weighted by level.
+    In the positive term, y is drawn from the data (`positives`) and the sign is -1. In the
+    negative term, y is an equally large sample of the model's p(y | x_tilde), treated as
+    constant, and the sign is 1. The sum of both terms has the gradient of the negative log
+    recovery likelihood with respect to the parameters of f (Gao et al. 2021, eq. 8), up to a
+    weight per level.
 
     Args:
       f: the network with the parameters to be learned.
       y: positive or negative samples.
       sign: -1 for positive samples, 1 for negative ones.
-      t: levels 0..T-1.
+      t: levels in 0..T-1.
       schedule: the noise levels.
     """
     f_y = f(y, t)
@@ -153,14 +167,15 @@ def denoising_loss(
     constant (Gao et al. 2021, section 3.3). The weight w_t = sigma_bar_{t+1}² / sigma_{t+1}²
     gives all levels the same importance: with x_tilde = a_bar_{t+1} x + sigma_bar_{t+1} eps_bar
     and y = E[y_t | x_tilde, x], the loss is |eps_bar + sigma_bar_{t+1} grad F|² / (2 D), as in
-    Ho et al. (2020, eq. 14). It needs no chain, but the gradient of a gradient.
+    Ho et al. (2020, eq. 14). No chain is needed, but minimising the loss takes the gradient of
+    a gradient.
 
     Args:
       F: the log-density with the parameters to be learned.
       y: samples of y_t given x_tilde and the data (`positives`), or their mean
         (`expected_positives`), which has the same expected gradient with less variance.
-      x_tilde: x_{t+1} of the data.
-      t: levels 0..T-1.
+      x_tilde: the data diffused to level t + 1.
+      t: levels in 0..T-1.
       schedule: the noise levels.
     """
     _, gradient = value_and_gradient(lambda x: F(x, t), x_tilde)

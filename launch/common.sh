@@ -1,6 +1,6 @@
 # Sourced by the launch scripts.
 # shellcheck shell=bash
-exec 3>&1 # for dry runs, also where a command's stdout is captured
+exec 3>&1 # dry runs print to this copy of stdout, also where stdout itself is captured
 
 # Prints an error message and exits with status 1.
 die() {

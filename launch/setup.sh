@@ -9,7 +9,7 @@ if [ ! -x .venv/bin/python ]; then
   echo "creating .venv" >&2
   run "${PYTHON:-python3}" -m venv .venv
 fi
-# Installs again only if pyproject.toml has changed since.
+# Installs again only if pyproject.toml has changed since the last installation.
 if ! cmp -s pyproject.toml ".venv/installed.$extra.toml"; then
   echo "installing (about a minute)" >&2
   run .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[$extra]"

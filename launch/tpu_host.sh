@@ -19,7 +19,8 @@ case ${1:-} in
     ;;
   start)
     shift
-    # Only one program at a time can use the TPU. On SIGTERM it saves a checkpoint first.
+    # Only one program at a time can use the TPU. On SIGTERM, a running one saves a checkpoint
+    # before it ends.
     if [ -f job.pid ] && kill -TERM -- "-$(cat job.pid)" 2>/dev/null; then
       tail --follow --pid="$(cat job.pid)" /dev/null
     fi
@@ -27,7 +28,7 @@ case ${1:-} in
     : >job.log
     # shellcheck disable=SC2016  # expanded by the inner shell
     setsid bash -c '
-      trap : TERM # ends the program, but not this shell, which writes its status
+      trap : TERM # SIGTERM ends the program but not this shell, which writes the status
       .venv/bin/python -m drl_jax.main --distributed "$@" >>job.log 2>&1
       echo "$?" >job.status
     ' job "$@" </dev/null >/dev/null 2>&1 &
@@ -40,7 +41,7 @@ case ${1:-} in
     elif kill -0 "$(cat job.pid)" 2>/dev/null; then
       echo running
     else
-      echo 137 # killed without a status, as when the host restarts
+      echo 137 # there is no status: everything was killed, for example by a restart of the host
     fi
     ;;
   *)

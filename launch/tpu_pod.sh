@@ -7,7 +7,7 @@
 #   bash launch/tpu_pod.sh down --zone=us-west4-a    # delete the TPU
 #
 # run   requests the TPU as a queued resource, or uses the existing one with this name; waits
-#       until it is active; installs the project on every host; starts the program on all hosts
+#       until it is active; installs the project on every host; starts the program on all hosts;
 #       and follows the log of the first. If the TPU is preempted, it is requested again, and
 #       the program resumes from its newest checkpoint. When the program has ended, the TPU is
 #       deleted. Ctrl-C leaves everything running; after that, the same command saves a
@@ -23,19 +23,21 @@
 # --poll=SECONDS     time between two queries of the TPU's state (default: 30)
 # --dry-run          print the commands instead of running them
 #
-# The options after -- are those of drl_jax.main; --workdir must be a bucket. The exit status is
-# that of the program on the first host. A program that was killed is started again, unless it
+# The options after -- are those of drl_jax.main; --workdir must be in a bucket. The exit status
+# is that of the program on the first host. A program that was killed is started again, unless it
 # was killed within an hour of its start three times in a row. A program that ended with an error
 # is not started again.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-# Gives up when the program has been killed this often on one TPU, each time within an hour.
-MAX_KILLED=3
-LONG_ENOUGH=3600 # [seconds]
+# Gives up when the program was killed MAX_KILLS times in a row on the same TPU, each time within
+# MIN_SECONDS of its start.
+MAX_KILLS=3
+MIN_SECONDS=3600
 HOST=drl_jax/launch/tpu_host.sh
 
+# Prints a message with the time.
 say() { echo "$(date +%H:%M:%S) $*" >&2; }
 
 [ $# -gt 0 ] || die "no command: give run, logs or down (see --help)"
@@ -88,9 +90,10 @@ fi
 [ -n "$dry_run" ] || command -v gcloud >/dev/null ||
   die "gcloud not found: install the Google Cloud CLI"
 
+# Runs command $1 on the queued resource, with the options that follow.
 queue() { run gcloud compute tpus queued-resources "$1" "$name" "${where[@]}" "${@:2}"; }
 
-# Runs command $2 on host $1, a number or "all".
+# Runs shell command $2 on host $1, which is a number or "all".
 on() { run gcloud compute tpus tpu-vm ssh "$name" "${where[@]}" --worker="$1" --command="$2"; }
 
 # Prints the state of the queued resource, or nothing if it does not exist.
@@ -103,7 +106,7 @@ state() {
   die "gcloud cannot describe $name: $(tail -n 1 "$scratch/stderr")"
 }
 
-# Waits until the TPU is active, and requests it if necessary.
+# Waits until the TPU is active, after requesting it if necessary.
 await_active() {
   local now before='' asked=''
   while true; do
@@ -130,7 +133,7 @@ await_active() {
   done
 }
 
-# Installs the project, as it was when this script started, on every host; starts the program.
+# Installs the project on every host, as it was when this script started, and starts the program.
 start() {
   run gcloud compute tpus tpu-vm scp "$scratch/drl_jax.tgz" "$name:" "${where[@]}" --worker=all &&
     on all "mkdir -p drl_jax && tar -xzf drl_jax.tgz -C drl_jax && bash $HOST install" &&
@@ -157,10 +160,10 @@ run_to_end() {
       running | unknown) sleep "$poll" ;; # then check whether the TPU still exists
       *)
         if [ "$status" -lt 128 ]; then return; fi
-        if [ "$SECONDS" -ge "$LONG_ENOUGH" ]; then killed=0; fi
+        if [ "$SECONDS" -ge "$MIN_SECONDS" ]; then killed=0; fi
         running='' killed=$((killed + 1))
         say "the program ended with status $status"
-        if [ "$killed" -ge "$MAX_KILLED" ] && [ "$(state)" = ACTIVE ]; then return; fi
+        if [ "$killed" -ge "$MAX_KILLS" ] && [ "$(state)" = ACTIVE ]; then return; fi
         ;;
     esac
   done

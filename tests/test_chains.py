@@ -73,11 +73,11 @@ def test_long_chains_have_the_exact_stationary_moments_at_every_level():
     for level in range(T):
         mean, precision = conditional_moments(jnp.asarray(level), 1.5)
         variance = 2 / (precision * (1 + DECAY))
-        a = float(SCHEDULE.a_y(jnp.asarray(level)))
+        a = float(SCHEDULE.y_scale(jnp.asarray(level)))
         x = np.asarray(observation.x[t == level, 0])
         assert_mean(x, float(mean) / a, float(variance) / a**2, of=2 * T)
         assert_variance(x, float(mean) / a, float(variance) / a**2, of=2 * T)
-    y = observation.x * SCHEDULE.a_y(t)[:, None]
+    y = observation.x * SCHEDULE.y_scale(t)[:, None]
     np.testing.assert_allclose(observation.displacement, jnp.abs(y - 1.5)[:, 0], atol=1e-6)
     np.testing.assert_allclose(observation.log_density, exact_F(y, t), rtol=1e-4, atol=1e-5)
 

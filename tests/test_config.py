@@ -184,15 +184,18 @@ def test_a_configuration_survives_json():
     config_lib.require_resumable(again, config)
 
 
-def test_the_configuration_of_an_earlier_version_gets_the_new_names_and_fields():
+def test_the_configuration_of_an_earlier_version_gets_the_new_names_values_and_fields():
+    """Fails if the old name of a value is kept."""
     values = config_lib.to_json(config_lib.default())
     del values["train"]["accumulate"], values["likelihood"]["distributions"]
     values["train"]["parts"], values["likelihood"]["rungs"] = 4, 70
+    values["train"]["levels"] = "log_noise"
     del values["data"]["crop"]
     before = json.dumps(values)
     config = config_lib.from_json(values)
     config_lib.validate(config)
     assert (config.train.accumulate, config.likelihood.distributions) == (4, 70)
+    assert config.train.levels == "log_snr"
     assert config.data.crop == config_lib.default().data.crop
     assert json.dumps(values) == before
 
@@ -209,6 +212,13 @@ def test_new_names_of_fields_are_fields_and_old_names_are_not():
     fields = dict(config_lib.flatten(config_lib.default())).keys()
     assert fields >= {*config_lib.RENAMED.values()}
     assert not fields & config_lib.RENAMED.keys()
+
+
+def test_new_values_are_choices_and_old_values_are_not():
+    for name, values in config_lib.RENAMED_VALUES.items():
+        choices = {*config_lib.CHOICES[name]}
+        assert choices >= {*values.values()}
+        assert not choices & values.keys()
 
 
 def test_another_run_is_refused_with_every_difference():

@@ -37,8 +37,8 @@ def complete(model, key, x, budget):
 
 
 CASES = [
-    (mixtures.PLANE["blobs"](), 6),
-    (mixtures.PLANE["blobs"](), 1000),
+    (mixtures.PLANAR_SHAPES["blobs"](), 6),
+    (mixtures.PLANAR_SHAPES["blobs"](), 1000),
     (CORRELATED, 6),
     (CORRELATED, 1000),
 ]
@@ -72,7 +72,7 @@ def test_weights_are_unbiased_and_their_logarithms_are_bounds():
     budget = density.DEFAULT._replace(
         distributions=80, transitions=1, leapfrog=1, chains=20_000, burn_in=0
     )
-    data = mixtures.PLANE["ellipse"]()
+    data = mixtures.PLANAR_SHAPES["ellipse"]()
     model = exact.model(data, 6, LOG_Z)
     annealing = complete(model, jax.random.key(2), points(data, budget.chains), budget)
     for state, sign in ((annealing.down, 1), (annealing.up, -1)):
@@ -98,9 +98,9 @@ def test_the_warm_up_reaches_the_target_acceptance_on_every_marginal():
 @pytest.mark.slow
 def test_an_annealing_that_is_saved_and_continued_gives_the_same_bits():
     """Saved with `to_arrays` at the start, and in the middle of either pass."""
-    model = exact.model(mixtures.PLANE["ellipse"](), 6)
+    model = exact.model(mixtures.PLANAR_SHAPES["ellipse"](), 6)
     budget = density.DEFAULT._replace(chains=5, distributions=130, burn_in=7, transitions=1)
-    key, x = jax.random.key(4), points(mixtures.PLANE["ellipse"](), 3)
+    key, x = jax.random.key(4), points(mixtures.PLANAR_SHAPES["ellipse"](), 3)
     begun = density.begin(model, key, x, budget)
     states = list(density.annealed(model, key, begun, budget))
     moves_done = [state.moves_done for state in states]
@@ -115,7 +115,7 @@ def test_an_annealing_that_is_saved_and_continued_gives_the_same_bits():
 @pytest.mark.slow
 def test_the_history_of_both_passes_starts_and_ends_at_the_bounds():
     """Log Z is 0 at white noise and the bound at level 0, for either pass."""
-    data = mixtures.PLANE["ellipse"]()
+    data = mixtures.PLANAR_SHAPES["ellipse"]()
     model = exact.model(data, 6, LOG_Z)
     budget = density.DEFAULT._replace(chains=64, distributions=60, burn_in=3, transitions=1)
     annealing = complete(model, jax.random.key(7), points(data, 64), budget)
@@ -135,7 +135,7 @@ def test_the_history_of_both_passes_starts_and_ends_at_the_bounds():
 
 @pytest.mark.slow
 def test_the_log_likelihood_of_points_is_their_log_density_at_level_0():
-    data = mixtures.PLANE["ellipse"]()
+    data = mixtures.PLANAR_SHAPES["ellipse"]()
     model, x = exact.model(data, 6, LOG_Z), points(data, 4000)
     log_q, log_P = density.log_likelihood(model, jax.random.key(5), x)
     assert log_P is None

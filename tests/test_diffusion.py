@@ -69,8 +69,8 @@ def test_top_level_is_the_marginal_with_unscaled_y():
     schedule = diffusion.schedule(6)
     t = jnp.arange(6)
     np.testing.assert_array_equal(schedule.is_marginal(t), [0, 0, 0, 0, 0, 1])
-    np.testing.assert_array_equal(schedule.a_y(t)[:5], schedule.a[1:6])
-    assert schedule.a_y(t)[5] == 1
+    np.testing.assert_array_equal(schedule.y_scale(t)[:5], schedule.a[1:6])
+    assert schedule.y_scale(t)[5] == 1
 
 
 @pytest.mark.parametrize("T", [6, 1000])

@@ -17,7 +17,7 @@ class Linear(nn.Module):
 
 @pytest.fixture
 def energy():
-    return from_network(Linear(), shape=(3,), rule={"dense/kernel": "to_one"}.get)
+    return from_network(Linear(), shape=(3,), rule={"dense/kernel": "normalise"}.get)
 
 
 def test_f_of_a_network_applies_its_normalised_parameters(energy):

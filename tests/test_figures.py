@@ -31,7 +31,7 @@ def write_annealing(path):
 
 
 def write_levels(path):
-    grid = plane.square(half_width=2, side=41)
+    grid = plane.square_grid(half_width=2, side=41)
     log_q = -np.sum(grid.nodes**2, axis=-1)
     comparisons = {t: Comparison(log_q, log_q, 0.5, -1e-9, 0.0) for t in (0, 3, 5)}
     points = np.linspace(-1, 1, 20).reshape(10, 2)

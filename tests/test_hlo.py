@@ -156,7 +156,7 @@ def test_data_dependent_trip_counts_are_none_and_counted_as_requested(old, new):
     module = hlo.parse(NESTED.replace(old, new))
     assert hlo.loops(module)[1] == hlo.Loop("small", None, 3)
     assert hlo.cycles(module) == 3 * (1 + 110) + 3000
-    assert hlo.cycles(module, unknown=5) == 3 * (1 + 5 * 110) + 3000
+    assert hlo.cycles(module, unknown_trips=5) == 3 * (1 + 5 * 110) + 3000
 
 
 @pytest.mark.parametrize("known", [True, False])

@@ -33,7 +33,7 @@ def covariance(t):
 
 PRECISION = jnp.stack(
     [
-        jnp.asarray(np.linalg.inv(covariance(t)) / float(SCHEDULE.a_y(jnp.array(t))) ** 2)
+        jnp.asarray(np.linalg.inv(covariance(t)) / float(SCHEDULE.y_scale(jnp.array(t))) ** 2)
         for t in range(T)
     ]
 ).astype(jnp.float32)
@@ -41,7 +41,7 @@ PRECISION = jnp.stack(
 
 def F(y, t):
     """Returns the log-density of y_t for data N(MEAN, COVARIANCE)."""
-    mean = SCHEDULE.a_y(t) * SCHEDULE.a_bar[t] * MEAN
+    mean = SCHEDULE.y_scale(t) * SCHEDULE.a_bar[t] * MEAN
     residual = y - noise.per_example(mean, y)
     return -jnp.einsum("bi,bij,bj->b", residual, PRECISION[t], residual) / 2
 

@@ -43,7 +43,7 @@ def exact_moments():
             alpha = r * alpha + s2 / 2 * noise_precision
             beta = r * beta + s2 / 2 * m / v
             spread = r**2 * spread + s2
-        a = float(SCHEDULE.a_y(jnp.array(t)))
+        a = float(SCHEDULE.y_scale(jnp.array(t)))
         mean, variance = (alpha * mean + beta) / a, (alpha**2 * variance + spread) / a**2
         levels.append((mean, variance))
     return levels[::-1]

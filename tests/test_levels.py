@@ -54,7 +54,7 @@ def diffused(x, key, t, schedule):
     keys = noise.fold(noise.example_keys(jax.random.fold_in(key, t), jnp.arange(len(x))), 0)
     level = jnp.full(len(x), t)
     x_t, x_tilde = map(np.float64, diffusion.diffuse_pair(keys, x, level, schedule))
-    return np.float64(schedule.a_y(level))[0] * x_t, x_tilde
+    return np.float64(schedule.y_scale(level))[0] * x_t, x_tilde
 
 
 @pytest.mark.parametrize("batch_size", [4, 256])

@@ -191,7 +191,7 @@ def test_the_densities_of_every_level_agree_with_quadrature(T, t, x64):
 
 def test_conditionals_of_several_levels_in_one_call_agree_with_one_call_per_level():
     """One of the two is compiled. Fails with the sigma of the first example for all."""
-    schedule, data = diffusion.schedule(6), mixtures.PLANE["moons"]()
+    schedule, data = diffusion.schedule(6), mixtures.PLANAR_SHAPES["moons"]()
     x_tilde, y = jax.random.normal(jax.random.key(0), (2, 6, 2))
 
     @jax.jit
@@ -204,14 +204,14 @@ def test_conditionals_of_several_levels_in_one_call_agree_with_one_call_per_leve
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", mixtures.PLANE)
+@pytest.mark.parametrize("name", mixtures.PLANAR_SHAPES)
 def test_every_shape_integrates_to_one_and_its_samples_follow_its_density(name):
     """Chi-square test on 30 x 30 cells of [-2.4, 2.4]², each integrated with 10 x 10 nodes.
 
     Fails with the standard deviations of the samples 5% too large; for the ellipse, the blobs
     and the rings, 2%.
     """
-    data = mixtures.PLANE[name]()
+    data = mixtures.PLANAR_SHAPES[name]()
     cells, fine, edge = 30, 10, 2.4
     ticks = (np.arange(cells * fine) + 0.5) / (cells * fine) * 2 * edge - edge
     grid = jnp.asarray(np.stack(np.meshgrid(ticks, ticks, indexing="ij"), axis=-1))

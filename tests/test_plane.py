@@ -16,7 +16,7 @@ from drl_jax.runtime import sharding
 from drl_jax.sampling.ladder import Sampler
 
 SCHEDULE = diffusion.schedule(1000)
-GRID = plane.square()
+GRID = plane.square_grid()
 
 
 def model_of(F):
@@ -54,7 +54,7 @@ def kl_of_gaussians(mean, std, mean_p, std_p):
 @pytest.mark.parametrize("name", ["ellipse", "blobs", "moons"])  # few components: fast
 def test_the_exact_energy_has_log_z_0_and_kl_0_at_the_lowest_and_the_highest_level(name):
     """Fails if the cell area is wrong by 1% (tried)."""
-    exact = mixtures.exact_F(mixtures.PLANE[name](), SCHEDULE)
+    exact = mixtures.exact_F(mixtures.PLANAR_SHAPES[name](), SCHEDULE)
     found = plane.compare(model_of(exact), exact, [0, 999], GRID)
     assert found.keys() == {0, 999}
     for comparison in found.values():
@@ -125,7 +125,7 @@ def test_shown_levels_descend_to_level_0_in_decreasing_steps():
 
 def draws(n, seed, std=0.12):
     """Draws n points of the eight blobs, with this width."""
-    blobs = mixtures.PLANE["blobs"]()
+    blobs = mixtures.PLANAR_SHAPES["blobs"]()
     blobs = blobs._replace(variances=jnp.full_like(blobs.variances, std**2))
     keys = jax.random.split(jax.random.key(seed), n)
     return np.asarray(jax.jit(blobs.sample)(keys))

@@ -61,11 +61,11 @@ def ended(*started):
 
 
 def own_lines(output):
-    """Returns the lines of an output that neither JAX's runtime nor `joined` wrote."""
+    """Returns the lines of an output that neither JAX's runtime nor `connected` wrote."""
     return [
         line
         for line in output.splitlines()
-        if not line.startswith(("[Gloo]", "waiting up to", "joined as process"))
+        if not line.startswith(("[Gloo]", "waiting up to", "connected as process"))
     ]
 
 
@@ -98,7 +98,7 @@ def test_two_processes_learn_what_one_learns(pair, tmp_path, devices):
 
 
 @pytest.mark.slow
-def test_every_process_logs_that_it_joined(pair):
+def test_every_process_logs_that_it_is_connected(pair):
     _, outputs = pair
     for i, output in enumerate(outputs):
         assert f"process {i} of 2" in output
@@ -225,14 +225,14 @@ def test_a_lost_process_ends_the_other_and_the_same_command_resumes(tmp_path, lo
 def test_a_collective_operation_that_fails_is_one_line(monkeypatch, caplog):
     """An error that Python raises before JAX's runtime ends the process."""
     monkeypatch.setattr(jax.distributed, "initialize", lambda **_: None)
-    with pytest.raises(UserError) as error, processes.joined(job(distributed=True)):
+    with pytest.raises(UserError) as error, processes.connected(job(distributed=True)):
         raise jax.errors.JaxRuntimeError("UNKNOWN: AllGather failed\nRPC: /xla")
     assert re.fullmatch(r"[^\n]*UNKNOWN: AllGather failed[^\n]*", str(error.value))
 
 
 def test_an_error_that_is_not_of_jax_keeps_its_type(monkeypatch):
     monkeypatch.setattr(jax.distributed, "initialize", lambda **_: None)
-    with pytest.raises(KeyError), processes.joined(job(distributed=True)):
+    with pytest.raises(KeyError), processes.connected(job(distributed=True)):
         raise KeyError("a")
 
 

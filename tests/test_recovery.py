@@ -145,7 +145,7 @@ def joint_moments(data, schedule):
     """Returns E y, E x_tilde, Var y, Var x_tilde and Cov(y, x_tilde) at every level."""
     (mean,), ((variance,),) = data.mean_and_covariance()
     t = jnp.arange(schedule.T)
-    a, a_y = schedule.a[t + 1], schedule.a_y(t)
+    a, a_y = schedule.a[t + 1], schedule.y_scale(t)
     mean_t = schedule.a_bar[t] * mean
     variance_t = schedule.a_bar[t] ** 2 * variance + schedule.sigma_bar[t] ** 2
     variance_next = a**2 * variance_t + schedule.sigma[t + 1] ** 2

@@ -67,8 +67,8 @@ def test_every_kernel_but_the_head_is_spectrally_normalised():
         if path[-1].key == "kernel"
     }
     assert kernels - set(vectors) == {"head/kernel"}
-    assert resnet.spectral_rule("level_0_block_1/conv2/kernel") == "down_to_one"
-    assert resnet.spectral_rule("level_1_block_0/skip/kernel") == "to_one"
+    assert resnet.spectral_rule("level_0_block_1/conv2/kernel") == "clip"
+    assert resnet.spectral_rule("level_1_block_0/skip/kernel") == "normalise"
 
 
 def test_image_size_that_cannot_be_halved_raises():

@@ -98,7 +98,7 @@ def noise_on(mesh):
 
 def bounds_on(mesh):
     """Bounds log Z with 12 chains, which eight devices pad to 16."""
-    data = mixtures.PLANE["ellipse"]()
+    data = mixtures.PLANAR_SHAPES["ellipse"]()
     budget = density.DEFAULT._replace(chains=12, distributions=50, transitions=2, burn_in=5)
     x = np.asarray(data.sample(noise.example_keys(jax.random.key(0), jnp.arange(12))))
     found = density.log_partition(exact.model(data, 6, mesh=mesh), jax.random.key(1), x, budget)

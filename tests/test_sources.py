@@ -49,14 +49,14 @@ def test_digits_have_one_channel():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", mixtures.PLANE)
+@pytest.mark.parametrize("name", mixtures.PLANAR_SHAPES)
 def test_points_are_the_same_draws_from_the_named_shape_every_time(name):
     source = sources.Points(name)
     assert len(source) == sources.NUM_POINTS
     assert source.white is None
     points = np.stack(list(source))
     assert (points.shape, points.dtype) == ((sources.NUM_POINTS, 2), np.float32)
-    mean, covariance = mixtures.PLANE[name]().mean_and_covariance()
+    mean, covariance = mixtures.PLANAR_SHAPES[name]().mean_and_covariance()
     np.testing.assert_allclose(points.mean(axis=0), mean, atol=0.015)
     np.testing.assert_allclose(np.cov(points.T), covariance, atol=0.015)
     np.testing.assert_array_equal(source[7], sources.Points(name)[7])

@@ -4,7 +4,7 @@ import numpy as np
 
 from drl_jax.networks import spectral
 
-RULES = {"a/kernel": "to_one", "b/kernel": "down_to_one", "c/kernel": "down_to_one"}
+RULES = {"a/kernel": "normalise", "b/kernel": "clip", "c/kernel": "clip"}
 
 
 def rule(path):

@@ -284,9 +284,9 @@ def test_a_quadratic_energy_learns_the_mean_and_covariance_of_every_level():
     assert abs(np.mean(excess_variance[:-1])) < 0.006, excess_variance
 
 
-@pytest.mark.parametrize("name", ["uniform", "log_noise"])
+@pytest.mark.parametrize("name", ["uniform", "log_snr"])
 def test_levels_are_drawn_with_their_probabilities(name):
-    """For log_noise the probability is proportional to sigma_{t+1}² / sigma_bar_{t+1}².
+    """For log_snr the probability is proportional to sigma_{t+1}² / sigma_bar_{t+1}².
 
     Fails for uniform draws, without the square, or with sigma_bar_t.
     """
@@ -294,7 +294,7 @@ def test_levels_are_drawn_with_their_probabilities(name):
     schedule = diffusion.schedule(100)
     keys = noise.example_keys(jax.random.key(0), jnp.arange(n))
     sigma, sigma_bar = (np.asarray(s[1:], float) for s in (schedule.sigma, schedule.sigma_bar))
-    p = {"uniform": np.ones(100), "log_noise": (sigma / sigma_bar) ** 2}[name]
+    p = {"uniform": np.ones(100), "log_snr": (sigma / sigma_bar) ** 2}[name]
     t = train_step.LEVEL_DISTRIBUTIONS[name](keys, schedule)
     expected = n * p / p.sum()
     counts = np.bincount(np.asarray(t), minlength=100)

@@ -198,7 +198,7 @@ def test_the_warm_up_leaves_the_original_run_unchanged(caplog):
 
 
 def test_a_task_for_images_rejects_a_model_of_points():
-    points = exact.model(mixtures.PLANE["ellipse"](), 6)
+    points = exact.model(mixtures.PLANAR_SHAPES["ellipse"](), 6)
     with pytest.raises(UserError, match=r"--mode=paint .*points"):
         common.require_images(points, "paint")
 

@@ -52,7 +52,7 @@ def test_schedule_and_step_sizes(expected):
     assert_close(SCHEDULE.a_bar, expected["a_s_cum"], 1e-6)
     assert_close(SCHEDULE.sigma_bar, expected["sigmas_cum"], 1e-6)
     t = jnp.arange(6)
-    assert_close(SCHEDULE.a_y(t), expected["a_s_prev"][1:], 1e-6)
+    assert_close(SCHEDULE.y_scale(t), expected["a_s_prev"][1:], 1e-6)
     np.testing.assert_array_equal(1 - SCHEDULE.is_marginal(t), expected["is_recovery"][1:])
     assert_close(S**2, expected["step_size_square"], 1e-6)
 
@@ -87,13 +87,13 @@ def test_three_noiseless_langevin_steps(network, expected):
         sampler=Sampler(langevin.init, langevin.kernel, tuning, K=3),
     )
     y, _ = ladder.sample_conditional(keys, conditionals, x_tilde, t)
-    x = y / noise.per_example(SCHEDULE.a_y(t), y)
+    x = y / noise.per_example(SCHEDULE.y_scale(t), y)
     assert_close(x, expected["langevin3_noiseless"], 1e-5)
 
 
 def test_loss(network, expected):
     x_pos, t = jnp.asarray(expected["x_pos"]), jnp.asarray(expected["t"])
-    a = noise.per_example(SCHEDULE.a_y(t), x_pos)
+    a = noise.per_example(SCHEDULE.y_scale(t), x_pos)
     phases = (a * x_pos, -1), (a * expected["x_neg"], 1)
     losses = sum(recovery.loss(network, y, sign, t, SCHEDULE)[0] for y, sign in phases)
     assert_close(jnp.mean(losses), expected["loss"], 1e-5)

@@ -71,8 +71,8 @@ def test_the_tested_points_are_the_samples_of_the_model(trained_toy, monkeypatch
 
 
 def test_a_grid_that_is_too_small_gives_a_warning(trained_toy, monkeypatch, tmp_path, caplog):
-    narrow = plane.square(0.5, 51)
-    monkeypatch.setattr(evaluate.plane, "square", lambda: narrow)
+    narrow = plane.square_grid(0.5, 51)
+    monkeypatch.setattr(evaluate.plane, "square_grid", lambda: narrow)
     run = runs.load(trained_toy)
     evaluate.measure_points(run, epath.Path(tmp_path), jax.random.key(0))
     assert "edge of the grid" in caplog.text

@@ -1,1 +1,1 @@
-"""Training examples: where they are stored, how they are batched, and closed-form mixtures."""
+"""Training data: sources of examples, their batches, and data whose density is known."""

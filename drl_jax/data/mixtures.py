@@ -2,9 +2,10 @@
 
 Adding noise to a Gaussian mixture, scaling it, or conditioning it on a noisy observation
 gives another Gaussian mixture. Each noise level's marginal, conditional and score therefore
-has a closed form, and so has the exact energy F: as a normalised log-density it has
-log Z = 0. A shape in the plane (rings, moons, ...) is a mixture whose components are closer
-together than they are wide, which gives it a smooth outline.
+has a closed form, and so has the exact F, which is a normalised log-density: its log Z is 0.
+
+Shapes in the plane are mixtures, too. The components of curved shapes, such as rings and moons,
+overlap so much that their outlines are smooth.
 """
 
 from collections.abc import Callable
@@ -121,15 +122,18 @@ class Mixture(NamedTuple):
 def marginal(
     data: Mixture, t: Int[Array, "*B"] | int | np.integer, schedule: NoiseSchedule
 ) -> Mixture:
-    """Returns q(x_t), t in 0..T; one density per element of t."""
+    """Returns the density q(x_t) of the data at levels t in 0..T, one per element of t."""
     return data.diffused(schedule.a_bar[t], schedule.sigma_bar[t])
 
 
 def energy_marginal(
     data: Mixture, t: Int[Array, "*B"] | int | np.integer, schedule: NoiseSchedule
 ) -> Mixture:
-    """Returns the density of y_t = a_{t+1} x_t, t in 0..T-1: the one that F(·, t) learns."""
-    a = schedule.a_y(jnp.asarray(t))
+    """Returns the density of y_t at t in 0..T-1, whose logarithm F(·, t) learns.
+
+    y_t is a_{t+1} x_t, and x_t at t = T-1 (`NoiseSchedule.y_scale`).
+    """
+    a = schedule.y_scale(jnp.asarray(t))
     return data.diffused(a * schedule.a_bar[t], a * schedule.sigma_bar[t])
 
 
@@ -228,8 +232,8 @@ def _circle(n: int) -> Float[np.ndarray, "n 2"]:
     return np.stack([np.cos(angles), np.sin(angles)], axis=1)
 
 
-# Shapes in the plane by name, scaled to about [-1, 1] like images.
-PLANE: dict[str, Callable[[], Mixture]] = {
+# Shapes in the plane, by name. Like images, they are scaled to about [-1, 1].
+PLANAR_SHAPES: dict[str, Callable[[], Mixture]] = {
     "ellipse": _ellipse,
     "blobs": _blobs,
     "rings": _rings,

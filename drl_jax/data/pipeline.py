@@ -1,7 +1,7 @@
 """The data pipeline: how examples are prepared, augmented, shuffled and batched.
 
-The functions take an open `sources.Source`. Batches are read ahead in threads; a `UserError`
-in one of them (a damaged image, for example) is raised by the iterator that it belongs to.
+Most functions take an open `sources.Source`. Batches are read ahead in threads; if one raises a
+`UserError` (because of a damaged image, for example), the iterator of the batches raises it.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,12 +16,12 @@ from PIL import Image
 from drl_jax.data.sources import Source, read_image
 from drl_jax.errors import UserError
 
-# Each thread makes whole batches. A process that exits waits for all batches that are begun
-# or buffered, so the buffer is only large enough that a training step does not wait for data.
+# Each thread makes whole batches. At exit, a process waits for all batches that are begun or
+# buffered, so the buffer is only large enough that a training step does not wait for data.
 _READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
 
-# Practically endless. `repeat()` without a number makes grain's length overflow for batches of
-# one.
+# Practically endless. `repeat()` without a number makes the length of grain's data set overflow
+# for batches of one.
 _EPOCHS = 2**31
 
 
@@ -85,7 +85,7 @@ def training_batches(
 
     Args:
       config: uses seed, data and train.batch_size.
-      source: of the training examples.
+      source: the training examples.
       start_step: index of the first step, from 0.
       process_index: index of this process.
       process_count: number of processes.
@@ -136,7 +136,7 @@ def all_examples(
 
     Args:
       config: uses data.
-      source: of the examples.
+      source: the examples.
       limit: maximum number of examples; None for all.
 
     Raises:
@@ -166,7 +166,7 @@ def prepared_files(
 def _preparation(
     config: ConfigDict, source: Source
 ) -> Callable[[Num[np.ndarray, "*D"]], Float[np.ndarray, "*D"]]:
-    """Returns the function that prepares one example: `prepare` for images, none for points."""
+    """Returns the function that prepares one example: `prepare`, or the identity for points."""
     # The fields are read here, since the config may change while threads call the function.
     size, crop, white = config.data.image_size, config.data.crop, source.white
     if white is None:

@@ -4,12 +4,12 @@
 
 - 'digits': the 8x8 handwritten digits that are installed with scikit-learn;
 - 'folder:/path': the PNG and JPEG files in a folder;
-- a shape in the plane (`mixtures.PLANE`), whose examples are points instead of images;
+- a shape in the plane (`mixtures.PLANAR_SHAPES`), whose examples are points instead of images;
 - any other name: a TFDS data set, prepared beforehand as ArrayRecord.
 
-Reading needs no TensorFlow, except for images in a bucket, which etils reads through it.
-Problems that a user can fix (a missing folder, a damaged image, a data set that is not
-prepared) raise `UserError`.
+Reading needs no TensorFlow, except for a bucket, which etils reads through TensorFlow. Problems
+that a user can fix (a missing folder, a damaged image, a data set that is not prepared) raise
+`UserError`.
 """
 
 import difflib
@@ -33,7 +33,7 @@ from drl_jax.errors import UserError, as_user_error
 _PILLOW_MODES = {1: "L", 3: "RGB"}  # by number of channels
 
 NUM_POINTS = 100_000  # points per shape in the plane
-_POINT_BATCHES = 10  # drawn one after the other, to limit memory
+_POINT_BATCHES = 10  # number of batches in which the points are drawn, to limit memory
 
 
 @runtime_checkable
@@ -42,7 +42,7 @@ class Source(Protocol):
 
     Attributes:
       white: pixel value of white; black is 0. None if the examples are points.
-      identity: text that differs between different sets of examples.
+      identity: string that distinguishes sets of examples from each other.
       folder: the folder that stores the examples, or None.
     """
 
@@ -60,7 +60,11 @@ class Source(Protocol):
 
 
 class Digits(Source):
-    """The 1797 handwritten digits of scikit-learn: 8x8 pixels, grey."""
+    """The 1797 handwritten digits of scikit-learn: 8x8 pixels, grey.
+
+    Raises:
+      UserError: if `channels` is not 1.
+    """
 
     white = 16.0
     identity = "digits"
@@ -87,7 +91,7 @@ class Points(Source):
 
     def __init__(self, name: str):
         keys = jax.random.split(jax.random.key(0), NUM_POINTS)
-        draw = jax.jit(mixtures.PLANE[name]().sample)
+        draw = jax.jit(mixtures.PLANAR_SHAPES[name]().sample)
         batches = [np.asarray(draw(batch)) for batch in np.split(keys, _POINT_BATCHES)]
         self._points = np.concatenate(batches)
         self.identity = f"{name}, {NUM_POINTS} points"
@@ -105,6 +109,10 @@ class Folder(Source):
     The folder may be in a bucket. Images are converted to grey (`channels` = 1) or RGB
     (`channels` = 3) and read on demand. `identity` is a digest of the file names, not of
     their contents.
+
+    Raises:
+      UserError: if the folder does not exist or contains no images, `channels` is neither 1 nor
+        3, or an image that is read is damaged.
     """
 
     white = 255.0
@@ -151,6 +159,10 @@ class Tfds(Source):
     """The images of one split of a TFDS data set, prepared as ArrayRecord.
 
     TFDS need not have code for the data set: the prepared files in `data_dir` suffice.
+
+    Raises:
+      UserError: if TFDS cannot open the data set or the split, it is not prepared as
+        ArrayRecord, its images have another number of channels, or one that is read is damaged.
     """
 
     white = 255.0
@@ -169,7 +181,7 @@ class Tfds(Source):
                 f"{data_dir or 'its default data_dir'} ({reason}); "
                 + (f"did you mean {similar}? " if similar else "")
                 + "Other sources are 'digits', 'folder:/path' and the points in the plane "
-                + ", ".join(map(repr, mixtures.PLANE))
+                + ", ".join(map(repr, mixtures.PLANAR_SHAPES))
             ) from error
         title = f"TFDS data set {name!r}"
         info = builder.info
@@ -244,7 +256,7 @@ def open_source(config: ConfigDict) -> Source:
     data = config.data
     _require_network(data.name, config.energy.network)
     source: Source
-    if data.name in mixtures.PLANE:
+    if data.name in mixtures.PLANAR_SHAPES:
         source = Points(data.name)
     elif data.name == "digits":
         source = Digits(data.channels)
@@ -266,16 +278,16 @@ def open_source(config: ConfigDict) -> Source:
 
 def _require_network(name: str, network: str) -> None:
     """Raises a UserError if the network is not one for this source's examples."""
-    if name in mixtures.PLANE and network != "mlp":
+    if name in mixtures.PLANAR_SHAPES and network != "mlp":
         raise UserError(
             f"config.data.name is {name!r}, which are points in the plane, but "
             f"config.energy.network {network!r} is for images; start from configs/toy2d.py"
         )
-    if name not in mixtures.PLANE and network == "mlp":
+    if name not in mixtures.PLANAR_SHAPES and network == "mlp":
         raise UserError(
             f"config.data.name is {name!r}, but config.energy.network 'mlp' is for points in "
-            f"the plane; use {' or '.join(map(repr, mixtures.PLANE))}, or the network 'resnet' "
-            "for images"
+            f"the plane; use {' or '.join(map(repr, mixtures.PLANAR_SHAPES))}, or the network "
+            "'resnet' for images"
         )
 
 

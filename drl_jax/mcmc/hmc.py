@@ -66,8 +66,8 @@ def kernel(
       state: the chains.
       log_density_fn: log p up to a constant.
       step_size: ε, one number per chain.
-      leapfrog: L, the number of leapfrog steps, one per chain. Every chain costs as much as
-        the longest trajectory.
+      leapfrog: L, the number of leapfrog steps of each chain. Every chain costs as much as the
+        one with the most.
     """
     y = state.position
     momentum = noise.normal(noise.fold(keys, 0), y.shape[1:]).astype(y.dtype)
@@ -83,8 +83,8 @@ def kernel(
     proposal, end_momentum = jax.lax.fori_loop(
         0, jnp.max(leapfrog), leapfrog_step, (state, momentum)
     )
-    # (|p|² - |p'|²) / 2 as a sum of products: as the difference of two sums of squares it would
-    # lose most of its digits in float32.
+    # (|p|² - |p'|²) / 2 as a sum of products. The difference of two sums of squares would have
+    # large rounding errors in float32.
     kinetic = (momentum - end_momentum) * (momentum + end_momentum) / 2
     log_ratio = (
         proposal.log_density - state.log_density + jnp.sum(kinetic, axis=range(1, kinetic.ndim))
@@ -95,5 +95,5 @@ def kernel(
 
 
 def _select(condition: Bool[Array, "B"], a, b):
-    """Returns the pytree whose leaves come from a for the chains where true, else from b."""
+    """Returns a pytree with the values of a for the chains where true, and of b elsewhere."""
     return jax.tree.map(lambda a, b: jnp.where(noise.per_example(condition, a), a, b), a, b)

@@ -59,8 +59,8 @@ def kernel(
       state: the chains.
       log_density_fn: log p up to a constant.
       step_size: s, one number per chain.
-      noise_scale: factor on z. Below 1 the chain samples a sharper density; at 0 it is gradient
-        ascent.
+      noise_scale: factor of z. Below 1, the chain samples a sharper density than p; with 0, it
+        is gradient ascent.
     """
     y = state.position
     log_p, gradient = value_and_gradient(log_density_fn, y)

@@ -13,6 +13,6 @@ LogDensityFn = Callable[[Float[Array, "B *D"]], Float[Array, "B"]]
 def value_and_gradient(
     log_density_fn: LogDensityFn, position: Float[Array, "B *D"]
 ) -> tuple[Float[Array, "B"], Float[Array, "B *D"]]:
-    """Returns log p of every chain and its gradient in that chain's position."""
+    """Returns log p of every chain, and its gradient with respect to the chain's position."""
     log_p, vjp = jax.vjp(log_density_fn, position)
     return log_p, vjp(jnp.ones_like(log_p))[0]

@@ -4,8 +4,8 @@ Proposes a Langevin step y' and accepts it with probability
 
     min(1, p(y') q(y | y') / (p(y) q(y' | y))),   q(y' | y) = N(y + s²/2 grad log p(y), s² I)
 
-Leaves p exactly invariant. It is equal to Hamiltonian Monte Carlo with one leapfrog step of
-size s (Neal 2011, section 5.2), and implemented as such.
+Leaves p exactly invariant. It is implemented as Hamiltonian Monte Carlo with one leapfrog step
+of size s, which is the same algorithm (Neal 2011, section 5.2).
 """
 
 import jax.numpy as jnp

@@ -2,14 +2,14 @@
 
     y ~ N( x + s² grad log p(x), s² I )
 
-The recovery likelihood's quadratic term has no gradient at y = x_tilde. With s = sigma_{t+1},
-one step from x_tilde therefore draws y ~ N( x_tilde + sigma² grad F(x_tilde), sigma² I ), which
-is the conditional up to an error that vanishes with sigma (Gao et al. 2021, section 3.3).
-Intended for many levels (T1k), where sigma is small. This is one draw and not a Markov chain: a
+At y = x_tilde, the gradient of the conditional's quadratic term is zero. One step from x_tilde
+with s = sigma_{t+1} therefore draws y ~ N( x_tilde + sigma² grad F(x_tilde), sigma² I ), which
+is the conditional up to an error that vanishes with sigma (Gao et al. 2021, section 3.3). It is
+meant for many levels (T1k), where sigma is small. This is one draw and not a Markov chain: a
 second step would not sample the conditional.
 
-It is equal to a Langevin step of size sqrt(2) s whose noise is divided by sqrt(2), and
-implemented as such.
+It is implemented as a Langevin step of size sqrt(2) s whose noise is divided by sqrt(2), which
+is the same.
 """
 
 import math

@@ -3,8 +3,8 @@
 Split R-hat compares the variance between half-chains with the variance within them; it is close
 to 1 when all chains have forgotten their starting points (Gelman et al. 2013, section 11.4).
 The effective sample size is the number of independent draws that would determine the mean as
-precisely (section 11.5 there). Both are computed by ArviZ (Vehtari et al. 2021), without rank
-normalisation because we are interested in the mean.
+precisely (ibid., section 11.5). Both are computed by ArviZ (Vehtari et al. 2021). Its rank
+normalisation is turned off, because the quantity of interest is the mean.
 """
 
 from typing import NamedTuple
@@ -13,20 +13,20 @@ import numpy as np
 from arviz_stats.base import array_stats
 from jaxtyping import Float, Int
 
-MIN_DRAWS = 4  # per chain, below which ArviZ gives no result
+MIN_DRAWS = 4  # minimum number of draws per chain for which ArviZ gives a result
 
 
 class Convergence(NamedTuple):
-    """Diagnostics of chains on several distributions, each recorded as several scalars.
+    """Diagnostics of chains that sample several distributions.
 
-    For each distribution, the scalar with the worst diagnostic counts.
+    Every draw is recorded as several scalars. R-hat of a distribution is the largest, and its
+    effective sample size the smallest, over these scalars.
 
     Attributes:
-      r_hat: median over the distributions.
-      r_hat_worst: maximum over the distributions.
-      effective_sample_size: sum over the distributions.
-      draws: number of draws of all chains, an approximate upper limit of the effective sample
-        size.
+      r_hat: median of R-hat over the distributions.
+      r_hat_worst: maximum of R-hat over the distributions.
+      effective_sample_size: sum of the effective sample sizes of the distributions.
+      draws: number of draws of all chains, which the effective sample size hardly exceeds.
     """
 
     r_hat: float
@@ -38,7 +38,7 @@ class Convergence(NamedTuple):
 def convergence(
     draws: Float[np.ndarray, "B n S"], distribution: Int[np.ndarray, "B"]
 ) -> Convergence | None:
-    """Compares the chains that sample the same distribution with each other.
+    """Returns the diagnostics, which compare chains that sample the same distribution.
 
     Args:
       draws: S scalars of B chains at n equally spaced steps, warm-up excluded.

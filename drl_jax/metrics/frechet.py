@@ -7,13 +7,13 @@ from jaxtyping import Float
 
 from drl_jax.errors import UserError
 
-# Rounding alone gives a covariance computed in float64 eigenvalues down to about -1e-13 times
-# the largest. An eigenvalue below -TOLERANCE times the largest has another cause.
+# Rounding errors of float64 can make eigenvalues of a covariance negative, by about 1e-13 times
+# the largest eigenvalue. One below -TOLERANCE times the largest has another cause.
 TOLERANCE = 1e-10
 
 
 class Normal(NamedTuple):
-    """Normal distribution, its covariance given by a root.
+    """A normal distribution, with its covariance as a matrix root.
 
     Attributes:
       mean: mean vector.
@@ -25,7 +25,7 @@ class Normal(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """Moments of a set of vectors, which may be accumulated batch by batch, in float64.
+    """Moments of a set of vectors in float64, which `merge` accumulates batch by batch.
 
     Attributes:
       n: number of vectors.
@@ -63,7 +63,10 @@ def fit(x: Float[np.ndarray, "n d"]) -> Normal:
 
 
 def split_half_distance(x: Float[np.ndarray, "n d"], seed: int = 0) -> float:
-    """Returns the distance of two random halves of x: its value for equal distributions."""
+    """Returns the Fréchet distance between two random halves of x.
+
+    This is what samples of equal distributions give, since it is not zero for finite samples.
+    """
     order = np.random.default_rng(seed).permutation(len(x))
     half = len(x) // 2
     return frechet_distance(fit(x[order[:half]]), fit(x[order[half:]]))
@@ -84,8 +87,8 @@ def batch_moments(x: Float[np.ndarray, "n d"]) -> Moments:
 def merge(a: Moments, b: Moments) -> Moments:
     """Returns the moments of the union of two sets (Chan et al. 1979).
 
-    The update subtracts no large numbers from each other, so the order in which batches are
-    merged changes only the last digits.
+    No large numbers are subtracted from each other, so the order in which batches are merged
+    changes only the last digits.
     """
     n = a.n + b.n
     difference = b.mean - a.mean
@@ -94,7 +97,7 @@ def merge(a: Moments, b: Moments) -> Moments:
 
 
 def covariance(moments: Moments) -> Float[np.ndarray, "d d"]:
-    """Returns the unbiased covariance."""
+    """Returns the unbiased covariance of at least two vectors."""
     return moments.scatter / (moments.n - 1)
 
 

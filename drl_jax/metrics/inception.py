@@ -22,12 +22,13 @@ from drl_jax.runtime.batching import Engine
 SIZE = 299  # height and width of the network's input [pixels]
 CLASSES = 1008
 
-# Stream of images -> batches of their features '2048' and 'logits_unbiased'; an `Extractor`.
+# Stream of images -> batches of their features '2048' and 'logits_unbiased'. An `Extractor` is
+# such a function.
 FeatureFn = Callable[
     [Iterable[UInt8[np.ndarray, "H W C"]]], Iterator[dict[str, Float[np.ndarray, "B D"]]]
 ]
 
-# By default, accelerators multiply in lower precision, which would change FID.
+# By default, accelerators multiply float32 in lower precision, which would change FID.
 PRECISION = jax.lax.Precision.HIGHEST
 
 max_pool = functools.partial(nn.max_pool, window_shape=(3, 3), strides=(2, 2))
@@ -41,7 +42,7 @@ class Conv(nn.Module):
     """Convolution, batch normalisation with running statistics, and ReLU.
 
     Attributes:
-      features: number of output channels.
+      features: number of output channels O.
       window: height and width of the kernel.
       stride: step of the kernel along both axes.
       padding: 'SAME' or 'VALID'.
@@ -71,7 +72,7 @@ downsample = functools.partial(Conv, window=(3, 3), stride=2, padding="VALID")
 
 
 class BlockA(nn.Module):
-    """Block at 35x35 pixels: kernels 1x1, 5x5 and two 3x3, and average pooling.
+    """Block at 35x35 pixels with four branches: 1x1, 5x5, two 3x3, average pooling.
 
     Attributes:
       pool_features: number of output channels of the pooling branch.
@@ -113,9 +114,9 @@ class BlockB(nn.Module):
 
 
 class BlockC(nn.Module):
-    """Block at 17x17 pixels: kernels 1x1, 7x7 and two 7x7, and average pooling.
+    """Block at 17x17 pixels with four branches: 1x1, 7x7, two 7x7, average pooling.
 
-    Each 7x7 kernel is factorised into 1x7 and 7x1.
+    Each 7x7 convolution is factorised into a 1x7 and a 7x1 convolution.
 
     Attributes:
       width: number of channels inside the 7x7 branches.
@@ -162,12 +163,13 @@ class BlockD(nn.Module):
 
 
 class BlockE(nn.Module):
-    """Block at 8x8 pixels: kernels 1x1, 3x3 and two 3x3, and pooling.
+    """Block at 8x8 pixels with four branches: 1x1, 3x3, two 3x3, pooling.
 
-    The last 3x3 kernel of each branch is replaced by a 1x3 and a 3x1 kernel in parallel.
+    The last 3x3 convolution of a branch is replaced by a 1x3 and a 3x1 convolution in parallel.
 
     Attributes:
-      pool: average pooling, or max pooling in the last block, over 3x3 pixels.
+      pool: function that pools over 3x3 pixels: the maximum in the network's last block, the
+        average in the one before.
     """
 
     pool: Any
@@ -193,9 +195,9 @@ class BlockE(nn.Module):
 class Network(nn.Module):
     """Maps images of 299x299 pixels in [-1, 1] to a dictionary of features.
 
-    '64', '192', '768' and '2048' are means over the pixels of the layers with these numbers of
-    channels. 'logits' are the class logits, and 'logits_unbiased' the logits without the bias,
-    which the inception score uses.
+    '64', '192', '768' and '2048' are activations of the layers with these numbers of channels,
+    averaged over the pixels. 'logits' are the class logits, and 'logits_unbiased' the same
+    without the bias of the last layer, which the inception score uses.
     """
 
     @nn.compact
@@ -239,8 +241,8 @@ def abstract_variables() -> dict[str, Any]:
 def resize(x: Float[Array, "B H W C"], size: int) -> Float[Array, "B size size C"]:
     """Resizes images as TensorFlow 1 did: bilinear, no antialiasing, corners not aligned.
 
-    Pixel i of the result is interpolated at position i·H / size of the image. Positions beyond
-    the last pixel take its value.
+    Along each axis, pixel i of the result is the linear interpolation of the n pixels of the
+    image at position i·n / size. A position beyond the last pixel takes that pixel's value.
     """
     for axis in (1, 2):
         n = x.shape[axis]
@@ -254,13 +256,13 @@ def resize(x: Float[Array, "B H W C"], size: int) -> Float[Array, "B size size C
 
 
 def prepare(x: UInt8[Array, "B H W C"]) -> Float[Array, "B 299 299 3"]:
-    """Converts 8-bit images of any size, grey (C = 1) or RGB (C = 3), for the network."""
+    """Resizes 8-bit images, grey (C = 1) or RGB (C = 3), and scales them to [-1, 1)."""
     rgb = jnp.broadcast_to(x, (*x.shape[:3], 3)).astype(jnp.float32)
     return (resize(rgb, SIZE) - 128) / 128
 
 
 class Extractor:
-    """Inception network that computes the features of a stream of images."""
+    """Computes the Inception features of a stream of images."""
 
     def __init__(self, variables: dict[str, Any], engine: Engine):
         """Compiles the network.

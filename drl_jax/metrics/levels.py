@@ -1,4 +1,4 @@
-"""Per-level statistics: how each energy rates data and the ends of its own chains."""
+"""Statistics of each level's energy, on data and on the ends of chains that sample it."""
 
 import functools
 
@@ -17,22 +17,25 @@ STATISTICS = ("f_data", "f_chain", "displacement", "acceptance")
 def level_statistics(
     model: Model, key: Key[Array, ""], x: Float[np.ndarray, "n *D"]
 ) -> dict[str, list[float]]:
-    """Returns means over the data at each level, with the levels' numbers as 'level'.
+    """Returns the statistics of each level, as means over the data.
 
     Every example is diffused to a level t (y, `recovery.positives`) and to level t + 1
-    (x_tilde), and a chain on p(y | x_tilde) is started from x_tilde, as in training:
-
-    - f_data: f(y, t).
-    - f_chain: f at the end of the chain. A level has been learned if it equals f_data.
-    - displacement: distance between the start and the end of the chain.
-    - acceptance: acceptance probability of the chain.
+    (x_tilde). A chain that starts at x_tilde samples p(y | x_tilde), as in training.
 
     With many levels, only the first of each of the `diffusion.level_groups` is evaluated.
 
     Args:
       model: the model.
       key: random key.
-      x: data in [-1, 1].
+      x: data, images in [-1, 1] or points.
+
+    Returns:
+      lists with one number per evaluated level:
+        level: t.
+        f_data: f(y, t).
+        f_chain: f at the end of the chain; equal to f_data once the level has been learned.
+        displacement: Euclidean distance between the start and the end of the chain.
+        acceptance: acceptance probability of the chain.
     """
     method, engine = model.method, model.engine
 

@@ -1,4 +1,4 @@
-"""Fréchet distance on raw pixels: needs no feature network."""
+"""Fréchet distance between sets of images as vectors of pixels, without a feature network."""
 
 from typing import Any
 
@@ -11,10 +11,19 @@ from drl_jax.metrics import frechet
 def pixel_metrics(
     samples: Float[np.ndarray, "n H W C"], data: Float[np.ndarray, "m H W C"]
 ) -> dict[str, Any]:
-    """Returns the Fréchet distance on pixels in [-1, 1], with numbers to compare it with.
+    """Returns the Fréchet distance between samples and data, with values to compare it with.
 
-    These are the distance between two random halves of the data, which is what a perfect model
-    would reach with as many samples as half the data, and the range of the samples' pixels.
+    Args:
+      samples: images drawn from a model.
+      data: images in [-1, 1].
+
+    Returns:
+      JSON values:
+        pixel_frechet: squared Fréchet distance between samples and data.
+        pixel_frechet_of_data_halves: the same between two random halves of the data. A perfect
+          model has about this distance if both sets have half as many images as the data.
+        pixel_min, pixel_max: range of the samples' pixels.
+        num_samples, num_data: numbers of images.
     """
     samples_flat, data_flat = samples.reshape(len(samples), -1), data.reshape(len(data), -1)
     return {

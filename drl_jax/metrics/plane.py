@@ -1,8 +1,9 @@
-"""Normalising constants and KL divergences of energies in the plane, by quadrature.
+"""Metrics for points in the plane: log Z and KL divergence by quadrature, a two-sample test.
 
-Both are integrals over the plane, computed as sums over a grid in float64. For a density that
-is smooth on the scale of the grid spacing, such a sum converges faster than any power of the
-spacing. It misses the mass outside the grid; mass along the grid's edge is a sign of that.
+Log Z and the KL divergence are integrals over the plane, computed as sums over a grid in
+float64. For a density that is smooth on the scale of the grid spacing, such a sum converges
+faster than any power of the spacing. It misses the mass outside the grid, of which mass near
+the edge of the grid is a sign.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,10 +21,10 @@ from drl_jax.runtime.batching import Engine
 
 HALF_WIDTH = 5.0  # of the grid, centred at the origin; white noise has mass 1e-6 outside
 SIDE = 501  # nodes per side, 0.02 apart
-EDGE = 0.1  # width of the edge, relative to the half width
-EDGE_MASS = 1e-3  # if the mass along the edge is larger, the grid may be too small
+EDGE = 0.1  # width of the margin along the grid's edge, relative to the half width
+EDGE_MASS = 1e-3  # if the mass in this margin is larger, the grid may be too small
 BATCH = 2**14  # nodes per batch
-BANDWIDTHS = (0.05, 0.2, 0.8)  # of the kernels of the two-sample test, in units of the data
+BANDWIDTHS = (0.05, 0.2, 0.8)  # of the two-sample test's Gaussian kernels, in units of the data
 
 
 class Grid(NamedTuple):
@@ -31,7 +32,7 @@ class Grid(NamedTuple):
 
     Attributes:
       axis: coordinates of the nodes along either axis.
-      nodes: positions of the nodes; the first array axis is the first coordinate.
+      nodes: coordinates of every node; nodes[i, j] is (axis[i], axis[j]).
       area: area of a grid cell.
     """
 
@@ -48,7 +49,7 @@ class Comparison(NamedTuple):
       log_q: true log-density at the nodes [nats].
       log_Z: log of the integral of exp(F) [nats].
       kl: KL(q ‖ p), the divergence of the learned density p from the true density q [nats].
-      edge_mass: mass of p along the edge of the grid.
+      edge_mass: mass of p in the margin along the grid's edge, whose width is `EDGE`.
     """
 
     log_p: Float[np.ndarray, "side side"]
@@ -58,7 +59,7 @@ class Comparison(NamedTuple):
     edge_mass: float
 
 
-def square(half_width: float = HALF_WIDTH, side: int = SIDE) -> Grid:
+def square_grid(half_width: float = HALF_WIDTH, side: int = SIDE) -> Grid:
     """Returns the grid of side² nodes on [-half_width, half_width]²."""
     axis = np.linspace(-half_width, half_width, side)
     nodes = np.stack(np.meshgrid(axis, axis, indexing="ij"), axis=-1)
@@ -68,11 +69,11 @@ def square(half_width: float = HALF_WIDTH, side: int = SIDE) -> Grid:
 def evaluate(
     F: Callable[[Any], LevelFn], params: Any, levels: Sequence[int], grid: Grid, mesh: Mesh
 ) -> Float[np.ndarray, "L side side"]:
-    """Returns F(params)(·, t) at the nodes for each level t, converted to float64.
+    """Returns F at the nodes for each level t, computed in float32, as float64 [nats].
 
     Args:
-      F: log-density of the levels, given parameters.
-      params: its parameters, any pytree.
+      F: parameters -> log-density of the levels.
+      params: any pytree.
       levels: levels to evaluate.
       grid: nodes.
       mesh: devices that share the nodes.
@@ -106,7 +107,7 @@ def kl_divergence(
 
 
 def edge_mass(log_p: Float[np.ndarray, "side side"], grid: Grid) -> float:
-    """Returns the mass of a density along the edge of the grid."""
+    """Returns the mass of a normalised density in the margin along the grid's edge (`EDGE`)."""
     inside = (1 - EDGE) * grid.axis[-1]
     edge = np.abs(grid.nodes).max(axis=-1) > inside
     return float(np.sum(np.exp(log_p[edge])) * grid.area)
@@ -118,10 +119,13 @@ def compare(
     """Compares a model's density with the true density at each of the levels.
 
     Args:
-      model: learned log-density, up to a constant per level.
-      exact: true, normalised log-density.
+      model: model of points in the plane.
+      exact: true, normalised log-density [nats].
       levels: levels to compare.
-      grid: grid that contains both densities and on which they are smooth.
+      grid: grid that contains both densities, and whose spacing resolves them.
+
+    Returns:
+      the comparison of each level.
     """
     learned = evaluate(model.method.F, model.params, levels, grid, model.mesh)
     true = evaluate(lambda _: exact, (), levels, grid, model.mesh)
@@ -164,14 +168,14 @@ def two_sample_test(
     The statistic is the squared maximum mean discrepancy E k(x, x') + E k(y, y') - 2 E k(x, y)
     (Gretton et al. 2012), which is zero only for equal distributions. The kernel k is a sum of
     Gaussian kernels, sensitive both to the width of thin structures and to how the mass is
-    distributed. The p-value is the rank of the statistic among those of random partitions of
-    all points into two sets. If the distributions are equal, it is at most α with probability
-    at most α, for any n.
+    distributed. The p-value is the relative rank of the statistic among those of random
+    partitions of all points into two sets of n. If the distributions are equal, it is at most α
+    with probability at most α, for any n.
 
     Args:
       rng: random number generator of the partitions.
-      x: first sample.
-      y: second sample.
+      x: n points.
+      y: as many points.
       permutations: number of random partitions.
     """
     n = len(x)

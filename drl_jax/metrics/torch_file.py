@@ -4,8 +4,8 @@ There are two formats. Since PyTorch 1.6 a file is a zip archive with a pickle, 
 one entry with the raw elements of each storage. Older files are a sequence of pickles (magic
 number, format version, machine description, object, storage keys) followed by each storage as
 its number of elements and its raw elements. In both, a tensor is pickled as a call of a
-function that builds it from a storage. Unpickling can call any function, so this module allows
-only the calls that build tensors and rejects all others.
+function that builds it from a storage. A pickle can make its reader call any function, so this
+module allows only the calls that build tensors and rejects all others.
 """
 
 import collections
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Num
 
-MAGIC = 0x1950A86A20F9469CFC6C
+MAGIC = 0x1950A86A20F9469CFC6C  # first object of a file in the older format
 
 STORAGES = {
     "HalfStorage": np.dtype("<f2"),
@@ -43,7 +43,14 @@ class Storage(NamedTuple):
 
 
 class View(NamedTuple):
-    """A tensor whose storage has not been read yet; offset and strides count elements."""
+    """A tensor whose storage has not been read yet.
+
+    Attributes:
+      storage: the block with its elements.
+      offset: position of its first element in the storage [elements].
+      shape: its shape.
+      strides: distance between neighbours along each axis [elements].
+    """
 
     storage: Storage
     offset: int
@@ -69,6 +76,7 @@ def read(data: bytes) -> dict[str, Num[np.ndarray, "..."]]:
 
 
 def _read_zip(file: io.BytesIO) -> tuple[Any, Callable[[Storage], bytes]]:
+    """Returns the pickled object of a zip archive, and the function that reads a storage."""
     archive = zipfile.ZipFile(file)
     pickles = [name for name in archive.namelist() if name.endswith("/data.pkl")]
     if len(pickles) != 1:
@@ -81,6 +89,7 @@ def _read_zip(file: io.BytesIO) -> tuple[Any, Callable[[Storage], bytes]]:
 
 
 def _read_legacy(file: io.BytesIO) -> tuple[Any, Callable[[Storage], bytes]]:
+    """Returns the same for a file in the older format."""
     if _Unpickler(file).load() != MAGIC:
         raise ValueError("torch.save did not write it")
     _Unpickler(file).load()  # version of the format; there was only one
@@ -100,7 +109,7 @@ def _require_little_endian(is_little_endian: bool) -> None:
 
 
 class _Unpickler(pickle.Unpickler):
-    """Builds plain values and `View`s only."""
+    """Unpickles plain values, and tensors as `View`s; rejects everything else."""
 
     def __init__(self, file: Any):
         super().__init__(file)

@@ -20,7 +20,7 @@ DOWNLOAD_HINT = (
 )
 SUFFIXES = (".pth", ".pt")
 
-# Last part of a variable's name in Flax, and in the file.
+# Last part of a variable's name in Flax -> last part of the tensor's name in the file.
 LEAVES = {
     "kernel": "weight",
     "scale": "weight",
@@ -29,7 +29,7 @@ LEAVES = {
     "var": "running_var",
 }
 
-# Transposition from the file's layout to Flax's, by number of axes.
+# Number of axes -> order of the axes that turns a tensor of the file into a Flax variable.
 AXES = {4: (2, 3, 1, 0), 2: (1, 0), 1: (0,)}
 
 
@@ -37,8 +37,8 @@ class Weights(NamedTuple):
     """Weights of the Inception network.
 
     Attributes:
-      variables: variables of `inception.Network`.
-      sha256: SHA-256 of the file.
+      variables: Flax variables of `inception.Network`, in float32.
+      sha256: SHA-256 of the file, in hexadecimal digits.
     """
 
     variables: dict[str, Any]
@@ -97,7 +97,7 @@ def to_variables(tensors: dict[str, Num[np.ndarray, "..."]], title: str) -> dict
     problems = [f"{name} is missing" for name in layout if name not in tensors]
     arrays = {}
     for name, tensor in tensors.items():
-        if name.endswith("num_batches_tracked"):  # used by training only
+        if name.endswith("num_batches_tracked"):  # only needed to train the network
             continue
         if name not in layout:
             problems.append(f"{name} is unknown")
@@ -120,7 +120,7 @@ def to_variables(tensors: dict[str, Num[np.ndarray, "..."]], title: str) -> dict
 
 @functools.cache
 def file_layout() -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
-    """Returns each tensor's path among Flax's variables and its shape in the file, by name."""
+    """Returns, by the name of each tensor in the file, its path in Flax and its shape."""
     layout = {}
     for path, leaf in traverse_util.flatten_dict(inception.abstract_variables()).items():
         _, *modules, last = path

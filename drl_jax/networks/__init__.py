@@ -1,5 +1,5 @@
 """Networks f(x, t): `resnet` for images, `mlp` for vectors.
 
-The `energy` function of either module returns an `energy.Energy`. `convolution`, `winograd` and
-`spectral` are what they are built from.
+In both modules, the function `energy` returns an `energy.Energy`. `convolution` and `winograd`
+contain the convolutions, `spectral` the spectral normalisation.
 """

@@ -1,20 +1,21 @@
 """3x3 convolution whose gradients are fast on every backend.
 
-The gradients that autodiff makes of a convolution are slow to run or to compile:
+The gradients of a convolution by JAX's automatic differentiation are slow to run or to compile:
 
-- The input gradient becomes a convolution with transposed dimension numbers (`01oi`). Inside a
-  while-loop, where every Langevin step is, it is about five times slower than a forward one
-  (https://github.com/jax-ml/jax/issues/12868). Here it is a forward convolution (`01io`) of the
-  output gradient with the kernel rotated by 180 degrees and its channels swapped: the same
-  result, and the same program on every backend.
-- The kernel gradient becomes a convolution whose window is the whole image, with the batch as
-  the channels. Inside a while-loop it is a hundred times slower on CPUs unless the arrays are
-  transposed first, as is done here. On TPUs it is computed in blocks of one size.
+- The gradient with respect to the images is a convolution with transposed dimension numbers
+  (`01oi`). Inside a while-loop, such as that over the steps of a chain, it is about five times
+  slower than the forward convolution (https://github.com/jax-ml/jax/issues/12868). Here it is a
+  forward convolution (`01io`) of the output gradient with the kernel, rotated by 180 degrees
+  and with its channels swapped: the same result, and the same program on every backend.
+- The gradient with respect to the kernel is a convolution whose window is the whole image, with
+  the batch in place of the channels. Inside a while-loop on CPUs, it is a hundred times slower
+  than outside, unless the arrays are transposed first, as is done here. On TPUs it is computed
+  in blocks of equal size.
 
 On CPUs, wide convolutions and their kernel gradients use Winograd's algorithm (`winograd.py`).
 
 The derivatives of the convolution and of its kernel gradient are expressed in terms of each
-other, so all of this holds for derivatives of any order.
+other, so derivatives of any order are as fast.
 """
 
 import jax
@@ -24,19 +25,21 @@ from jaxtyping import Array, Float
 
 from drl_jax.networks import winograd
 
-# Channels per block of `_kernel_gradient_by_blocks`: what a TPU multiplies at once.
+# Channels per block of `_kernel_gradient_by_blocks`: the width of a TPU's matrix unit.
 BLOCK_CHANNELS = 128
 
 
 def _forward(
     x: Float[Array, "B H W I"], kernel: Float[Array, "3 3 I O"]
 ) -> Float[Array, "B H W O"]:
+    """Computes `conv3x3` by the fastest algorithm, without its gradients."""
     if winograd.is_faster(x, kernel):
         return lax.platform_dependent(x, kernel, cpu=winograd.conv3x3, default=_direct)
     return _direct(x, kernel)
 
 
 def _direct(x, kernel):
+    """Computes `conv3x3` as a direct sum, with XLA's convolution."""
     return lax.conv_general_dilated(
         x,
         kernel.astype(x.dtype),
@@ -82,10 +85,11 @@ def kernel_gradient(
 
 @jax.custom_vjp
 def materialise_gradient(x: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Returns x; its gradient is stored in memory before it is used.
+    """Returns x unchanged, but makes XLA store the gradient of x in memory before it is used.
 
-    Otherwise XLA:TPU fuses its computation, convolutions included, into every convolution that
-    reads it. That is slower, and makes every such convolution a program of its own.
+    Otherwise XLA:TPU fuses the computation of the gradient, convolutions included, into every
+    convolution that reads it. This is slower, and every such convolution has to be compiled
+    separately.
     """
     return x
 
@@ -95,12 +99,13 @@ materialise_gradient.defvjp(lambda x: (x, None), lambda _, g: (lax.optimization_
 
 def _adjoint(kernel: Float[Array, "3 3 I O"]) -> Float[Array, "3 3 O I"]:
     """Returns the kernel of the adjoint convolution."""
-    # The barrier lets XLA hoist this out of a loop in which the kernel is constant. It does not
-    # hoist a reversal or a transposition by itself.
+    # With the barrier, XLA moves this out of a loop in which the kernel is constant. XLA does
+    # not move a reversal or a transposition by itself.
     return lax.optimization_barrier(jnp.swapaxes(kernel[::-1, ::-1], 2, 3))
 
 
 def _image_gradient(x, g, kernel):
+    """Returns the gradient of <g, conv3x3(x, kernel)> with respect to x, in x's dtype."""
     return conv3x3(g.astype(x.dtype), _adjoint(kernel)).astype(x.dtype)
 
 
@@ -133,9 +138,10 @@ def _kernel_gradient_by_convolution(x, g):
 def _kernel_gradient_by_blocks(x, g):
     """Computes the kernel gradient in blocks of BLOCK_CHANNELS channels of x and of g.
 
-    The shape of a block then depends only on the image size, not on the width. The barriers
-    keep neighbouring operations from being fused into the blocks, so XLA:TPU compiles each
-    shape once; one program per width would take seconds each.
+    The shape of a block then depends only on the batch and image size, not on the number of
+    channels. The barriers keep neighbouring operations from being fused into the blocks, so
+    XLA:TPU compiles each shape once. Without blocks, every combination of I and O would take
+    seconds to compile.
     """
 
     def split(a):
@@ -150,6 +156,7 @@ def _kernel_gradient_by_blocks(x, g):
 
 
 def _correlate(x, g, dtype):
+    """Computes the kernel gradient as one convolution, accumulated in `dtype`."""
     # The batch takes the place of the channels, and the channels of x that of the batch.
     return lax.conv_general_dilated(
         x,
@@ -163,7 +170,7 @@ def _correlate(x, g, dtype):
 
 def _kernel_gradient_transposed(x, g):
     # The barriers keep XLA from merging the transpositions into the convolution, which would
-    # make it the one in `_correlate`.
+    # then be the slow one of `_correlate`.
     x, g = lax.optimization_barrier((x.transpose(3, 1, 2, 0), g.transpose(1, 2, 0, 3)))
     result = lax.conv_general_dilated(
         x,

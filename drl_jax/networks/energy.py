@@ -15,17 +15,17 @@ from jaxtyping import Array, DTypeLike, Float, Int, Key
 from drl_jax.networks import spectral
 
 Params = dict[str, Any]  # nested by flax module; the leaves are arrays
-Vectors = dict[str, Float[Array, "_"]]  # spectral vectors by the path of their kernel
+Vectors = dict[str, Float[Array, "_"]]  # of the power iterations, by the path of their kernel
 
 
 class Energy(NamedTuple):
     """A network, separate from its parameters.
 
     Attributes:
-      init: key -> (params, vectors), where vectors are those of the power iteration.
-      normalise: (params, vectors) -> (params, vectors). Applies spectral normalisation, once
-        per training step; f takes the normalised parameters.
-      f: (params, x [B, ...], t [B]) -> [B].
+      init: key -> (params, vectors): raw parameters, and the vectors of the power iterations.
+      normalise: (params, vectors) -> (params, vectors): applies spectral normalisation, once
+        per training step, to raw parameters.
+      f: (params, x [B, ...], t [B]) -> [B]: evaluates the network with normalised parameters.
       shape: shape of one example.
     """
 

@@ -7,9 +7,9 @@ from jaxtyping import Array, Float, Int
 from drl_jax.networks.energy import Energy, from_network
 from drl_jax.networks.resnet import leaky_relu, time_embedding
 
-# Angle of the time embedding's fastest sinusoid at t = T [radians]. With one radian per level,
-# as for images, each of a thousand levels would be learned separately; the lowest levels, where
-# the loss is mostly noise, would then not have enough training data.
+# Angle of the time embedding's fastest sinusoid at t = T [radians]. At one radian per level, as
+# for images, neighbouring levels out of a thousand would be learned independently of each
+# other, and the lowest levels, where the loss is mostly noise, would have too little data.
 MAX_ANGLE = 10.0
 
 # Standard deviation of the Fourier features' initial frequencies [radians per unit of x].
@@ -54,6 +54,13 @@ class MLP(nn.Module):
 
 
 def energy(dimension: int, width: int = 128, depth: int = 3, T: int = 1000) -> Energy:
-    """Returns the network for vectors [D = dimension], without spectral normalisation."""
+    """Returns the network for vectors, without spectral normalisation.
+
+    Args:
+      dimension: D, number of coordinates of a vector.
+      width: width of every hidden layer.
+      depth: number of residual hidden layers.
+      T: number of levels.
+    """
     network = MLP(width=width, depth=depth, T=T)
     return from_network(network, shape=(dimension,), rule=lambda path: None)

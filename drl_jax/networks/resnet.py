@@ -57,7 +57,7 @@ class Block(nn.Module):
         block(x, temb) = skip(x) + g · (conv2(lrelu(h)) + bias)
 
     skip is a 3x3 convolution where the width changes and the identity elsewhere. The gain g is
-    multiplied into conv2's kernel and bias beforehand (`with_gains`).
+    multiplied into conv2's kernel and bias once per training step (`with_gains`).
 
     Attributes:
       features: number of output channels O.
@@ -115,29 +115,30 @@ class ResNet(nn.Module):
 
 
 def mean_pool(x: Float[Array, "B H W C"]) -> Float[Array, "B H/2 W/2 C"]:
-    """Averages 2x2 squares of pixels, without overlap."""
+    """Halves the height and width: averages 2x2 squares of pixels, without overlap."""
     # Written with slices, which XLA:TPU fuses with the neighbouring convolutions in the forward
     # and in the backward pass.
     return (x[:, ::2, ::2] + x[:, ::2, 1::2] + x[:, 1::2, ::2] + x[:, 1::2, 1::2]) / 4
 
 
-def spectral_rule(path: str) -> Literal["to_one", "down_to_one"] | None:
+def spectral_rule(path: str) -> Literal["normalise", "clip"] | None:
     """Returns how `spectral.normalise` treats the parameter at a path.
 
-    Every kernel but the head's is scaled to spectral norm one. The second kernel of a block,
-    which is initialised close to zero, is only ever scaled down.
+    Every kernel but the head's is scaled to spectral norm one. The kernel of a block's second
+    convolution, which is initialised close to zero, is scaled only if its norm exceeds one.
     """
     *_, module, name = path.split("/")
     if name != "kernel" or module == "head":
         return None
-    return "down_to_one" if module == "conv2" else "to_one"
+    return "clip" if module == "conv2" else "normalise"
 
 
 def with_gains(energy: Energy) -> Energy:
     """Adds a learned gain g per channel to the second convolution of every block.
 
-    Since g · (conv(x, W) + b) = conv(x, g W) + g b, the gain scales parameters instead of
-    images: `normalise` multiplies it in once per training step, after spectral normalisation.
+    Since g · (conv(x, W) + b) = conv(x, g W) + g b, the gain can scale parameters instead of
+    images: `normalise` multiplies W and b by g once per training step, after spectral
+    normalisation.
     """
 
     def init(key):

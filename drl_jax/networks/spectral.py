@@ -14,11 +14,11 @@ import jax.numpy as jnp
 from flax import traverse_util
 from jaxtyping import Array, Float, Key, PyTree
 
-EPSILON = 1e-6
+EPSILON = 1e-6  # added to sigma, to avoid division by zero
 
-# Maps a parameter's path to its treatment: "to_one" divides the kernel by sigma, "down_to_one"
-# divides it by max(sigma, 1), None leaves the parameter as it is.
-Rule = Callable[[str], Literal["to_one", "down_to_one"] | None]
+# Maps the path of a parameter to its treatment: "normalise" divides a kernel by sigma, "clip"
+# divides it by max(sigma, 1), None leaves the parameter unchanged.
+Rule = Callable[[str], Literal["normalise", "clip"] | None]
 
 
 def init_vectors(
@@ -43,7 +43,12 @@ def normalise(
 
         v <- W u / |W u|,   u <- Wᵀ v / |Wᵀ v|,   sigma = vᵀ W u
 
-    Gradients flow through sigma, with u and v constant.
+    For gradients, u and v are constants, but sigma depends on W.
+
+    Args:
+      params: raw parameters.
+      vectors: u [out] of each kernel that the rule normalises, by its path.
+      rule: which kernels are normalised, and how.
     """
     flat = traverse_util.flatten_dict(params, sep="/")
     new_vectors = {}
@@ -52,7 +57,7 @@ def normalise(
         v = _unit_vector(jax.lax.stop_gradient(W) @ u)
         u = _unit_vector(v @ jax.lax.stop_gradient(W))
         sigma = v @ W @ u + EPSILON
-        if rule(name) == "down_to_one":
+        if rule(name) == "clip":
             sigma = jnp.maximum(sigma, 1.0)  # W / max(sigma, 1) = W / sigma · min(sigma, 1)
         flat[name] = flat[name] / sigma
         new_vectors[name] = u

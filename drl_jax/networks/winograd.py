@@ -19,16 +19,17 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-# Elements of the input or output images, whichever are more, per chunk. The tiles of a chunk,
-# with four times as many elements, stay in a core's cache through all stages.
+# Images are processed in chunks. This is the maximum number of elements of a chunk's input or
+# output images, whichever are more. The tiles of a chunk have four times as many elements, and
+# stay in a core's cache from the first transform to the last.
 CHUNK_ELEMENTS = 2**18
 
 
 def is_faster(x: Float[Array, "B H W I"], other: Float[Array, "*D O"]) -> bool:
     """Returns whether this convolution is faster than the direct sum on a CPU.
 
-    With few channels, the transforms, whose cost grows with I + O, take longer than the saved
-    products, whose cost grows with I * O. The answer does not depend on the batch size.
+    The cost of the transforms grows with I + O, that of the saved products with I * O, so with
+    few channels the direct sum is faster. The answer does not depend on the batch size.
 
     Args:
       x: images.
@@ -44,7 +45,7 @@ def conv3x3(
     x: Float[Array, "B H W I"], kernel: Float[Array, "3 3 I O"]
 ) -> Float[Array, "B H W O"]:
     """Computes `convolution.conv3x3` for even H and W."""
-    # The barrier lets XLA hoist the transform out of a loop in which the kernel is constant.
+    # With the barrier, XLA moves the transform out of a loop in which the kernel is constant.
     kernel_points = lax.optimization_barrier(_along_both_axes(_kernel_transform, kernel))
 
     def convolve(x):

@@ -1,4 +1,4 @@
-"""Figures as PNG files: curves, histograms, and densities in the plane."""
+"""Draws figures as PNG files: curves, histograms, and densities in the plane."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -21,7 +21,7 @@ WIDTH, HEIGHT = 4.0, 3.0  # of a panel [inches]
 
 # Densities in the plane, level by level.
 LEVELS = 6  # maximum number of levels shown
-PATH_COLOURS = ("white", "#7fdbff", "#b6ff9e", "#ffe27f")  # one per path, clear of `magma`
+PATH_COLOURS = ("white", "#7fdbff", "#b6ff9e", "#ffe27f")  # one per path, none is in `magma`
 SIZE = 1.7  # width and height of a panel [inches]
 HALF_WIDTH = 1.8  # half the side of a panel, in units of the data
 DEPTH = 10.0  # range of the colour scale [nats]
@@ -30,7 +30,7 @@ SAMPLE_COLOUR = "#3b0f70"  # a colour of `magma`
 # Histograms.
 HISTOGRAM_WIDTH, HISTOGRAM_HEIGHT = 2.2, 2.2  # of a panel [inches]
 BINS = 50
-PERCENTILES = 0.1, 99.9  # limits of the horizontal axis
+PERCENTILES = 0.1, 99.9  # of all values: limits of the horizontal axis
 
 
 class Panel(NamedTuple):
@@ -39,8 +39,8 @@ class Panel(NamedTuple):
     Attributes:
       title: title of the panel.
       scale: scale of the y axis: 'linear', 'log' or 'symlog'.
-      curves: y values by name, NaN where there is none.
-      marks: heights of dotted horizontal lines, by name of the curve whose colour they have.
+      curves: for the name of each curve, its y values; NaN where there is none.
+      marks: for the names of some curves, the y value of a dotted line in the same colour.
       x: x values of all curves [steps].
     """
 
@@ -57,6 +57,9 @@ def write_curves(path: epath.Path, panels: Sequence[Panel]) -> None:
     Args:
       path: path of the PNG file.
       panels: panels, drawn row by row.
+
+    Raises:
+      UserError: if the file cannot be written.
     """
     import matplotlib as mpl  # takes half a second, and most tasks draw no figure
     from matplotlib.figure import Figure
@@ -85,8 +88,11 @@ def write_annealing(path: epath.Path, history: History, log_density: ArrayLike) 
 
     Args:
       path: path of the PNG file.
-      history: course of both passes.
-      log_density: log-density of each example of the data [nats].
+      history: log Z, effective sample size and acceptance along both passes.
+      log_density: log-density of each of n examples of the data, [n], in nats.
+
+    Raises:
+      UserError: if the file cannot be written.
     """
     from matplotlib.figure import Figure  # takes half a second, and most tasks draw no figure
 
@@ -132,8 +138,11 @@ def write_levels(
       path: path of the PNG file.
       comparisons: learned and true densities, by level; level 0 must be included.
       samples: positions of the same samples, by level: of white noise (level T), of all levels
-        of `comparisons`, and of other levels that the paths pass through.
+        of `comparisons`, and of any further levels that the paths pass through.
       grid: grid of the densities.
+
+    Raises:
+      UserError: if the file cannot be written.
     """
     from matplotlib.figure import Figure  # takes half a second, and most tasks draw no figure
 
@@ -164,23 +173,24 @@ def write_levels(
     _show_density(axes, comparisons[0].log_p[view], largest=comparisons[0].log_q[view].max())
     positions = np.stack([samples[t] for t in sorted(samples, reverse=True)])
     opacity = np.linspace(0.15, 1, len(positions) - 1)  # increases towards the data
-    for track, colour in zip(positions.swapaxes(0, 1), PATH_COLOURS, strict=False):
-        for start, end, alpha in zip(track[:-1], track[1:], opacity, strict=True):
+    for points, colour in zip(positions.swapaxes(0, 1), PATH_COLOURS, strict=False):
+        for start, end, alpha in zip(points[:-1], points[1:], opacity, strict=True):
             x, y = np.stack([start, end], axis=1)
             axes.plot(x, y, color=colour, linewidth=1.2, alpha=alpha, solid_capstyle="round")
-        axes.plot(*track[:1].T, "o", markersize=7, color="none", markeredgecolor=colour)
-        axes.plot(*track[-1:].T, "o", markersize=8, color=colour, markeredgecolor="white")
+        axes.plot(*points[:1].T, "o", markersize=7, color="none", markeredgecolor=colour)
+        axes.plot(*points[-1:].T, "o", markersize=8, color=colour, markeredgecolor="white")
     axes.set_title("paths from white noise (circles) to samples (dots)", fontsize="medium")
     _write(path, figure)
 
 
 def _show_density(axes: Any, log_density: Float[np.ndarray, "h w"], largest: float) -> None:
-    """Shows a log-density, first coordinate to the right.
+    """Shows a log-density as an image; the first coordinate increases to the right.
 
     Args:
       axes: Matplotlib axes.
-      log_density: log-density at the nodes [nats].
-      largest: value at the top of the colour scale, which ends DEPTH below it [nats].
+      log_density: log-density at the nodes of a grid; the first axis is the first coordinate
+        [nats].
+      largest: upper end of the colour scale; the lower end is `largest` - `DEPTH` [nats].
     """
     axes.imshow(
         log_density.T,
@@ -227,7 +237,11 @@ def write_histograms(
       sets: names of the sets, the same in all panels. The first is drawn as a filled area, the
         others as lines.
       rows: rows with equal numbers of panels.
-      notes: explanation of the notes, for the legend; each note has the colour of its set.
+      notes: what the notes above the panels mean, for the legend. Each note has the colour of
+        its set.
+
+    Raises:
+      UserError: if the file cannot be written.
     """
     # Takes half a second, and most tasks draw no figure.
     import matplotlib as mpl
@@ -268,6 +282,6 @@ def write_histograms(
 def _write(path: epath.Path, figure: "Figure") -> None:
     """Writes a figure as PNG."""
     encoded = io.BytesIO()
-    # Omits Matplotlib's version, so that equal figures are equal files.
+    # Without Matplotlib's version, equal figures are equal files.
     figure.savefig(encoded, format="png", metadata={"Software": None})
     write_atomically(path, encoded.getvalue())

@@ -1,4 +1,4 @@
-"""Image grids and histograms of samples, as PNG files."""
+"""Draws samples as PNG files: images as a grid, points as a histogram."""
 
 import io
 
@@ -10,7 +10,7 @@ from PIL import Image
 from drl_jax.data.pipeline import to_uint8
 from drl_jax.storage.atomic import write_atomically
 
-GAP = 1  # width of the gap between images, before enlargement [pixels]
+GAP = 1  # width of the gap between images, before they are enlarged [pixels]
 GREY = 128  # pixel value of the gap
 HALF_WIDTH = 1.5  # half the side of a histogram, in units of the data
 BINS = 96  # along each side of a histogram
@@ -26,7 +26,11 @@ def grid(x: Float[np.ndarray, "B H W C"], columns: int) -> UInt8[np.ndarray, "h 
     """Arranges images in rows, separated by grey gaps.
 
     Images are enlarged by repeating pixels, by the largest integer factor with which they are
-    at most 64 pixels wide and high.
+    at most 64 pixels wide and high. Larger images keep their size.
+
+    Args:
+      x: images in [-1, 1].
+      columns: number of images per row. The last row may have fewer.
     """
     B, H, W, C = x.shape
     rows = -(-B // columns)
@@ -42,8 +46,8 @@ def grid(x: Float[np.ndarray, "B H W C"], columns: int) -> UInt8[np.ndarray, "h 
 def histogram(x: Float[np.ndarray, "B 2"]) -> UInt8[np.ndarray, "h w 1"]:
     """Returns a histogram of points in [-HALF_WIDTH, HALF_WIDTH]² as an image, y upwards.
 
-    The brightness is proportional to the square root of the count, whose noise is the same in
-    bright and dark places.
+    The brightness is proportional to the square root of the count, whose standard deviation is
+    about the same everywhere (1/2).
     """
     edges = np.linspace(-HALF_WIDTH, HALF_WIDTH, BINS + 1)
     counts, _, _ = np.histogram2d(x[:, 0], x[:, 1], bins=(edges, edges))
@@ -62,8 +66,8 @@ def picture(x: Float[np.ndarray, "B *D"], columns: int) -> UInt8[np.ndarray, "h 
     """Returns images as a grid with at most as many rows as columns, or points as a histogram.
 
     Args:
-      x: images or points; of images, only the first `grid_size` are shown.
-      columns: images per row.
+      x: images in [-1, 1] or points; of images, only the first `grid_size` are shown.
+      columns: number of images per row.
     """
     if are_points(x.shape[1:]):
         return histogram(x)

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 class MetricWriter:
     """Writes summaries with CLU, in a background thread. Use it as a context manager.
 
-    CLU imports TensorFlow, which takes seconds. The thread imports it when there is something
-    to write, so that the first training step does not have to wait.
+    CLU imports TensorFlow, which takes seconds. The thread imports it when the first summary is
+    written, so that the first training step does not have to wait.
     """
 
     def __init__(self, workdir: epath.Path, just_logging: bool = False):
@@ -24,11 +24,11 @@ class MetricWriter:
 
         Args:
           workdir: folder of the event file.
-          just_logging: writes to the log only, as all processes but the first should.
+          just_logging: whether to write to the log only, as all processes but the first must.
         """
         self._workdir, self._just_logging = workdir, just_logging
         # A single worker, so that everything is written in order.
-        self._thread = asynclib.Pool("metric_writer", max_workers=1)
+        self._pool = asynclib.Pool("metric_writer", max_workers=1)
 
     def __enter__(self) -> "MetricWriter":
         return self
@@ -37,21 +37,21 @@ class MetricWriter:
         """Waits until everything is written.
 
         Raises:
-          asynclib.AsyncError: if something could not be written. The `write_` methods raise it
-            too, for what was to be written before.
+          asynclib.AsyncError: if a summary could not be written. The `write_` methods raise it
+            too, for an earlier summary.
         """
-        self._thread.close()
+        self._pool.close()
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
-        """Writes the values of scalars at a step, by name."""
+        """Writes the values of scalars, by name, at a training step."""
         self._submit(lambda writer: writer.write_scalars(step, scalars))
 
     def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
-        """Writes images at a step, by name: uint8 arrays [number, height, width, channels]."""
+        """Writes images, by name, at a training step: uint8 arrays [n, H, W, C]."""
         self._submit(lambda writer: writer.write_images(step, images))
 
     def _submit(self, write: "Callable[[metric_writers.MetricWriter], None]") -> None:
-        self._thread(lambda: write(self._writer))()
+        self._pool(lambda: write(self._writer))()
 
     @functools.cached_property
     def _writer(self) -> "metric_writers.MetricWriter":

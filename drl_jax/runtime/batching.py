@@ -11,13 +11,13 @@ from jaxtyping import PyTree
 
 from drl_jax.runtime import sharding
 
-# (shared, examples) -> results: `shared` is replicated on all devices; every array of the
-# examples and of the results has the examples along its first axis.
+# (shared, examples) -> results. `shared` is a pytree that is replicated on all devices; the
+# arrays of the other two pytrees have the examples along their first axis, [B, ...].
 Program = Callable[[Any, Any], Any]
 
 
 class Engine:
-    """Pads, shards and double-buffers batches of examples.
+    """Pads batches of examples, splits them over the devices, and runs programs on them.
 
     Attributes:
       mesh: devices that share each batch.
@@ -47,15 +47,16 @@ class Engine:
     ) -> Iterator[PyTree]:
         """Yields the results for each batch, as numpy arrays.
 
-        While the caller uses the results of one batch, the devices work on the next one. All
-        batches are padded to the size of the first, so there is one compiled program; padding
-        repeats the last example, and its results are dropped.
+        While the caller uses the results of one batch, the devices compute the next one. All
+        batches are padded to the same size (that of the first, rounded up to a multiple of the
+        number of devices), so that the program is compiled once. Padding repeats the last
+        example of a batch; its results are dropped.
 
         Args:
           compiled: program returned by `compile`.
           shared: its first argument, the same for all batches.
-          batches: trees of numpy arrays with the examples along the first axis. No batch is
-            larger than the first.
+          batches: pytrees of numpy arrays [n, ...] of n examples; n is at least 1, and at most
+            that of the first batch.
         """
         split = sharding.by_example(self.mesh)
         size = 0
@@ -76,20 +77,20 @@ class Engine:
             yield jax.tree.map(lambda array, n=n: array[:n], sharding.fetch(results))
 
     def split(self, arrays: PyTree) -> Iterator[PyTree]:
-        """Yields a tree of arrays in batches of at most `batch_size` rows."""
+        """Yields a pytree of arrays [n, ...] in batches of at most `batch_size` rows."""
         for start in range(0, _length(arrays), self.batch_size):
             rows = slice(start, start + self.batch_size)
             yield jax.tree.map(lambda array, rows=rows: array[rows], arrays)
 
     def stack(self, examples: Iterable[PyTree]) -> Iterator[PyTree]:
-        """Yields examples stacked into batches, holding only one batch at a time."""
+        """Yields examples stacked into batches; only one batch is in memory at a time."""
         examples = iter(examples)
         while batch := list(itertools.islice(examples, self.batch_size)):
             yield jax.tree.map(lambda *leaves: np.stack(leaves), *batch)
 
 
 def _length(arrays: PyTree) -> int:
-    """Returns the length of the first axis of all arrays of a tree."""
+    """Returns the length of the first axis, which is the same for all arrays of a pytree."""
     return len(jax.tree.leaves(arrays)[0])
 
 

@@ -1,8 +1,8 @@
-"""Chooses the number of devices that JAX makes of a CPU.
+"""Chooses the number of devices into which JAX divides the CPU.
 
-XLA:CPU splits every operation over its threads, each of which waits for the slowest. With one
-device per core instead, every core computes its own examples and waits only at the end of a
-training step.
+XLA:CPU splits every operation of a device over several threads, and each operation takes as
+long as the slowest thread. With one device per core, each core computes its own examples and
+waits for the others only at the end of a training step (`networks/cpu_step.md`).
 """
 
 import os
@@ -15,9 +15,9 @@ MAX_DEVICES = 8  # with more, each device would have few examples
 def count(config: ConfigDict | None = None) -> int:
     """Returns the number of CPU devices to request: at most one per core.
 
-    This is the largest number that divides the training batch and fits the mesh. Without a
-    configuration nothing is trained, and any number up to `MAX_DEVICES` is possible, because
-    other batches are padded.
+    This is the largest number, up to `MAX_DEVICES`, that `config.mesh` permits and that divides
+    the training batch equally, and 1 if there is none. Without a configuration, only cores and
+    `MAX_DEVICES` limit the number: nothing is trained, and other batches are padded.
     """
     affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1

@@ -15,8 +15,8 @@ WITHOUT_TPU = {
     "TPU_WORKER_ID": "0",
 }
 
-# CPU devices can reach the end of a long step minutes apart. XLA takes that for a deadlock, and
-# by default ends the process after 60 s.
+# CPU devices can finish a long step minutes apart. XLA mistakes this for a deadlock and, by
+# default, aborts the process after 60 s.
 CPU_DEADLOCK_TIMEOUT = "--xla_cpu_collective_call_warn_stuck_timeout_seconds=86400"
 
 
@@ -27,9 +27,9 @@ def prepare(cpu_devices: int = 1, environment: Mapping[str, str] | None = None) 
     Variables that the user has set are kept, except for those in `environment`.
 
     Args:
-      cpu_devices: number of devices to make of a CPU.
-      environment: variables for compiling for a topology. With them the compilation cache is
-        off, so that compilation is timed.
+      cpu_devices: number of devices into which the CPU is divided.
+      environment: variables for compiling for a topology (`tools.plan.chips`). If there are
+        any, the compilation cache is disabled, so that compilation times can be measured.
     """
     if environment:
         os.environ.update(environment)
@@ -47,7 +47,7 @@ def prepare(cpu_devices: int = 1, environment: Mapping[str, str] | None = None) 
             "TF_CPP_MIN_LOG_LEVEL": "2",  # errors only
             "TF_ENABLE_ONEDNN_OPTS": "0",  # logs a notice otherwise
             "JAX_COMPILATION_CACHE_DIR": str(cache),
-            # A run compiles many small programs when it starts.
+            # Small programs are cached too, because a run compiles many of them at its start.
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
     )

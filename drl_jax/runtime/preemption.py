@@ -15,12 +15,12 @@ from jax.experimental import multihost_utils
 def stop_on_signal() -> Iterator[Callable[[], int | None]]:
     """Catches SIGTERM and SIGINT, so that a loop can end between two steps.
 
-    Yields a function that returns the signal received, or None; call it before every step. If
-    there are several processes, each must call it equally often: a signal to one of them is
-    returned in all before the same step. It is always SIGTERM then, since JAX's runtime only
-    forwards that one; SIGINT is converted to it.
+    Yields a function that returns the number of the signal received, or None; call it before
+    every step. If there are several processes, all must call it equally often: a signal to one
+    of them is then returned in all of them, before the same step. Its number is always that of
+    SIGTERM, the only signal that JAX's runtime forwards; SIGINT is converted to it.
 
-    Outside the main thread, where Python cannot handle signals, the function returns None.
+    Outside the main thread, Python cannot handle signals, and the function returns None.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: None

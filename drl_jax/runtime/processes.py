@@ -2,8 +2,8 @@
 
 Every process runs the same program on its own share of the devices: one per host of a TPU pod,
 one per GPU of a Slurm job. JAX's distributed runtime connects them, and ends all of them if one
-is lost. This module detects whether there are several, reports what a user can correct in one
-line, and checks that all were started with the same settings.
+is lost. This module detects whether there are several, checks the user's settings, and checks
+that all processes were started with the same ones.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 class Job(NamedTuple):
-    """How this process finds the others. None leaves a field to Slurm or the TPU pod.
+    """How this process finds the others. A field that is None is set by Slurm or the TPU pod.
 
     Attributes:
       distributed: whether there are other processes; None: detect it.
@@ -61,7 +61,7 @@ class Job(NamedTuple):
 
 
 def _cloud_tpu_workers() -> str:
-    """Returns the comma-separated workers of this Cloud TPU, or '' elsewhere.
+    """Returns the addresses of this Cloud TPU's hosts, separated by commas; '' elsewhere.
 
     Queries the metadata server only on Google's machines and where libtpu is installed, because
     elsewhere the request would time out.
@@ -100,19 +100,19 @@ def require_possible(job: Job) -> None:
         return
     if job.distributed is False:
         raise UserError(
-            f"--nodistributed contradicts --coordinator_address={address}: leave one out"
+            f"--nodistributed contradicts --coordinator_address={address}: omit one of them"
         )
     if not address.rpartition(":")[2].isdecimal():
         raise UserError(f"--coordinator_address={address} has no port: give HOST:PORT")
     if index >= number:
         raise UserError(
-            f"--process_id={index} is not below --num_processes={number}: the last one is "
+            f"--process_id={index} is out of range: with --num_processes={number}, give 0 to "
             f"{number - 1}"
         )
 
 
 @contextlib.contextmanager
-def joined(job: Job) -> Iterator[None]:
+def connected(job: Job) -> Iterator[None]:
     """Connects this process to the others, if there are any.
 
     Enter it before JAX initialises its devices. JAX disconnects when Python exits, after
@@ -149,7 +149,7 @@ def joined(job: Job) -> Iterator[None]:
         ) from error
     try:
         log.info(
-            "joined as process %d of %d: if one is lost, the others end within about "
+            "connected as process %d of %d: if one is lost, the others end within about "
             "--timeout=%d seconds, and the same command resumes from the newest checkpoint",
             jax.process_index(),
             jax.process_count(),
@@ -165,7 +165,13 @@ def joined(job: Job) -> Iterator[None]:
 
 
 def _await_coordinator(address: str, timeout: float) -> None:
-    """Waits until the coordinator accepts connections, without which JAX's runtime aborts.
+    """Waits until the coordinator accepts connections.
+
+    JAX's runtime aborts a process that cannot connect in time, without a Python exception.
+
+    Args:
+      address: HOST:PORT.
+      timeout: longest time to wait [seconds].
 
     Raises:
       UserError: after `timeout` seconds.
@@ -186,17 +192,22 @@ def _await_coordinator(address: str, timeout: float) -> None:
             time.sleep(0.2)
 
 
-def require_same(settings: dict[str, Any]) -> bool:
+def is_first() -> bool:
+    """Returns whether this is process 0, which writes files and logs. Initialises JAX."""
+    import jax
+
+    return jax.process_index() == 0
+
+
+def require_same(settings: dict[str, Any]) -> None:
     """Raises unless all processes of the job were started with the same settings.
 
     Args:
-      settings: name to JSON-serialisable value.
-
-    Returns:
-      whether this is the first process.
+      settings: JSON-serialisable values by name.
 
     Raises:
-      UserError: in every process; in those that differ from the first, with the differences.
+      UserError: in every process, if the settings of any differ from those of process 0. The
+        message lists the differences of this process or, if it has none, which others differ.
     """
     import jax
     from jax.experimental import multihost_utils
@@ -223,11 +234,10 @@ def require_same(settings: dict[str, Any]) -> bool:
             f"(--process_id {', '.join(map(str, different))}): start all processes with the "
             "same flags"
         )
-    return this == 0
 
 
 def broadcast_from_first(value: Any) -> Any:
-    """Returns the first process's `value`, JSON-serialisable, in every process."""
+    """Returns the `value` of process 0 in every process; it must be JSON-serialisable."""
     import jax
     from jax.experimental import multihost_utils
 

@@ -9,19 +9,31 @@ from tqdm import tqdm
 
 log = logging.getLogger(__name__)
 
-LOG_INTERVAL = 30.0  # shortest time between two lines [seconds]
+LOG_INTERVAL = 30.0  # shortest time between two lines of the log [seconds]
 
 
 def bar(**settings: Any) -> tqdm:
-    """Returns a tqdm bar, shown only on a terminal and only by the first process."""
+    """Returns a tqdm bar, shown only on a terminal and only by process 0.
+
+    Args:
+      settings: arguments of `tqdm.tqdm`.
+    """
     return tqdm(disable=True if jax.process_index() else None, **settings)
 
 
 class Progress:
-    """Counts finished work and shows it, as a context manager."""
+    """Counts and shows finished work. Use it as a context manager.
+
+    Without a bar, it logs a line at most every `LOG_INTERVAL` seconds.
+    """
 
     def __init__(self, total: int, unit: str):
-        """Counts to `total`; `unit` is a noun in the singular, such as 'step'."""
+        """Starts at 0.
+
+        Args:
+          total: number of units of work.
+          unit: name of one unit, in the singular, such as 'step'.
+        """
         self._bar = bar(total=total, unit=unit)
         self._done, self._total, self._unit = 0, total, unit
         self._last_logged = time.monotonic()

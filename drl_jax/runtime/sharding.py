@@ -30,7 +30,7 @@ def make_mesh(
 
     Args:
       devices: devices of the mesh; by default all devices of all processes.
-      data: number of devices along `data`; -1: all that `fsdp` leaves.
+      data: number of devices along `data`; -1 for the number of all devices divided by `fsdp`.
       fsdp: number of devices along `fsdp`.
 
     Raises:
@@ -64,9 +64,9 @@ def by_example(mesh: Mesh) -> NamedSharding:
 def fully_sharded(shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> NamedSharding:
     """Returns the sharding of an array of the training state, given its shape.
 
-    The longest axis that is divisible by the number of `fsdp` devices is split over them.
-    Scalars and vectors are replicated, because they are small, and so are arrays without such
-    an axis.
+    The longest axis whose length is divisible by the number of `fsdp` devices is split over
+    them. Arrays without such an axis are replicated, and so are scalars and vectors,
+    because they are small.
     """
     n = mesh.shape[FSDP]
     axes = [axis for axis, length in enumerate(shape) if length % n == 0]
@@ -82,11 +82,12 @@ def gather(tree: PyTree, mesh: Mesh) -> PyTree:
 
 
 def compiler_options(mesh: Mesh, runs_once: bool = False) -> dict[str, str]:
-    """Returns XLA's options for programs on this mesh.
+    """Returns XLA's compiler options for a program (for TPUs, see `tools/plan/tpu_step.md`).
 
     Args:
-      mesh: where the program runs.
-      runs_once: whether to compile quickly rather than optimise, on CPUs.
+      mesh: devices that run the program.
+      runs_once: whether the program runs only once; on CPUs, it is then compiled faster and
+        optimised less.
     """
     platform = mesh.devices.flat[0].platform
     if platform == "cpu" and runs_once:  # LLVM's optimisation would take longer than it saves
@@ -94,7 +95,7 @@ def compiler_options(mesh: Mesh, runs_once: bool = False) -> dict[str, str]:
     if platform != "tpu":
         return {}
     return {
-        # Shares the code of equal operations: a third of the size, at the same speed.
+        # Shares the code of equal operations, which makes programs smaller at the same speed.
         "xla_tpu_enable_deduplicated_calls": "true",
         # Combines the reductions of all gradients into one.
         "xla_jf_crs_combiner_threshold_in_bytes": str(2**40),
@@ -103,25 +104,30 @@ def compiler_options(mesh: Mesh, runs_once: bool = False) -> dict[str, str]:
 
 
 def place(tree: Any, sharding: NamedSharding) -> Any:
-    """Places numpy arrays, equal in all processes, on the devices of all processes."""
+    """Places numpy arrays on the devices of all processes.
+
+    Args:
+      tree: pytree of arrays, which must be equal in all processes.
+      sharding: sharding of every array.
+    """
     return jax.tree.map(
         lambda x: jax.make_array_from_callback(x.shape, sharding, lambda index: x[index]), tree
     )
 
 
 def fetch(tree: Any) -> Any:
-    """Returns arrays on the devices of all processes as numpy arrays, in every process."""
+    """Copies arrays from the devices of all processes to numpy arrays in every process."""
     if jax.process_count() == 1:
         return jax.tree.map(np.asarray, tree)
     return multihost_utils.process_allgather(tree, tiled=True)
 
 
 def over_examples(fn: Callable, mesh: Mesh) -> Callable:
-    """Maps fn(shared, examples) over the devices, each with its share of the examples.
+    """Maps fn(shared, examples) over the devices, each of which has its share of the examples.
 
     `shared` is replicated on every device. The arrays of `examples` and of the result are split
-    along their first axis. `fn` must treat its examples independently, because the devices do
-    not communicate.
+    along their first axis. The devices do not communicate, so the result for an example must
+    not depend on other examples.
     """
 
     def on_device(shared, examples):
@@ -134,8 +140,8 @@ def over_examples(fn: Callable, mesh: Mesh) -> Callable:
 def mean_over_examples(fn: Callable, mesh: Mesh) -> Callable:
     """Maps fn(shared, examples) -> (mean, per_example) over the devices.
 
-    As `over_examples`, except that the first result, a mean over the examples of one device, is
-    averaged over all devices. This is the only communication.
+    This is `over_examples` for functions that also return a mean over their examples. It is
+    averaged over the devices, which do not communicate otherwise.
     """
 
     def on_device(shared, examples):
@@ -151,8 +157,9 @@ def mean_over_examples(fn: Callable, mesh: Mesh) -> Callable:
 def _device_varying(shared: PyTree) -> PyTree:
     """Casts replicated values to device-varying ones, so that gradients are reduced once.
 
-    Autodiff would otherwise sum their gradients over the devices at every use, in every
-    iteration of a loop, and custom gradients would have to do so themselves.
+    Otherwise, automatic differentiation would sum gradients over the devices wherever a value
+    is used, in every iteration of a loop, and functions with custom gradients would have to do
+    the same.
     """
     return jax.lax.pcast(shared, AXES, to="varying")
 
@@ -160,13 +167,14 @@ def _device_varying(shared: PyTree) -> PyTree:
 def require_divisible(
     batch_size: int, mesh: Mesh | AbstractMesh, field: str, accumulate: int = 1
 ) -> None:
-    """Raises if a batch cannot be split equally over the devices.
+    """Raises unless a batch can be split equally over the devices.
 
     Args:
-      batch_size: number of examples.
+      batch_size: number of examples on all devices together.
       mesh: the devices.
-      field: name of the configuration's field with the batch size, such as train.batch_size.
-      accumulate: number of parts of each device's share (gradient accumulation).
+      field: field of the configuration that sets the batch size, such as train.batch_size.
+      accumulate: number of equal parts into which each device's share is split (gradient
+        accumulation).
 
     Raises:
       UserError: with the nearest batch sizes that work.

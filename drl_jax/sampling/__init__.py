@@ -1,1 +1,1 @@
-"""Sampling from the levels' conditionals: generation, long chains, annealing, editing."""
+"""Sampling from the levels' conditionals: generation, long chains, annealing, image editing."""

@@ -1,14 +1,15 @@
 """The density of a model: log Z by annealed importance sampling, and log p of data.
 
-Level t gives x_t the unnormalised log-density log q_t(x) = F(a x, t) + D log a with
-a = `NoiseSchedule.a_y`, and log Z_t is its normalising constant. Level T is white noise,
-N(0, I), whose Z is 1. Chains are annealed through intermediate distributions (t, beta) on a
-`Path`,
+Level t assigns x_t the unnormalised log-density log q_t(x) = F(a x, t) + D log a, where D is
+the number of dimensions and a is `NoiseSchedule.y_scale`. Z_t is the integral of q_t. Level T
+is white noise, N(0, I), whose Z is 1. Chains pass through the intermediate distributions
+(t, beta) of a `Path`,
 
     log q = (1 - beta) log q_t + beta log q_{t-1},   0 <= beta < 1.
 
-From one distribution to the next, log w += log q_next(x) - log q_previous(x), followed by
-transitions that leave q_next invariant (Neal 2001). Both directions bound log Z of level 0:
+A move from one distribution to the next adds log q_next(x) - log q_previous(x) to the chain's
+log-weight log w, and is followed by transitions that leave q_next invariant (Neal 2001). Each
+direction bounds log Z of level 0:
 
 - From white noise to level 0, starting from exact samples: E[w] = Z, so log mean w is at most
   log Z in expectation.
@@ -17,9 +18,9 @@ transitions that leave q_next invariant (Neal 2001). Both directions bound log Z
   2015). This holds only as far as the starting points are samples of q_0; they come from
   transitions on q_0 that start from data.
 
-The two bounds differ when the chains have too few transitions to follow the distributions, not
-when the model differs from the data. The transitions must be exact (MALA or HMC); a biased
-chain gives no bound.
+The bounds differ if the chains have too few transitions to follow the distributions, not if
+the model differs from the data. The transitions must be exact (MALA or HMC), because biased
+transitions give no bound.
 """
 
 import math
@@ -40,10 +41,10 @@ from drl_jax.sampling.ladder import Sampler
 def level_log_density(
     F: LevelFn, x: Float[Array, "B *D"], t: Int[Array, "B"], schedule: NoiseSchedule
 ) -> Float[Array, "B"]:
-    """Returns log q_t(x), up to log Z_t, of x_t = x at levels t in 0..T [nats]."""
+    """Returns log q_t(x), the unnormalised log-density of x_t, at levels t in 0..T [nats]."""
     D, T = x[0].size, schedule.T
     below = jnp.minimum(t, T - 1)
-    a = schedule.a_y(below)
+    a = schedule.y_scale(below)
     log_q = F(noise.per_example(a, x) * x, below) + D * jnp.log(a)
     squares = jnp.sum(jnp.square(x), axis=range(1, x.ndim))
     return jnp.where(t == T, -(squares + D * math.log(2 * math.pi)) / 2, log_q)
@@ -62,12 +63,15 @@ class Path(NamedTuple):
 
 
 def annealing_path(schedule: NoiseSchedule, num_distributions: int) -> Path:
-    """Spaces about this many intermediate distributions evenly in log sigma_bar.
+    """Returns about this many intermediate distributions, evenly spaced in log sigma_bar.
 
-    Every level is one of them. The information that level t has about data of variance 1 is
-    log(1 + a_bar_t² / sigma_bar_t²) / 2 nats per dimension, so equal steps of log sigma_bar
-    are equal steps of information. The lowest levels are the farthest apart, for T1k too:
-    sigma_bar falls by a third from level 1 to level 0.
+    Every level is one of them. About normal data of variance 1, x_t contains
+
+        log(1 + a_bar_t² / sigma_bar_t²) / 2 = -log sigma_bar_t
+
+    nats of information per dimension, so equal steps of log sigma_bar are equal steps of
+    information. The lowest levels are the farthest apart, even for T1k, where sigma_bar falls
+    by a third from level 1 to level 0.
     """
     log_sigma_bar = np.log(np.asarray(schedule.sigma_bar, np.float64))
     share = np.diff(log_sigma_bar) / (log_sigma_bar[-1] - log_sigma_bar[0])
@@ -92,7 +96,7 @@ def intermediate_log_density(
         return level_log_density(F, x, jnp.full(x.shape[:1], level), schedule)
 
     return jax.lax.cond(
-        beta == 0,  # with many levels, true of most distributions, at half the cost
+        beta == 0,  # true of most distributions if there are many levels; half the cost
         lambda x: log_q(x, level),
         lambda x: (1 - beta) * log_q(x, level) + beta * log_q(x, level - 1),
         x,
@@ -100,12 +104,12 @@ def intermediate_log_density(
 
 
 class Segment(NamedTuple):
-    """The result of annealing chains through a part of the path, R moves long.
+    """The result of R moves of chains along the path.
 
     Attributes:
       x: last positions of the chains.
-      log_weights: increment of log w by each move. Sum them in float64, since there can be
-        thousands.
+      log_weights: increment of log w by each move [nats]. Sum them in float64, since there can
+        be thousands.
       acceptance: mean acceptance probability of each move's transitions.
     """
 
@@ -127,7 +131,8 @@ def anneal(
 ) -> Segment:
     """Moves chains from distribution start[i] to end[i] of the path, for each i in turn.
 
-    The moves are traced values of one compiled loop, in either direction.
+    The indices are traced values, so one compiled program can make the moves of either
+    direction.
 
     Args:
       keys: one key per chain.
@@ -145,7 +150,7 @@ def anneal(
     def log_q(x, i):
         return intermediate_log_density(F, x, path.level[i], path.beta[i], schedule)
 
-    def make(x, indices):
+    def make_move(x, indices):
         move, start, end = indices
         log_weight = log_q(x, end) - log_q(x, start)
         x, acceptance = ladder.run_chain(
@@ -158,14 +163,14 @@ def anneal(
         )
         return x, (log_weight, acceptance)
 
-    x, (log_weights, acceptance) = jax.lax.scan(make, x, (move, start, end))
+    x, (log_weights, acceptance) = jax.lax.scan(make_move, x, (move, start, end))
     return Segment(x, log_weights.T, acceptance.T)
 
 
 def interpolate_step_sizes(step_size: Float[Array, "T"], path: Path) -> Float[Array, "R"]:
     """Interpolates the levels' step sizes, on a log scale, to the distributions of the path.
 
-    White noise takes the step size of level T - 1.
+    White noise, level T, has the step size of level T - 1.
     """
     levels = jnp.arange(len(step_size))
     return jnp.exp(jnp.interp(path.level - path.beta, levels, jnp.log(step_size)))
@@ -180,11 +185,21 @@ def warm_up(
     num_steps: int,
     target: float,
 ) -> tuple[Float[Array, "T"], Float[Array, "T"]]:
-    """Adapts the step size on every level's marginal, on B chains that are then discarded.
+    """Adapts the step size on every level's marginal, with B chains that are then discarded.
 
     The initial step size of level t is sigma_bar_t.
 
-    Returns the step size and the mean acceptance probability of every level.
+    Args:
+      keys: one key per chain.
+      F: log-density of the levels.
+      shape: shape of one example.
+      schedule: noise levels.
+      sampler: kernel to be tuned.
+      num_steps: steps per level.
+      target: mean acceptance probability to reach.
+
+    Returns:
+      the step size and the mean acceptance probability of every level.
     """
     return ladder.adapt_step_sizes(
         keys,
@@ -239,13 +254,18 @@ class Partition(NamedTuple):
 
 
 def partition(down: Float[np.ndarray, "n R"], up: Float[np.ndarray, "m S"]) -> Partition:
-    """Bounds log Z, given the log-weights of all moves in both directions."""
+    """Bounds log Z, given what every move added to log w, in both directions [nats].
+
+    Args:
+      down: n chains from white noise to level 0.
+      up: m chains from level 0 to white noise.
+    """
     lower, upper = (bound(np.float64(log_w).sum(axis=1)) for log_w in (down, up))
     return Partition(lower, upper._replace(log_Z=-upper.log_Z))
 
 
 def bound(log_w: Float[np.ndarray, "n"]) -> Bound:
-    """Returns log mean w of n chains, with its error and effective sample size."""
+    """Returns log mean w of n chains with log-weights log w, and statistics of the weights."""
     n, top = len(log_w), np.max(log_w)
     w = np.exp(log_w - top)
     ess = np.sum(w) ** 2 / np.sum(w**2)
@@ -289,9 +309,8 @@ def log_volume(
     and the decoder is P(x | x_0) = q(x_0 | x) / sum_v q(x_0 | v), pixel by pixel (Kingma et
     al. 2021, eq. 8). This accounts for the noise in x_0, the scaling to [-1, 1] and the
     rounding of pixels. Where the noise is at least as wide as the distance between neighbouring
-    values, as for 8 bits even without u, the term is the log-volume of a pixel's bin in x_0;
-    with narrower noise it is smaller.
-    Bits per dimension are -log P(x) / (D log 2).
+    values, as for 8 bits even without u, the term is about the log-volume of the bin of x in
+    x_0; with narrower noise it is smaller. Bits per dimension are -log P(x) / (D log 2).
 
     Args:
       x_0: noisy images whose pixels were -1 + 2 i / (values - 1).

@@ -1,12 +1,12 @@
 """Chains on the conditionals that run for thousands of steps, and their traces.
 
-The noise of a step is folded from the chain's key, its level and the number of the step, and
-everything that a step needs is part of `Chains`. So a chain does not depend, to the bit, on
-how its steps are divided into calls.
+The noise of a step depends only on the chain's key, its level and the number of the step, and
+everything else that a step needs is part of `Chains`. So the result is the same, bit for bit,
+however the steps are divided into calls.
 
 Memory does not grow with the number of steps. A trace records a few scalars per chain at N
-points or fewer: at every step until it is full, then every second point is dropped and the
-distance between points doubles, and so on.
+points or fewer, first at every step. Whenever the trace is full, every second point is dropped,
+and the distance between points doubles.
 """
 
 from typing import Any, NamedTuple
@@ -23,7 +23,7 @@ from drl_jax.sampling.ladder import Conditionals, Sampler
 
 POINTS = 1000  # maximum length of a trace; even
 PROJECTIONS = 4  # random projections of the position in a trace, beside its log-density
-MIN_SHARING = 4  # minimum number of chains per condition, which R-hat compares
+MIN_SHARING = 4  # minimum number of chains that share a condition, so that R-hat compares them
 
 
 class Chains(NamedTuple):
@@ -32,7 +32,7 @@ class Chains(NamedTuple):
     Attributes:
       step: number of steps made, the same for all chains.
       state: state of the sampler.
-      accepted: sum of the acceptance probabilities since it was last set to zero.
+      accepted: sum of the acceptance probabilities of all steps since it was set to zero.
       trace: S = 1 + `PROJECTIONS` scalars at N points: log p(y | x_tilde) up to a constant,
         and the inner products of y with fixed random unit vectors. Point i belongs to step
         (i + 1) * `thinning`; points after the last step made are meaningless.
@@ -64,9 +64,13 @@ def start(
     t: Int[Array, "B"],
     trace: Float[Array, "B N S"],
 ) -> Chains:
-    """Starts chains on p(y | x_tilde) at y = x_tilde, with an empty trace.
+    """Starts chains on p(y | x_tilde) at y = x_tilde.
 
-    With N = 0 nothing is traced, at no cost.
+    Args:
+      conditionals: conditionals of all levels.
+      x_tilde: conditions x_{t+1}, where the chains start.
+      t: level of each chain.
+      trace: array for the trace, with any content. With N = 0 there is no trace.
     """
     state = conditionals.sampler.init(x_tilde, conditionals.log_density_fn(x_tilde, t))
     zeros = jnp.zeros_like(trace, shape=t.shape)
@@ -84,7 +88,8 @@ def advance(
 ) -> tuple[Chains, Observation]:
     """Makes steps first + 1, ..., last in one compiled loop.
 
-    The levels and the numbers of the steps are traced values.
+    The levels and the numbers of the steps are traced values, so other values need no new
+    compilation.
 
     Args:
       keys: one key per chain, the same for all its steps and levels.
@@ -92,8 +97,8 @@ def advance(
       chains: chains after `first` steps.
       x_tilde: conditions x_{t+1}.
       t: level of each chain.
-      first: number of steps made.
-      last: total number of steps to make.
+      first: number of steps that the chains have made.
+      last: number of steps that they will have made; if it is not above `first`, none are made.
     """
     keys = jax.vmap(jax.random.fold_in)(keys, t)  # as `ladder.descend` does
     log_density_fn = conditionals.log_density_fn(x_tilde, t)
@@ -124,7 +129,7 @@ def advance(
     )
     y = state.position
     observation = Observation(
-        x=y / noise.per_example(conditionals.schedule.a_y(t), y),
+        x=y / noise.per_example(conditionals.schedule.y_scale(t), y),
         log_density=conditionals.F(y, t),
         displacement=recovery.displacement(y, x_tilde),
     )
@@ -135,7 +140,7 @@ def advance(
 def thinning(n: Int[Array, ""] | int, capacity: int) -> Int[Array, ""]:
     """Returns the number of steps between two points of a trace after step n >= 1.
 
-    This is the smallest power of two with which the points fit, a function of n alone.
+    This is the smallest power of two p for which n <= p * capacity.
     """
     return 1 << (32 - jax.lax.clz(jnp.asarray((n - 1) // capacity, jnp.int32)))
 
@@ -157,8 +162,8 @@ def recorded_steps(num_steps: int) -> list[int]:
 def shared_conditions(num_chains: int) -> Int[np.ndarray, "num_chains"]:
     """Returns the index of each chain's condition.
 
-    At least `MIN_SHARING` chains have the same condition (all of them, if there are fewer), and
-    so the same target distribution: R-hat compares them.
+    Every condition has at least `MIN_SHARING` chains (all chains, if there are fewer), which
+    sample the same distribution, so that R-hat can compare them.
 
     Raises:
       UserError: if there are fewer than two chains.
@@ -204,6 +209,6 @@ def _projections(y: Float[Array, "B *D"]) -> Float[Array, "P B"]:
 
 
 def _halve(trace: Float[Array, "B N S"]) -> Float[Array, "B N S"]:
-    """Moves every second point to the first half of the trace, so that the rest is free."""
+    """Keeps every second point, and moves these to the first half of the trace."""
     half = trace.shape[1] // 2
     return trace.at[:, :half].set(trace[:, 1::2])

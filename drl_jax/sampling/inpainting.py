@@ -5,13 +5,13 @@ ones are drawn from the conditional given those (the replacement method, Song et
 appendix I.2). From level to level the known pixels follow one path of the forward diffusion,
 drawn backwards through q(x_t | x_{t+1}, x).
 
-One pass from T to 0 ignores that the lower levels will fix the known pixels too. For two
-pixels with correlation 0.8, one of them known, the mean of the other is then 0.63 to 0.79
-times its true value. So each level is resampled in several rounds: diffuse x_t back to
-x_{t+1}, then draw x_t again (Lugmayr et al. 2022). At level 0, where the known pixels of x_t
-hardly vary, this is Gibbs sampling; it converges to the exact conditional of that level's
-energy, whatever happened at the levels above. After ten rounds the mean is 0.96 (T1k) to 1.00
-(T6) times its true value.
+A single pass from T to 0 draws each level as if the known pixels were not fixed at the lower
+levels. For two pixels with correlation 0.8, one of them known, the mean of the other is then
+0.63 to 0.79 times its true value. So each level is drawn in several rounds: x_t is diffused
+back to x_{t+1} and drawn again (Lugmayr et al. 2022). At level 0, where the known pixels of x_t
+hardly vary, this is Gibbs sampling, which converges to the exact conditional of that level's
+energy from any starting point. After ten rounds the mean is 0.96 (T1k) to 1.00 (T6) times its
+true value.
 """
 
 import jax
@@ -33,17 +33,18 @@ def inpaint(
 ) -> Float[Array, "B *D"]:
     """Draws the unknown pixels of x given the known ones.
 
-    The number of rounds is a traced value of one compiled loop, as the levels are.
+    The number of rounds is a traced value, so another one needs no new compilation.
 
     Args:
       keys: one key per example; an example depends only on its own key and image.
       conditionals: conditionals of all levels.
       x: images; their values at unknown pixels have no effect.
       known: true where a pixel is known.
-      rounds: number of times each level is drawn, at least 1. The cost is proportional.
+      rounds: number of times that each level is drawn, at least 1; the cost is proportional to
+        it.
 
     Returns:
-      x at known pixels, exactly; elsewhere samples, with noise of level 0 in them.
+      images that are equal to x at known pixels. Elsewhere, they contain the noise of level 0.
     """
     schedule = conditionals.schedule
 
@@ -61,11 +62,11 @@ def inpaint(
                 return jnp.where(known, x_known, x_t)
 
             def F_given_known(y, t):
-                a = noise.per_example(schedule.a_y(t), y)
+                a = noise.per_example(schedule.y_scale(t), y)
                 return conditionals.F(jnp.where(known, a * x_known, y), t)
 
-            # F_given_known does not depend on the known pixels of y. Only the quadratic term
-            # acts on those; they are independent of the others and are replaced.
+            # F_given_known does not depend on the known pixels of y, only the quadratic term
+            # does. So the chain draws those independently of the others; they are replaced.
             given_known = conditionals._replace(F=F_given_known)
             x_t = with_known(ladder.recover(chain_keys, given_known, x_tilde, t))
             return diffusion.step(noise_keys, x_t, t, schedule), x_t

@@ -1,8 +1,8 @@
 """Interpolation: strips of images that lead from one image to another.
 
-A strip is interpolated at a noise level t and then recovered: `ladder.descend` draws x_0 given
-each of its frames x_t. All frames of a strip share the noise of their chains, so differences
-along a strip come only from its frames x_t.
+A strip is interpolated at a noise level t, and then `ladder.descend` draws x_0 given each of
+its frames x_t. The chains of all frames of a strip share their noise, so the resulting images
+differ only because the frames x_t do.
 
 - Between samples: spherical interpolation from one partly generated sample x_t to another, at
   a level t where they are mostly noise; at t = T, between two draws of white noise.
@@ -62,8 +62,8 @@ def sample_level(schedule: NoiseSchedule) -> int:
     """Returns the default level for interpolation between samples.
 
     This is the highest level with a_bar >= 1/4: 5 for T6, 521 for T1k. There x_t is mostly
-    noise. At higher levels x_t has less and less effect on the sample when chains share their
-    noise; x_T of T1k has none.
+    noise. If chains share their noise, x_t has less effect on the sample at higher levels; x_T
+    of T1k has none.
     """
     return int(np.flatnonzero(schedule.a_bar >= 0.25)[-1])
 
@@ -78,8 +78,8 @@ def image_strips(
 ) -> Float[Array, "P frames *D"]:
     """Diffuses pairs of images to a level and interpolates linearly between them.
 
-    Both images of a pair get the same noise. So the interpolated images are the diffusion of
-    interpolated images, with the noise that belongs to the level.
+    Both images of a pair get the same noise, so the noise of every frame has the standard
+    deviation of the level: the frames are a_bar_t ((1 - w) first + w last) + sigma_bar_t eps.
 
     Args:
       keys: one key per pair.
@@ -139,8 +139,9 @@ def smoothness(strip: Float[np.ndarray, "frames *D"]) -> float:
 def length(strip: Float[np.ndarray, "frames *D"]) -> float:
     """Returns the sum of a strip's steps, each the Euclidean distance between two frames.
 
-    Compare it with the distance between the ends: a strip of unrelated images has equal steps
-    too, so its `smoothness` is 1, but its length is about frames - 1 times that distance.
+    Compare it with the distance between the ends. A strip of unrelated images also has about
+    equal steps, so its `smoothness` is about 1, but its length is about frames - 1 times that
+    distance.
     """
     return float(_steps(strip).sum())
 

@@ -35,7 +35,7 @@ class Sampler(NamedTuple):
     K: int
 
     def tuning_at(self, t: Int[Array, "B"]) -> dict[str, Shaped[Array, "B"]]:
-        """Returns the tuning of the levels t, one value per chain."""
+        """Returns the tuning of each chain, which is at level t."""
         return {name: values[t] for name, values in self.tuning.items()}
 
 
@@ -53,7 +53,7 @@ class Conditionals(NamedTuple):
     sampler: Sampler
 
     def log_density_fn(self, x_tilde: Float[Array, "B *D"], t: Int[Array, "B"]) -> LogDensityFn:
-        """Returns y -> log p(y | x_tilde), up to a constant, at levels t in 0..T-1."""
+        """Returns y -> log p(y | x_tilde), up to a constant, at levels t in 0..T-1 [nats]."""
         return lambda y: recovery.conditional_log_density(self.F, y, x_tilde, t, self.schedule)
 
 
@@ -69,7 +69,7 @@ def run_chain(
 
     Args:
       keys: one key per chain.
-      sampler: kernel; its `tuning` at level t applies to each chain.
+      sampler: kernel; each chain uses the tuning of its level.
       log_density_fn: log-density to sample from, up to a constant.
       position: starting points.
       t: level of each chain.
@@ -94,9 +94,10 @@ def sample_conditional(
     x_tilde: Float[Array, "B *D"],
     t: Int[Array, "B"],
 ) -> tuple[Float[Array, "B *D"], Float[Array, "B"]]:
-    """Runs K steps on p(y | x_tilde) from y = x_tilde.
+    """Runs the sampler's K steps on p(y | x_tilde) from y = x_tilde, at levels t in 0..T-1.
 
-    Returns the last positions y and the mean acceptance probability of each chain.
+    Returns:
+      the last positions y, and the mean acceptance probability of each chain.
     """
     sampler, log_density_fn = conditionals.sampler, conditionals.log_density_fn(x_tilde, t)
     return run_chain(keys, sampler, log_density_fn, x_tilde, t, jnp.arange(sampler.K))
@@ -111,7 +112,7 @@ def recover(
     """Draws x_t given x_tilde = x_{t+1}: K steps on p(y | x_tilde), then x_t = y / a_{t+1}."""
     sampler, log_density_fn = conditionals.sampler, conditionals.log_density_fn(x_tilde, t)
     y, _ = run_chain(keys, sampler, log_density_fn, x_tilde, t, jnp.arange(sampler.K))
-    return y / noise.per_example(conditionals.schedule.a_y(t), y)
+    return y / noise.per_example(conditionals.schedule.y_scale(t), y)
 
 
 def white_noise(
@@ -140,7 +141,7 @@ def descend(
 
     The noise of a level depends only on the example's key and the level, so descending from
     T to t and then from t to 0 gives the same samples as descending from T to 0. The levels
-    are traced values, so other values need no recompilation.
+    are traced values, so other values need no new compilation.
 
     Args:
       keys: one key per example; an example depends only on its own key and x.
@@ -148,7 +149,7 @@ def descend(
       x: x_top.
       top: level to start from, at most T.
       bottom: level to end at, in 0..top.
-      recover: draws x_t given x_{t+1}.
+      recover: draws x_t given x_{t+1}; it gets one key per example, which depends on the level.
     """
 
     def step(i, x_tilde):
@@ -177,9 +178,17 @@ def warm_up(
     num_steps: int,
     target: float,
 ) -> tuple[Float[Array, "T"], Float[Array, "T"]]:
-    """Adapts the step size of every conditional, on B chains that are then discarded.
+    """Adapts the step size of every conditional, with B chains that are then discarded.
 
-    Returns the step size and the mean acceptance probability of every level.
+    Args:
+      keys: one key per chain.
+      conditionals: conditionals of all levels, and the kernel to be tuned.
+      shape: shape of one example.
+      num_steps: steps per level.
+      target: mean acceptance probability to reach.
+
+    Returns:
+      the step size and the mean acceptance probability of every level.
     """
     schedule = conditionals.schedule
     return adapt_step_sizes(
@@ -187,7 +196,7 @@ def warm_up(
         conditionals.sampler,
         conditionals.log_density_fn,
         start=white_noise(keys, shape, schedule),
-        to_next_level=lambda y, t: y / noise.per_example(schedule.a_y(t), y),
+        to_next_level=lambda y, t: y / noise.per_example(schedule.y_scale(t), y),
         step_size=conditionals.sampler.tuning["step_size"],
         num_steps=num_steps,
         target=target,
@@ -259,8 +268,18 @@ def adapt_step_size(
 
         log s <- log s + (acceptance - target) / k^0.6
 
-    and the result is the mean of log s over the second half of the steps. A chain whose step
+    The result is exp of the mean of log s over the second half of the steps. A chain whose step
     size changes has no stationary distribution, so these chains are for adaptation only.
+
+    Args:
+      keys: one key per chain.
+      sampler: kernel to be tuned.
+      log_density_fn: log-density to sample from, up to a constant.
+      position: starting points.
+      t: level, whose other settings of the kernel are used.
+      step_size: initial step size.
+      num_steps: number of steps.
+      target: mean acceptance probability to reach.
 
     Returns:
       the step size, the mean acceptance probability over the second half of the steps, and

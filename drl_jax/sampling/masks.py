@@ -32,11 +32,11 @@ def named(name: str, size: int, key: Key[Array, ""]) -> Bool[np.ndarray, "size s
     """Returns the mask of this name, true where a pixel is known.
 
     Args:
-      name: the hidden region: 'centre' (the middle half of the rows and columns), 'left',
-        'right', 'top' or 'bottom' (that half), 'checkerboard' (every other pixel), or
-        'random:0.3' (this fraction of the pixels, at random).
+      name: the hidden region: 'centre' (the middle half of the rows and columns); 'left',
+        'right', 'top' or 'bottom' (that half); 'checkerboard' (every other pixel); or a random
+        fraction of the pixels, such as 'random:0.3'.
       size: height and width of the image.
-      key: random key, used by 'random'.
+      key: random key, which only 'random' uses.
 
     Raises:
       UserError: if the name is unknown, or the fraction is not in (0, 1).

@@ -1,6 +1,6 @@
-"""Writing files in one step, so that no reader ever sees half a file.
+"""Writes files atomically: a reader sees the complete old content or the complete new one.
 
-All processes of a job share the folder; only the first process writes.
+All processes of a job call these functions, but only process 0 writes the content.
 """
 
 import contextlib
@@ -19,6 +19,8 @@ from drl_jax.errors import as_user_error
 def make_writable(folder: epath.Path) -> None:
     """Creates a folder if necessary, and checks that files can be written in it.
 
+    Every process does so, to find out whether it can access the folder.
+
     Raises:
       UserError: if the folder cannot be created or written to.
     """
@@ -31,10 +33,10 @@ def make_writable(folder: epath.Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path: epath.Path) -> Iterator[BinaryIO]:
-    """Opens a file for writing that replaces `path` in one step when it is complete.
+    """Opens a temporary file for writing, which replaces `path` when the context ends.
 
-    An interrupted write leaves the previous content in place. Exceptions raised by the
-    caller's own writes are passed on as they are.
+    If the context ends with an exception, the previous content of `path` stays in place and the
+    exception is passed on.
 
     Raises:
       UserError: if the file cannot be opened or completed.
@@ -52,14 +54,15 @@ def replacing(path: epath.Path) -> Iterator[BinaryIO]:
             with as_user_error(failure):
                 stack.close()  # object stores upload the content here
                 temporary.replace(path)
-    except BaseException:
+    except BaseException:  # also Ctrl-C: no incomplete file is left behind
+        # The first exception is the one to report; buckets can raise almost any other here.
         with contextlib.suppress(Exception):
             temporary.unlink(missing_ok=True)
         raise
 
 
 def write_atomically(path: epath.Path, content: bytes) -> None:
-    """Writes a file in one step, as `replacing` does.
+    """Writes a file atomically.
 
     Raises:
       UserError: if the file cannot be written.
@@ -69,7 +72,7 @@ def write_atomically(path: epath.Path, content: bytes) -> None:
 
 
 def write_json(path: epath.Path, values: Any) -> None:
-    """Writes values as indented JSON in one step.
+    """Writes values as indented JSON, atomically.
 
     Raises:
       UserError: if the file cannot be written.
@@ -78,13 +81,13 @@ def write_json(path: epath.Path, values: Any) -> None:
 
 
 def remove(path: epath.Path) -> None:
-    """Removes a file if it exists."""
+    """Removes a file if it exists; only process 0 does."""
     if not jax.process_index():
         path.unlink(missing_ok=True)
 
 
 class _Discard(io.BytesIO):
-    """A file that discards what is written to it, for all processes but the first."""
+    """A file that discards what is written to it, for all processes except process 0."""
 
     def write(self, content: Any) -> int:
         return len(memoryview(content))

@@ -1,9 +1,8 @@
 """Checkpoints of a training run: its state and its configuration, written by Orbax.
 
-Saving is asynchronous and atomic. Each complete checkpoint holds the CRC-32 checksums of its
-files, and only a checkpoint whose files match its checksums is read: a flipped bit would
-otherwise be restored silently. A damaged checkpoint is skipped, with a warning, in favour of
-the one before.
+Saving is asynchronous and atomic. Each complete checkpoint contains the CRC-32 checksums of its
+files, and is read only if they match: a flipped bit would otherwise be restored silently. A
+damaged checkpoint is skipped, with a warning, in favour of the one before it.
 """
 
 import contextlib
@@ -27,11 +26,11 @@ from drl_jax.runtime import processes
 
 log = logging.getLogger(__name__)
 
-FOLDER = "checkpoints"  # name of their folder in the work directory
-ITEMS = ("state", "config")  # the folders in each checkpoint
-CHECKSUMS = "crc32.json"  # the file beside these folders, with the checksums of their files
-DAMAGED = "damaged"  # suffix of a checkpoint that was set aside
-BLOCK = 2**24  # bytes of a file in memory while its checksum is computed
+FOLDER = "checkpoints"  # folder of all checkpoints in the work directory
+ITEMS = ("state", "config")  # folders in each checkpoint
+CHECKSUMS = "crc32.json"  # file beside these folders, with the checksums of their files
+DAMAGED = "damaged"  # suffix of the name of a damaged checkpoint
+BLOCK = 2**24  # number of bytes of a file that are read at a time for its checksum
 
 
 class Checkpoints:
@@ -45,8 +44,8 @@ class Checkpoints:
 
         Args:
           workdir: the work directory.
-          config: configuration of the run, saved in each checkpoint; its `checkpoint` part
-            sets which checkpoints are kept. None opens the folder for reading only.
+          config: configuration of the run, saved in each checkpoint; `config.checkpoint` says
+            which checkpoints are kept. None opens the folder for reading only.
         """
         if config is None:
             options = ocp.CheckpointManagerOptions(
@@ -85,10 +84,15 @@ class Checkpoints:
             self._manager.close()
 
     def save(self, step: int, state: PyTree) -> None:
-        """Starts writing the state as the checkpoint of a step, unless that one exists.
+        """Starts writing the state as the checkpoint of a step, unless there is one already.
+
+        Args:
+          step: number of training steps made.
+          state: pytree of arrays on the devices.
 
         Raises:
-          UserError: if this checkpoint, or the one before, cannot be written.
+          UserError: if this checkpoint or the one before it cannot be written. The next call of
+            `save` or `wait`, or the end of the context, raises failures in the background.
         """
         if step in self._manager.all_steps():
             return
@@ -114,12 +118,17 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """Re-raises failures to write, also of earlier background writes, as `UserError`."""
+        """Re-raises failures of writes, including earlier ones in the background.
+
+        Raises:
+          UserError: for every failure of the disk, the bucket or TensorStore.
+        """
         try:
             yield
-        # OSError: disks; GoogleAPIError: buckets; ValueError: all failures of TensorStore.
+        # Disks raise OSError, buckets GoogleAPIError, and TensorStore only ValueError.
         except (OSError, ValueError, GoogleAPIError) as error:
-            reason = ": ".join(str(error).split(": ")[-2:])  # without each layer's own path
+            # The message is a chain of reasons that repeats the path; the last two suffice.
+            reason = ": ".join(str(error).split(": ")[-2:])
             raise UserError(f"cannot write checkpoints to {self._folder}: {reason}") from error
 
     def restore(
@@ -136,8 +145,8 @@ class Checkpoints:
           sharding: shape of an array -> its sharding.
 
         Raises:
-          UserError: if all checkpoints are damaged, or the newest undamaged one does not fit
-            the shapes.
+          UserError: if all checkpoints are damaged, or the arrays of the newest undamaged one
+            do not have the shapes that `abstract` returns.
         """
         faults: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
@@ -205,7 +214,7 @@ class Checkpoints:
                 if renamed.exists():
                     renamed.rmtree()
                 (self._folder / str(step)).rename(renamed)
-        processes.broadcast_from_first(None)  # the other processes wait for the renaming
+        processes.broadcast_from_first(None)  # makes the other processes wait for the renaming
         self._manager.reload()
 
     def _write_checksums(self) -> None:
@@ -213,8 +222,8 @@ class Checkpoints:
         if jax.process_index():
             return
         for folder in self._folder.glob(f"{self._saving}*"):
-            name, _, rest = folder.name.partition(".")
-            if name == str(self._saving) and rest != DAMAGED:
+            name, _, suffix = folder.name.partition(".")  # Orbax adds a suffix until the rename
+            if name == str(self._saving) and suffix != DAMAGED:
                 (folder / CHECKSUMS).write_text(json.dumps(checksums(folder)))
 
 
@@ -248,6 +257,7 @@ def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
 
 
 def _crc32(file: epath.Path) -> int:
+    """Returns the CRC-32 of a file, reading it in blocks."""
     crc = 0
     with file.open("rb") as stream:
         while block := stream.read(BLOCK):

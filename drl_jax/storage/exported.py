@@ -60,8 +60,9 @@ def read(file: epath.Path) -> Exported:
     """Reads a model that `write` wrote.
 
     Raises:
-      UserError: if the file does not exist, is damaged or not an exported model, or holds
-        another network than this version builds from its configuration.
+      UserError: if the file does not exist, is damaged or is not an exported model, or if the
+        shapes of its parameters are not those of the network that this version builds from its
+        configuration.
     """
     with as_user_error(f"cannot read {file}"):
         content = file.read_bytes() if file.is_file() else None
@@ -84,7 +85,7 @@ def read(file: epath.Path) -> Exported:
     )
     if jax.tree.map(np.shape, params) != jax.tree.map(np.shape, expected):
         raise UserError(
-            f"{file} holds another network than this version builds from its config: export "
-            "it again with --mode=export"
+            f"the parameters in {file} do not fit the network that this version builds from "
+            "its config: export it again with --mode=export"
         )
     return Exported(config, step, params)

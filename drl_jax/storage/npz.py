@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import ArrayLike
 
-# The number of members is in the last 22 bytes of a zip archive without a comment.
+# Position of the number of members in a zip archive without a comment: in its last record.
 COUNT = slice(-12, -10)
 
 

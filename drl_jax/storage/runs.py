@@ -48,7 +48,7 @@ def load(path_or_name: str | os.PathLike) -> Run:
     Args:
       path_or_name: a work directory, whose newest undamaged checkpoint is used; a file
         written by --mode=export; or the name of a model that comes with the package, such as
-        'digits'. Where a folder has the same name, the folder is used.
+        'digits'. A folder with the same name takes precedence.
 
     Raises:
       UserError: if there is no such model, or it cannot be read.
@@ -98,10 +98,10 @@ def load_workdir(workdir: epath.Path) -> Run:
 
 
 def reconfigure(run: Run, config: ConfigDict) -> Run:
-    """Returns the run with settings that may change after training taken from `config`.
+    """Returns the run with the settings of `config` that may change after training.
 
-    These are the sampler, its noise scale and the batch size. What was learned stays: the
-    parameters, and the parameterisation, even if `config.mcmc.b_squared` changes.
+    These are the sampler, its noise scale and the batch size. The parameters stay the same, and
+    so does the parameterisation, even if `config.mcmc.b_squared` changes.
 
     Raises:
       UserError: if the sampler has settings for another number of levels.
@@ -132,6 +132,11 @@ def generation_params(energy: Energy, ema: Params, vectors: Vectors, mesh: Mesh)
 
 
 def _load_exported(file: epath.Path) -> Run:
+    """Loads the model in an exported file.
+
+    Raises:
+      UserError: if the file cannot be read.
+    """
     config, step, params = exported.read(file)
     replicated = sharding.replicated(sharding.make_mesh())
     return _run(config, sharding.place(params, replicated), step)
@@ -145,7 +150,7 @@ def _run(config: ConfigDict, params: Params, step: int) -> Run:
 
 
 def _abstract(config: ConfigDict) -> PyTree:
-    """Returns the shapes of the fields of a training state that generation needs."""
+    """Returns the shapes and dtypes of the fields of a training state that generation needs."""
     energy = method.from_config(config).energy
     ema, vectors = jax.eval_shape(energy.init, jax.random.key(0))
     step = jax.ShapeDtypeStruct((), jnp.int32)

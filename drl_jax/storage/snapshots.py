@@ -1,7 +1,7 @@
-"""Unfinished work of a task other than training: one file, saved as the task goes on.
+"""Snapshots of the unfinished work of tasks other than training.
 
-Every write replaces the whole file in one step, so that an interrupted write leaves the
-previous snapshot in place.
+A task has one file, which is replaced atomically at regular intervals: an interrupted write
+leaves the previous snapshot in place.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from drl_jax.runtime import preemption
 from drl_jax.storage import npz
 from drl_jax.storage.atomic import write_atomically
 
-INTERVAL = 60.0  # seconds between two saves
+INTERVAL = 60.0  # shortest time between two saves [seconds]
 
 NUMBERS = "numbers"  # name of the array that holds numbers and settings, as JSON
 
@@ -31,7 +31,7 @@ class Snapshot(NamedTuple):
     """State of a task between two calls of its compiled program.
 
     Attributes:
-      numbers: values that JSON can represent, by name.
+      numbers: JSON-serialisable values by name.
       arrays: arrays by name.
     """
 
@@ -40,24 +40,29 @@ class Snapshot(NamedTuple):
 
 
 class Autosave:
-    """Saves unfinished work every minute, and when a signal asks the program to stop.
+    """Saves unfinished work every `INTERVAL` seconds, and when a signal stops the program.
 
     A loop over calls of a compiled program uses it as a context manager:
 
         autosave = Autosave(path, settings)
-        snapshot = autosave.restore()  # None where there is nothing to resume
+        snapshot = autosave.restore()  # None if there is nothing to resume
         with autosave:
             for done in ...:
                 ...  # one call of the compiled program
                 autosave.step(done, lambda: Snapshot(numbers, arrays))
 
-    Inside the context SIGTERM and SIGINT do not end the program at once: the next call of
-    `step` saves and raises `Interrupted`. The file is not removed at the end; use
-    `atomic.remove` where finished work needs none.
+    Inside the context, SIGTERM and SIGINT do not end the program at once: the next call of
+    `step` saves and raises `Interrupted`. The file stays when the work is finished; a task that
+    no longer needs it calls `atomic.remove`.
     """
 
     def __init__(self, path: epath.Path, settings: dict[str, Any]):
-        """Sets the file, and the settings that must be equal for work to be resumed."""
+        """Prepares saving; no file is created until the first save.
+
+        Args:
+          path: path of the file.
+          settings: JSON-serialisable values by name. Work is only resumed with equal settings.
+        """
         self.path, self.settings = path, settings
         self._context = contextlib.ExitStack()
         self._stop: Callable[[], int | None] = lambda: None
@@ -72,17 +77,17 @@ class Autosave:
         self._context.close()
 
     def restore(self) -> Snapshot | None:
-        """Returns the snapshot saved last, or None if there is none.
+        """Returns the newest snapshot, or None if there is none.
 
         Raises:
-          UserError: if it is damaged, or was saved with other settings.
+          UserError: as `read` does.
         """
         return read(self.path, self.settings)
 
     def step(self, done: int, snapshot: Callable[[], Snapshot]) -> None:
         """Saves if the last save is `INTERVAL` seconds old or a signal has arrived.
 
-        Every process of a job must call this equally often.
+        All processes of a job must call this equally often.
 
         Args:
           done: number of steps made so far, for the message of `Interrupted`.
@@ -109,12 +114,12 @@ class Autosave:
 
 
 def write(path: epath.Path, snapshot: Snapshot, settings: dict[str, Any]) -> None:
-    """Replaces the file in one step.
+    """Replaces the file atomically.
 
     Args:
       path: path of the file.
       snapshot: state to save.
-      settings: settings by name that must be equal for work to be resumed.
+      settings: settings by name, which `read` compares.
 
     Raises:
       UserError: if the file cannot be written.
@@ -126,6 +131,10 @@ def write(path: epath.Path, snapshot: Snapshot, settings: dict[str, Any]) -> Non
 
 def read(path: epath.Path, settings: dict[str, Any]) -> Snapshot | None:
     """Returns the snapshot in the file, or None if there is no file.
+
+    Args:
+      path: path of the file.
+      settings: settings by name, which must be those that were passed to `write`.
 
     Raises:
       UserError: if the file cannot be read, is damaged, was written by an earlier version, or

@@ -2,14 +2,14 @@
 
 https://github.com/ruiqigao/recovery_likelihood writes TensorFlow's object-based format:
 
-- `model/net/...`: the network; `model_ema/net/...`: the exponential moving average of its
-  parameters. A kernel is `w`, and the vector of its spectral normalisation `sn_u`; `layer/W`
-  is a normalised copy of the kernel, which is not needed.
-- `.../.OPTIMIZER_SLOT/opt_c/m` and `.../v` below each raw parameter: Adam's moments; and
-  `opt_c/iter`: the number of updates.
+- `model/net/...`: the raw parameters of the network; `model_ema/net/...`: their exponential
+  moving average. A kernel is called `w`, and the vector of its spectral normalisation `sn_u`;
+  `layer/W` is a normalised copy of the kernel, which is not needed.
+- `.../.OPTIMIZER_SLOT/opt_c/m` and `.../v` after the name of a raw parameter: Adam's first and
+  second moment; and `opt_c/iter`: the number of updates.
 - `i_iter_var`: the number of training steps.
 
-Only the averaged network is required.
+Only the averaged network must be present.
 """
 
 import logging
@@ -31,12 +31,12 @@ from drl_jax.networks.energy import Params, Vectors
 
 log = logging.getLogger(__name__)
 
-Tensors = dict[str, Shaped[np.ndarray, "..."]]  # by the name of their variable
+Tensors = dict[str, Shaped[np.ndarray, "..."]]  # by the name of the variable
 
 RAW, AVERAGE = "model/", "model_ema/"
 SLOT = "/.OPTIMIZER_SLOT/opt_c/"
 STEP, UPDATES = "i_iter_var", "opt_c/iter"
-# Prefixes of tensors that are imported, or that are not needed.
+# Prefixes of the tensors that are imported or are known to be unnecessary.
 KNOWN = (RAW, AVERAGE, STEP, "opt_c/", "save_counter", "_CHECKPOINTABLE_OBJECT_GRAPH")
 
 
@@ -61,7 +61,7 @@ class Parts(NamedTuple):
       step: number of training steps; 0 if the checkpoint does not record it.
       params: raw parameters; None if there are none.
       ema: exponential moving average of the raw parameters.
-      vectors: vectors of the averaged network's spectral normalisation.
+      vectors: vectors of the power iterations (spectral normalisation) of the averaged network.
       moments: state of Adam; None if there is none.
     """
 
@@ -76,7 +76,7 @@ def read(prefix: str) -> Tensors:
     """Reads all tensors of a TensorFlow checkpoint.
 
     Args:
-      prefix: common prefix of its files, such as 'ckpt' for 'ckpt.index' and
+      prefix: common prefix of the checkpoint's files, such as 'ckpt' for 'ckpt.index' and
         'ckpt.data-00000-of-00001'.
 
     Raises:
@@ -104,7 +104,7 @@ def configure(config: ConfigDict, tensors: Tensors, image_size: int) -> ConfigDi
     """Returns the configuration with the architecture of the averaged network.
 
     Args:
-      config: everything that the network does not determine: data, sampler, optimiser.
+      config: configuration whose fields that do not describe the architecture are kept.
       tensors: tensors of the checkpoint.
       image_size: height and width of the images, which the checkpoint does not record.
 
@@ -140,12 +140,12 @@ def configure(config: ConfigDict, tensors: Tensors, image_size: int) -> ConfigDi
 def extract(tensors: Tensors, config: ConfigDict) -> Parts:
     """Returns the parts of a training state, and logs which tensors are not imported.
 
-    The spectral vectors are those of the averaged network, which generates images; one training
-    step turns them into those of the raw network.
+    The vectors of the power iterations are those of the averaged network, which generates
+    images. The first training step updates them for the raw network.
 
     Args:
       tensors: tensors of the checkpoint.
-      config: configuration with its architecture, as returned by `configure`.
+      config: configuration with the architecture of its network, as returned by `configure`.
 
     Raises:
       UserError: if the image size does not fit the network, or a tensor of a network is
@@ -168,7 +168,11 @@ def extract(tensors: Tensors, config: ConfigDict) -> Parts:
 
 
 def original_name(path: str) -> str:
-    """Returns the authors' name of a parameter within a network, given its path in ours."""
+    """Returns the authors' name of a parameter, without the prefix of the network.
+
+    Args:
+      path: path of the parameter in this package's network, such as 'conv_in/kernel'.
+    """
     module, *inner, leaf = path.split("/")
     if module == "head":
         return "net/temb_dense_2/dense/" + {"kernel": "W", "bias": "b"}[leaf]
@@ -194,10 +198,10 @@ def _network(
     shapes: Params,
     vector_shapes: Mapping[str, jax.ShapeDtypeStruct],
 ) -> tuple[Params, Vectors]:
-    """Returns the parameters and spectral vectors of a network.
+    """Returns the parameters of a network and the vectors of its power iterations.
 
     Raises:
-      UserError: if any is missing or of the wrong shape, or the network has other tensors.
+      UserError: if any is missing or of the wrong shape, or the network has further tensors.
     """
     params = _parameters(tensors, prefix, shapes)
     layers = {path: prefix + original_name(path).removesuffix("w") for path in vector_shapes}
@@ -217,7 +221,11 @@ def _network(
 
 
 def _parameters(tensors: Tensors, prefix: str, shapes: Params, suffix: str = "") -> Params:
-    """Returns the tensors named prefix + parameter + suffix, as a tree of parameters."""
+    """Returns the tensors named prefix + parameter + suffix, as a pytree of parameters.
+
+    Raises:
+      UserError: if any is missing or of the wrong shape.
+    """
     flat = traverse_util.flatten_dict(shapes, sep="/")
     names = {path: prefix + original_name(path) + suffix for path in flat}
     found = _get(tensors, {names[path]: array.shape for path, array in flat.items()})
@@ -226,10 +234,10 @@ def _parameters(tensors: Tensors, prefix: str, shapes: Params, suffix: str = "")
 
 
 def _get(tensors: Tensors, shapes: Mapping[str, tuple[int, ...]]) -> Tensors:
-    """Returns the tensors of these names.
+    """Returns the tensors with these names.
 
     Raises:
-      UserError: if any is missing, or has another shape.
+      UserError: if any is missing or does not have the given shape.
     """
     if missing := shapes.keys() - tensors.keys():
         raise UserError(

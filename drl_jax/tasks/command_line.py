@@ -129,10 +129,10 @@ class _Parser(flags.ArgumentParser):
         """Returns the value.
 
         Raises:
-          ValueError: stating what to give, if it is not permitted.
+          ValueError: if the value is not permitted; the message says what to give.
         """
         flag = self.flag
-        if not isinstance(argument, str):  # the default
+        if not isinstance(argument, str):  # absl also passes the default to this function
             return list(argument) if isinstance(argument, tuple) else argument
         if element := get_args(flag.type):
             texts = [text.strip() for text in argument.split(",")] if argument else []
@@ -140,6 +140,7 @@ class _Parser(flags.ArgumentParser):
         return self._convert(argument, flag.type)
 
     def _convert(self, text: str, to: type) -> Any:
+        """Converts one value, or one element of a list, to the type `to`."""
         flag = self.flag
         if flag.choices and text not in flag.choices:
             raise ValueError(f"give {_enumerate(flag.choices)}")
@@ -240,7 +241,7 @@ def _changeable(task: Task) -> str:
         return "no field"
     if task.changeable != ("",):
         return names(task.changeable)
-    return f"all fields but {names(task.fixed)}" if task.fixed else "all fields"
+    return f"all fields except {names(task.fixed)}" if task.fixed else "all fields"
 
 
 def _help_on_all(introduction: str) -> str:
@@ -248,7 +249,7 @@ def _help_on_all(introduction: str) -> str:
     shared = [flag for flag in table.all_flags().values() if len(table.tasks_of(flag)) > 1]
     lines = [introduction.strip(), "", "Flags of all tasks:"]
     lines += [_flag_line(flag) for flag in (table.MODE, table.WORKDIR)]
-    lines += [_change_line("--mode=TASK --help lists those that a task may change")]
+    lines += [_change_line("--mode=TASK --help lists the fields that a task can change")]
     lines += [_flag_line(flag) for flag in table.JOB]
     lines += ["", "Flags of several tasks:"]
     lines += [
@@ -272,13 +273,21 @@ def _help_on_task(task: Task) -> str:
         lines += [_flag_line(flag, task=task) for flag in task.flags]
     lines += ["", "Flags of all tasks:"]
     lines += [_flag_line(flag, task=task) for flag in (table.MODE, table.WORKDIR)]
-    lines += [_change_line(f"permitted are {_changeable(task)}")] if task.changeable else []
+    if task.changeable:
+        lines.append(_change_line(f"this task can change {_changeable(task)}"))
     lines += [_flag_line(flag) for flag in table.JOB]
     return "\n".join(lines)
 
 
 def _flag_line(flag: Flag, text: str = "", indent: int = 2, task: Task | None = None) -> str:
-    """Returns the help on one flag: as a flag of one task, or of all tasks that take it."""
+    """Returns the help on one flag.
+
+    Args:
+      flag: the flag.
+      text: description of the flag; by default its own.
+      indent: spaces before the flag.
+      task: the task whose default is shown; None for the defaults of all tasks.
+    """
     left = f"--[no]{flag.name}" if flag.type is bool else f"--{flag.name}={flag.metavar}"
     default = ",".join(flag.default) if isinstance(flag.default, tuple) else flag.default
     if isinstance(flag.default_help, str):
@@ -286,7 +295,7 @@ def _flag_line(flag: Flag, text: str = "", indent: int = 2, task: Task | None = 
     elif task:
         default = flag.default_help.get(task.name)
     else:
-        default = "; ".join(f"for {name} {text}" for name, text in flag.default_help.items())
+        default = "; ".join(f"for {name}, {text}" for name, text in flag.default_help.items())
         needed = any(flag.name in task.required for task in table.TASKS.values())
         default += "; required by all other tasks" if needed else ""
     required = flag.name in task.required if task else default is None
@@ -295,13 +304,13 @@ def _flag_line(flag: Flag, text: str = "", indent: int = 2, task: Task | None = 
 
 
 def _change_line(fields: str) -> str:
-    """Returns the help on --config.FIELD=VALUE."""
+    """Returns the help on --config.FIELD=VALUE; `fields` says which fields can change."""
     text = f"Changes a field of the configuration (drl_jax/config.py); {fields}."
     return _line("--config.FIELD=VALUE", text)
 
 
 def _line(left: str, text: str, indent: int = 2) -> str:
-    """Returns one entry of the help, wrapped."""
+    """Returns one entry of the help: `left`, and in the right column `text`, wrapped."""
     left = f"{' ' * indent}{left}"
     wrapped = textwrap.fill(
         text,

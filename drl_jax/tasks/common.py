@@ -23,23 +23,28 @@ COLUMNS = 10  # a grid of samples has at most 10 x 10 images
 
 
 def require_images(model: Model, task: str) -> None:
-    """Checks that the model is of images: `task` is not defined for points in the plane.
+    """Checks that the model is one of images, for a task that is not defined for points.
+
+    Args:
+      model: the model.
+      task: the value of --mode, for the message.
 
     Raises:
-      UserError: if the model is of points.
+      UserError: if the model is one of points in the plane.
     """
     if images.are_points(model.shape):
         raise UserError(
-            f"--mode={task} needs a model of images, and this is a model of points: use "
+            f"--mode={task} needs a model of images, but this is a model of points: use "
             "--mode=sample or --mode=evaluate"
         )
 
 
 def adapted(run: Run) -> Run:
-    """Adapts the step sizes of MALA or HMC in a warm-up; other samplers have none to adapt.
+    """Adapts the step sizes of MALA or HMC in a warm-up, and logs them.
 
     Returns:
-      a run whose model uses the adapted step sizes, or `run` itself for other samplers.
+      a run whose model uses the adapted step sizes. For other samplers, whose step sizes are
+      not adapted, `run` itself.
     """
     mcmc = run.config.mcmc
     if mcmc.sampler not in ("mala", "hmc"):
@@ -58,7 +63,7 @@ def adapted(run: Run) -> Run:
 
 
 def draw(model: Model, key: Key[Array, ""], n: int) -> Iterator[Float[np.ndarray, "B *D"]]:
-    """Yields n samples in batches (`Model.sample_batches`), and reports progress."""
+    """Yields n samples in batches (`Model.sample_batches`), and shows the progress."""
     with Progress(n, "image") as progress:
         for batch in model.sample_batches(key, n):
             yield batch

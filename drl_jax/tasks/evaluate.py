@@ -179,7 +179,7 @@ def measure_points(run: Run, workdir: epath.Path, key: Key[Array, ""]) -> None:
     """
     config, model = run.config, run.model
     schedule = model.method.schedule
-    data = mixtures.PLANE[config.data.name]()
+    data = mixtures.PLANAR_SHAPES[config.data.name]()
     shown = plane.shown_levels(schedule, figures.LEVELS)
     samples_key, data_key = jax.random.split(key)
     n = min(config.evaluation.num_samples, MAX_TEST_POINTS)
@@ -194,7 +194,7 @@ def measure_points(run: Run, workdir: epath.Path, key: Key[Array, ""]) -> None:
     p_value = plane.two_sample_test(
         np.random.default_rng(config.seed), samples, np.asarray(exact)
     )
-    grid = plane.square()
+    grid = plane.square_grid()
     compared = plane.compare(model, mixtures.exact_F(data, schedule), shown, grid)
     metrics: dict[str, Any] = {
         "step": run.step,

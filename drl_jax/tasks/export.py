@@ -14,12 +14,16 @@ log = logging.getLogger(__name__)
 def run(run: Run, workdir: epath.Path) -> None:
     """Writes the model as one file, for `drl_jax.load`.
 
-    The configuration is exported as it was trained, because it is part of the model: for one,
-    `config.mcmc.b_squared` sets the parameterisation of T6. `main` therefore accepts no
-    --config.FIELD=VALUE for this task.
+    The file contains the configuration of the training run, because it is part of the model:
+    for example, the parameterisation of T6 depends on `config.mcmc.b_squared`. `main` therefore
+    accepts no --config.FIELD=VALUE for this task.
 
     Writes to `workdir`:
       model.npz: the configuration, the step, and the averaged, normalised parameters.
+
+    Args:
+      run: the trained model.
+      workdir: folder of the file.
 
     Raises:
       UserError: if the folder cannot be written to.

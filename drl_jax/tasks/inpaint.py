@@ -39,11 +39,11 @@ def run(
 
     Args:
       run: the trained model.
-      workdir: where the results go.
+      workdir: folder of the results.
       mask: the name of a mask (`masks.named`), or a PNG file that is white at hidden pixels.
-      images: image files; none for the first `NUM_IMAGES` images of `config.data`.
+      images: image files; empty for the first `NUM_IMAGES` images of `config.data`.
       completions: number of completions per image, at least 2.
-      rounds: number of times each level is drawn (`inpainting.inpaint`).
+      rounds: number of times each level is sampled (`inpainting.inpaint`).
       seed: random seed of the completions and of a random mask.
 
     Raises:
@@ -92,8 +92,8 @@ def load_mask(
 
     Args:
       mask: a name, or a PNG file.
-      image_size: height and width, of a named mask.
-      key: of a random mask.
+      image_size: height and width of a named mask.
+      key: random key, used by masks that are random.
 
     Raises:
       UserError: if the name is unknown or the file cannot be read.

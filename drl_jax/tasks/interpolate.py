@@ -30,19 +30,20 @@ def run(
 
     Writes to `workdir`/interpolations/step_STEP_seed_SEED_KIND_level_LEVEL, where KIND is
     'samples' or 'images':
-      000.png, ...: one strip per pair. Given images are shown at its ends, next to the
-        frames that are recovered from their diffused versions.
+      000.png, ...: one strip per pair. If there are `images`, the two of a pair are added at
+        the ends of its strip, next to the frames recovered from their diffused versions.
       grid.png: all strips.
       metrics.json, with the fields:
-        step: training steps of the model.
-        smoothness: per strip, its largest step divided by its mean step.
-        length: per strip, the sum of its steps, in Euclidean pixel distance.
-        distance: per strip, the Euclidean pixel distance of its ends.
+        step: number of training steps of the model.
+        smoothness: per strip, its largest step divided by its mean step. A step is the
+          Euclidean distance between two neighbouring frames, with pixels in [-1, 1].
+        length: per strip, the sum of its steps.
+        distance: per strip, the Euclidean distance between its ends.
 
     Args:
       run: the trained model.
-      workdir: where the results go.
-      images: image files, of which each two are a pair; none to interpolate samples.
+      workdir: folder of the results.
+      images: image files, every two of which are a pair; empty to interpolate samples.
       pairs: number of pairs of samples; unused if there are `images`.
       frames: number of frames per strip, its ends included.
       level: the noise level at which the strips are interpolated, in 1..T. None for a third
@@ -89,8 +90,8 @@ def run(
     }
     write_json(folder / "metrics.json", metrics)
     log.info(
-        "means over the strips: largest step / mean step %.2f (%d for a single jump), length "
-        "%.2f, distance of the ends %.2f",
+        "means over the strips: largest step / mean step %.2f (equal steps: 1; a single jump: "
+        "%d), length %.2f, distance between the ends %.2f",
         np.mean(smoothness),
         frames - 1,
         np.mean(length),

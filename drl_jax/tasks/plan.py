@@ -20,10 +20,11 @@ log = logging.getLogger(__name__)
 
 
 def run(*, config: ConfigDict, workdir: epath.Path | None, topology: str) -> None:
-    """Compiles the training step and the sampler for a topology and prints what they need.
+    """Compiles the training step and the sampler for a topology and prints the plan.
 
-    Also finds the largest batch size that fits. With a work directory, writes the plan there as
-    plan_TOPOLOGY.md and plan_TOPOLOGY.json.
+    The plan contains their memory, their estimated time, their communication, and the largest
+    batch size that fits. With a work directory, it is also written there, as plan_TOPOLOGY.md
+    and plan_TOPOLOGY.json.
 
     Args:
       config: configuration of the job.
@@ -54,6 +55,7 @@ def run(*, config: ConfigDict, workdir: epath.Path | None, topology: str) -> Non
     needed = compile_step(B // unit)
     samples = -(-config.evaluation.batch_size // mesh.size) * mesh.size
     sampler = compiled("sampler", samples, lambda: programs.sampler(config, mesh, samples))
+    # The only loops whose trip count is computed at run time are those of the leapfrog steps.
     unknown_trips = flops.leapfrog(config)
     reported = [
         report.Program(
@@ -103,7 +105,13 @@ def run(*, config: ConfigDict, workdir: epath.Path | None, topology: str) -> Non
 
 
 def compiled(name: str, batch_size: int, lower: Callable[[], jax.stages.Lowered]) -> Compiled:
-    """Compiles a program and logs its memory and the time taken, which can be minutes."""
+    """Compiles a program, which can take minutes, and logs its memory and the time taken.
+
+    Args:
+      name: name of the program in the log.
+      batch_size: global batch size, for the log.
+      lower: lowers the program.
+    """
     log.info("compiling the %s for batch size %d", name, batch_size)
     result = programs.compiled(lower)
     if result.memory is None:

@@ -17,7 +17,9 @@ log = logging.getLogger(__name__)
 
 
 def run(run: Run, workdir: epath.Path, num_samples: int, seed: int) -> None:
-    """Draws samples and writes each batch as it arrives, so memory does not grow with n.
+    """Draws samples and writes each batch as it arrives.
+
+    Memory does not grow with `num_samples`.
 
     Writes to `workdir`/samples/step_STEP_seed_SEED:
       samples.npy: all samples, float32 [num_samples, H, W, C] in [-1, 1], or [num_samples, 2].
@@ -26,7 +28,7 @@ def run(run: Run, workdir: epath.Path, num_samples: int, seed: int) -> None:
 
     Args:
       run: the trained model.
-      workdir: where the results go.
+      workdir: folder of the results.
       num_samples: number of samples.
       seed: random seed of the samples.
 

@@ -18,15 +18,16 @@ class Flag:
 
     Attributes:
       name: the name, without dashes.
-      help: what the value means; a clause without a full stop, which --help completes.
+      help: what the value means, without a full stop: --help appends the default.
       type: type of the value: `str`, `int`, `bool`, or `list[str]` or `list[int]`, whose
         elements are separated by commas.
       default: the value if the flag is not given; None if the program chooses one.
-      default_help: for --help, what the program chooses; if tasks differ, by their names.
+      default_help: description of the default in --help, if its value does not describe
+        itself; a mapping from names of tasks to descriptions if tasks differ.
       minimum: smallest value of an integer.
       maximum: largest value of an integer.
-      choices: permitted values; empty if there are others.
-      metavar: what stands for the value in --help.
+      choices: permitted values; empty if every value of the type is permitted.
+      metavar: placeholder for the value in --help.
     """
 
     name: str
@@ -40,8 +41,8 @@ class Flag:
     metavar: str = "N"
 
 
-# Given the values by name and the names of the flags that were given, returns what is wrong
-# with them, or nothing.
+# (values of all flags by name, names of the flags that the user gave) -> an error message, or
+# None if the values are valid.
 Check = Callable[[Mapping[str, Any], Collection[str]], str | None]
 
 
@@ -61,7 +62,7 @@ class Task:
       fixed: fields or sections of `changeable` that it may not change.
       creates_workdir: whether `main` chooses a new work directory if none is given.
       distributed: whether several processes can share the task.
-      check: further checks of the values.
+      check: checks combinations of values.
     """
 
     name: str
@@ -108,7 +109,7 @@ IMAGES = Flag(
 )
 SEED = Flag("seed", "Random seed", type=int, default=0, minimum=0, maximum=2**32 - 1)
 
-# What may be changed of a trained model: how it is sampled and evaluated, and on what data.
+# Fields that may change after training: how the model is sampled and evaluated, on which data.
 AFTER_TRAINING = (
     "mcmc.",
     "evaluation.",
@@ -120,7 +121,7 @@ AFTER_TRAINING = (
 
 
 def _check_interpolate(values: Mapping[str, Any], given: Collection[str]) -> str | None:
-    """Returns what is wrong with the images of `interpolate`, if anything."""
+    """Returns an error message if the images of `interpolate` cannot be used, or None."""
     if len(values["images"]) % 2:
         return f"--images names {len(values['images'])} images: give pairs, FIRST,LAST,..."
     if values["images"] and "pairs" in given:
@@ -169,8 +170,8 @@ _TASKS = (
                 "level",
                 "Noise level at which to interpolate, 1 to T",
                 type=int,
-                default_help="between images a third of T; between samples a level at which "
-                "most of an image is noise",
+                default_help="between images, a third of T; between samples, a level at which "
+                "they are mostly noise",
             ),
             SEED,
         ),
@@ -198,8 +199,8 @@ _TASKS = (
             ),
             Flag(
                 "rounds",
-                "How many times to sample each level; with more, the completions fit the "
-                "known pixels better",
+                "Number of times each level is sampled; with more, the completions agree "
+                "better with the known pixels",
                 type=int,
                 default=10,
                 minimum=1,
@@ -210,19 +211,19 @@ _TASKS = (
     ),
     Task(
         "long_run",
-        "Runs long MCMC chains and reports how they converge.",
+        "Runs long MCMC chains and reports their convergence.",
         flags=(
             Flag("num_steps", "Number of steps per chain", type=int, default=1000, minimum=1),
             Flag(
                 "num_chains",
                 "Number of chains per level",
                 type=int,
-                default_help="as many as one batch holds",
+                default_help="as many as fit into one batch",
                 minimum=1,
             ),
             Flag(
                 "levels",
-                "Levels whose chains to run, such as 0,3,5",
+                "Levels at which chains are run, such as 0,3,5",
                 type=list[int],
                 default=(),
                 default_help="all levels, or ten if there are more",
@@ -246,9 +247,9 @@ _TASKS = (
             MODEL,
             Flag(
                 "against",
-                "Out-of-distribution images: shuffled, inverted or uniform, which are made "
-                "from the data set, or other data, as folder:PATH or the name of a TFDS data "
-                "set",
+                "Out-of-distribution images: shuffled or inverted (images of the data set with "
+                "their pixels in random order or negated), uniform (random pixels), "
+                "folder:PATH, or the name of a TFDS data set",
                 type=list[str],
                 default=("shuffled", "inverted", "uniform"),
                 metavar="NAME,...",
@@ -272,7 +273,7 @@ _TASKS = (
             ),
             Flag(
                 "image_size",
-                "Height and width of the images that it was trained on",
+                "Height and width of the images that the network was trained on",
                 type=int,
                 minimum=1,
             ),
@@ -307,7 +308,7 @@ MODE = Flag("mode", "Task to run", default="train", choices=tuple(TASKS), metava
 WORKDIR = Flag(
     "workdir",
     "Directory of the run and of all results, local or in a bucket (gs://...)",
-    default_help={"train": "a new one in runs/", "plan": "none, the plan is only printed"},
+    default_help={"train": "a new one in runs/", "plan": "none: the plan is only printed"},
     metavar="DIR",
 )
 
@@ -353,7 +354,7 @@ COMMON = (MODE, WORKDIR, *JOB)
 
 
 def tasks_of(flag: Flag) -> tuple[str, ...]:
-    """Returns the names of the tasks that take a flag other than the common ones."""
+    """Returns the names of the tasks that take this flag, which must not be in `COMMON`."""
     return tuple(task.name for task in TASKS.values() if flag in task.flags)
 
 

@@ -20,7 +20,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
     Raises:
       UserError: if the configuration, the data or the Inception weights cannot be used, the
         folder cannot be written to, or the loss diverges.
-      Interrupted: if a signal stopped the training; its state is saved.
+      Interrupted: if a signal stopped the training; the state is saved.
     """
     source = sources.open_source(config)
     inception_weights = evaluate.load_inception_weights(config)

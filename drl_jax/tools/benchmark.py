@@ -5,26 +5,26 @@
     python -m drl_jax.tools.benchmark --startup --config=configs/digits.py
 
 By default it times the network's forward pass, one step of the Markov chain, one training
-step and the generation of samples. The efficiency of a program is the time that the FLOPs of
-its convolutions and dense layers would take at the speed of a 2048x2048x2048 float32 matrix
-product on the same device, divided by the measured time. FLOPs are counted analytically
-(`tools.flops`): with Langevin chains of K steps, a chain step costs 2 forward passes and a
-training step 2K + 6. The efficiency can exceed 1, because Winograd convolutions need fewer
-products than are counted. The speed of shared machines varies, so the matrix product is timed
-immediately before and after every measurement.
+step and the generation of samples. The efficiency of a program is t_ideal / t, where t is the
+measured time, and t_ideal is the time that the FLOPs of its convolutions and dense layers would
+take at the speed of a 2048x2048x2048 float32 matrix product on the same device. FLOPs are
+counted analytically (`tools.flops`): with Langevin chains of K steps, a chain step costs as
+much as 2 forward passes, and a training step as much as 2K + 6. The efficiency can exceed 1,
+because Winograd's algorithm needs fewer products than are counted. The speed of shared machines
+varies, so the matrix product is timed immediately before and after every measurement.
 
 Without --config it measures the paper's 32x32 network with N = 2 blocks per resolution (9
 million parameters) at batch size 16, which fits on a small computer. Generation is measured
 for the configured method and for T1k; in either case at most 5 chain steps per sample are
 timed.
 
---input instead measures how many batches per second the data pipeline delivers, from a TFDS
-data set of random PNG images, of the configuration's image and batch size, stored as
-ArrayRecord.
+With --input, it instead measures how many batches per second the data pipeline delivers. The
+images are random PNG images in a TFDS data set, stored as ArrayRecord; their size and the batch
+size are those of the configuration.
 
---startup instead measures new processes: the time that --help takes, and the time until the
-first training step is reported, first without and then with programs in the compilation
-cache.
+With --startup, it instead measures new processes: the time that --help takes, and the time
+until the first training step is reported, first without and then with the compiled programs in
+the cache.
 
 --json=PATH also writes the results as JSON.
 """
@@ -62,12 +62,12 @@ from drl_jax.training import state as train_state
 from drl_jax.training import step as train_step
 
 MATMUL_SIZE = 2048  # rows and columns of the matrices whose product is timed
-MIN_SECONDS = 0.1  # a measurement repeats faster programs until this much time has passed
+MIN_SECONDS = 0.1  # a program is called repeatedly until this much time has passed
 INPUT_IMAGES = 20_000  # in the data set that --input reads
 INPUT_BATCHES = 60  # per measurement of --input
 CHAIN_STEPS = 5  # maximum number of chain steps to time
 
-# Turns a T6 configuration into T1k, as in configs/cifar10_t1k.py.
+# Changes that turn a T6 configuration into T1k, as in configs/cifar10_t1k.py.
 T1K = {
     "diffusion.T": 1000,
     "energy.parameterisation": "noise",
@@ -96,10 +96,10 @@ class Program(NamedTuple):
 
     Attributes:
       name: name of the program.
-      flops: FLOPs per step.
+      flops: FLOPs per step, on all devices together.
       steps: number of steps per call.
-      compile_seconds: time taken by tracing, lowering and compilation, without JAX's cache.
-      cached_compile_seconds: the same with the compiled program in the cache.
+      compile_seconds: time taken by tracing, lowering and compilation, with an empty cache.
+      cached_compile_seconds: the same with the compiled program in JAX's compilation cache.
       call: executes the program once.
     """
 
@@ -116,9 +116,9 @@ class Measurement(NamedTuple):
 
     Attributes:
       name, flops, compile_seconds, cached_compile_seconds: as in `Program`.
-      seconds: time per step, one value per repeat.
-      efficiency: time of the FLOPs at the speed of the matrix product over the time per step,
-        one value per repeat.
+      seconds: time per step [s], one value per repeat.
+      efficiency: time of the FLOPs at the speed of the matrix product, divided by the time per
+        step; one value per repeat.
     """
 
     name: str
@@ -143,8 +143,8 @@ class Workload:
     Attributes:
       config: the configuration.
       mesh: devices that share the batch.
-      num_chips: number of devices with a speed of their own. On a CPU, this is 1: its devices
-        share the cores, all of which one matrix product uses.
+      num_chips: number by which the FLOPs are divided: the number of accelerators, or 1 on a
+        CPU, where a matrix product on one device uses the cores of all devices.
       params: normalised parameters.
 
     Raises:
@@ -188,7 +188,7 @@ class Workload:
         return compiled("forward pass", jitted, self.params, (self._x, self._t), flops=work)
 
     def chain_step(self) -> Program:
-        """Compiles a chain of a few steps for the batch."""
+        """Compiles chains of K or `CHAIN_STEPS` steps, whichever are fewer, for the batch."""
         steps = min(self.config.mcmc.K, CHAIN_STEPS)
         sampler = self._method.sampler._replace(K=steps)
         method = self._method._replace(sampler=sampler)
@@ -216,10 +216,10 @@ class Workload:
         return metrics
 
     def generation(self, samples: int) -> Program:
-        """Compiles the first chain steps of generation, from white noise.
+        """Compiles the beginning of generation, from white noise.
 
-        These are the first CHAIN_STEPS steps of the first level, or the first levels if those
-        have fewer steps than that.
+        This is the first `CHAIN_STEPS` steps of the highest level; or, if a level has fewer
+        steps, all steps of the highest levels, `CHAIN_STEPS` in total at most.
 
         Args:
           samples: number of samples, rounded up to a multiple of the number of devices.
@@ -250,7 +250,7 @@ def compiled(
     steps: int = 1,
     call: Callable[[Callable], Any] | None = None,
 ) -> Program:
-    """Compiles a program twice, without and then with JAX's cache, and times both.
+    """Compiles a program twice, with an empty cache and then from the cache, and times both.
 
     Args:
       name: name of the program.
@@ -258,11 +258,12 @@ def compiled(
       *arguments: its arguments.
       flops: FLOPs per step.
       steps: number of steps per call.
-      call: executes the compiled program that it is given; by default with the arguments.
+      call: function that executes the compiled program, its only argument; by default the
+        program is called with `arguments`.
     """
 
     def compile_once() -> tuple[Callable, float]:
-        jax.clear_caches()  # so that the second compilation, too, begins with tracing
+        jax.clear_caches()  # so that the second compilation also begins with tracing
         start = time.perf_counter()
         program = jitted.lower(*arguments).compile()
         return program, time.perf_counter() - start
@@ -340,11 +341,11 @@ def measure(
     Args:
       programs: what to measure.
       repeats: number of measurements of each.
-      num_chips: number of devices, by which the FLOPs are divided (`Workload.num_chips`).
+      num_chips: number by which the FLOPs are divided (`Workload.num_chips`).
       progress: counts the measurements.
 
     Returns:
-      the measurements of each program, and the FLOP/s of the matrix product for every single
+      the measurements of each program, and the FLOP/s of the matrix product at the time of each
       measurement.
     """
     measurements = [
@@ -373,7 +374,7 @@ def measure(
 
 
 def seconds_per_call(call: Callable[[], Any]) -> float:
-    """Returns the mean time per call, over as many calls as take `MIN_SECONDS`."""
+    """Returns the mean time per call [s], over as many calls as take `MIN_SECONDS` in total."""
     start = time.perf_counter()
     calls = 0
     while (elapsed := time.perf_counter() - start) < MIN_SECONDS or not calls:
@@ -396,7 +397,7 @@ def matmul_flops_per_second(repeats: int = 5) -> float:
 
 
 def peak_memory() -> int:
-    """Returns the peak memory use [bytes]: of the first device, on CPUs of this process."""
+    """Returns the peak memory use [bytes] of the first device, or on CPUs, of this process."""
     if stats := jax.local_devices()[0].memory_stats():
         return stats["peak_bytes_in_use"]
     unit = 1 if sys.platform == "darwin" else 1024
@@ -431,7 +432,9 @@ def measure_startup(config: str) -> dict[str, float]:
 
 
 def seconds_to_first_step(command: Sequence[str], environment: dict[str, str]) -> float:
-    """Starts a training process, ends it when it reports its first step; returns the time.
+    """Starts a training process and returns the time until it reports its first step [s].
+
+    The process is then killed.
 
     Raises:
       UserError: if the process ends before that.
@@ -475,7 +478,7 @@ def measure_input(
         source = sources.open_source(random_config)
         batches = pipeline.training_batches(random_config, source)
         with Progress(repeats, "measurement") as progress:
-            for repeat in range(1 + repeats):  # the first one fills the buffers
+            for repeat in range(1 + repeats):  # the first is not counted: it fills the buffers
                 start = time.perf_counter()
                 for _ in range(INPUT_BATCHES):
                     next(batches)

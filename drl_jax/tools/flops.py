@@ -1,8 +1,8 @@
 """Analytical FLOP counts of the programs that a configuration defines.
 
 Costs are expressed in forward passes of the network. A gradient with respect to the images
-costs one further pass; a gradient with respect to images and parameters costs two. One
-multiplication and one addition count as two FLOPs.
+costs one pass more than f alone; a gradient with respect to images and parameters costs two
+more. A multiplication and an addition count as two FLOPs.
 """
 
 from collections.abc import Sequence
@@ -21,8 +21,8 @@ def forward(config: ConfigDict) -> float:
 
 def mlp(dimension: int, width: int, depth: int) -> float:
     """Returns the FLOPs of `networks.mlp` for one vector."""
-    # `embedding`: the two layers of the time embedding. `ends`: the sinusoidal features of the
-    # input, the input layer and the head. Each residual layer has two dense layers.
+    # `embedding` is the two layers of the time embedding; `ends` is the layers of the Fourier
+    # features, of the input and of the head. Each residual layer has two dense layers.
     embedding, ends = 2 * width**2, dimension * width + (width + dimension) * width + width**2
     return 2.0 * (embedding + ends + depth * 2 * width**2)
 
@@ -53,9 +53,9 @@ def resnet(image_size: int, channels: int, ch: int, mult: Sequence[int], N: int)
 def training_step(config: ConfigDict) -> float:
     """Returns the FLOPs of one training step per example of its batch.
 
-    The recovery loss evaluates f for a positive and a negative example, and its gradient
-    costs 3 passes for each. The denoising loss contains a gradient with respect to the images
-    (2 passes); differentiating it takes 4 more.
+    The recovery loss and its gradient cost 3 passes for the positive and 3 for the negative
+    sample, in addition to the chain. The denoising loss contains a gradient with respect to the
+    images (2 passes); differentiating it takes 4 more.
     """
     if config.train.objective == "denoising":
         return 6 * forward(config)
@@ -64,7 +64,7 @@ def training_step(config: ConfigDict) -> float:
 
 
 def sampling(config: ConfigDict) -> float:
-    """Returns the FLOPs of one sample, from white noise through all levels."""
+    """Returns the FLOPs of generating one sample from white noise, through all levels."""
     return 2 * np.sum(_gradients(config)) * forward(config)
 
 

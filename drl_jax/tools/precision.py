@@ -8,9 +8,9 @@ precisions:
 - float64, the reference: all computations, on the CPU of this process (`jax.enable_x64`).
 - float32: all computations, as everywhere else in the package.
 - bfloat16: only the products in the network f (`config.energy.dtype`). Their sums, and
-  everything computed from f (its gradient, the chain and its noise), are float32. If the images
-  were rounded as well, the gradient would be lost at level 0, where the noise is about as small
-  as the spacing of bfloat16 numbers (0.004 for pixels near 1).
+  everything computed from f (its gradient, the chain and its noise), are float32. If the
+  positions of the chain were rounded as well, its steps would be lost at level 0, where the
+  noise is about as small as the spacing of bfloat16 numbers (0.004 for pixels near 1).
 
 All three use the same random noise (`noise.normal`). The columns of the table, per level:
 
@@ -19,21 +19,23 @@ All three use the same random noise (`noise.normal`). The columns of the table, 
 - F: root-mean-square error [nats]. F is f divided by a temperature far below 1, so a small
   relative error of f can be many nats.
 - dF: the same for F(y') - F(y), where y' is y plus the noise of one Langevin step. Errors that
-  y and y' have in common cancel. Accept decisions of MALA and HMC depend on this difference.
-- end/moved, end/noise: root-mean-square difference per pixel between the ends of K Langevin
-  steps from x_{t+1} in the two precisions, relative to the distance that the float64 chain
-  moved and to the noise added along the chain, s_t sqrt(K). Two chains with the same noise can
-  diverge and still sample the same distribution.
+  F(y) and F(y') have in common cancel. Accept decisions of MALA and HMC depend on such a
+  difference.
+- end/moved, end/noise: root-mean-square difference per pixel between the end of a chain of K
+  Langevin steps from x_{t+1} and its end in float64. It is relative to the distance that the
+  float64 chain moved, or to the noise added along the chain, s_t sqrt(K). Two chains with the
+  same noise can diverge and still sample the same distribution.
 - mean F: difference of the mean of F (evaluated in float64) over the ends of the chains, in
   standard deviations of F among chains that start from the same x_{t+1}, with its standard
   error. A significant difference shows that the chains sample another distribution.
-- changed: share of accept decisions that differ from float64's, over K steps of HMC from
-  positions of a float64 chain whose step size was adapted to the target acceptance.
-- accept: mean acceptance probability of those steps.
+- changed: share of HMC's accept decisions that differ from those in float64. Each of the K
+  steps starts from the same position in every precision: that of a float64 chain, whose step
+  size was adapted to the target acceptance.
+- accept: mean acceptance probability of these steps.
 
-The line below the table gives the error of complete log-weights of annealed importance
-sampling (`sampling.annealing`): the sum of all increments from level to level, evaluated at
-data diffused to each level and added exactly.
+The line below the table gives the root-mean-square error of log-weights of annealed importance
+sampling (`sampling.annealing`) through all levels. A log-weight is the sum, in float64, of the
+increments from each level to the one below, evaluated at data diffused to each level.
 
 XLA:CPU has no bfloat16 arithmetic: it rounds the inputs of convolutions and matrix products
 to bfloat16, then multiplies and adds in float32, as the tests verify. Accelerators also add
@@ -78,7 +80,7 @@ WARM_UP_CHAINS = 16  # chains that adapt the step size of HMC
 # Largest errors, at any level, for which the verdict is "accurate".
 MAX_MEAN_F_SHIFT = 0.1  # standard deviations of F; shifts below 3 standard errors are ignored
 MAX_CHANGED_DECISIONS = 0.01  # share of accept decisions
-MAX_LOG_WEIGHT_ERROR = 0.1  # nats; 0.1 nats are an error of 10% in a weight
+MAX_LOG_WEIGHT_ERROR = 0.1  # nats, which is an error of 10% in a weight
 
 
 class Precision(NamedTuple):
@@ -98,7 +100,7 @@ class Precision(NamedTuple):
 
 
 class Positions(NamedTuple):
-    """Positions at which the precisions are compared, in float32, exact in every precision.
+    """Positions at which the precisions are compared: float32, so exact in all three.
 
     Attributes:
       y: a_{t+1} x_t of the data.
@@ -140,7 +142,7 @@ class Results(NamedTuple):
 
 
 class Programs:
-    """The computations to be compared, in one precision; compiled once for all levels.
+    """The computations to be compared, in one precision. Each is compiled once for all levels.
 
     Attributes:
       precision: the precision.
@@ -323,7 +325,8 @@ def compare(run: Run, images: int, K: int, samples: int, seed: int = 0) -> dict[
 
     Args:
       run: a trained model.
-      images: maximum number of images of the data set, and of chains per level.
+      images: maximum number of images of the data set. Every level has as many HMC chains, and
+        `CHAINS_PER_IMAGE` times as many Langevin chains.
       K: number of steps per chain.
       samples: number of samples to generate in each precision; 0 skips generation.
       seed: random seed.
@@ -469,9 +472,9 @@ def sample_distances(
 ) -> dict[str, float]:
     """Returns Fréchet distances of raw pixels between precisions, and of each to the data.
 
-    The samples of bfloat16 are compared with samples of float32 drawn with another key. The
-    distance between two sets of float32 samples with different keys is what equal
-    distributions give.
+    The samples in bfloat16 are compared with float32 samples that are drawn with another key.
+    For comparison, the distance between two sets of float32 samples with different keys shows
+    what equal distributions give.
 
     Args:
       run: the trained model.
@@ -506,7 +509,7 @@ def sample_distances(
 
 @contextmanager
 def _x64(dtype: DTypeLike) -> Iterator[None]:
-    """Enables float64, and computes on the CPU, if that is the dtype."""
+    """If the dtype is float64, enables it and computes on the CPU."""
     if dtype != np.float64:
         yield
         return
@@ -601,7 +604,7 @@ def define_flags() -> flags.FlagValues:
         flag_values=values,
     )
     for name, default, minimum, text in (
-        ("images", 128, 2, "Number of images, and of chains per level (default: 128)."),
+        ("images", 128, 2, "Maximum number of images (default: 128)."),
         ("K", 30, 1, "Number of steps per chain (default: 30)."),
         ("samples", 500, 0, "Samples per precision; 0 skips generation (default: 500)."),
     ):

@@ -1,4 +1,4 @@
-"""The training loop around the pure step: data, checkpoints, logs and signals."""
+"""The training loop: data, checkpoints, logs and signals around the pure training step."""
 
 import contextlib
 import logging
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
-from jaxtyping import Array, Key, PyTree
+from jaxtyping import Array, Float, Key, PyTree
 from ml_collections import ConfigDict
 
 from drl_jax import config as config_lib
@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 
 def train(config: ConfigDict, source: Source, workdir: epath.Path) -> Run:
-    """Trains to `config.train.num_steps`, resuming from the newest checkpoint if there is one.
+    """Trains up to step `config.train.num_steps`, from the newest checkpoint if there is one.
 
     Args:
       config: configuration of the run.
@@ -49,7 +49,7 @@ def train(config: ConfigDict, source: Source, workdir: epath.Path) -> Run:
       workdir: folder for checkpoints, TensorBoard files and sample grids.
 
     Returns:
-      the run, with the averaged parameters.
+      the run, whose model has the averaged parameters.
 
     Raises:
       UserError: if the configuration or the work directory cannot be used, or training
@@ -81,7 +81,7 @@ def train(config: ConfigDict, source: Source, workdir: epath.Path) -> Run:
 
 
 class Context(NamedTuple):
-    """The parts of a training run that stay the same from step to step.
+    """Everything that the training loop uses and does not change.
 
     Attributes:
       config: configuration.
@@ -112,7 +112,8 @@ def initial_state(
     The state is sharded over the devices of the mesh.
 
     Raises:
-      UserError: if the checkpoints are damaged or belong to another configuration.
+      UserError: if all checkpoints are damaged, or resuming from the newest undamaged one with
+        this configuration would change the training steps (`config.require_resumable`).
     """
 
     def abstract_state(saved: ConfigDict) -> PyTree:
@@ -131,14 +132,14 @@ def initial_state(
 
 
 def warn_of_replicated_kernels(method: Method, training: Training, mesh: Mesh) -> None:
-    """Logs which kernels every device holds in full in spite of `config.mesh.fsdp`."""
+    """Logs which kernels cannot be split over the `fsdp` devices, so that each holds a copy."""
     params = train_state.abstract(method.energy, training.optimiser).params
     names = train_state.replicated_kernels(params, mesh)
     if not names:
         return
     more = f" and {len(names) - 4} more" if names[4:] else ""
     log.warning(
-        "config.mesh.fsdp = %d divides no axis of %s%s: every device holds these in full",
+        "config.mesh.fsdp = %d divides no axis of %s%s: every device holds a copy of these",
         mesh.shape[sharding.FSDP],
         ", ".join(names[:4]),
         more,
@@ -153,12 +154,12 @@ def run_keys(seed: int) -> Key[Array, "3"]:
 def fit(state: TrainState, context: Context, source: Source) -> TrainState:
     """Makes the remaining steps and returns the state after them.
 
-    A state is saved only after the next step has shown that the loss at this state is sound.
-    Therefore one more step is made at the end, and its update is dropped.
+    A state is saved only after the next step has shown that its loss has not diverged.
+    Therefore one more step is made at the end, and its update is discarded.
 
     Args:
       state: state before the first of these steps. It is donated.
-      context: the parts that stay the same.
+      context: everything else that the steps use.
       source: training data.
 
     Raises:
@@ -185,9 +186,18 @@ def fit(state: TrainState, context: Context, source: Source) -> TrainState:
         return step_fn(state, x, step_key)
 
     def check(step: int, metrics: Metrics, before: TrainState | None) -> Metrics:
-        """Waits for the metrics of a step, checks them, and saves the state before it."""
+        """Waits for the metrics of a step, checks them, and saves the state `before` the step.
+
+        Args:
+          step: number of steps made before it.
+          metrics: metrics of the step.
+          before: state to save; None if no checkpoint is due.
+
+        Returns:
+          the metrics as numpy arrays.
+        """
         metrics = jax.tree.map(np.asarray, metrics)
-        require_sound(step, metrics, config.train)
+        raise_if_diverged(step, metrics, config.train)
         if before is not None:
             context.checkpoints.save(step, before)
         return metrics
@@ -208,10 +218,11 @@ def fit(state: TrainState, context: Context, source: Source) -> TrainState:
             before = copy(state) if save else None  # the step donates its state
             state, metrics = advance(state)
             if step == start:
-                # Only now: while the step compiles, a signal may end the process at once,
-                # since there is nothing to save.
+                # Signals are caught only from here on: during the compilation of the first step
+                # there is nothing to save, so a signal may end the process at once.
                 received_signal = stack.enter_context(preemption.stop_on_signal())
-            # Reading metrics waits for the device, so read those of the previous step.
+            # Reading metrics waits for the devices. Those of the previous step are read, so
+            # that the devices always have a step to work on.
             if unchecked:
                 progress.add(check(*unchecked))
             unchecked = step, metrics, before
@@ -237,7 +248,18 @@ def generation_params(method: Method, state: TrainState, mesh: Mesh) -> Params:
 def write_grid(
     context: Context, state: TrainState, key: Key[Array, ""], step: int, writer: MetricWriter
 ) -> None:
-    """Draws samples with the averaged parameters, for TensorBoard and as a PNG in grids/."""
+    """Draws samples with the averaged parameters; writes them to TensorBoard and to grids/.
+
+    Args:
+      context: everything else that is needed.
+      state: training state after `step` steps.
+      key: random key of the samples, the same for all steps.
+      step: number of steps made.
+      writer: writes to TensorBoard.
+
+    Raises:
+      UserError: if the PNG file cannot be written.
+    """
     params = generation_params(context.method, state, context.sampler.mesh)
     model = context.sampler.with_params(params)
     samples = model.sample(key, images.grid_size(model.shape, columns=8))
@@ -248,11 +270,11 @@ def write_grid(
     images.write_png(folder / f"{step:08d}.png", grid)
 
 
-def require_sound(step: int, metrics: Metrics, limits: ConfigDict) -> None:
-    """Checks that the loss, the energies and the gradient of a step have not exploded.
+def raise_if_diverged(step: int, metrics: Metrics, limits: ConfigDict) -> None:
+    """Raises if the loss or the energies exceed their limits, or the gradient is not finite.
 
     Args:
-      step: number of steps made before it.
+      step: number of steps made before this one.
       metrics: metrics of the step, as numpy arrays.
       limits: `config.train`, with loss_limit and energy_limit.
 
@@ -260,7 +282,8 @@ def require_sound(step: int, metrics: Metrics, limits: ConfigDict) -> None:
       UserError: with the values, and what to try.
     """
     loss, grad_norm = float(metrics.loss), float(metrics.grad_norm)
-    # Levels without examples are NaN. A NaN among the energies is one in the loss too.
+    # A group of levels without examples has the mean NaN. The energy of an example is NaN only
+    # if the loss is NaN too, which fails the comparison with its limit.
     f = float(np.nan_to_num(np.abs([metrics.f_pos, metrics.f_neg]), posinf=np.inf).max())
     if abs(loss) <= limits.loss_limit and f <= limits.energy_limit and math.isfinite(grad_norm):
         return
@@ -268,22 +291,25 @@ def require_sound(step: int, metrics: Metrics, limits: ConfigDict) -> None:
         f"training diverged at step {step}: loss {loss:.3g} (limit {limits.loss_limit:g}), "
         f"|f| {f:.3g} (limit {limits.energy_limit:g}), gradient norm {grad_norm:.3g}; try a "
         "smaller --config.optim.learning_rate or more chain steps (--config.mcmc.K) in a new "
-        "--workdir. The checkpoints in this one are from before the divergence"
+        "--workdir. The checkpoints in the present one precede the divergence"
     )
 
 
 class Progress:
-    """Shows the progress of training: a bar on a terminal, log lines elsewhere, scalars."""
+    """Reports the progress of training: as a bar or log lines, and as scalars for TensorBoard.
+
+    The bar is shown on a terminal; without one, lines are logged. Use it as a context manager.
+    """
 
     def __init__(self, start: int, end: int, every_steps: int, T: int, writer: MetricWriter):
-        """Reports means over `every_steps` steps.
+        """Starts the bar.
 
         Args:
-          start: number of steps made before.
-          end: total number of steps to make.
-          every_steps: number of steps between two reports.
+          start: number of steps made already.
+          end: total number of steps, including those made already.
+          every_steps: number of steps between two reports, which are means over these steps.
           T: number of levels.
-          writer: receives the scalars.
+          writer: writes the scalars.
         """
         self._groups = diffusion.level_groups(T)
         self._done, self._end, self._every, self._writer = start, end, every_steps, writer
@@ -307,7 +333,7 @@ class Progress:
             self._report()
 
     def _report(self) -> None:
-        """Writes the means of the metrics since the last report."""
+        """Reports the means of the metrics and the speed since the last report."""
         done = self._done
         mean = jax.tree.map(lambda *v: nan_mean(np.stack(v)), *self._recent)
         self._recent = []
@@ -332,7 +358,10 @@ class Progress:
             )
 
 
-def nan_mean(values: np.ndarray) -> np.ndarray:
-    """Returns the mean over the first axis of the finite values, NaN where there are none."""
+def nan_mean(values: Float[np.ndarray, "n *D"]) -> Float[np.ndarray, "*D"]:
+    """Returns the mean over the first axis of the values that are not NaN; NaN without any.
+
+    Unlike `np.nanmean`, it does not warn of slices that are all NaN.
+    """
     count = np.sum(np.isfinite(values), axis=0)
     return np.where(count, np.nansum(values, axis=0) / np.maximum(count, 1), np.nan)

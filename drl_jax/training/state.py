@@ -38,8 +38,8 @@ class TrainState:
 def optimiser(config: ConfigDict) -> optax.GradientTransformation:
     """Returns Adam with a linear warm-up (Gao et al. 2021, appendix B).
 
-    After the warm-up the learning rate is constant, or decays as a cosine to zero at step
-    `config.optim.decay_steps` unless that is 0.
+    After the warm-up, the learning rate is constant if `config.optim.decay_steps` is 0.
+    Otherwise it decays as a cosine and reaches zero at that step.
     """
     rate, warmup = config.optim.learning_rate, config.optim.warmup_steps
     if end := config.optim.decay_steps:
@@ -53,7 +53,13 @@ def optimiser(config: ConfigDict) -> optax.GradientTransformation:
 def create(
     key: Key[Array, ""], energy: Energy, optimiser: optax.GradientTransformation
 ) -> TrainState:
-    """Returns the state before the first step."""
+    """Returns the state before the first step.
+
+    Args:
+      key: random key of the initial parameters.
+      energy: the network.
+      optimiser: the optimiser, as returned by `optimiser`.
+    """
     params, vectors = energy.init(key)
     # A copy, because the step donates its state and one buffer cannot be donated twice.
     ema = jax.tree.map(jnp.copy, params)
@@ -72,7 +78,7 @@ def create_on(
     energy: Energy,
     optimiser: optax.GradientTransformation,
 ) -> TrainState:
-    """Returns the state before the first step, sharded over the devices of a mesh."""
+    """Returns the state that `create` returns, sharded over the devices of a mesh."""
     make = jax.jit(
         lambda key: create(key, energy, optimiser),
         out_shardings=shardings(energy, optimiser, mesh),
@@ -96,7 +102,7 @@ def shardings(energy: Energy, optimiser: optax.GradientTransformation, mesh: Mes
 
 
 def replicated_kernels(params: Params, mesh: Mesh) -> list[str]:
-    """Returns the paths of kernels with no axis that the `fsdp` devices can divide equally."""
+    """Returns the paths of kernels of which no axis can be split over the `fsdp` devices."""
     flat = traverse_util.flatten_dict(params, sep="/")
     return [
         path

@@ -24,14 +24,15 @@ from drl_jax.training.state import TrainState
 class Statistics(NamedTuple):
     """Per-example statistics of a training step, before reduction.
 
-    The last three are NaN for an objective without a chain.
+    `f_neg`, `displacement` and `acceptance` are NaN for an objective without a chain.
 
     Attributes:
       t: level.
       loss: loss.
-      f_pos: output of the network for data.
-      f_neg: output of the network for the end of the chain.
-      displacement: distance from the start of the chain to its end.
+      f_pos: output of the network for the positive sample; for an objective without a chain,
+        for x_tilde.
+      f_neg: output of the network for the negative sample, the end of the chain.
+      displacement: Euclidean distance from the start of the chain to its end.
       acceptance: mean acceptance probability of the chain's steps.
     """
 
@@ -48,9 +49,9 @@ class Metrics(NamedTuple):
 
     Attributes:
       loss: mean over all examples.
-      grad_norm: norm of the gradient of all parameters together.
-      f_pos, f_neg, displacement, acceptance: mean of each of the `Statistics` over the
-        examples in each of the G `diffusion.level_groups`; NaN for a group without examples.
+      grad_norm: Euclidean norm of the gradient with respect to all raw parameters together.
+      f_pos, f_neg, displacement, acceptance: means of the `Statistics` of the same names, one
+        mean for each of the G `diffusion.level_groups`; NaN for a group without examples.
     """
 
     loss: Float[Array, ""]
@@ -76,12 +77,12 @@ class Training(NamedTuple):
     """How a method is trained.
 
     Attributes:
-      objective: gradient of the loss.
+      objective: computes the gradient of the loss.
       draw_levels: distribution of the levels.
       optimiser: turns gradients into updates.
       ema_decay: decay of the exponential moving average of the parameters.
-      accumulate: number of parts of each device's examples whose gradients are accumulated
-        one after the other, to save memory.
+      accumulate: number of equal parts into which each device's examples are split to save
+        memory; their gradients are computed one after the other (gradient accumulation).
     """
 
     objective: Objective
@@ -119,6 +120,9 @@ def train_step(
       method: network, noise levels and sampler.
       training: loss, distribution of the levels, and optimiser.
       mesh: devices that share the batch.
+
+    Returns:
+      the state after the step, and the step's metrics.
     """
     keys = noise.example_keys(jax.random.fold_in(key, state.step), jnp.arange(len(x)))
     params, normalise_vjp, vectors = jax.vjp(
@@ -160,7 +164,7 @@ def recovery_gradient(
 ) -> tuple[Params, Statistics]:
     """Returns the gradient of the recovery likelihood's loss (Gao et al. 2021, eq. 8).
 
-    Positive samples are data, negative samples the ends of chains on the model's
+    Positive samples are diffused data. Negative samples are the ends of chains on the model's
     conditionals.
 
     Args:
@@ -169,6 +173,9 @@ def recovery_gradient(
       x: data in [-1, 1].
       t: levels in 0..T-1.
       method: network, noise levels and sampler.
+
+    Returns:
+      the gradient of the mean loss, and the statistics of each example.
     """
     schedule = method.schedule
     y_pos, x_tilde = recovery.positives(noise.fold(keys, 1), x, t, schedule)
@@ -184,8 +191,8 @@ def recovery_gradient(
     def gradient(y_and_sign):
         return jax.grad(signed_loss, has_aux=True)(params, *y_and_sign)
 
-    # One after the other, each with the batch size of the chain, so that the compiler shares
-    # the code of the network.
+    # Positive and negative samples are processed one after the other. Their batches then have
+    # the size of the chain's, so that the compiler can share the code of the network.
     samples = jnp.stack([y_pos, y_neg]), jnp.array([-1.0, 1.0], x.dtype)
     grads, (loss, (f_pos, f_neg)) = sum_gradients(gradient, params, samples)
     displacement = recovery.displacement(y_neg, x_tilde)
@@ -200,9 +207,10 @@ def denoising_gradient(
     t: Int[Array, "B"],
     method: Method,
 ) -> tuple[Params, Statistics]:
-    """Returns the gradient of the normal approximation's loss (section 3.3), with no chain.
+    """Returns the gradient of the normal approximation's loss, which needs no chain.
 
-    See `recovery.denoising_loss`; the arguments are those of `recovery_gradient`.
+    The loss is `recovery.denoising_loss` (Gao et al. 2021, section 3.3). Arguments and results
+    are those of `recovery_gradient`.
     """
     schedule = method.schedule
     y, x_tilde = recovery.expected_positives(noise.fold(keys, 1), x, t, schedule)
@@ -210,7 +218,7 @@ def denoising_gradient(
 
     def mean_loss(params):
         loss = recovery.denoising_loss(method.F(params), y, x_tilde, t, schedule)
-        # XLA computes this f only once: it is part of the loss.
+        # This costs nothing: the loss contains the same f, and XLA computes it only once.
         return jnp.mean(loss), (loss, method.energy.f(params, x_tilde, t))
 
     grads, (loss, f_pos) = jax.grad(mean_loss, has_aux=True)(params)
@@ -222,14 +230,14 @@ def uniform_levels(keys: Key[Array, "B"], schedule: NoiseSchedule) -> Int[Array,
     return jax.vmap(lambda key: jax.random.randint(key, (), 0, schedule.T, jnp.int32))(keys)
 
 
-def log_noise_levels(keys: Key[Array, "B"], schedule: NoiseSchedule) -> Int[Array, "B"]:
+def log_snr_levels(keys: Key[Array, "B"], schedule: NoiseSchedule) -> Int[Array, "B"]:
     """Draws levels about uniformly in the logarithm of their signal-to-noise ratio.
 
-    Level t has probability ∝ sigma_{t+1}² / sigma_bar_{t+1}². This is the inverse of the
-    denoising loss's weight, so the mean loss over such draws is, up to a factor, the negative
-    log-likelihood of the conditionals, with equal weights for all levels. The lowest thirty of
-    a thousand levels, which determine all details finer than about 0.1, get 21% of the
-    examples; with uniform draws they would get 3%.
+    Level t has probability ∝ sigma_{t+1}² / sigma_bar_{t+1}². This is the inverse of the weight
+    in `recovery.denoising_loss`, so the mean loss over such draws is, up to a factor, the
+    negative log-likelihood of the conditionals, with equal weights for all levels. With
+    T = 1000, 21% of the draws are among the lowest thirty levels, which determine all details
+    finer than their noise of about 0.1; with uniform draws it would be 3%.
     """
     log_p = 2 * jnp.log(schedule.sigma[1:] / schedule.sigma_bar[1:])
     log_p = log_p.astype(jnp.float32)  # draws are float32, whatever the schedule is
@@ -243,7 +251,7 @@ OBJECTIVES: dict[str, Objective] = {
 }
 LEVEL_DISTRIBUTIONS: dict[str, LevelDistribution] = {
     "uniform": uniform_levels,
-    "log_noise": log_noise_levels,
+    "log_snr": log_snr_levels,
 }
 
 
@@ -255,11 +263,16 @@ def accumulate(
 ) -> tuple[Params, Statistics]:
     """Computes a mean gradient and per-example statistics in parts (gradient accumulation).
 
+    The parts are processed one after the other, so the memory needed is that of one part.
+
     Args:
-      gradient: examples -> (mean gradient, statistics per example).
-      params: parameters, whose shapes the gradient has.
-      examples: tree of arrays with the examples along the first axis.
-      parts: number of parts, processed one after the other: memory is that of one part.
+      gradient: examples -> (mean gradient, per-example statistics).
+      params: parameters; the gradient has the same shapes.
+      examples: pytree of arrays [B, ...].
+      parts: number of parts, which must divide B.
+
+    Returns:
+      the gradient of the mean over all examples, and the statistics [B].
     """
     split = jax.tree.map(lambda a: a.reshape(parts, -1, *a.shape[1:]), examples)
     total, statistics = sum_gradients(gradient, params, split)
@@ -270,12 +283,12 @@ def accumulate(
 def sum_gradients(
     gradient: Callable[[Any], tuple[Params, Any]], params: Params, items: Any
 ) -> tuple[Params, Any]:
-    """Sums the gradients of items along their first axis, one after the other.
+    """Computes the gradients of items one after the other, and their sum.
 
     Args:
       gradient: item -> (gradient, auxiliary output).
-      params: parameters, whose shapes the gradient has.
-      items: tree of arrays with the items along the first axis.
+      params: parameters; the gradient has the same shapes.
+      items: pytree of arrays with the items along the first axis.
 
     Returns:
       the sum of the gradients, and the auxiliary outputs stacked along a new first axis.
@@ -289,7 +302,13 @@ def sum_gradients(
 
 
 def summarise(statistics: Statistics, grad_norm: Float[Array, ""], T: int) -> Metrics:
-    """Returns means over the batch, and over the examples in each group of levels."""
+    """Returns the means over the batch and over the examples of each group of levels.
+
+    Args:
+      statistics: statistics of each example.
+      grad_norm: norm of the gradient.
+      T: number of levels.
+    """
     groups = diffusion.level_groups(T)
     group = statistics.t * len(groups) // T
     in_group = jax.nn.one_hot(group, len(groups), dtype=statistics.loss.dtype)
@@ -311,14 +330,14 @@ def summarise(statistics: Statistics, grad_norm: Float[Array, ""], T: int) -> Me
 def compile_step(
     mesh: Mesh, method: Method, training: Training
 ) -> Callable[[TrainState, Array, Key[Array, ""]], tuple[TrainState, Metrics]]:
-    """Returns (state, x, key) -> (state, metrics) as one jitted, sharded program.
+    """Returns `train_step` as one jitted, sharded program: (state, x, key) -> (state, metrics).
 
-    The state passed in is donated.
+    The program donates its first argument, so the caller can no longer use that state.
     """
     replicated, split = sharding.replicated(mesh), sharding.by_example(mesh)
     state_sharding = train_state.shardings(method.energy, training.optimiser, mesh)
 
-    def step(state, x, key):  # its name is that of the program in profiles and caches
+    def step(state, x, key):  # this name identifies the program in profiles and caches
         return train_step(state, x, key, method, training, mesh)
 
     return jax.jit(

@@ -53,10 +53,12 @@ class Bucket:
         }
 
     def close(self):
+        """Stops the server."""
         self._server.shutdown()
         self._server.server_close()
 
     def put(self, name, content):
+        """Stores an object with a new generation, and returns its metadata."""
         with self.lock:
             self.objects[name] = content
             self.generations[name] = self.generations.get(name, 0) + 1
@@ -74,7 +76,10 @@ class Bucket:
         }
 
     def matches(self, name, query):
-        """Returns whether an object has the generation that a query requires; 0: none."""
+        """Returns whether an object has the generation that a query requires, if it does.
+
+        Generation 0 requires that there is no such object.
+        """
         generation = str(self.generations[name] if name in self.objects else 0)
         return query.get("ifGenerationMatch", generation) == generation
 
@@ -93,12 +98,15 @@ class Bucket:
 
 
 class _Handler(BaseHTTPRequestHandler):
+    """Answers the requests of one connection, with the JSON interface of Cloud Storage."""
+
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *_):
         pass
 
     def do_CONNECT(self):
+        """Acts as a proxy: answers the encrypted requests that are meant for Google's hosts."""
         self.send_response(200)
         self.end_headers()
         self.connection = self.server.bucket.tls.wrap_socket(self.connection, server_side=True)
@@ -108,6 +116,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.handle_one_request()
 
     def reply(self, status, content=b"", **headers):
+        """Sends a response; a dictionary as JSON. In names of headers, '_' stands for '-'."""
         if isinstance(content, dict):
             content = json.dumps(content).encode()
         self.send_response(status)
@@ -120,6 +129,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.flush()
 
     def body(self):
+        """Reads the body of the request, in chunks or as a whole."""
         if self.headers.get("Transfer-Encoding") != "chunked":
             return self.rfile.read(int(self.headers.get("Content-Length", 0)))
         chunks = []
@@ -130,6 +140,7 @@ class _Handler(BaseHTTPRequestHandler):
         return b"".join(chunks)
 
     def handle_any(self):
+        """Answers a request for the bucket, a listing, an upload or an object."""
         url = urllib.parse.urlsplit(self.path)
         query = dict(urllib.parse.parse_qsl(url.query))
         body = self.body()
@@ -153,6 +164,7 @@ class _Handler(BaseHTTPRequestHandler):
             )
 
     def list_or_upload(self, query, body):
+        """Lists objects, stores one, or starts or completes a resumable upload."""
         bucket = self.server.bucket
         if self.command == "GET":
             return self.reply(200, bucket.list_objects(query))
@@ -168,6 +180,7 @@ class _Handler(BaseHTTPRequestHandler):
         return self.reply(200, Location=location)
 
     def access_object(self, name, query, target, wants_content):
+        """Copies an object to `target`, deletes it, or sends its content or metadata."""
         bucket = self.server.bucket
         if name not in bucket.objects:
             return self.reply(404, {"error": {"code": 404, "message": "not found"}})
@@ -185,6 +198,7 @@ class _Handler(BaseHTTPRequestHandler):
         return self.reply(200, bucket.metadata(name))
 
     def send_content(self, content, generation):
+        """Sends the content of an object, or the range that the request asks for."""
         headers = {"x_goog_generation": str(generation)}
         if wanted := self.headers.get("Range"):
             first, _, last = wanted.removeprefix("bytes=").partition("-")

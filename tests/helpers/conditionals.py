@@ -60,7 +60,7 @@ def masses(density):
 
 
 def assert_moments(y, masses, powers=(1, 2, 3, 4)):
-    """Asserts that the moments of samples y are those of probabilities on the grid."""
+    """Asserts that samples y [n] have the moments of the probabilities of GRID's cells."""
     moment = functools.partial(_moment, masses)
     for power in powers:
         variance = moment(2 * power) - moment(power) ** 2

@@ -14,9 +14,14 @@ from drl_jax.sampling.ladder import Sampler
 
 
 def model(data, T, log_Z=0.0, mesh=None, shape=None):
-    """Returns the model with the exact F at every level, plus the constant log Z.
+    """Returns the model whose log-density at every level is the exact one plus a constant.
 
-    Examples are points, or images of a given shape.
+    Args:
+      data: mixture, the distribution of the data.
+      T: number of levels.
+      log_Z: the constant, which is then log Z of every level [nats].
+      mesh: devices; by default all.
+      shape: shape of one example; by default that of a point of the mixture.
     """
     schedule = diffusion.schedule(T)
     F = mixtures.exact_F(data, schedule)

@@ -48,6 +48,7 @@ def run_python(program, *args):
 
 
 def save(path, pixels):
+    """Writes pixels to an image file, in a folder that may be new."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(path)
 

@@ -1,4 +1,4 @@
-"""T6 on normal data, whose marginals are known at every level, and a Langevin sampler."""
+"""The six levels of T6 for normal data, with the exact F, and a Langevin sampler for them."""
 
 import numpy as np
 
@@ -23,7 +23,7 @@ def marginal_moments(t):
 
 
 def exact_F(y, t):
-    """Returns the log-density of y_t, whose dimensions are independent copies of the data."""
+    """Returns the log-density of y [B, D], whose coordinates are independent copies of y_t."""
     F = mixtures.exact_F(DATA, SCHEDULE)
     return sum(F(y[:, i : i + 1], t) for i in range(y.shape[1]))
 

@@ -1,4 +1,4 @@
-"""Targets for kernels with a Metropolis test (HMC, MALA), and assertions that both satisfy."""
+"""Target densities for kernels with an accept step (HMC, MALA), and assertions about both."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ def gaussian(y):
 
 def planar_conditional(n):
     """Returns a planar conditional of T6, as a LogDensityFn of n positions and as a mixture."""
-    data = mixtures.PLANE["blobs"]()
+    data = mixtures.PLANAR_SHAPES["blobs"]()
     x_tilde, t = jnp.array([[0.2, -0.1]]), 2
     F = mixtures.exact_F(data, schedule())
 
@@ -48,7 +48,10 @@ def run(log_density, start, kernel, steps, **tuning):
 
 
 def assert_gaussian_is_invariant(kernel, **tuning):
-    """Asserts that chains which start in a Gaussian stay in it, for a large step size."""
+    """Asserts that chains that start from samples of a Gaussian keep this distribution.
+
+    The step size is so large that many proposals are rejected.
+    """
     n = 100_000
     start = GAUSSIAN.sample(noise.example_keys(jax.random.key(9), jnp.arange(n)))
     y, info = run(gaussian, start, kernel, 6, step_size=0.9, **tuning)

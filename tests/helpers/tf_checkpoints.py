@@ -7,14 +7,14 @@ from helpers.fixtures import ORIGINAL
 
 
 def untrained():
-    """The tensors of the fixture: raw network and average are equal, without moments."""
+    """Returns the fixture's tensors: the average equals the raw network; no Adam moments."""
     tensors = tf_checkpoint.read(str(ORIGINAL / "ckpt"))
     del tensors["_CHECKPOINTABLE_OBJECT_GRAPH"]
     return tensors
 
 
 def trained():
-    """Tensors as in the middle of training: raw network, average and moments all differ."""
+    """Returns tensors as in the middle of training: raw network, average and moments differ."""
     tensors = untrained()
     trained = dict(tensors)
     for name, tensor in tensors.items():

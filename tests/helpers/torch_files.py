@@ -60,7 +60,7 @@ class Pickler(pickle.Pickler):
 
 @pytest.fixture
 def torch(monkeypatch):
-    """Stand-ins for PyTorch's modules, of which pickles contain only the names."""
+    """Returns stand-ins for PyTorch's modules, of which pickles contain only the names."""
     torch, utils = types.ModuleType("torch"), types.ModuleType("torch._utils")
     for name in STORAGES.values():
         setattr(torch, name, type(name, (), {"__module__": "torch"}))

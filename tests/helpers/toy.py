@@ -38,7 +38,7 @@ def toy(**changes):
 
 @pytest.fixture(scope="session")
 def trained_toy(tmp_path_factory):
-    """The work directory of a run of a few steps, which tests must not change."""
+    """Returns the work directory of a run of a few steps, which tests must not change."""
     workdir = epath.Path(tmp_path_factory.mktemp("toy") / "run")
     assert tiny.main(*training(workdir)) == 0
     return workdir

@@ -1,4 +1,4 @@
-"""The task `long_run`: runs chains for thousands of steps and reports how they converge."""
+"""The task `long_run`: runs chains for thousands of steps and reports their convergence."""
 
 from collections.abc import Sequence
 
@@ -15,7 +15,7 @@ from drl_jax.storage.snapshots import Autosave
 from drl_jax.tasks import common
 from drl_jax.tasks.long_run import report, runner
 
-# Fields of the configuration that unfinished work depends on.
+# Fields of the configuration that must not change while work is unfinished.
 SETTINGS = ("mcmc.", "data.", "evaluation.num_data", "evaluation.batch_size")
 
 
@@ -27,28 +27,29 @@ def run(
     levels: Sequence[int],
     seed: int,
 ) -> None:
-    """Runs chains on the conditionals, and the whole ladder, for many steps.
+    """Runs long chains on the conditionals, and generates samples with many steps per level.
 
-    The same command resumes an interrupted run, and the same command with more steps
-    continues a finished one.
+    The same command resumes an interrupted run. With a larger `num_steps`, it continues a
+    finished one.
 
     Writes to `workdir`/long_run/step_STEP_SAMPLER_seed_SEED:
-      chains.snapshot: the chains, from which they are continued.
+      chains.snapshot: the state from which a later run continues.
       level_T.png, ladder.png, curves.png and long_run.json: see `report.write`.
 
     Args:
       run: the trained model.
-      workdir: where the results go.
-      num_steps: number of steps of each chain, and of the longest ladder in total.
-      num_chains: number of chains per level; None for as many as fit one batch.
-      levels: levels whose conditionals are sampled; none for all of them, or for ten if
-        there are more.
-      seed: random seed of the chains, and of the choice of images.
+      workdir: folder of the results.
+      num_steps: number of steps per chain; also the largest number of steps, of all levels
+        together, with which samples are generated.
+      num_chains: number of chains per level; None for as many as fit into one batch.
+      levels: levels whose conditionals are sampled; empty for all levels or, if there are more
+        than ten, for ten of them.
+      seed: random seed of the chains and of the choice of images.
 
     Raises:
-      UserError: if the data cannot be used, the levels or chains asked for are impossible or
-        were started with other settings, or the folder cannot be written to.
-      Interrupted: if a signal stopped the chains; they are saved.
+      UserError: if the data, a level or the number of chains cannot be used, the unfinished
+        work in the folder was started with other settings, or the folder cannot be written to.
+      Interrupted: if a signal stopped the chains; their state is saved.
     """
     config, model = run.config, run.model
     common.require_images(model, "long_run")

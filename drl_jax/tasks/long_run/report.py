@@ -1,4 +1,4 @@
-"""Writes the results of long-run chains: pictures, curves, numbers and a summary in the log."""
+"""Writes the results of `long_run`: pictures, curves, numbers and a summary in the log."""
 
 import logging
 import math
@@ -16,27 +16,33 @@ log = logging.getLogger(__name__)
 
 
 def write(folder: epath.Path, state: State, experiment: Experiment, T: int) -> None:
-    """Writes the results of an experiment, and logs the last statistics.
+    """Writes the results of an experiment, and logs the newest statistics.
 
     Writes to `folder`:
-      level_T.png: per level, one row of data and one row of chains per recorded step.
-      ladder.png: one row of samples per ladder.
+      level_LEVEL.png, one per level: a row of data diffused to the level, then a row of the
+        positions of chains for each recorded step.
+      ladder.png: for each finished ladder, a row of samples; not written if there is none.
       curves.png: all statistics against the number of steps.
       long_run.json, with the fields:
         levels: levels whose conditionals are sampled.
         chains_per_level: number of chains per level.
-        data: the statistics of exact samples, one value per level (`runner.Experiment`).
+        data: the statistics of data diffused to each level, with which those of the chains are
+          to be compared, one value per level (`Experiment.data`).
         records: the statistics of the chains at each recorded step
           (`runner.chain_statistics`).
-        ladder: samples, the number of samples; data.frechet, the Fréchet distance of as many
-          images; and ladders, per ladder its steps, steps_per_level and frechet.
+        ladder: samples, the number of samples per ladder; data.frechet, the Fréchet distance of
+          as many images of the data set; and ladders, the steps, steps_per_level and frechet of
+          each finished ladder.
         A number that is undefined or infinite is null.
 
     Args:
-      folder: where the results go.
+      folder: folder of the results.
       state: the state after the last step.
-      experiment: what was sampled.
+      experiment: what was sampled, and the data to compare it with.
       T: number of levels of the model.
+
+    Raises:
+      UserError: if a file cannot be written.
     """
     for i, level in enumerate(experiment.levels):
         rows = [experiment.condition_images[i], *(p[i] for p in state.pictures)]
@@ -44,7 +50,7 @@ def write(folder: epath.Path, state: State, experiment: Experiment, T: int) -> N
     if state.ladder_pictures:
         write_rows(folder / "ladder.png", state.ladder_pictures)
     else:
-        log.info("no ladder was run: it needs --num_steps=%d or more, one step per level", T)
+        log.info("no samples were generated: use --num_steps=%d or more, one per level", T)
     figures.write_curves(folder / "curves.png", panels(state, experiment))
     results = {
         "levels": experiment.levels.tolist(),
@@ -59,7 +65,7 @@ def write(folder: epath.Path, state: State, experiment: Experiment, T: int) -> N
     }
     write_json(folder / "long_run.json", _finite_or_none(results))
     last, data = state.records[-1], experiment.data
-    log.info("after %d steps (in brackets: exact samples):", last["step"])
+    log.info("after %d steps (in brackets: data diffused to the level):", last["step"])
     for i, level in enumerate(experiment.levels):
         log.info(
             "  level %d: F %.1f (%.1f), displacement %.2f (%.2f), acceptance %.2f, Fréchet "
@@ -77,27 +83,27 @@ def write(folder: epath.Path, state: State, experiment: Experiment, T: int) -> N
         )
     for ladder in state.ladders:
         log.info(
-            "  ladder of %d steps, %d per level: Fréchet distance %.3f (%.3f)",
+            "  samples with %d steps, %d per level: Fréchet distance %.3f (%.3f)",
             ladder["steps"],
             ladder["steps_per_level"],
             ladder["frechet"],
             experiment.image_frechet,
         )
     log.info(
-        "wrote long_run.json, curves.png and pictures to %s (rows of a picture: data, then "
-        "steps %s)",
+        "wrote long_run.json, curves.png and pictures to %s (rows of the pictures of levels: "
+        "data, then steps %s)",
         folder,
         ", ".join(str(record["step"]) for record in state.records),
     )
 
 
 def write_rows(path: epath.Path, rows: list[np.ndarray]) -> None:
-    """Writes rows of equally many images as one picture."""
+    """Writes rows of images in [-1, 1], each [n, H, W, C] with the same n, as one picture."""
     images.write_png(path, images.grid(np.concatenate(rows), columns=len(rows[0])))
 
 
 def panels(state: State, experiment: Experiment) -> list[Panel]:
-    """Returns the curves of all statistics; a dotted line is the value of exact samples."""
+    """Returns the curves of all statistics, with dotted lines for those of diffused data."""
     names = [f"level {level}" for level in experiment.levels]
     steps = [record["step"] for record in state.records]
 

@@ -1,15 +1,16 @@
 """Runs long chains on the conditionals of several levels, and records their statistics.
 
-At every level, chains sample p(y | x_tilde) for thousands of steps. At least
-`chains.MIN_SHARING` chains share each condition x_tilde, and so a target distribution: R-hat
-and the effective sample size compare them with each other. The conditions are data diffused to
-the level above. So the positions of all chains of a level together should be distributed like
-data diffused to that level, which the energy, the displacement and the Fréchet distance
-measure. At level T - 1 there is no condition: all chains start from white noise and sample the
-marginal.
+At each of these levels, chains sample p(y | x_tilde) for thousands of steps. At least
+`chains.MIN_SHARING` chains have the same condition x_tilde, and therefore the same target
+distribution: R-hat and the effective sample size compare them with each other. The conditions
+are data diffused to the level above. So if the model is exact, all chains of a level together
+are distributed like data diffused to that level; the log-density, the displacement and the
+Fréchet distance show whether they are. At level T - 1 there is no condition: all chains start
+from white noise and sample the marginal.
 
-Then the whole ladder generates samples with N steps in total, N / T per level, for a growing
-number of steps N, always from the same white noise.
+After that, samples are generated through all levels (`sampling.ladder`) with N steps in total,
+N / T per level, for growing N, always from the same white noise. Here, a *ladder* is the
+generation of one such set of samples.
 """
 
 import functools
@@ -40,26 +41,27 @@ from drl_jax.storage.snapshots import Autosave, Snapshot
 log = logging.getLogger(__name__)
 
 COLUMNS = 10  # chains shown per level
-MAX_REFERENCE = 1000  # images from which a reference distribution is fitted
-CALL_SECONDS = 1.0  # duration of a call of the compiled program to aim for
+MAX_REFERENCE = 1000  # maximum number of images to which a reference distribution is fitted
+CALL_SECONDS = 1.0  # target for the duration of a call of the compiled program
 
 
 class Experiment(NamedTuple):
     """The conditionals to sample, and the data to compare the chains with.
 
-    There are L levels with C chains each, n = L C chains in total; chain i of the l-th level
-    is row l C + i.
+    There are L levels with C chains each, n = L C chains in total. Row l C + i of an array is
+    chain i of the l-th level, both counted from 0.
 
     Attributes:
       levels: levels whose conditionals are sampled.
       t: level of each chain.
       x_tilde: condition of each chain.
-      distribution: index of the distribution that each chain samples.
-      condition_images: x_t of the images that the first conditions were made from.
-      reference: per level, the normal distribution fitted to data diffused to it.
-      data: 'log_density', 'displacement' and 'frechet' of data diffused to each level, the
-        values that C exact samples would have.
-      image_reference: the normal distribution fitted to data without noise.
+      distribution: index of the distribution that each chain samples; equal for chains with the
+        same condition.
+      condition_images: x_t of the images whose x_{t+1} are the conditions of the first chains.
+      reference: for each level, a normal distribution fitted to data diffused to it.
+      data: for each level, 'log_density' [nats], 'displacement' and 'frechet' of C images
+        diffused to it: the values of exact samples.
+      image_reference: a normal distribution fitted to data without noise.
       image_frechet: Fréchet distance between it and n other images.
     """
 
@@ -75,13 +77,13 @@ class Experiment(NamedTuple):
 
 
 class LadderProgress(NamedTuple):
-    """A ladder that has been started and not finished.
+    """A ladder (one generation of samples) that has been started and not finished.
 
     Attributes:
       steps: number of steps of the whole ladder.
-      level: level whose chain is running; -1 after the last one.
-      x_tilde: condition of that chain.
-      chains: state of that chain; None before its first step.
+      level: level whose chains are running; -1 after the last one.
+      x_tilde: conditions of these chains; after the last level, the samples.
+      chains: state of these chains; None before their first step.
     """
 
     steps: int
@@ -92,14 +94,15 @@ class LadderProgress(NamedTuple):
 
 @dataclass
 class State:
-    """State of an experiment: everything that a later start continues from.
+    """State of an experiment: everything that is needed to continue it.
 
     Attributes:
       chains: the chains on the conditionals.
       records: statistics of the chains at each recorded step (`chain_statistics`).
-      pictures: x_t of the first chains at each recorded step, [L, columns, H, W, C] each.
-      ladders: per finished ladder, its steps, steps_per_level and frechet.
-      ladder_pictures: the first samples of each finished ladder, [columns, H, W, C] each.
+      pictures: for each recorded step, x_t of the first chains of each level,
+        [L, columns, H, W, C].
+      ladders: for each finished ladder, its steps, steps_per_level and frechet.
+      ladder_pictures: for each finished ladder, its first samples, [columns, H, W, C].
       ladder: the ladder in progress, if there is one.
     """
 
@@ -120,7 +123,7 @@ def prepare(
 ) -> Experiment:
     """Splits images at random into conditions, exact samples and references, and diffuses them.
 
-    No image has two roles: otherwise the Fréchet distances would be too small.
+    The three sets are disjoint: otherwise the Fréchet distances would be too small.
 
     Args:
       model: the model.
@@ -130,7 +133,7 @@ def prepare(
       num_chains: number of chains per level.
 
     Raises:
-      UserError: if there are too few chains to compare, or too few images.
+      UserError: if there are fewer than two chains per level, or too few images.
     """
     schedule = model.method.schedule
     condition_index = chains_lib.shared_conditions(num_chains)
@@ -144,9 +147,9 @@ def prepare(
     order = np.asarray(jax.random.permutation(order_key, len(images)))
     images = images[order[: num_conditions + n + MAX_REFERENCE]]
     conditions = slice(num_conditions)
-    exact = slice(num_conditions, num_conditions + num_chains)  # as many as chains per level
-    all_exact = slice(num_conditions, num_conditions + n)  # as many as chains
-    rest = slice(num_conditions + n, None)
+    exact = slice(num_conditions, num_conditions + num_chains)  # one image per chain of a level
+    all_exact = slice(num_conditions, num_conditions + n)  # one image per chain of all levels
+    reference = slice(num_conditions + n, None)
     diffuse_pair = jax.jit(diffusion.diffuse_pair)
     x_tildes, distributions, condition_images, references = [], [], [], []
     data: dict[str, list[float]] = {"log_density": [], "displacement": [], "frechet": []}
@@ -162,13 +165,13 @@ def prepare(
             x_tildes.append(x_tilde[conditions][condition_index])
             distributions.append(i * num_chains + condition_index)
         condition_images.append(x_t[conditions][condition_index[:COLUMNS]])
-        references.append(fit(_flatten(x_t[rest])))
-        y = schedule.a_y(jnp.asarray(level)) * x_t[exact]
+        references.append(fit(_flatten(x_t[reference])))
+        y = schedule.y_scale(jnp.asarray(level)) * x_t[exact]
         data["log_density"].append(_mean(model.log_density(y, t[exact])))
         displacement = recovery.displacement(y, jnp.asarray(x_tilde[exact]))
         data["displacement"].append(_mean(displacement))
         data["frechet"].append(distance(x_t[exact], references[-1]))
-    image_reference = fit(_flatten(images[rest]))
+    image_reference = fit(_flatten(images[reference]))
     return Experiment(
         levels=levels,
         t=np.repeat(levels, num_chains),
@@ -189,21 +192,23 @@ def run(
     num_steps: int,
     autosave: Autosave,
 ) -> State:
-    """Makes all steps that have not been made yet, and returns the state after them.
+    """Makes all remaining steps and returns the state after them.
 
     Args:
       model: model with a sampler that is a Markov chain.
       key: random key of the chains.
       experiment: what is sampled.
-      num_steps: number of steps of the chains on the conditionals, and of the longest ladder.
-      autosave: saves the state, also at the end.
+      num_steps: number of steps of the chains on the conditionals; also the largest number of
+        steps of a ladder.
+      autosave: restores the saved state, and saves it regularly and at the end.
 
     Raises:
       UserError: if the saved state is damaged or has other settings, or cannot be written.
       Interrupted: if a signal stopped the chains; the state is saved.
     """
     snapshot = autosave.restore()
-    # Compile both programs now: a signal has to wait until a compilation ends.
+    # Compile both programs (with traces, and without for ladders) before signals are caught: a
+    # signal that is caught has to wait until the compilation ends.
     chains, _ = model.long_run(key, experiment.x_tilde, experiment.t, num_steps=0)
     ladder_chains, _ = model.long_run(
         key, experiment.x_tilde, experiment.t, num_steps=0, points=0
@@ -215,7 +220,7 @@ def run(
     with autosave, Progress(remaining_steps(state, num_steps, model.T), "step") as progress:
 
         def on_call(steps: int) -> None:
-            """Counts the steps of a call of the compiled program, and saves if it is time."""
+            """Counts the steps of a call of the compiled program; saves if a save is due."""
             progress.add(steps)
             autosave.step(int(state.chains.step[0]), functools.partial(to_snapshot, state))
 
@@ -236,13 +241,13 @@ def run_conditionals(
     """Advances the chains on the conditionals to step `num_steps`, recording statistics.
 
     Args:
-      state: updated in place.
+      state: state of the experiment, updated in place.
       model: the model.
       key: random key of the chains.
       experiment: what is sampled.
-      num_steps: number of steps in total, those already made included.
-      on_call: called with the number of steps after each call of the compiled program, when
-        `state` is consistent.
+      num_steps: total number of steps, including those already made.
+      on_call: called after each call of the compiled program, when `state` is consistent, with
+        the number of steps that the call made.
     """
     recorded = state.records[-1]["step"] if state.records else -1
     for last in (step for step in chains_lib.recorded_steps(num_steps) if step > recorded):
@@ -256,6 +261,7 @@ def run_conditionals(
                 steps = done - max(recorded, 0)
                 state.records.append(chain_statistics(chains, observation, experiment, steps))
                 state.pictures.append(_by_level(observation.x, experiment)[:, :COLUMNS])
+                # Each record has the acceptance since the previous one.
                 chains = chains._replace(accepted=0 * chains.accepted)
                 recorded = done
             state.chains = chains
@@ -270,16 +276,16 @@ def run_ladders(
     num_steps: int,
     on_call: Callable[[int], None],
 ) -> None:
-    """Generates samples with more and more steps, as many samples as there are chains.
+    """Runs the ladders of `ladder_steps`; each generates as many samples as there are chains.
 
     Args:
-      state: updated in place.
+      state: state of the experiment, updated in place.
       model: the model.
       key: random key of the white noise and the chains.
       experiment: what the samples are compared with.
-      num_steps: largest number of steps of a whole ladder.
-      on_call: called with the number of steps after each call of the compiled program, when
-        `state` is consistent.
+      num_steps: largest number of steps of a ladder.
+      on_call: called after each call of the compiled program, when `state` is consistent, with
+        the number of steps that the call made.
     """
     T, n = model.T, len(experiment.t)
     finished = state.ladders[-1]["steps"] if state.ladders else 0
@@ -315,15 +321,20 @@ def run_ladders(
 
 
 def ladder_steps(num_steps: int, T: int) -> list[int]:
-    """Returns the numbers of steps of the ladders: the recorded steps that are T or more."""
+    """Returns the number of steps of each ladder: the recorded steps that are at least T."""
     return [steps for steps in chains_lib.recorded_steps(num_steps) if steps >= T]
 
 
 def call_ends(first: int, last: int) -> Iterator[int]:
     """Yields the step at which each call of the compiled program ends; the final one is `last`.
 
-    The number of steps per call is adapted so that a call takes about `CALL_SECONDS`. The
-    chains do not depend on how their steps are divided into calls.
+    The number of steps per call is adapted so that a call takes about `CALL_SECONDS`; the time
+    of a call is that from one yield to the next. The chains do not depend on how their steps
+    are divided into calls.
+
+    Args:
+      first: number of steps made already.
+      last: total number of steps to make.
     """
     step, stride = first, 1
     while True:
@@ -332,6 +343,7 @@ def call_ends(first: int, last: int) -> Iterator[int]:
         yield step
         if step == last:
             return
+        # All processes must make the same calls, so all use the time of process 0.
         seconds = processes.broadcast_from_first(time.monotonic() - start)
         if seconds < CALL_SECONDS / 2:
             stride *= 2
@@ -344,29 +356,33 @@ def chain_statistics(
 ) -> dict[str, Any]:
     """Returns the statistics of the chains of each level, as JSON values.
 
-    They are 'step', and one value per level of 'log_density' [nats], 'displacement',
-    'acceptance', 'frechet' and the fields of `diagnostics.Convergence`; None where a value is
-    not defined yet.
+    They are 'step', and lists with one value per level: 'log_density' [nats], 'displacement',
+    'acceptance', 'frechet' and the fields of `diagnostics.Convergence`. A value that is not
+    defined yet is None.
 
     Args:
       chains: the chains.
-      observation: where they are.
+      observation: their present positions.
       experiment: what they sample.
-      steps: number of steps since `chains.accepted` was zero.
+      steps: number of steps over which `chains.accepted` is summed.
     """
     by_level = functools.partial(_by_level, experiment=experiment)
     x = by_level(observation.x)
     draws = by_level(chains_lib.draws_after_warm_up(chains))
     distribution = by_level(experiment.distribution)
     convergence = [
-        diagnostics.convergence(*level) for level in zip(draws, distribution, strict=True)
+        diagnostics.convergence(draws=level_draws, distribution=level_distribution)
+        for level_draws, level_distribution in zip(draws, distribution, strict=True)
     ]
     statistics: dict[str, Any] = {
         "step": int(chains.step[0]),
         "log_density": [_mean(v) for v in by_level(observation.log_density)],
         "displacement": [_mean(v) for v in by_level(observation.displacement)],
         "acceptance": [_mean(v) / steps if steps else None for v in by_level(chains.accepted)],
-        "frechet": [distance(*level) for level in zip(x, experiment.reference, strict=True)],
+        "frechet": [
+            distance(level_x, reference)
+            for level_x, reference in zip(x, experiment.reference, strict=True)
+        ],
     }
     for name in diagnostics.Convergence._fields:
         statistics[name] = [getattr(c, name) if c else None for c in convergence]
@@ -374,7 +390,12 @@ def chain_statistics(
 
 
 def distance(x: Float[np.ndarray, "n H W C"], reference: Normal) -> float:
-    """Returns the Fréchet distance on raw pixels; NaN if a chain has diverged."""
+    """Returns the squared Fréchet distance on pixels; NaN if a chain has diverged.
+
+    Args:
+      x: images, to whose pixels a normal distribution is fitted.
+      reference: the distribution to compare it with.
+    """
     if not np.isfinite(x).all():
         return math.nan
     return frechet_distance(fit(_flatten(x)), reference)
@@ -399,8 +420,8 @@ def from_snapshot(snapshot: Snapshot, chains: Chains, ladder_chains: Chains) -> 
 
     Args:
       snapshot: the result of `to_snapshot`.
-      chains: chains with the structure of those on the conditionals.
-      ladder_chains: chains with the structure of those of a ladder.
+      chains: any chains with the pytree structure of those on the conditionals.
+      ladder_chains: any chains with the pytree structure of those of a ladder.
     """
     numbers, arrays = snapshot
     progress = None
@@ -423,7 +444,14 @@ def from_snapshot(snapshot: Snapshot, chains: Chains, ladder_chains: Chains) -> 
 
 
 def remaining_steps(state: State, num_steps: int, T: int) -> int:
-    """Returns how many steps are left, of the conditionals and all ladders together."""
+    """Returns the number of steps to be made, on the conditionals and in all ladders together.
+
+    Args:
+      state: the present state.
+      num_steps: total number of steps on the conditionals; also the largest number of steps of
+        a ladder.
+      T: number of levels.
+    """
     remaining = num_steps - int(state.chains.step[0])
     finished = state.ladders[-1]["steps"] if state.ladders else 0
     remaining += sum(N // T * T for N in ladder_steps(num_steps, T) if finished < N)
@@ -435,23 +463,27 @@ def remaining_steps(state: State, num_steps: int, T: int) -> int:
 
 
 def _by_level(x: ArrayLike, experiment: Experiment) -> np.ndarray:
-    """Reshapes [n, ...] to [L, n / L, ...]."""
+    """Splits the chains by their levels: reshapes [n, ...] to [L, C, ...]."""
     x, L = np.asarray(x), len(experiment.levels)
     return x.reshape(L, len(x) // L, *x.shape[1:])
 
 
 def _flatten(x: np.ndarray) -> np.ndarray:
+    """Reshapes [n, ...] to [n, d]."""
     return x.reshape(len(x), -1)
 
 
 def _mean(x: Any) -> float:
+    """Returns the mean of all elements, computed in float64."""
     return float(np.mean(np.asarray(x, np.float64)))
 
 
 def _named_leaves(name: str, tree: Any) -> dict[str, np.ndarray]:
+    """Returns the leaves of a pytree with the names NAME_0, NAME_1, ..."""
     return {f"{name}_{i}": leaf for i, leaf in enumerate(jax.tree.leaves(tree))}
 
 
 def _from_named_leaves(name: str, arrays: dict[str, np.ndarray], like: Any) -> Any:
+    """Returns a pytree with the structure of `like`: the inverse of `_named_leaves`."""
     leaves, structure = jax.tree.flatten(like)
     return jax.tree.unflatten(structure, [arrays[f"{name}_{i}"] for i in range(len(leaves))])

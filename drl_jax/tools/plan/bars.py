@@ -24,7 +24,7 @@ from drl_jax.tools.plan import chips
 MIN_MFU = 0.75  # model FLOPs utilisation, estimated by XLA:TPU
 MAX_COMPILE_SECONDS = 60  # on two CPU cores
 MAX_CODE = 120e6  # bytes
-MAX_SCALING = 1.02  # ratio of costs per chip: many chips over few
+MAX_SCALING = 1.02  # cost per chip on many chips, divided by that on few chips
 
 BFLOAT16 = {"energy.dtype": "bfloat16"}
 SMALL = {
@@ -74,7 +74,7 @@ def load(job: Job) -> ConfigDict:
 
 def compiled(job: Job, *names: str) -> dict[str, dict[str, Any]]:
     """Compiles the named programs of a job and returns the `report.values` of each."""
-    # Imported here because JAX reads the environment that `main` sets when it is imported.
+    # Imported only here, because JAX must be imported after `main` has set the environment.
     from drl_jax.tools.plan import programs, report
 
     config, topology = load(job), chips.parse(job.topology)
@@ -135,10 +135,14 @@ def speed(values: dict[str, dict[str, Any]]) -> Iterator[Bar]:
 
 
 def scaling(few: dict[str, dict[str, Any]], many: dict[str, dict[str, Any]]) -> Iterator[Bar]:
-    """Checks that a training step costs each chip no more on many chips than on few.
+    """Checks that the cost of a training step per chip does not grow with the number of chips.
 
-    The number of examples per chip is the same on both. The estimated cycles exclude
+    The number of examples per chip must be the same in both jobs. The estimated cycles exclude
     communication, so the bytes that each chip reduces are compared separately.
+
+    Args:
+      few: programs of the job on few chips, by name (`compiled`).
+      many: programs of the job on many chips.
     """
     sizes = [
         sum(each["size"] for each in values["training step"]["collectives"])

@@ -3,15 +3,15 @@
 import math
 from collections.abc import Callable
 
-# Share of the memory to use. Closer to the limit, the compiler can spend many minutes searching
-# for a memory layout.
+# Share of the memory that the batch should need. With more, the compiler can spend many minutes
+# searching for a memory layout.
 TARGET = 0.85
-# The search stops at a batch that needs at least TARGET - TOLERANCE of the memory.
+# The search stops at a batch that needs at least the share TARGET - TOLERANCE.
 TOLERANCE = 0.05
-# A batch is at most this many times larger than the largest one tried so far: the linear
-# extrapolation is unreliable beyond that.
+# Largest ratio of a batch to the largest one tried before: beyond it, linear extrapolation is
+# unreliable.
 MAX_GROWTH = 16
-MAX_TRIES = 4
+MAX_TRIES = 4  # compilations, besides that of the first batch
 
 
 def largest(
@@ -23,8 +23,8 @@ def largest(
       needed: compiles the program for a batch size and returns the memory that it needs, or
         None if the compiler ran out of memory and reported no number.
       first: batch size that has already been tried.
-      at_first: the memory that it needs, or None.
-      limit: available memory, in the same unit.
+      at_first: what `needed` returned for it.
+      limit: available memory, in the same unit as that of `needed`.
 
     Returns:
       the largest batch size tried that fits, or 0 if none does.
@@ -49,9 +49,14 @@ def largest(
 def propose(tried: dict[int, float | None], limit: float) -> int:
     """Returns the batch size that is expected to need TARGET times the limit.
 
-    With a single known point no line can be fitted. The proposal is then twice that batch if
-    that should fit, and otherwise half of the batch that would just fit if memory were
-    proportional to the batch.
+    It lies on the line through the two largest batches whose memory is known; if that line does
+    not rise, it is twice the larger of them. With only one, the proposal is twice that batch if
+    twice its memory is available, and otherwise half of the batch that would just fit if memory
+    were proportional to the batch. With none, it is a quarter of the smallest batch tried.
+
+    Args:
+      tried: memory needed by the batch sizes tried so far; None where it is unknown.
+      limit: available memory.
     """
     known = sorted((batch, amount) for batch, amount in tried.items() if amount is not None)
     if not known:

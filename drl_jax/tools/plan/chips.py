@@ -33,10 +33,11 @@ class Chip(NamedTuple):
       flops_per_cycle: FLOPs per clock cycle of the matrix units; None for GPUs, because XLA:GPU
         estimates no cycles.
       dimensions: number of dimensions of a topology's shape: 2 or 3 for TPUs, 1 for GPUs.
-      devices_per_chip: JAX devices per chip.
+      devices_per_chip: number of JAX devices per chip.
       megacore: whether the compiler must be asked to treat the two cores of a chip as one
         device.
-      target: description of the GPU for XLA, as text; empty for TPUs.
+      target: description of the GPU for XLA, as the text of a `GpuTargetConfigProto`; empty for
+        TPUs.
     """
 
     title: str
@@ -55,7 +56,13 @@ class Chip(NamedTuple):
 
 
 def _target(title: str, **properties: float) -> str:
-    """Returns the description of a GPU for XLA, including the values shared by all `CHIPS`."""
+    """Returns the description of a GPU for XLA.
+
+    Args:
+      title: name of the device.
+      properties: the fields of `gpu_device_info` that differ between GPUs, and `major`, the
+        major compute capability.
+    """
     major, dnn = properties.pop("major"), "dnn_version_info { major: 9 minor: 10 }"
     common = {
         "threads_per_block_limit": 1024,
@@ -134,7 +141,7 @@ class Topology(NamedTuple):
     Attributes:
       name: the name as given on the command line, such as `v5e:16x16`.
       chip: specification of its devices.
-      shape: chips along each dimension; for GPUs, their number.
+      shape: number of chips along each dimension; for GPUs, the only one.
     """
 
     name: str
@@ -153,9 +160,9 @@ class Topology(NamedTuple):
 
     @property
     def environment(self) -> dict[str, str]:
-        """Environment variables that must be set before JAX is imported, to compile for it.
+        """Environment variables for compiling for it, to be set before JAX is imported.
 
-        Accelerators of this machine are not used.
+        With them, JAX does not use the accelerators of this machine.
         """
         if self.platform == "cuda":
             return {

@@ -1,8 +1,8 @@
 """Reads XLA's optimised HLO text: loops, collectives and estimated cycles of a program.
 
-An HLO module consists of computations, each a list of instructions. `walk` follows the calls
-from the entry computation and multiplies by the trip counts of loops, so that summing over
-its results gives totals for one execution of the program. Reference for the text format:
+An HLO module consists of computations, each of which is a list of instructions. `walk` follows
+the calls from the entry computation and counts how often each instruction runs, so that sums
+over its results are totals for one execution of the program. The operations are described at
 https://openxla.org/xla/operation_semantics.
 """
 
@@ -21,12 +21,12 @@ COLLECTIVES = (
     "collective-broadcast",
 )
 
-# No-op instructions that forward their operand.
-_COPIES = ("copy", "copy-start", "copy-done", "convert", "bitcast", "opt-barrier")
+# Instructions that forward the value of their operand.
+_FORWARDING = ("copy", "copy-start", "copy-done", "convert", "bitcast", "opt-barrier")
 
 
 class Instruction(NamedTuple):
-    """One line of a computation.
+    """An instruction, which is one line of a computation.
 
     Attributes:
       name: name, unique in the module.
@@ -45,7 +45,7 @@ class Instruction(NamedTuple):
     is_root: bool
 
     def attribute(self, name: str) -> str | None:
-        """Returns VALUE (one word) of the attribute `name=VALUE`, or None."""
+        """Returns VALUE, which must be one word, of the attribute `name=VALUE`, or None."""
         found = re.search(rf"\b{name}=%?([\w.\-]+)", self.attributes)
         return found and found[1]
 
@@ -54,7 +54,7 @@ class Module(NamedTuple):
     """A program.
 
     Attributes:
-      computations: maps the name of each computation to its instructions by name.
+      computations: for the name of each computation, its instructions by name.
       entry: name of the computation that the program starts with.
     """
 
@@ -63,7 +63,7 @@ class Module(NamedTuple):
 
 
 class Visit(NamedTuple):
-    """An instruction and how often one execution of the program reaches it.
+    """An instruction, and how often it runs in one execution of the program.
 
     Attributes:
       instruction: the instruction.
@@ -86,8 +86,8 @@ class Collective(NamedTuple):
     Attributes:
       kind: one of COLLECTIVES.
       name: name of the instruction.
-      size: size of its operands or of its result per device, whichever is larger [bytes].
-      runs: executions per execution of the program.
+      size: size per device of its operands or of its result, whichever is larger [bytes].
+      runs: number of executions per execution of the program.
       loop: name of the innermost enclosing loop; '' outside loops.
     """
 
@@ -104,7 +104,7 @@ class Loop(NamedTuple):
     Attributes:
       name: name of the instruction.
       trips: trip count; None if it depends on the program's data.
-      runs: executions of the loop per execution of the program.
+      runs: number of executions of the loop per execution of the program.
     """
 
     name: str
@@ -113,7 +113,7 @@ class Loop(NamedTuple):
 
 
 def parse(text: str) -> Module:
-    """Parses the text of a module, `compiled.as_text()`."""
+    """Parses the text of an optimised module, as `jax.stages.Compiled.as_text` returns it."""
     computations: dict[str, dict[str, Instruction]] = {}
     entry = ""
     instructions: dict[str, Instruction] = {}
@@ -171,14 +171,14 @@ def _split(text: str) -> list[str]:
     return [part for part in (*parts, text[start:]) if part.strip()]
 
 
-def walk(module: Module, unknown: int = 1) -> Iterator[Visit]:
-    """Yields every instruction that one execution reaches, including those inside fusions.
+def walk(module: Module, unknown_trips: int = 1) -> Iterator[Visit]:
+    """Yields every instruction that one execution runs, including those inside fusions.
 
     All branches of a conditional are counted as if each were taken.
 
     Args:
       module: the program.
-      unknown: trip count assumed for loops whose trip count depends on the program's data.
+      unknown_trips: trip count assumed for loops whose trip count depends on data.
     """
 
     def visit(name: str, runs: int, loop: str, is_fused: bool) -> Iterator[Visit]:
@@ -188,7 +188,7 @@ def walk(module: Module, unknown: int = 1) -> Iterator[Visit]:
             opcode = instruction.opcode
             if opcode == "while":
                 trips = trip_count(module, instruction, computation)
-                each = runs * (unknown if trips is None else trips)
+                each = runs * (unknown_trips if trips is None else trips)
                 for part in ("condition", "body"):
                     called = instruction.attribute(part)
                     assert called
@@ -213,13 +213,13 @@ def trip_count(
 ) -> int | None:
     """Returns the trip count of a while loop, or None if it is not a constant of the program.
 
-    XLA:CPU and XLA:GPU annotate loops with their trip count. XLA:TPU does not: there it is
-    derived from the loop's condition, which compares a counter with its bound, and from the
-    counter's initial value and increment.
+    XLA:CPU and XLA:GPU annotate loops with their trip count. XLA:TPU does not, so it is derived
+    from the loop's condition, which compares a counter with a bound, and from the counter's
+    initial value and increment.
 
     Args:
       module: the program.
-      loop: the while instruction.
+      loop: the instruction `while`.
       computation: the computation that contains it.
     """
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
@@ -254,13 +254,14 @@ def trip_count(
 
 
 def _root(computation: dict[str, Instruction]) -> Instruction:
+    """Returns the instruction whose result is that of the computation."""
     return next(each for each in computation.values() if each.is_root)
 
 
 def _source(name: str, computation: dict[str, Instruction]) -> Instruction | None:
-    """Returns the instruction that computes a value, ignoring no-ops that forward it."""
+    """Returns the instruction that computes a value, skipping those that only forward it."""
     instruction = computation.get(name)
-    while instruction and instruction.opcode in _COPIES:
+    while instruction and instruction.opcode in _FORWARDING:
         instruction = computation.get(instruction.operands[0])
     return instruction
 
@@ -274,7 +275,7 @@ def _constant(name: str, computation: dict[str, Instruction]) -> int | None:
 
 
 def _state_index(name: str, computation: dict[str, Instruction]) -> int | None:
-    """Returns the index of an instruction in the loop's state, or None if it is not in it."""
+    """Returns the index of a value in the tuple of the loop's state, or None if not in it."""
     source = _source(name, computation)
     if source is None or source.opcode != "get-tuple-element":
         return None
@@ -286,7 +287,7 @@ def _unfused(
 ) -> tuple[Instruction, dict[str, Instruction]]:
     """Returns the root of a fusion, or the instruction itself if it is not a fusion.
 
-    Beside it, returns the instructions that its operands may name.
+    The second result contains, by name, the instructions that may be its operands.
     """
     if instruction.opcode != "fusion":
         return instruction, computation
@@ -313,32 +314,39 @@ def _increment(module: Module, body: dict[str, Instruction], index: int) -> int 
     return constants[0] if update.opcode == "add" and len(constants) == 1 else None
 
 
-def loops(module: Module, unknown: int = 1) -> list[Loop]:
-    """Returns all loops; nested loops follow those that contain them. See `walk`."""
+def loops(module: Module, unknown_trips: int = 1) -> list[Loop]:
+    """Returns all loops; nested loops follow those that contain them.
+
+    The arguments are those of `walk`.
+    """
     return [
         Loop(each.name, trip_count(module, each, computation), runs)
-        for each, computation, runs, _, _ in walk(module, unknown)
+        for each, computation, runs, _, _ in walk(module, unknown_trips)
         if each.opcode == "while"
     ]
 
 
-def cycles(module: Module, unknown: int = 1) -> int | None:
-    """Returns the clock cycles that XLA:TPU estimates for one execution, or None if absent.
+def cycles(module: Module, unknown_trips: int = 1) -> int | None:
+    """Returns XLA:TPU's estimate of the clock cycles of one execution; None without one.
 
-    The estimate excludes collectives and copies that overlap with arithmetic.
+    The estimate excludes collectives, and copies that overlap with arithmetic. The arguments
+    are those of `walk`.
     """
     total = None
-    for instruction, _, runs, _, is_fused in walk(module, unknown):
+    for instruction, _, runs, _, is_fused in walk(module, unknown_trips):
         estimate = re.search(r'"estimated_cycles":"(\d+)"', instruction.attributes)
         if estimate and not is_fused:
             total = (total or 0) + runs * int(estimate[1])
     return total
 
 
-def collectives(module: Module, unknown: int = 1) -> list[Collective]:
-    """Returns all collectives; the start and the end of an asynchronous one count as one."""
+def collectives(module: Module, unknown_trips: int = 1) -> list[Collective]:
+    """Returns all collectives. The start and the end of an asynchronous one count as one.
+
+    The arguments are those of `walk`.
+    """
     found = []
-    for instruction, computation, runs, loop, _ in walk(module, unknown):
+    for instruction, computation, runs, loop, _ in walk(module, unknown_trips):
         kind = instruction.opcode.removesuffix("-start")
         if kind in COLLECTIVES:
             operands = sum(size(computation[name].shape) for name in instruction.operands)
@@ -352,7 +360,7 @@ def collectives(module: Module, unknown: int = 1) -> list[Collective]:
 def size(shape: str) -> int:
     """Returns the size of an array, or of all arrays of a tuple, without padding [bytes].
 
-    The scalars `u32[]` are ignored: they are the context of asynchronous instructions.
+    Scalars of type u32 are ignored, because they are contexts of asynchronous instructions.
     """
     total = 0
     for dtype, dimensions in re.findall(r"\b([a-z]\w*)\[([\d,]*)\]", shape):

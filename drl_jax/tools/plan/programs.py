@@ -92,7 +92,13 @@ def mesh_of(topology: Topology, data: int = -1, fsdp: int = 1) -> Mesh:
 
 
 def training_step(config: ConfigDict, mesh: Mesh, batch_size: int) -> jax.stages.Lowered:
-    """Lowers the training step."""
+    """Lowers the training step (`training.step.compile_step`).
+
+    Args:
+      config: configuration of the job.
+      mesh: devices of the topology.
+      batch_size: number of examples on all devices together.
+    """
     method = method_lib.from_config(config)
     training = train_step.from_config(config)
     step: Any = train_step.compile_step(mesh, method, training)
@@ -102,7 +108,13 @@ def training_step(config: ConfigDict, mesh: Mesh, batch_size: int) -> jax.stages
 
 
 def sampler(config: ConfigDict, mesh: Mesh, batch_size: int) -> jax.stages.Lowered:
-    """Lowers the program that draws samples, from white noise to level 0."""
+    """Lowers the program that draws samples, from white noise to level 0.
+
+    Args:
+      config: configuration of the job.
+      mesh: devices of the topology.
+      batch_size: number of samples on all devices together.
+    """
     method = method_lib.for_generation(method_lib.from_config(config), config.mcmc)
     energy = method.energy
     params = jax.eval_shape(lambda key: energy.normalise(*energy.init(key))[0], _abstract_key())
@@ -117,11 +129,18 @@ def sampler(config: ConfigDict, mesh: Mesh, batch_size: int) -> jax.stages.Lower
 
 
 def _abstract_key() -> Any:
+    """Returns the shape and dtype of a random key."""
     return jax.eval_shape(lambda: jax.random.key(0))
 
 
 def compiled(lower: Callable[[], jax.stages.Lowered]) -> Compiled:
-    """Compiles a program; exceeding the device's memory is a result, not an error."""
+    """Compiles a program.
+
+    A program that exceeds the memory of the device is not an error: `Compiled` describes it.
+
+    Args:
+      lower: lowers the program.
+    """
     start = time.perf_counter()
     try:
         program: Any = lower().compile()

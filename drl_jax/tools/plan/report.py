@@ -12,12 +12,12 @@ DAY = 24 * 3600.0
 TPU_NOTE = (
     "The time is the sum of XLA:TPU's estimates for the individual fused operations, times the "
     "trip counts of loops. It excludes communication and waiting for HBM or the host, so an "
-    "actual run is slower, by an unknown factor. Use the estimate to compare two programs."
+    "actual run is slower by an unknown factor. Use the estimate to compare two programs."
 )
 GPU_NOTE = (
-    "XLA:GPU estimates no cycles, so the only time given is a lower bound: the FLOPs at the "
-    "chip's bfloat16 peak. The memory excludes the program itself and the workspace of cuDNN's "
-    "convolutions, which is chosen on the GPU, so leave some memory free."
+    "XLA:GPU estimates no cycles, so the only time given is a lower bound: the FLOPs divided "
+    "by the chip's peak rate in bfloat16. The memory excludes the program itself and the "
+    "workspace of cuDNN's convolutions, which is chosen on the GPU, so leave some memory free."
 )
 
 
@@ -27,10 +27,10 @@ class Program:
 
     Attributes:
       name: name of the program.
-      batch_size: global batch size.
+      batch_size: number of examples on all devices together.
       compiled: result of its compilation.
       flops: FLOPs per device and execution, from `tools.flops`.
-      runs: number of executions in the whole job, if known.
+      runs: number of executions in the whole job; None if unknown.
       unknown_trips: trip count assumed for loops whose trip count depends on the data.
     """
 
@@ -49,7 +49,10 @@ def fits(compiled: Compiled, topology: Topology) -> bool:
 
 
 def values(program: Program, topology: Topology) -> dict[str, Any]:
-    """Returns everything known about a program, as JSON values [bytes, seconds, FLOPs]."""
+    """Returns everything known about a program, as JSON values.
+
+    Units are bytes, seconds, FLOPs and clock cycles, per device; `estimated_mfu` is a fraction.
+    """
     chip, compiled = topology.chip, program.compiled
     known: dict[str, Any] = {
         "program": program.name,
@@ -65,8 +68,8 @@ def values(program: Program, topology: Topology) -> dict[str, Any]:
     if compiled.memory is None or compiled.module is None:
         return known
     known["bytes"] = compiled.memory._asdict()
-    module, unknown = compiled.module, program.unknown_trips
-    cycles = hlo.cycles(module, unknown) if chip.clock else None
+    module, unknown_trips = compiled.module, program.unknown_trips
+    cycles = hlo.cycles(module, unknown_trips) if chip.clock else None
     if cycles and chip.clock:
         seconds = cycles / chip.clock
         known |= {
@@ -76,9 +79,9 @@ def values(program: Program, topology: Topology) -> dict[str, Any]:
         }
         if program.runs:
             known |= {"runs": program.runs, "estimated_days": seconds * program.runs / DAY}
-    known["loops"] = [loop._asdict() for loop in hlo.loops(module, unknown)]
+    known["loops"] = [loop._asdict() for loop in hlo.loops(module, unknown_trips)]
     known["collectives"] = [
-        collective._asdict() for collective in hlo.collectives(module, unknown)
+        collective._asdict() for collective in hlo.collectives(module, unknown_trips)
     ]
     return known
 
@@ -138,6 +141,7 @@ def markdown(plan: dict[str, Any]) -> str:
 
 
 def _size(amount: float | None) -> str:
+    """Formats a number of bytes; unknown ones as '?'."""
     if amount is None:
         return "?"
     for unit, name in ((GIB, "GiB"), (2**20, "MiB")):
@@ -147,16 +151,19 @@ def _size(amount: float | None) -> str:
 
 
 def _memory(program: dict[str, Any]) -> str:
+    """Formats the memory that a program needs, and its share of the available memory."""
     needed = program["bytes_needed"]
     share = "" if needed is None else f" ({needed / program['bytes_available']:.0%})"
     return f"{_size(needed)}{share}"
 
 
 def _number(program: dict[str, Any], name: str, unit: float = 1.0, suffix: str = "") -> str:
+    """Formats a number of the plan in the given unit, or as '-' if the plan lacks it."""
     return f"{program[name] / unit:.4g}{suffix}" if name in program else "-"
 
 
 def _largest(plan: dict[str, Any]) -> str:
+    """Describes the largest batch size that was found to fit."""
     largest = plan["largest_batch_size"]
     if not largest:
         return "No batch size was found that fits: use a device with more memory."
@@ -174,7 +181,7 @@ def _largest(plan: dict[str, Any]) -> str:
 
 
 def _communication(program: dict[str, Any]) -> list[str]:
-    """Lists the loops and collectives of a program as Markdown."""
+    """Lists the loops and collectives of a program, as lines of Markdown."""
     if "collectives" not in program:
         return []
     lines = []
