@@ -24,7 +24,7 @@ class Flag:
       default: the value if the flag is not given; None if the program chooses one.
       default_help: for --help, what the program chooses; if tasks differ, by their names.
       minimum: smallest value of an integer.
-      maximum: largest value of an integer.
+      maximum: largest value of an integer; JAX counts in 32 bits.
       choices: permitted values; empty if there are others.
       metavar: what stands for the value in --help.
     """
@@ -35,7 +35,7 @@ class Flag:
     default: Any = None
     default_help: str | Mapping[str, str] = dataclasses.field(default="", hash=False)
     minimum: int | None = None
-    maximum: int | None = None
+    maximum: int = 2**31 - 1
     choices: tuple[str, ...] = ()
     metavar: str = "N"
 
@@ -122,7 +122,7 @@ AFTER_TRAINING = (
 def _check_interpolate(values: Mapping[str, Any], given: Collection[str]) -> str | None:
     """Returns what is wrong with the images of `interpolate`, if anything."""
     if len(values["images"]) % 2:
-        return f"--images names {len(values['images'])} images: give pairs, FIRST,LAST,..."
+        return "--images names an odd number of images: give pairs, FIRST,LAST,..."
     if values["images"] and "pairs" in given:
         return "--pairs is the number of pairs of samples: omit it or --images"
     return None
