@@ -38,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
         if text := command_line.help_text(argv, introduction=__doc__):
-            print(text)
+            command_line.show(text)
         else:
             # The first prints log lines above progress bars.
             with logging_redirect_tqdm(), out_of_memory_as_user_error():

@@ -1,6 +1,10 @@
+import os
 import re
+import subprocess
+import sys
 
 import pytest
+from helpers import tiny
 
 from drl_jax import config as config_lib
 from drl_jax import main as main_lib
@@ -210,6 +214,16 @@ def entries(text):
     pieces = re.split(r"^ {2,4}(?=--)|^ {2}(?=\w)|\n\n", text, flags=re.MULTILINE)
     found = (re.fullmatch(r"--(?:\[no\])?([\w.]+)\S*\s+(.*)", p, re.DOTALL) for p in pieces)
     return [(match[1], " ".join(match[2].split())) for match in found if match]
+
+
+def test_help_to_a_pipe_that_nobody_reads_is_no_error():
+    """As in `--help | head`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "drl_jax.main", "--help"]
+    done = subprocess.run(command, cwd=tiny.ROOT, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_the_help_names_every_flag_once_with_its_default():

@@ -5,7 +5,9 @@ Nothing here loads JAX, so that a mistake is reported at once.
 
 import dataclasses
 import difflib
+import os
 import re
+import sys
 import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any, get_args
@@ -117,6 +119,15 @@ def help_text(argv: Sequence[str], introduction: str) -> str | None:
     if mode["mode"].present:
         return _help_on_task(table.TASKS[mode.mode])
     return _help_on_all(introduction)
+
+
+def show(text: str) -> None:
+    """Prints the help, without an error if the reader of a pipe, such as `head`, has ended."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # Python flushes stdout once more when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class _Parser(flags.ArgumentParser):
