@@ -416,7 +416,7 @@ class Model:
         return shared, (indices, arrays)
 
     def _examples_and_levels(
-        self, x: Float[ArrayLike, "B *D"], t: Int[ArrayLike, "B"]
+        self, x: Shaped[ArrayLike, "..."], t: Shaped[ArrayLike, "..."]
     ) -> tuple[Float[Array, "B *D"], Int[Array, "B"]]:
         """Returns x and t as arrays, after checking that they fit the model and each other.
 

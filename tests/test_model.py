@@ -119,8 +119,6 @@ def test_the_log_density_of_exact_energies_is_that_of_the_data(model):
     [
         (np.zeros((2, 2, 3, 1)), [0, 0], "2x2x3x1: give nx2x2x1"),
         (np.zeros((2, 2, 1)), [0, 0], "2x2x1: give nx2x2x1"),
-        (np.zeros((2, 2, 2, 1)), [0], r"\(1,\): give one per example, 2"),
-        (np.zeros((2, 2, 2, 1)), 0, r"\(\): give one per example, 2"),
         (np.zeros((2, 2, 2, 1)), [0, 6], "level 6 .* 0 to 5"),
         (np.zeros((2, 2, 2, 1)), [-1, 0], "level -1 .* 0 to 5"),
     ],
@@ -131,6 +129,13 @@ def test_examples_and_levels_that_do_not_fit_are_errors(model, x, t, words):
     for function in model.f, model.log_density:
         with pytest.raises(UserError, match=words):
             function(x, t)
+
+
+@pytest.mark.parametrize("t", [0, [0], [0, 0, 0]])
+def test_there_is_one_level_per_example(model, t):
+    """Checked below `f` and `log_density`, whose annotations reject other shapes in tests."""
+    with pytest.raises(UserError, match="give one per example, 2"):
+        model._examples_and_levels(np.zeros((2, 2, 2, 1), np.float32), np.asarray(t))
 
 
 def test_log_densities_can_be_differentiated_and_compiled(model):
