@@ -148,7 +148,8 @@ MINIMUM = {
     "likelihood.burn_in": 0,
 }
 
-# Numbers that have an upper limit must be less than it.
+# Numbers that have an upper limit must be less than it. All other whole numbers must be less
+# than 2^31, since JAX counts in 32 bits.
 BELOW = {
     "seed": 2**32,
     "mcmc.target_acceptance": 1,
@@ -194,8 +195,9 @@ def load(file: str) -> ConfigDict:
         )
     try:
         config = runpy.run_path(file)["get_config"]()
-    except Exception as error:  # the file is a program, which can raise anything
-        raise UserError(f"--config={file}: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:  # the file is a program: it can raise anything
+        reason = " ".join(str(error).split())
+        raise UserError(f"--config={file}: {type(error).__name__}: {reason}") from error
     if not isinstance(config, ConfigDict):
         raise UserError(
             f"--config={file}: get_config() returns a {type(config).__name__}; return a "
@@ -243,7 +245,8 @@ def validate(config: ConfigDict) -> None:
     for name, example in flatten(default()):
         value = fields[name]
         types: Any = (int, float) if isinstance(example, float) else type(example)
-        if not isinstance(value, types):
+        is_bool = isinstance(value, bool)  # and then also an instance of int
+        if not isinstance(value, types) or is_bool != isinstance(example, bool):
             raise invalid(name, f"give a value such as {example!r}")
         if name in CHOICES and value not in CHOICES[name]:
             raise invalid(name, f"use {' or '.join(map(repr, CHOICES[name]))}")
@@ -281,11 +284,12 @@ def validate(config: ConfigDict) -> None:
 
 def _require_in_range(name: str, value: float) -> None:
     """Raises unless a number is finite and within `MINIMUM` and `BELOW`."""
-    low, high = MINIMUM.get(name), BELOW.get(name, math.inf)
+    low = MINIMUM.get(name)
+    high = BELOW.get(name, 2**31 if isinstance(value, int) else math.inf)
     if (value > 0 if low is None else value >= low) and value < high:
         return
     wanted = "positive" if low is None else f"{low} or more"
-    if high < math.inf:
+    if name in BELOW or high <= value < math.inf:
         wanted += f" and less than {high}"
     elif not math.isfinite(value):
         wanted += " and finite"
@@ -314,7 +318,8 @@ def from_json(values: dict[str, Any]) -> ConfigDict:
     default, which is how the earlier version behaved.
 
     Raises:
-      UserError: if the saved configuration has a field that this version lacks.
+      UserError: if the saved configuration has a field that this version lacks, or a value of
+        the wrong type.
     """
     config = default()
     known = dict(flatten(config))
@@ -329,7 +334,13 @@ def from_json(values: dict[str, Any]) -> ConfigDict:
             value = tuple(value)
         elif name in RENAMED_VALUES:
             value = RENAMED_VALUES[name].get(value, value)
-        config.update_from_flattened_dict({name: value})
+        try:
+            config.update_from_flattened_dict({name: value})
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"the saved configuration has config.{name} = {value!r}: it must be a value "
+                f"such as {known[name]!r}"
+            ) from error
     return config
 
 

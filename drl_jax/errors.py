@@ -39,3 +39,23 @@ def as_user_error(failure: str) -> Iterator[None]:
     except Exception as error:  # local disks raise OSError, buckets raise TensorFlow's errors
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise UserError(f"{failure}: {reason}") from error
+
+
+@contextlib.contextmanager
+def out_of_memory_as_user_error() -> Iterator[None]:
+    """Re-raises a lack of memory, on a device or the host, as a one-line `UserError`.
+
+    Raises:
+      UserError: if the body needs more memory than there is.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # JAX's error is a RuntimeError
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(
+            f"there is not enough memory ({reason}): ask for fewer samples, lower "
+            "--config.train.batch_size or --config.evaluation.batch_size, or raise "
+            "--config.train.accumulate"
+        ) from error

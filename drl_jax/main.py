@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from drl_jax import config as config_lib
-from drl_jax.errors import Interrupted, UserError
+from drl_jax.errors import Interrupted, UserError, out_of_memory_as_user_error
 from drl_jax.runtime import cpu_devices, jax_setup, processes
 from drl_jax.tasks import command_line
 from drl_jax.tasks.command_line import Command
@@ -38,9 +38,10 @@ def main(argv: Sequence[str]) -> int:
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
         if text := command_line.help_text(argv, introduction=__doc__):
-            print(text)
+            command_line.show(text)
         else:
-            with logging_redirect_tqdm():  # prints log lines above progress bars
+            # The first prints log lines above progress bars.
+            with logging_redirect_tqdm(), out_of_memory_as_user_error():
                 run(command_line.parse(argv))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, ArrayLike, Float, Int, Key
+from jaxtyping import Array, ArrayLike, Float, Int, Key, Shaped
 
 from drl_jax import noise
 from drl_jax.errors import UserError
@@ -131,21 +131,37 @@ class Model:
         return dataclasses.replace(self, params=params)
 
     def with_step_size(self, step_size: Float[ArrayLike, "T"]) -> "Model":
-        """Returns a model with other step sizes. Nothing is compiled again."""
-        sampler = self.method.sampler
-        tuning = sampler.tuning | {"step_size": jnp.asarray(step_size)}
+        """Returns a model with other step sizes. Nothing is compiled again.
+
+        Raises:
+          UserError: if there is not one per level.
+        """
+        sampler, step_size = self.method.sampler, jnp.asarray(step_size)
+        if step_size.shape != (self.T,):
+            raise UserError(
+                f"the step sizes have shape {step_size.shape}: give {self.T}, one per level"
+            )
+        tuning = sampler.tuning | {"step_size": step_size}
         method = self.method._replace(sampler=sampler._replace(tuning=tuning))
         return dataclasses.replace(self, method=method)
 
     def f(self, x: Float[ArrayLike, "B *D"], t: Int[ArrayLike, "B"]) -> Float[Array, "B"]:
-        """Returns the network's output at levels t in 0..T-1."""
-        return self.programs.f(self.params, jnp.asarray(x), jnp.asarray(t))
+        """Returns the network's output at levels t in 0..T-1.
+
+        Raises:
+          UserError: if the arrays do not fit the model or each other.
+        """
+        return self.programs.f(self.params, *self._examples_and_levels(x, t))
 
     def log_density(
         self, x: Float[ArrayLike, "B *D"], t: Int[ArrayLike, "B"]
     ) -> Float[Array, "B"]:
-        """Returns F(x, t), the log-density of level t in 0..T-1 up to a constant [nats]."""
-        return self.programs.F(self.params, jnp.asarray(x), jnp.asarray(t))
+        """Returns F(x, t), the log-density of level t in 0..T-1 up to a constant [nats].
+
+        Raises:
+          UserError: if the arrays do not fit the model or each other.
+        """
+        return self.programs.F(self.params, *self._examples_and_levels(x, t))
 
     def sample(self, key: Key[Array, ""], n: int) -> Float[np.ndarray, "n *D"]:
         """Draws n samples. The i-th depends only on the key and i, not on n.
@@ -153,7 +169,11 @@ class Model:
         For equal batch sizes, this is true bit for bit. Another batch size needs another
         compiled program, with other rounding errors, which a chain can amplify to visible
         differences.
+
+        Raises:
+          UserError: if n < 1.
         """
+        require_positive(n=n)
         return np.concatenate(list(self.sample_batches(key, n)))
 
     def sample_batches(
@@ -171,7 +191,7 @@ class Model:
         levels in between gives the same samples.
 
         Raises:
-          UserError: if not 0 <= bottom <= top <= T.
+          UserError: if not 0 <= bottom <= top <= T, or x does not fit the model.
         """
         if not 0 <= bottom <= top <= self.T:
             raise UserError(
@@ -179,6 +199,7 @@ class Model:
                 f"{self.T} (white noise) down to 0"
             )
         x = np.asarray(x, np.float32)
+        require_shape(x, self.shape)
         indices = np.arange(len(x))
         return _concatenate(
             self.run(self.programs.descend, key, indices, x, top=top, bottom=bottom)
@@ -199,8 +220,9 @@ class Model:
             `interpolation.sample_level`.
 
         Raises:
-          UserError: if the level is not in 1..T.
+          UserError: if the level is not in 1..T, or pairs or frames < 1.
         """
+        require_positive(pairs=pairs, frames=frames)
         keys = noise.example_keys(key, jnp.arange(2 * pairs))
         schedule = self.method.schedule
         level = interpolation.sample_level(schedule) if level is None else level
@@ -231,8 +253,10 @@ class Model:
             change; at T nothing of them is left.
 
         Raises:
-          UserError: if the images do not fit the model, or the level is not in 1..T.
+          UserError: if the images do not fit the model, the level is not in 1..T, or
+            frames < 1.
         """
+        require_positive(frames=frames)
         schedule = self.method.schedule
         starts, ends = as_images(first, self.shape), as_images(last, self.shape)
         if len(starts) != len(ends):
@@ -266,12 +290,12 @@ class Model:
           images that are equal to x at known pixels.
 
         Raises:
-          UserError: if the images or the mask do not fit the model, or rounds < 1.
+          UserError: if the images or the mask do not fit the model, or completions or
+            rounds < 1.
         """
+        require_positive(completions=completions, rounds=rounds)
         images, known = as_images(x, self.shape), np.asarray(known)
         masks.require_mask(known, self.shape)
-        if rounds < 1:
-            raise UserError(f"rounds is {rounds}: it must be 1 or more")
         n = len(images) * completions
         completed = _concatenate(
             self.run(
@@ -404,6 +428,23 @@ class Model:
         shared = self.params, self.method.sampler.tuning, key, settings
         return shared, (indices, arrays)
 
+    def _examples_and_levels(
+        self, x: Shaped[ArrayLike, "..."], t: Shaped[ArrayLike, "..."]
+    ) -> tuple[Float[Array, "B *D"], Int[Array, "B"]]:
+        """Returns x and t as arrays, after checking that they fit the model and each other.
+
+        The values of levels are not known, and so not checked, while JAX traces a function.
+        """
+        x, t = jnp.asarray(x), jnp.asarray(t)
+        require_shape(x, self.shape)
+        if t.shape != x.shape[:1]:
+            raise UserError(
+                f"the levels are an array of shape {t.shape}: give one per example, {len(x)}"
+            )
+        if not isinstance(t, jax.core.Tracer):
+            chains_lib.require_levels(np.asarray(t), self.T)
+        return x, t
+
     def _recover_strips(
         self, key: Key[Array, ""], strips: Float[Array, "pairs frames H W C"], level: int
     ) -> Float[np.ndarray, "pairs frames H W C"]:
@@ -413,6 +454,28 @@ class Model:
         indices = np.repeat(np.arange(pairs), frames)
         images = self.run(self.programs.descend, key, indices, x, top=level, bottom=0)
         return _concatenate(images).reshape(strips.shape)
+
+
+def require_positive(**numbers: int) -> None:
+    """Checks that numbers are 1 or more.
+
+    Raises:
+      UserError: with the name and value of one that is not.
+    """
+    for name, number in numbers.items():
+        if number < 1:
+            raise UserError(f"{name} is {number}: it must be 1 or more")
+
+
+def require_shape(x: Shaped[ArrayLike, "..."], shape: tuple[int, ...]) -> None:
+    """Checks that x is an array of examples of this shape.
+
+    Raises:
+      UserError: with both shapes.
+    """
+    if np.ndim(x) != 1 + len(shape) or np.shape(x)[1:] != shape:
+        given, wanted = ("x".join(map(str, shape)) for shape in (np.shape(x), shape))
+        raise UserError(f"the examples are an array of shape {given}: give nx{wanted}")
 
 
 def as_images(x: ArrayLike, shape: tuple[int, ...]) -> Float[np.ndarray, "n H W C"]:

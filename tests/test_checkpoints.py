@@ -252,6 +252,14 @@ def test_damage_to_files_that_only_orbax_uses_does_not_matter(workdir, capfd, ca
     assert not messages(caplog)
 
 
+@pytest.mark.parametrize("content", ["{}", "[]", "null", "3"])
+def test_a_file_of_checksums_without_checksums_is_damage(workdir, content):
+    """Otherwise an empty one would vouch for any files."""
+    save(workdir, 1, 2)
+    (workdir / "checkpoints" / "2" / CHECKSUMS).write_text(content)
+    assert restored_step(workdir) == 1
+
+
 def test_reading_changes_no_file_even_if_there_is_damage(workdir):
     save(workdir, 1, 2)
     empty(workdir / "checkpoints" / "2" / CHECKSUMS)

@@ -1,6 +1,10 @@
+import os
 import re
+import subprocess
+import sys
 
 import pytest
+from helpers import tiny
 
 from drl_jax import config as config_lib
 from drl_jax import main as main_lib
@@ -103,11 +107,15 @@ def test_values_have_the_type_of_their_flag(args, name, value):
         (["--mode=foo"], "--mode=foo: .*train, sample, evaluate.* or plan"),
         ([CONFIG, "--sed=1"], "--sed is unknown.*--seed"),
         ([CONFIG, "--xyzzy"], "--xyzzy is unknown.*--help"),
-        (["--config"], "[Mm]issing value.*config"),
+        (["--config"], "--config has no value: give --config=VALUE"),
         ([*SAMPLE, "--seed=a"], "--seed=a: .*whole number"),
         ([*SAMPLE, "--seed=1.5"], "--seed=1.5: .*whole number"),
         ([*SAMPLE, "--seed=-1"], "--seed=-1: .*at least 0"),
         ([*SAMPLE, "--seed=4294967296"], "--seed=4294967296: .*at most 4294967295"),
+        (
+            [*SAMPLE, "--num_samples=2147483648"],
+            "--num_samples=2147483648: .*at most 2147483647",
+        ),
         ([*SAMPLE, "--num_samples=0"], "--num_samples=0: .*at least 1"),
         ([*SAMPLE, "--num_samples="], "--num_samples=: '' is not a whole number"),
         ([*IMPORT, "--image_size=0"], "--image_size=0: .*at least 1"),
@@ -116,7 +124,7 @@ def test_values_have_the_type_of_their_flag(args, name, value):
         ([CONFIG, "train"], "'train'.*--name=value"),
         (["--mode=long_run", "--workdir=x", "--levels=0,a"], "--levels=0,a: 'a' is not"),
         (["--mode=long_run", "--workdir=x", "--levels=-1"], "'-1' is not .*at least 0"),
-        (["--mode=interpolate", "--workdir=x", "--images=a.png"], "--images names 1 image"),
+        (["--mode=interpolate", "--workdir=x", "--images=a.png"], "--images .* odd .*pairs"),
         (
             ["--mode=interpolate", "--workdir=x", "--images=a,b", "--pairs=3"],
             "--pairs .*--images",
@@ -158,7 +166,7 @@ def test_the_value_of_a_change_may_follow_as_an_argument():
         ),
         (
             [*IMPORT, "--config.energy.N=2"],
-            r"energy.N=2: --mode=import_original .*but energy.\*",
+            r"energy.N=2: --mode=import_original .*except energy.\*",
         ),
         ([*IMPORT, "--config.data.image_size=8"], "image_size=8: --mode=import_original"),
     ],
@@ -206,6 +214,16 @@ def entries(text):
     pieces = re.split(r"^ {2,4}(?=--)|^ {2}(?=\w)|\n\n", text, flags=re.MULTILINE)
     found = (re.fullmatch(r"--(?:\[no\])?([\w.]+)\S*\s+(.*)", p, re.DOTALL) for p in pieces)
     return [(match[1], " ".join(match[2].split())) for match in found if match]
+
+
+def test_help_to_a_pipe_that_nobody_reads_is_no_error():
+    """As in `--help | head`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "drl_jax.main", "--help"]
+    done = subprocess.run(command, cwd=tiny.ROOT, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_the_help_names_every_flag_once_with_its_default():

@@ -132,6 +132,15 @@ def test_a_value_of_another_type_is_refused_with_an_example():
         config.train.batch_size = "many"
     with pytest.raises(UserError, match=r"train\.batch_size is 'many': .* such as 256"):
         config_lib.validate(config)
+    with pytest.raises(UserError, match=r"seed is True: .* such as 0"):  # True is an int
+        config_lib.validate(changed(seed=True))
+
+
+def test_whole_numbers_fit_32_bits():
+    """Otherwise NumPy and JAX raise errors of their own, hours into a run for some fields."""
+    config_lib.validate(changed(train__num_steps=2**31 - 1, seed=2**32 - 1))
+    with pytest.raises(UserError, match=r"num_steps is 2147483648: .* less than 2147483648$"):
+        config_lib.validate(changed(train__num_steps=2**31))
 
 
 def test_fields_are_those_of_the_default():
@@ -158,6 +167,8 @@ def test_fields_are_those_of_the_default():
         ("def get_config(x):\n    return x", "mine.py.*missing 1 required"),
         ("def get_config():\n    pass", "NoneType.*ConfigDict"),
         ("def get_config():\n    open('nonesuch.txt')", "nonesuch.txt"),
+        ("def get_config():\n    raise ValueError('two\\nlines')", "ValueError: two lines"),
+        ("import sys\nsys.exit(0)", "mine.py: SystemExit: 0"),
         ("def get_config():\n    c = default()\n    c.seed = 'a'\n    return c", "seed"),
         ("def get_config():\n    c = default()\n    c.sed = 1\n    return c", "config.sed "),
         ("def get_config():\n    c = default()\n    del c.seed\n    return c", "config.seed "),
@@ -205,6 +216,13 @@ def test_the_configuration_of_a_later_version_is_one_clear_line(section):
     values = config_lib.to_json(config_lib.default())
     values.setdefault(section, {})["scale"] = 2
     with pytest.raises(UserError, match=rf"config\.{section}\.scale[^\n]*version[^\n]*$"):
+        config_lib.from_json(values)
+
+
+def test_a_saved_value_of_the_wrong_type_is_one_clear_line():
+    values = config_lib.to_json(config_lib.default())
+    values["energy"]["ch"] = "many"
+    with pytest.raises(UserError, match=r"config\.energy\.ch = 'many': .* such as 128$"):
         config_lib.from_json(values)
 
 

@@ -1,6 +1,13 @@
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
-from drl_jax.errors import Interrupted, UserError, as_user_error
+from drl_jax.errors import (
+    Interrupted,
+    UserError,
+    as_user_error,
+    out_of_memory_as_user_error,
+)
 
 
 @pytest.mark.parametrize(
@@ -24,6 +31,21 @@ def test_every_exception_becomes_one_line_with_the_original_as_its_cause(error, 
 def test_requests_to_stop_are_not_turned_into_errors():
     with pytest.raises(KeyboardInterrupt), as_user_error("cannot save"):
         raise KeyboardInterrupt
+
+
+def test_a_lack_of_memory_is_one_line_that_says_what_to_lower():
+    """Checked with the errors that NumPy and JAX really raise."""
+    for allocate in np.zeros, jnp.zeros:
+        with (
+            pytest.raises(UserError, match=r"^there is not enough memory \([^\n]*batch_size"),
+            out_of_memory_as_user_error(),
+        ):
+            allocate(10**13).sum()
+
+
+def test_other_errors_of_programs_are_not_taken_for_a_lack_of_memory():
+    with pytest.raises(RuntimeError, match="INTERNAL: a bug"), out_of_memory_as_user_error():
+        raise RuntimeError("INTERNAL: a bug")
 
 
 def test_interrupted_holds_the_signal_and_states_the_saved_step():

@@ -262,6 +262,16 @@ def test_scalars_and_images_are_written_for_tensorboard():
 
 
 @pytest.mark.slow
+def test_a_folder_of_grids_that_cannot_be_made_is_one_clear_line(workdir, capsys):
+    workdir.mkdir()
+    (workdir / "grids").write_text("a file")
+    steps = {"train__num_steps": 2, "log__sample_every_steps": 1}
+    assert tiny.main(*tiny.training(workdir, **steps)) == 1
+    *_, line = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"error: cannot write to \S+/grids: File exists", line)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", [1.0, 1e3, 1e30])
 def test_a_diverging_run_ends_with_an_error_of_one_line_and_saves_only_sound_states(
     workdir, capsys, rate

@@ -114,6 +114,57 @@ def test_the_log_density_of_exact_energies_is_that_of_the_data(model):
     np.testing.assert_allclose(model.log_density(x, t), exact_log_density, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("x", "t", "words"),
+    [
+        (np.zeros((2, 2, 3, 1)), [0, 0], "2x2x3x1: give nx2x2x1"),
+        (np.zeros((2, 2, 1)), [0, 0], "2x2x1: give nx2x2x1"),
+        (np.zeros((2, 2, 2, 1)), [0, 6], "level 6 .* 0 to 5"),
+        (np.zeros((2, 2, 2, 1)), [-1, 0], "level -1 .* 0 to 5"),
+    ],
+)
+def test_examples_and_levels_that_do_not_fit_are_errors(model, x, t, words):
+    """A wrong level would otherwise silently select the parameters of another one."""
+    x, t = np.asarray(x, np.float32), np.asarray(t)
+    for function in model.f, model.log_density:
+        with pytest.raises(UserError, match=words):
+            function(x, t)
+
+
+@pytest.mark.parametrize("t", [0, [0], [0, 0, 0]])
+def test_there_is_one_level_per_example(model, t):
+    """Checked below `f` and `log_density`, whose annotations reject other shapes in tests."""
+    with pytest.raises(UserError, match="give one per example, 2"):
+        model._examples_and_levels(np.zeros((2, 2, 2, 1), np.float32), np.asarray(t))
+
+
+def test_log_densities_can_be_differentiated_and_compiled(model):
+    x, t = np.full((3, 2, 2, 1), 0.5, np.float32), np.full(3, 5)
+    gradient = jax.jit(jax.grad(lambda x, t: model.log_density(x, t).sum()))(x, t)
+    np.testing.assert_allclose(gradient, -x, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda model, key: model.sample(key, 0), "n is 0: "),
+        (lambda model, key: model.interpolate(key, 0, 3), "pairs is 0: "),
+        (lambda model, key: model.interpolate(key, 1, 0), "frames is 0: "),
+        (lambda model, key: model.descend(key, np.zeros((1, 2, 3, 1)), 6, 0), "1x2x3x1: "),
+        (lambda model, key: model.with_step_size(np.ones(3)), r"\(3,\): give 6"),
+        (
+            lambda model, key: model.inpaint(
+                key, np.zeros((1, 2, 2, 1)), np.eye(2)[..., None] > 0, completions=0
+            ),
+            "completions is 0: ",
+        ),
+    ],
+)
+def test_numbers_and_shapes_that_make_no_sense_are_errors(model, call, words):
+    with pytest.raises(UserError, match=words):
+        call(model, jax.random.key(0))
+
+
 def test_repr_names_the_shape_levels_sampler_and_devices(model):
     for part in ("(2, 2, 1)", "T=6", "langevin", f"devices={model.mesh.size}"):
         assert part in repr(model)

@@ -97,7 +97,7 @@ def test_a_default_is_within_the_bounds(flag):
         assert flag.default in flag.choices
     if flag.type is int and flag.default is not None:
         assert flag.minimum <= flag.default
-        assert flag.maximum is None or flag.default <= flag.maximum
+        assert flag.default <= flag.maximum
     if flag.default_help and not isinstance(flag.default_help, str):
         assert table.TASKS.keys() >= flag.default_help.keys()
 

@@ -1,12 +1,15 @@
 """TensorBoard summaries: scalars and images of a run."""
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from clu import asynclib
 from etils import epath
+
+from drl_jax.errors import as_user_error
 
 if TYPE_CHECKING:
     from clu import metric_writers
@@ -37,10 +40,11 @@ class MetricWriter:
         """Waits until everything is written.
 
         Raises:
-          asynclib.AsyncError: if a summary could not be written. The `write_` methods raise it
-            too, for an earlier summary.
+          UserError: if something could not be written. The `write_` methods raise it too, for
+            what was to be written before.
         """
-        self._pool.close()
+        with self._writing():
+            self._pool.close()
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
         """Writes the values of scalars, by name, at a training step."""
@@ -51,7 +55,17 @@ class MetricWriter:
         self._submit(lambda writer: writer.write_images(step, images))
 
     def _submit(self, write: "Callable[[metric_writers.MetricWriter], None]") -> None:
-        self._pool(lambda: write(self._writer))()
+        with self._writing():
+            self._pool(lambda: write(self._writer))()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Re-raises what the thread raised as a `UserError`."""
+        try:
+            yield
+        except asynclib.AsyncError as error:
+            with as_user_error(f"cannot write TensorBoard files to {self._workdir}"):
+                raise error.__cause__ or error from None
 
     @functools.cached_property
     def _writer(self) -> "metric_writers.MetricWriter":

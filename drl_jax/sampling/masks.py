@@ -51,10 +51,10 @@ def named(name: str, size: int, key: Key[Array, ""]) -> Bool[np.ndarray, "size s
         order = np.asarray(jax.random.permutation(key, size**2))
         return (order >= hide).reshape(size, size, 1)
     near = difflib.get_close_matches(kind, [*_HIDDEN, _RANDOM], n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
+    hint = f"did you mean {near[0]!r}? If not, " if near else ""
     raise UserError(
-        f"mask {name!r} is unknown: {hint}Masks are {', '.join(_HIDDEN)}, {_RANDOM}:0.5, or a "
-        "PNG file with hidden pixels in white"
+        f"mask {name!r} is unknown: {hint}use {', '.join(_HIDDEN)}, {_RANDOM}:0.5, or a PNG "
+        "file with hidden pixels in white"
     )
 
 

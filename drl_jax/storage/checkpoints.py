@@ -244,6 +244,8 @@ def find_fault(folder: epath.Path) -> str | None:
         found = checksums(folder)
     except (OSError, ValueError) as error:
         return f"{CHECKSUMS} is missing or unreadable: {error}"
+    if not isinstance(expected, dict) or not expected:
+        return f"{CHECKSUMS} holds no checksums"
     wrong = [name for name, checksum in expected.items() if found.get(name) != checksum]
     return f"{wrong[0]} is missing or altered" if wrong else None
 

@@ -158,7 +158,7 @@ def read(path: epath.Path, settings: dict[str, Any]) -> Snapshot | None:
     new = json.loads(json.dumps(settings))
     if different := config_lib.differences(old, new):
         raise UserError(
-            f"the unfinished work in {path.parent} was started with other settings "
+            f"the work saved in {path.parent} was started with other settings "
             f"({'; '.join(different)}): use the old values, or another --seed"
         )
     return Snapshot(numbers, arrays)

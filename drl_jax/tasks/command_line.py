@@ -5,7 +5,9 @@ Nothing here loads JAX, so that a mistake is reported at once.
 
 import dataclasses
 import difflib
+import os
 import re
+import sys
 import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any, get_args
@@ -119,6 +121,15 @@ def help_text(argv: Sequence[str], introduction: str) -> str | None:
     return _help_on_all(introduction)
 
 
+def show(text: str) -> None:
+    """Prints the help, without an error if the reader of a pipe, such as `head`, has ended."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # Python flushes stdout once more when it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class _Parser(flags.ArgumentParser):
     """Converts the text of a flag of the table to its value, and checks its range."""
 
@@ -150,16 +161,13 @@ class _Parser(flags.ArgumentParser):
             if text.lower() not in BOOLEANS:
                 raise ValueError("give true or false")
             return BOOLEANS[text.lower()]
-        low, high = flag.minimum, flag.maximum
+        low = flag.minimum
         value = int(text) if re.fullmatch(r"[+-]?\d+", text) else None
-        if (
-            value is None
-            or (low is not None and value < low)
-            or (high is not None and value > high)
-        ):
-            bounds = "" if low is None else f" of at least {low}"
-            bounds += "" if high is None else f" and at most {high}"
-            raise ValueError(f"{text!r} is not a whole number{bounds}")
+        if value is None or (low is not None and value < low):
+            bound = "" if low is None else f" of at least {low}"
+            raise ValueError(f"{text!r} is not a whole number{bound}")
+        if value > flag.maximum:
+            raise ValueError(f"give a number of at most {flag.maximum}")
         return value
 
 
@@ -176,7 +184,10 @@ def _parsed(flag_values: flags.FlagValues, argv: Sequence[str], **options: Any) 
         hint = f"did you mean --{similar[0]}?" if similar else "--help lists all flags"
         raise UserError(f"--{error.flagname} is unknown: {hint}") from error
     except (flags.Error, ValueError) as error:
-        raise UserError(str(error).removeprefix("flag ")) from error
+        message = str(error).removeprefix("flag ")
+        if match := re.fullmatch(r"Missing value for flag (\S+)", message):
+            message = f"{match[1]} has no value: give {match[1]}=VALUE"
+        raise UserError(message) from error
 
 
 def _define(flag: Flag, flag_values: flags.FlagValues) -> None:
@@ -297,7 +308,7 @@ def _flag_line(flag: Flag, text: str = "", indent: int = 2, task: Task | None = 
     else:
         default = "; ".join(f"for {name}, {text}" for name, text in flag.default_help.items())
         needed = any(flag.name in task.required for task in table.TASKS.values())
-        default += "; required by all other tasks" if needed else ""
+        default += "; required by the others" if needed else ""
     required = flag.name in task.required if task else default is None
     ending = "required" if required else f"default: {default}"
     return _line(left, f"{text or flag.help} ({ending}).", indent)

@@ -25,7 +25,7 @@ class Flag:
       default_help: description of the default in --help, if its value does not describe
         itself; a mapping from names of tasks to descriptions if tasks differ.
       minimum: smallest value of an integer.
-      maximum: largest value of an integer.
+      maximum: largest value of an integer; JAX counts in 32 bits.
       choices: permitted values; empty if every value of the type is permitted.
       metavar: placeholder for the value in --help.
     """
@@ -36,7 +36,7 @@ class Flag:
     default: Any = None
     default_help: str | Mapping[str, str] = dataclasses.field(default="", hash=False)
     minimum: int | None = None
-    maximum: int | None = None
+    maximum: int = 2**31 - 1
     choices: tuple[str, ...] = ()
     metavar: str = "N"
 
@@ -123,7 +123,7 @@ AFTER_TRAINING = (
 def _check_interpolate(values: Mapping[str, Any], given: Collection[str]) -> str | None:
     """Returns an error message if the images of `interpolate` cannot be used, or None."""
     if len(values["images"]) % 2:
-        return f"--images names {len(values['images'])} images: give pairs, FIRST,LAST,..."
+        return "--images names an odd number of images: give pairs, FIRST,LAST,..."
     if values["images"] and "pairs" in given:
         return "--pairs is the number of pairs of samples: omit it or --images"
     return None

@@ -266,7 +266,7 @@ def write_grid(
     grid = images.picture(samples, columns=8)
     writer.write_images(step, {"samples": grid[None]})
     folder = context.workdir / "grids"
-    folder.mkdir(parents=True, exist_ok=True)
+    make_writable(folder)
     images.write_png(folder / f"{step:08d}.png", grid)
 
 
