@@ -119,12 +119,13 @@ def test_to_uint8_clips_and_rounds_ties_to_the_even_integer():
     np.testing.assert_array_equal(pipeline.to_uint8(x), [0, 0, 0, 128, 255, 255])
 
 
-def test_files_are_prepared_like_the_images_of_a_folder(tmp_path):
+@pytest.mark.parametrize("crop", ["centre", "none"])
+def test_files_are_prepared_like_the_images_of_a_folder(tmp_path, crop):
     pixels = np.random.default_rng(0).integers(0, 256, (2, 10, 14, 3), dtype=np.uint8)
     files = [tmp_path / "0.png", tmp_path / "1.png"]
     for file, image in zip(files, pixels, strict=True):
         save(file, image)
-    config = make_config(f"folder:{tmp_path}", channels=3)
+    config = make_config(f"folder:{tmp_path}", channels=3, crop=crop)
     expected = np.stack(list(pipeline.all_examples(config, sources.open_source(config))))
     np.testing.assert_array_equal(pipeline.prepared_files(config, files), expected)
     assert expected.shape == (2, 8, 8, 3)
