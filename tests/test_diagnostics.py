@@ -46,6 +46,19 @@ def test_r_hat_is_that_of_the_halves_of_the_chains():
     assert expected > 1.02
 
 
+def test_the_effective_sample_size_is_that_of_the_mean_and_not_of_ranks():
+    """Those of exp(2 y) are equal to those of y, but its autocorrelation is lower."""
+    rng = np.random.default_rng(0)
+    y = rng.normal(size=(20, 400))
+    for i in range(1, 400):
+        y[:, i] = 0.8 * y[:, i - 1] + 0.6 * y[:, i]
+    of_y, of_exp = (
+        diagnostics.convergence(x[..., None], np.zeros(20, int)).effective_sample_size
+        for x in (y, np.exp(2 * y))
+    )
+    assert of_exp > 1.3 * of_y
+
+
 def test_chains_that_never_move_have_infinite_r_hat_and_no_effective_samples():
     """Wherever they stand, and even if another scalar changes."""
     different = np.ones((4, 10, 2)) * np.arange(4)[:, None, None]
