@@ -141,6 +141,7 @@ def test_a_bound_has_the_standard_error_and_effective_sample_size_of_its_weights
     ).T
     np.testing.assert_allclose(np.std(estimates), np.median(errors), rtol=0.06)
     np.testing.assert_allclose(np.median(sizes), n * np.exp(-(s**2)), rtol=0.03)
+    np.testing.assert_allclose(np.mean([b.spread for b in bounds]), s, rtol=0.01)
     equal = annealing.bound(np.full(50, -3.0))
     assert (equal.log_Z, equal.std_error) == (-3.0, 0.0)
     assert equal.effective_sample_size == pytest.approx(50)
@@ -148,6 +149,14 @@ def test_a_bound_has_the_standard_error_and_effective_sample_size_of_its_weights
     assert dominated.effective_sample_size == 1
     assert not dominated.reliable
     assert dominated.log_Z == pytest.approx(1000 - np.log(50))
+
+
+@pytest.mark.parametrize(("chains", "least"), [(256, 10), (20, 10), (8, 4)])
+def test_a_bound_is_reliable_if_ten_chains_or_half_of_them_contribute(chains, least):
+    bound = annealing.bound(np.zeros(chains))
+    assert bound.reliable
+    assert bound._replace(effective_sample_size=least + 0.1).reliable
+    assert not bound._replace(effective_sample_size=least - 0.1).reliable
 
 
 @pytest.mark.parametrize("values", [2, 17, 256])

@@ -79,5 +79,6 @@ def test_only_the_first_process_writes_and_removes(folder, monkeypatch):
     atomic.remove(file)
     assert file.exists()
     monkeypatch.undo()
-    atomic.remove(file)
-    assert not file.exists()
+    for _ in range(2):  # there may be no file
+        atomic.remove(file)
+        assert not file.exists()

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,12 +7,13 @@ import pytest
 from helpers.gaussian_ladder import SCHEDULE, exact_F, marginal_moments
 from helpers.statistical import assert_mean, assert_variance
 
-from drl_jax import method, noise
+from drl_jax import method, noise, recovery
 from drl_jax.config import default
 from drl_jax.errors import UserError
 from drl_jax.mcmc import hmc, langevin
 from drl_jax.metrics import diagnostics
 from drl_jax.sampling import chains as chains_lib
+from drl_jax.sampling import ladder
 from drl_jax.sampling.ladder import Conditionals, Sampler
 
 T = 6
@@ -96,6 +99,30 @@ def test_chains_are_bit_identical_however_their_steps_are_divided_into_calls(sam
     assert advance._cache_size() == 1  # one program for all numbers of steps
 
 
+def test_chains_make_the_same_steps_as_generation():
+    """Fails if the level is not folded into the keys, or x is not divided by a."""
+    level, K = 2, 5
+    sampler = langevin_sampler()._replace(K=K)
+    x_tilde = jax.random.normal(jax.random.key(1), (4, 3))
+    start, advance = make_chains(exact_F, sampler, x_tilde, jnp.full(4, level), points=0)
+    _, observation = advance(start, K)
+    keys = noise.example_keys(jax.random.key(0), jnp.arange(4))
+    conditionals = Conditionals(exact_F, SCHEDULE, sampler)
+    x = jax.jit(lambda x: ladder.descend(keys, conditionals, x, level + 1, level))(x_tilde)
+    np.testing.assert_allclose(observation.x, x, rtol=1e-5, atol=1e-6)
+
+
+def test_the_acceptance_probabilities_of_all_steps_are_added_up():
+    def kernel(keys, state, log_density_fn, step_size):
+        return state, SimpleNamespace(acceptance=0.1 * step_size)
+
+    sampler = Sampler(langevin.init, kernel, {"step_size": jnp.arange(1.0, T + 1)}, K=1)
+    t = jnp.arange(T)
+    start, advance = make_chains(exact_F, sampler, jnp.zeros((T, 1)), t, points=0)
+    chains, _ = advance(advance(start, 3)[0], 7)
+    np.testing.assert_allclose(chains.accepted, 7 * 0.1 * (t + 1), rtol=1e-6)
+
+
 def test_traces_hold_equidistant_steps_and_at_most_their_capacity():
     t = jnp.arange(4) % T
     x_tilde = jax.random.normal(jax.random.key(1), (4, 3))
@@ -120,6 +147,11 @@ def test_traces_hold_equidistant_steps_and_at_most_their_capacity():
             np.testing.assert_allclose(np.linalg.norm(direction, axis=0), 1, atol=1e-4)
         draws = chains_lib.draws_after_warm_up(chains)
         np.testing.assert_array_equal(draws, chains.trace[:, points // 2 : points])
+    # The first scalar is the log-density of the conditional, and not F.
+    log_p = recovery.conditional_log_density(
+        exact_F, positions[every * points], x_tilde, t, SCHEDULE
+    )
+    np.testing.assert_allclose(chains.trace[:, points - 1, 0], log_p, rtol=1e-4)
     assert chains_lib.draws_after_warm_up(start).shape == (4, 0, S)
 
 

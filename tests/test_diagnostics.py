@@ -26,13 +26,48 @@ def test_only_chains_on_the_same_distribution_are_compared():
 def test_the_worst_scalar_counts():
     draws = np.random.default_rng(0).normal(size=(4, 200, 3))
     draws[:2, :, 1] += 5
-    assert diagnostics.convergence(draws, np.zeros(4, int)).r_hat > 2
+    found = diagnostics.convergence(draws, np.zeros(4, int))
+    assert found.r_hat > 2
+    assert found.effective_sample_size < 20
+
+
+def test_r_hat_is_that_of_the_halves_of_the_chains():
+    """Gelman et al. (2013), eqs. 11.1 to 11.4. Fails for whole chains, and for ranks."""
+    chains, n = 6, 50
+    rng = np.random.default_rng(0)
+    trend = np.linspace(0, 2, n) * rng.normal(size=(chains, 1))
+    draws = np.exp(rng.normal(size=(chains, n)) / 2 + trend)
+    halves = draws.reshape(2 * chains, n // 2)
+    between = n // 2 * np.var(halves.mean(axis=1), ddof=1)
+    within = np.mean(np.var(halves, axis=1, ddof=1))
+    expected = np.sqrt(((n // 2 - 1) / (n // 2) * within + between / (n // 2)) / within)
+    found = diagnostics.convergence(draws[..., None], np.zeros(chains, int))
+    np.testing.assert_allclose(found.r_hat, expected, rtol=1e-9)
+    assert expected > 1.02
+
+
+def test_the_effective_sample_size_is_that_of_the_mean_and_not_of_ranks():
+    """Those of exp(2 y) are equal to those of y, but its autocorrelation is lower."""
+    rng = np.random.default_rng(0)
+    y = rng.normal(size=(20, 400))
+    for i in range(1, 400):
+        y[:, i] = 0.8 * y[:, i - 1] + 0.6 * y[:, i]
+    of_y, of_exp = (
+        diagnostics.convergence(x[..., None], np.zeros(20, int)).effective_sample_size
+        for x in (y, np.exp(2 * y))
+    )
+    assert of_exp > 1.3 * of_y
 
 
 def test_chains_that_never_move_have_infinite_r_hat_and_no_effective_samples():
-    found = diagnostics.convergence(np.ones((4, 10, 2)), np.zeros(4, int))
-    assert found.r_hat == np.inf
-    assert found.effective_sample_size == 0
+    """Wherever they stand, and even if another scalar changes."""
+    different = np.ones((4, 10, 2)) * np.arange(4)[:, None, None]
+    one_changes = different.copy()
+    one_changes[..., 1] = np.random.default_rng(0).normal(size=(4, 10))
+    for draws in (np.ones((4, 10, 2)), different, one_changes):
+        found = diagnostics.convergence(draws, np.zeros(4, int))
+        assert found.r_hat == np.inf
+        assert found.effective_sample_size == 0
 
 
 def test_too_few_draws_give_no_result():

@@ -58,8 +58,18 @@ def test_distance_to_itself_is_zero_even_with_fewer_vectors_than_dimensions(fit)
 
 
 def test_distance_between_halves_of_the_data_is_small_but_positive():
+    """Even if they are sorted, as data sets by class are."""
     x = np.random.default_rng(0).normal(size=(2000, 5))
     assert 0 < frechet.split_half_distance(x) < 0.1
+    assert frechet.split_half_distance(x[np.argsort(x[:, 0])]) < 0.1
+
+
+def test_the_halves_of_the_data_are_disjoint_and_random():
+    x = np.array([0.0, 1.0, 3.0, 7.0])[:, None]
+    pairs = [([0, 1], [2, 3]), ([0, 2], [1, 3]), ([0, 3], [1, 2])]
+    expected = [frechet.frechet_distance(*(frechet.fit(x[i]) for i in pair)) for pair in pairs]
+    found = [frechet.split_half_distance(x, seed) for seed in range(20)]
+    np.testing.assert_allclose(np.unique(np.round(found, 9)), np.sort(np.round(expected, 9)))
 
 
 def shifted(n, d=5):

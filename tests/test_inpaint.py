@@ -3,6 +3,7 @@
 import json
 import re
 
+import jax
 import numpy as np
 import pytest
 from etils import epath
@@ -11,6 +12,7 @@ from PIL import Image
 
 from drl_jax.data import pipeline, sources
 from drl_jax.storage import runs
+from drl_jax.tasks import inpaint
 
 
 @pytest.mark.slow
@@ -54,6 +56,13 @@ def test_given_files_are_completed(tmp_path):
     grid = np.asarray(Image.open(folder / "grid.png"))
     assert grid.shape == (80, (5 * 9 + 1) * 8)
     assert np.all(grid[8:72, -72:-8] == 255)
+
+
+def test_a_mask_file_hides_pixels_that_are_at_least_half_white(tmp_path):
+    Image.fromarray(np.array([[0, 127], [128, 255]], np.uint8)).save(tmp_path / "mask.png")
+    known, name = inpaint.load_mask(str(tmp_path / "mask.png"), 2, jax.random.key(0))
+    np.testing.assert_array_equal(known[..., 0], [[True, True], [False, False]])
+    assert name == "mask"
 
 
 @pytest.mark.parametrize(

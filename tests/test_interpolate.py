@@ -9,6 +9,10 @@ from etils import epath
 from helpers import tiny
 from PIL import Image
 
+from drl_jax.model import Model
+from drl_jax.storage import runs
+from drl_jax.tasks import interpolate
+
 
 def save_grey(path, value, size=(8, 8)):
     Image.new("L", size, value).save(path)
@@ -54,6 +58,29 @@ def test_given_images_are_shown_at_the_ends_of_their_strip(tmp_path):
     assert corners.shape == (2, 5)
     np.testing.assert_array_equal(corners[:, [0, -1]], [[0, 255], [102, 153]])
     assert len(json.loads((folder / "metrics.json").read_text())["smoothness"]) == 2
+
+
+def test_the_metrics_are_those_of_the_recovered_frames(tmp_path, monkeypatch):
+    """Also checks the default level of given images, a third of T = 6."""
+    steps = np.array([[0.0, 0.1, 0.5, 0.4]])
+    strips = np.broadcast_to(steps[..., None, None, None], (1, 4, 8, 8, 1))
+    monkeypatch.setattr(Model, "interpolate_images", lambda *_: strips)
+    files = [str(save_grey(tmp_path / f"{v}.png", v)) for v in (0, 255)]
+    interpolate.run(
+        run=runs.load("digits"),
+        workdir=epath.Path(tmp_path),
+        images=files,
+        pairs=1,
+        frames=4,
+        level=None,
+        seed=0,
+    )
+    (folder,) = (tmp_path / "interpolations").iterdir()
+    assert folder.name.endswith("_seed_0_images_level_2")
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["length"] == pytest.approx([8 * 0.6])
+    assert metrics["distance"] == pytest.approx([8 * 0.4])
+    assert metrics["smoothness"] == pytest.approx([2.0])
 
 
 @pytest.mark.parametrize(

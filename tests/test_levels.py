@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.statistical import limit
 
 from drl_jax import diffusion, noise
 from drl_jax.method import Method
@@ -34,13 +35,17 @@ def shift(keys, state, log_density_fn, step_size):
     return State(position), Info(jnp.full(keys.shape, ACCEPTANCE))
 
 
-def model_of(T, batch_size=256):
-    """Returns a model with f(x, t) = t + sum(x), and a sampler that only shifts x."""
+def total(x, t):
+    return t + jnp.sum(x, axis=(1, 2, 3))
+
+
+def model_of(T, batch_size=256, f=total, kernel=shift):
+    """Returns a model with this f(x, t), and a sampler that by default only shifts x."""
     schedule = diffusion.schedule(T)
-    energy = Energy(None, None, lambda params, x, t: t + jnp.sum(x, axis=(1, 2, 3)), SHAPE)
+    energy = Energy(None, None, lambda params, x, t: f(x, t), SHAPE)
     sampler = Sampler(
         init=lambda position, log_density_fn: State(position),
-        kernel=shift,
+        kernel=kernel,
         tuning={"step_size": jnp.full(T, SHIFT)},
         K=K,
     )
@@ -72,6 +77,25 @@ def test_statistics_are_means_over_the_data_and_the_ends_of_their_chains(batch_s
         assert found["f_chain"][t] == pytest.approx(f_chain, abs=1e-5)
     np.testing.assert_allclose(found["displacement"], K * SHIFT * np.sqrt(6), rtol=1e-5)
     np.testing.assert_allclose(found["acceptance"], ACCEPTANCE)
+
+
+def test_the_noise_of_the_chains_is_independent_of_the_noise_in_the_data():
+    """Then the variances of K + 1 white noises add up, and x_tilde of data 0 is one of them.
+
+    Fails if the keys that diffuse the data are those of the chains.
+    """
+
+    def add_noise(keys, state, log_density_fn, step_size):
+        moved = state.position + noise.normal(keys, SHAPE)
+        return State(moved), Info(jnp.ones(keys.shape))
+
+    n = 20_000
+    model = model_of(6, n, lambda x, t: jnp.sum(x**2, axis=(1, 2, 3)), add_noise)
+    found = levels.level_statistics(model, jax.random.key(0), np.zeros((n, *SHAPE), np.float32))
+    variance = K + np.float64(model.method.schedule.sigma_bar[1:]) ** 2
+    # The square of a normal number has variance 2 v².
+    z = (np.array(found["f_chain"]) / 6 / variance - 1) / np.sqrt(2 / (6 * n))
+    assert np.abs(z).max() < limit(6)
 
 
 def test_ten_of_many_levels_are_evaluated():

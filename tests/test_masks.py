@@ -33,6 +33,14 @@ def test_opposite_halves_hide_every_pixel_once(size):
         assert np.all(hidden ^ others)
 
 
+@pytest.mark.parametrize("size", [4, 5, 6, 7, 33, 64])
+def test_the_centre_is_a_symmetric_square_of_about_half_the_rows(size):
+    (rows,), (columns,) = (np.any(~masks.named("centre", size, KEY), axis=a).T for a in (1, 0))
+    for hidden in (rows, columns):
+        np.testing.assert_array_equal(hidden, hidden[::-1])
+        assert 0 <= np.sum(hidden) - size / 2 <= 1.5
+
+
 @pytest.mark.parametrize("fraction", [0.1, 0.5, 0.93])
 def test_a_random_mask_hides_its_fraction_with_equal_probability_everywhere(fraction):
     known = np.stack(

@@ -9,6 +9,8 @@ import pytest
 from helpers import exact
 
 import drl_jax
+from drl_jax import config as config_lib
+from drl_jax import method as method_lib
 from drl_jax import model as model_lib
 from drl_jax.data import mixtures
 from drl_jax.errors import UserError
@@ -79,6 +81,31 @@ def test_other_step_sizes_and_parameters_compile_nothing(model):
     assert np.abs(other.sample(key, 8) - x).max() > 1e-3
     np.testing.assert_array_equal(model.with_params(model.params).sample(key, 8), x)
     assert model.programs.generate._cache_size() == count
+
+
+@pytest.mark.parametrize(
+    ("T", "mcmc"),
+    [
+        (6, {"sampler": "langevin", "K": 4, "b_squared": 2e-2}),
+        (1000, {"sampler": "normal_approximation", "K": 1}),
+    ],
+    ids=["langevin", "normal_approximation"],
+)
+def test_generation_multiplies_all_noise_by_the_configured_noise_scale(T, mcmc):
+    """On Gaussian data a sample is an affine function of the noise of its chains.
+
+    Fails if the noise scale is ignored.
+    """
+    config = config_lib.default().mcmc
+    config.update(mcmc)
+    exact_model = exact.model(mixtures.gaussian(np.zeros(2), np.eye(2)), T)
+    x = {}
+    for scale in (0.0, 0.3, 1.0):
+        config.noise_scale = scale
+        method = method_lib.for_generation(exact_model.method, config)
+        x[scale] = Model.create(method, {}, exact_model.mesh).sample(jax.random.key(0), 8)
+    assert np.abs(x[1.0] - x[0.0]).mean() > 0.1
+    np.testing.assert_allclose(x[0.3], 0.7 * x[0.0] + 0.3 * x[1.0], atol=1e-4)
 
 
 def test_samples_do_not_depend_on_the_batches_in_which_they_are_drawn(model):

@@ -119,12 +119,13 @@ def test_to_uint8_clips_and_rounds_ties_to_the_even_integer():
     np.testing.assert_array_equal(pipeline.to_uint8(x), [0, 0, 0, 128, 255, 255])
 
 
-def test_files_are_prepared_like_the_images_of_a_folder(tmp_path):
+@pytest.mark.parametrize("crop", ["centre", "none"])
+def test_files_are_prepared_like_the_images_of_a_folder(tmp_path, crop):
     pixels = np.random.default_rng(0).integers(0, 256, (2, 10, 14, 3), dtype=np.uint8)
     files = [tmp_path / "0.png", tmp_path / "1.png"]
     for file, image in zip(files, pixels, strict=True):
         save(file, image)
-    config = make_config(f"folder:{tmp_path}", channels=3)
+    config = make_config(f"folder:{tmp_path}", channels=3, crop=crop)
     expected = np.stack(list(pipeline.all_examples(config, sources.open_source(config))))
     np.testing.assert_array_equal(pipeline.prepared_files(config, files), expected)
     assert expected.shape == (2, 8, 8, 3)
@@ -219,21 +220,30 @@ def test_about_half_the_examples_are_flipped():
     assert np.all((flips_per_image > 0) & (flips_per_image < 64))
 
 
+def test_the_probability_of_a_flip_is_one_half():
+    """Fails if it is 0.45."""
+    n, image = 20_000, np.array([[-1.0, 1.0]])[..., None]
+    augment = pipeline._augmentation(make_config())
+    keys = np.random.default_rng(0).integers(2**63, size=n).tolist()
+    flips = [augment(image, key)[0, 0, 0] > 0 for key in keys]
+    assert abs(np.sum(flips) - n / 2) < 6 * np.sqrt(n / 4)
+
+
 def test_nothing_is_flipped_when_flips_are_off():
     _, flips = read(np.concatenate(take(*numbered(16, flip=False), 8)), 16)
     assert not np.any(flips)
 
 
 def test_dequantisation_adds_uniform_noise_of_the_given_width():
+    """Fails if the noise is not centred at zero."""
     width = 0.125
     config = make_config(flip=False, batch_size=1797, dequantise=width)
     source = sources.open_source(config)
     (images,) = take(config, source, 1)
-    # Pixel values are -1, -0.875, ..., 1: the offset from the nearest one is the noise.
-    levels = np.rint((images + 1) / width)
-    offsets = (images + 1) / width - levels
-    assert levels.max() == 16
-    assert np.abs(offsets).max() <= 0.5
+    config.data.dequantise = 0.0
+    (without_noise,) = take(config, source, 1)
+    offsets = (np.float64(images) - without_noise) / width
+    assert np.abs(offsets).max() <= 0.5 + 1e-6
     # Six standard errors of the mean and of the variance of a uniform distribution.
     assert abs(offsets.mean()) < 6 * np.sqrt(1 / 12 / offsets.size)
     assert abs(offsets.var() - 1 / 12) < 6 * np.sqrt(1 / 180 / offsets.size)

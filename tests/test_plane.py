@@ -102,6 +102,12 @@ def test_a_density_wider_than_the_grid_has_mass_along_the_edge():
     assert found.edge_mass > plane.EDGE_MASS
 
 
+def test_the_edge_is_a_tenth_of_the_half_width():
+    grid = plane.square_grid(half_width=2.0, side=401)
+    uniform = np.full((401, 401), -np.log(4.0**2))
+    assert plane.edge_mass(uniform, grid) == pytest.approx(1 - 0.9**2, rel=0.03)
+
+
 def test_every_level_is_evaluated_at_its_own_t_with_the_given_parameters():
     levels = [3, 7]
     values = plane.evaluate(
@@ -119,7 +125,8 @@ def test_shown_levels_descend_to_level_0_in_decreasing_steps():
     levels = plane.shown_levels(SCHEDULE, 6)
     assert len(levels) == 6
     assert (levels[0], levels[-1]) == (999, 0)
-    assert np.all(np.diff(np.diff(levels)) > 0)
+    roots = np.sqrt(np.float64(SCHEDULE.sigma_bar[np.array(levels)]))
+    np.testing.assert_allclose(roots, np.linspace(roots[0], roots[-1], 6), atol=0.005)
     assert plane.shown_levels(diffusion.schedule(6), 6) == [5, 4, 3, 2, 1, 0]
 
 
@@ -141,6 +148,12 @@ def test_the_rate_of_false_alarms_is_the_significance_level():
     spread = np.sqrt(tests * alpha * (1 - alpha))
     assert abs(np.sum(p <= alpha) - tests * alpha) < limit(2) * spread
     assert abs(np.mean(p) - 0.5) < limit(2) / np.sqrt(12 * tests)
+
+
+def test_two_points_are_no_evidence_of_different_distributions():
+    """There are only two partitions, with equal statistics. Fails if a tie does not count."""
+    x, y = np.zeros((1, 2)), np.array([[0.3, 2.0]])
+    assert plane.two_sample_test(np.random.default_rng(0), x, y, permutations=99) == 1
 
 
 @pytest.mark.parametrize(

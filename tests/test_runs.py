@@ -174,6 +174,7 @@ def test_the_shipped_model_draws_digits():
     [
         ("digit", "'digit' is not a work directory.*'digits'"),
         ("runs/nonesuch", "'runs/nonesuch' is not a work directory"),
+        ("../shipped/digits", "'../shipped/digits' is not a work directory"),
         ("nonesuch.npz", "no exported model nonesuch.npz"),
         (str(tiny.ROOT), "no checkpoint in .*--mode=train"),
     ],

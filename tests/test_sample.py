@@ -68,6 +68,24 @@ def test_a_trained_model_is_sampled_by_another_sampler_after_a_warm_up(
     np.testing.assert_allclose(acceptances, 6 * [0.65], atol=0.25)
 
 
+def test_the_warm_up_has_the_configured_length_and_target(monkeypatch):
+    """Fails if a setting is ignored, or if the old step sizes are kept."""
+    run = runs.load("digits")
+    run.config.mcmc.update(sampler="hmc", warmup_steps=7, target_acceptance=0.9)
+    calls, step_size = [], np.arange(1.0, 7.0)
+
+    def adapt(self, **settings):
+        calls.append(settings)
+        return self.with_step_size(step_size), np.zeros(6)
+
+    monkeypatch.setattr(Model, "adapt", adapt)
+    np.testing.assert_array_equal(common.adapted(run).model.step_size, step_size)
+    (settings,) = calls
+    assert (settings["num_steps"], settings["target"]) == (7, 0.9)
+    run.config.mcmc.sampler = "langevin"
+    assert common.adapted(run) is run
+
+
 def test_samples_that_cannot_be_written_are_one_clear_line(workdir, capsys):
     capsys.readouterr()
     (workdir / "samples").write_text("a file instead of a folder")

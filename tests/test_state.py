@@ -42,6 +42,18 @@ def test_learning_rate_decays_as_a_cosine_to_zero_after_the_warm_up():
     np.testing.assert_allclose(rates, expected, rtol=1e-4, atol=1e-6)
 
 
+def test_the_gradient_is_averaged_with_decay_beta1():
+    """After the gradients 1 and -1, Adam's mean is (b (1 - b) - (1 - b)) / (1 - b²)."""
+    config = config_lib.default()
+    config.optim.update(beta1=0.5, learning_rate=1.0, warmup_steps=0)
+    optimiser = train_state.optimiser(config)
+    params = jnp.zeros(1)
+    opt_state = optimiser.init(params)
+    for gradient in (1.0, -1.0):
+        update, opt_state = optimiser.update(jnp.full(1, gradient), opt_state, params)
+    np.testing.assert_allclose(update, 1 / 3, rtol=1e-4)
+
+
 def test_a_new_state_averages_its_initial_parameters_in_arrays_of_their_own():
     state = train_state.create(jax.random.key(0), ENERGY, optax.adam(1e-3))
     assert state.step == 0

@@ -284,6 +284,16 @@ def test_a_quadratic_energy_learns_the_mean_and_covariance_of_every_level():
     assert abs(np.mean(excess_variance[:-1])) < 0.006, excess_variance
 
 
+def test_a_training_has_the_settings_of_its_configuration():
+    config = config_lib.default()
+    config.train.update(objective="denoising", levels="log_snr", accumulate=3)
+    config.optim.ema_decay = 0.8
+    found = train_step.from_config(config)
+    assert found.objective is train_step.denoising_gradient
+    assert found.draw_levels is train_step.log_snr_levels
+    assert (found.ema_decay, found.accumulate) == (0.8, 3)
+
+
 @pytest.mark.parametrize("name", ["uniform", "log_snr"])
 def test_levels_are_drawn_with_their_probabilities(name):
     """For log_snr the probability is proportional to sigma_{t+1}² / sigma_bar_{t+1}².

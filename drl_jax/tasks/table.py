@@ -123,7 +123,8 @@ AFTER_TRAINING = (
 def _check_interpolate(values: Mapping[str, Any], given: Collection[str]) -> str | None:
     """Returns an error message if the images of `interpolate` cannot be used, or None."""
     if len(values["images"]) % 2:
-        return "--images names an odd number of images: give pairs, FIRST,LAST,..."
+        number = len(values["images"])
+        return f"--images names an odd number of images, {number}: give pairs, FIRST,LAST,..."
     if values["images"] and "pairs" in given:
         return "--pairs is the number of pairs of samples: omit it or --images"
     return None
