@@ -50,6 +50,7 @@ def test_the_default_is_valid():
         ("mcmc.warmup_steps", 0),
         ("mesh.data", 0),
         ("mesh.data", -2),
+        ("optim.adam", "adamw"),
         ("optim.ema_decay", 1.0),
         ("optim.beta1", -0.1),
         ("optim.learning_rate", float("inf")),
@@ -93,7 +94,13 @@ def test_every_number_of_the_default_is_checked():
 
 @pytest.mark.parametrize(
     "names",
-    [config_lib.MINIMUM, config_lib.BELOW, config_lib.CHOICES, config_lib.REQUIRED_FOR_POINTS],
+    [
+        config_lib.MINIMUM,
+        config_lib.BELOW,
+        config_lib.CHOICES,
+        config_lib.EARLIER,
+        config_lib.REQUIRED_FOR_POINTS,
+    ],
 )
 def test_the_tables_of_checks_name_fields(names):
     assert dict(config_lib.flatten(config_lib.default())).keys() >= names.keys()
@@ -188,12 +195,13 @@ def test_the_configuration_of_an_earlier_version_gets_the_new_names_and_fields()
     values = config_lib.to_json(config_lib.default())
     del values["train"]["accumulate"], values["likelihood"]["distributions"]
     values["train"]["parts"], values["likelihood"]["rungs"] = 4, 70
-    del values["data"]["crop"]
+    del values["data"]["crop"], values["optim"]["adam"]
     before = json.dumps(values)
     config = config_lib.from_json(values)
     config_lib.validate(config)
     assert (config.train.accumulate, config.likelihood.distributions) == (4, 70)
     assert config.data.crop == config_lib.default().data.crop
+    assert (config.optim.adam, config_lib.default().optim.adam) == ("optax", "keras")
     assert json.dumps(values) == before
 
 
@@ -203,6 +211,15 @@ def test_the_configuration_of_a_later_version_is_one_clear_line(section):
     values.setdefault(section, {})["scale"] = 2
     with pytest.raises(UserError, match=rf"config\.{section}\.scale[^\n]*version[^\n]*$"):
         config_lib.from_json(values)
+
+
+def test_a_run_of_an_earlier_version_does_not_resume_with_another_optimiser():
+    values = config_lib.to_json(config_lib.default())
+    del values["optim"]["adam"]
+    saved = config_lib.from_json(values)
+    with pytest.raises(UserError, match=r"optim\.adam was 'optax', now 'keras'"):
+        config_lib.require_resumable(saved, config_lib.default())
+    config_lib.require_resumable(saved, changed(optim__adam="optax"))
 
 
 def test_new_names_of_fields_are_fields_and_old_names_are_not():

@@ -176,6 +176,7 @@ def fit(state: TrainState, context: Context, source: Source) -> TrainState:
         ),
     )
     start, end = int(state.step), config.train.num_steps
+    limits = divergence_limits(config, math.prod(context.method.energy.shape))
     batches = pipeline.training_batches(
         config, source, start, jax.process_index(), jax.process_count()
     )
@@ -187,7 +188,7 @@ def fit(state: TrainState, context: Context, source: Source) -> TrainState:
     def check(step: int, metrics: Metrics, before: TrainState | None) -> Metrics:
         """Waits for the metrics of a step, checks them, and saves the state before it."""
         metrics = jax.tree.map(np.asarray, metrics)
-        require_sound(step, metrics, config.train)
+        require_sound(step, metrics, limits)
         if before is not None:
             context.checkpoints.save(step, before)
         return metrics
@@ -248,13 +249,37 @@ def write_grid(
     images.write_png(folder / f"{step:08d}.png", grid)
 
 
-def require_sound(step: int, metrics: Metrics, limits: ConfigDict) -> None:
+class Limits(NamedTuple):
+    """The largest |loss| and |f| of a run that has not diverged."""
+
+    loss: float
+    f: float
+
+
+def divergence_limits(config: ConfigDict, dimension: int) -> Limits:
+    """Returns the limits of the configuration for examples of D = `dimension` numbers.
+
+    `config.train.loss_limit` and `config.train.energy_limit` are the limits up to D = 64 (8x8
+    grey images). For larger D they grow in proportion, because f does: it is a log-density,
+    which is a sum over the pixels, times a constant per level. The recovery loss is a
+    difference of two f. The rounding of f in float32 thus stays the same fraction of such
+    differences. The denoising loss is a mean over the pixels, so its limit does not grow.
+    """
+    growth = max(1.0, dimension / 64)
+    summed = config.train.objective == "recovery"
+    return Limits(
+        loss=config.train.loss_limit * (growth if summed else 1.0),
+        f=config.train.energy_limit * growth,
+    )
+
+
+def require_sound(step: int, metrics: Metrics, limits: Limits) -> None:
     """Checks that the loss, the energies and the gradient of a step have not exploded.
 
     Args:
       step: number of steps made before it.
       metrics: metrics of the step, as numpy arrays.
-      limits: `config.train`, with loss_limit and energy_limit.
+      limits: what this run must not exceed.
 
     Raises:
       UserError: with the values, and what to try.
@@ -262,11 +287,11 @@ def require_sound(step: int, metrics: Metrics, limits: ConfigDict) -> None:
     loss, grad_norm = float(metrics.loss), float(metrics.grad_norm)
     # Levels without examples are NaN. A NaN among the energies is one in the loss too.
     f = float(np.nan_to_num(np.abs([metrics.f_pos, metrics.f_neg]), posinf=np.inf).max())
-    if abs(loss) <= limits.loss_limit and f <= limits.energy_limit and math.isfinite(grad_norm):
+    if abs(loss) <= limits.loss and f <= limits.f and math.isfinite(grad_norm):
         return
     raise UserError(
-        f"training diverged at step {step}: loss {loss:.3g} (limit {limits.loss_limit:g}), "
-        f"|f| {f:.3g} (limit {limits.energy_limit:g}), gradient norm {grad_norm:.3g}; try a "
+        f"training diverged at step {step}: loss {loss:.3g} (limit {limits.loss:g}), "
+        f"|f| {f:.3g} (limit {limits.f:g}), gradient norm {grad_norm:.3g}; try a "
         "smaller --config.optim.learning_rate or more chain steps (--config.mcmc.K) in a new "
         "--workdir. The checkpoints in this one are from before the divergence"
     )
