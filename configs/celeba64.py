@@ -3,12 +3,14 @@
 Reproduces: Gao et al. (2021), FID 5.98.
 Hardware:   a TPU v3-8 or 8 GPUs, or better; not yet run.
 Time:       not yet measured.
+Steps:      200,000, our choice. The paper and the authors' README state no number; their
+            program stops after 1,000,000 (n_iters in its config.py), whatever the data.
 Command:
 
     python -m drl_jax.main --config=configs/celeba64.py --workdir=DIR
 
 The centre crop of the 218x178 images drops 20 rows at the top and 20 at the bottom, as in the
-paper. The paper does not state the number of steps.
+paper.
 """
 
 from drl_jax import config as config_lib

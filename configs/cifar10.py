@@ -3,11 +3,11 @@
 Reproduces: Gao et al. (2021), FID 9.58 and inception score 8.30.
 Hardware:   8 TPU v3 cores in the paper; not yet run with this program.
 Time:       more than 40 hours in the paper; not yet measured with this program.
+Steps:      200,000, our choice. The paper states the time and no number, and neither does the
+            authors' README; their program stops after 1,000,000 (n_iters in its config.py).
 Command:
 
     python -m drl_jax.main --config=configs/cifar10.py --workdir=DIR
-
-The paper does not state the number of steps; `num_steps` about fits its training time.
 """
 
 from drl_jax import config as config_lib

@@ -3,12 +3,13 @@
 Reproduces: samples in Gao et al. (2021), which reports no score.
 Hardware:   a TPU v3-8 or 8 GPUs, or better; not yet run.
 Time:       not yet measured.
+Steps:      200,000, our choice. The paper and the authors' README state no number; their
+            program stops after 1,000,000 (n_iters in its config.py), whatever the data.
 Command:
 
     python -m drl_jax.main --config=configs/lsun_bedroom128.py --workdir=DIR
 
-Images are cropped to their centre square and resized with antialiasing, as in the paper. The
-paper does not state the number of steps.
+Images are cropped to their centre square and resized with antialiasing, as in the paper.
 """
 
 from drl_jax import config as config_lib

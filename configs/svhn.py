@@ -3,6 +3,8 @@
 Reproduces: nothing; the paper has no figure for SVHN.
 Hardware:   a TPU v3-8 or 8 GPUs, or better; not yet run.
 Time:       not yet measured.
+Steps:      200,000, our choice, as for CIFAR-10. The authors' program can train on SVHN, and
+            stops after 1,000,000 (n_iters in its config.py).
 Command:
 
     python -m drl_jax.main --config=configs/svhn.py --workdir=DIR

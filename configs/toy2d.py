@@ -4,6 +4,7 @@ Reproduces: the exact densities of toy data; KL(data || model) at level 0 is 0.0
             moons.
 Hardware:   2 cores of an AMD EPYC server.
 Time:       109 to 176 s each for checkerboard, spirals, blobs and ellipse (24 November 2026).
+Steps:      3,000, our choice.
 Command:
 
     python -m drl_jax.main --config=configs/toy2d.py --workdir=DIR --config.data.name=moons
@@ -29,6 +30,7 @@ def get_config():
     config.mcmc.sampler = "normal_approximation"
     config.mcmc.K = 1
     config.optim.learning_rate = 5e-3
+    config.optim.adam = "optax"
     config.optim.warmup_steps = 200
     config.optim.decay_steps = 3000
     config.optim.ema_decay = 0.99

@@ -18,7 +18,10 @@ from drl_jax.errors import UserError
 
 
 def default() -> ConfigDict:
-    """Returns the paper's settings for CIFAR-10 (Gao et al. 2021, appendix B)."""
+    """Returns the paper's settings for CIFAR-10 (Gao et al. 2021, appendix B).
+
+    Where the paper is silent, they are those of the authors' program.
+    """
     return ConfigDict(
         {
             "seed": 0,
@@ -26,7 +29,7 @@ def default() -> ConfigDict:
                 # 'digits', a TFDS name or 'folder:/path/to/images'; for points in the plane:
                 # 'moons', 'rings', 'checkerboard', 'blobs', 'spirals' or 'ellipse'.
                 "name": "cifar10",
-                "split": "train",  # of a TFDS data set
+                "split": "train",  # of a TFDS data set, to train on
                 "data_dir": "",  # where TFDS data sets are stored; '': TFDS's default
                 "image_size": 32,  # height and width [pixels]; ignored for points
                 "channels": 3,  # per pixel; for points, the number of coordinates
@@ -63,6 +66,9 @@ def default() -> ConfigDict:
                 "warmup_steps": 1000,  # linear increase from zero
                 "decay_steps": 0,  # cosine decay, zero at this step; 0: constant
                 "beta1": 0.9,
+                # 'keras': as in the authors' program; 'optax': another epsilon, and no first
+                # update with a learning rate of zero. See `training.state.optimiser`.
+                "adam": "keras",
                 "ema_decay": 0.999,  # of the exponential moving average of the parameters
             },
             "train": {
@@ -72,11 +78,16 @@ def default() -> ConfigDict:
                 "levels": "uniform",
                 "batch_size": 256,
                 "accumulate": 1,  # gradient accumulation: micro-batches per device and step
-                "num_steps": 240_000,
-                "loss_limit": 100.0,  # training has diverged if |loss| exceeds this
-                # ... or if |f| exceeds this, where the difference of f between positive and
-                # negative samples would be lost in float32's rounding errors.
+                "num_steps": 1_000_000,  # n_iters in the authors' config.py
+                # Training has diverged if |loss| or |f| exceeds its limit. These are for 8x8
+                # grey images and grow with the size (`training.loop.divergence_limits`).
+                "loss_limit": 100.0,
+                # Above it, the difference of f between positive and negative samples would be
+                # lost in float32's rounding errors.
                 "energy_limit": 1e4,
+                # Of float32 products: 'default', which is bfloat16 on TPUs and TF32 on recent
+                # GPUs, or 'highest', which is float32. Everything else uses 'highest'.
+                "matmul_precision": "default",
             },
             "mesh": {
                 "data": -1,  # devices that share a batch; -1: number of devices / fsdp
@@ -94,17 +105,21 @@ def default() -> ConfigDict:
             "evaluation": {
                 "num_samples": 1000,  # the pixel Fréchet distance uses up to 10,000 of them
                 "num_data": 10_000,  # maximum number of images to compare with
+                # TFDS split on which likelihood and out-of-distribution detection are measured
+                "split": "test",
                 "batch_size": 256,
                 "inception_weights": "",  # file of weights; '': no FID, KID, inception score
             },
             "likelihood": {
-                "chains": 256,  # per direction of annealing, for the bounds of log Z
+                "chains": 256,  # per pass of annealing, for the bounds of log Z
                 "distributions": 1000,  # intermediate distributions; at least one per level
                 "transitions": 5,  # of HMC, per intermediate distribution
                 "leapfrog": 1,  # leapfrog steps per transition; 1 is MALA
-                # Moves of `transitions` each at level 0, from data to approximate samples of
-                # the model, with which the upper bound starts.
+                # Moves of `transitions` each at level 0, before an upward pass.
                 "burn_in": 200,
+                # Standard deviation of the Gaussian from which level 0 is tempered; white
+                # noise has 1. It can find modes within a few times this distance of the origin.
+                "tempered_std": 10.0,
                 "target_acceptance": 0.8,  # of the transitions, adapted before annealing
                 "warmup_steps": 20,  # steps of this adaptation, per level
                 "max_gap": 0.1,  # largest usable gap between the bounds [bits per dimension]
@@ -124,14 +139,20 @@ RENAMED_VALUES = {
     "train.levels": {"log_noise": "log_snr"},
 }
 
+# Values of fields that did not exist yet in a saved configuration, where these are not the
+# present defaults.
+EARLIER = {"optim.adam": "optax"}
+
 CHOICES = {
     "data.crop": ("centre", "none"),
     "energy.network": ("resnet", "mlp"),
     "energy.parameterisation": ("step", "noise", "unit"),
     "energy.dtype": ("float32", "bfloat16"),
     "mcmc.sampler": ("langevin", "mala", "hmc", "normal_approximation"),
+    "optim.adam": ("keras", "optax"),
     "train.objective": ("recovery", "denoising"),
     "train.levels": ("uniform", "log_snr"),
+    "train.matmul_precision": ("default", "highest"),
 }
 
 # Smallest values of numbers. All other numbers must be positive.
@@ -146,6 +167,7 @@ MINIMUM = {
     "optim.beta1": 0,
     "optim.ema_decay": 0,
     "likelihood.burn_in": 0,
+    "likelihood.tempered_std": 1,
 }
 
 # Numbers that have an upper limit must be less than it. All other whole numbers must be less
@@ -174,6 +196,7 @@ CHANGEABLE_ON_RESUME = (
     "train.num_steps",
     "train.loss_limit",
     "train.energy_limit",
+    "train.matmul_precision",
     "mesh.",
     "log.",
     "checkpoint.",
@@ -314,8 +337,8 @@ def from_json(values: dict[str, Any]) -> ConfigDict:
     """Returns the configuration that `to_json` saved, in this or an earlier version.
 
     Lists become tuples again. Old names of fields (`RENAMED`) and of their values
-    (`RENAMED_VALUES`) become the present ones. A field that did not exist yet takes its
-    default, which is how the earlier version behaved.
+    (`RENAMED_VALUES`) become the present ones. A field that did not exist yet takes the value
+    with which this version behaves as the earlier one did: its default, or that in `EARLIER`.
 
     Raises:
       UserError: if the saved configuration has a field that this version lacks, or a value of
@@ -323,6 +346,7 @@ def from_json(values: dict[str, Any]) -> ConfigDict:
     """
     config = default()
     known = dict(flatten(config))
+    config.update_from_flattened_dict(EARLIER)
     for saved, value in flatten(ConfigDict(values)):
         name = RENAMED.get(saved, saved)
         if name not in known:

@@ -17,6 +17,7 @@ from drl_jax.method import Method
 from drl_jax.networks.energy import Params
 from drl_jax.runtime import sharding
 from drl_jax.runtime.batching import Engine
+from drl_jax.runtime.matmul_precision import full_precision
 from drl_jax.sampling import chains as chains_lib
 from drl_jax.sampling import inpainting, interpolation, ladder, masks
 from drl_jax.sampling.chains import Chains, Observation
@@ -80,8 +81,8 @@ class Model:
         """
         engine = Engine(mesh, batch_size)
         programs = Programs(
-            f=jax.jit(method.energy.f),
-            F=jax.jit(lambda params, x, t: method.F(params)(x, t)),
+            f=jax.jit(full_precision(method.energy.f)),
+            F=jax.jit(full_precision(lambda params, x, t: method.F(params)(x, t))),
             generate=_compile(
                 engine,
                 method,
@@ -380,6 +381,7 @@ class Model:
         """
 
         @functools.partial(jax.jit, out_shardings=sharding.replicated(self.mesh))
+        @full_precision
         def program(params, key):
             keys = noise.example_keys(key, jnp.arange(chains))
             conditionals = self.method.conditionals(params)

@@ -122,14 +122,145 @@ def test_warm_up_finds_step_sizes_proportional_to_the_widths_of_gaussian_margina
     np.testing.assert_allclose(acceptance.reshape(100, 6).mean(axis=0), 0.7, atol=0.06)
 
 
-def test_thousands_of_log_weights_are_summed_exactly():
-    """Each is about 1e4 nats, as at level 0 of T6. Fails in float32, by tenths of a nat."""
-    rng = np.random.default_rng(0)
-    log_weights = np.float32(1e4 * rng.standard_normal((50, 6000)))
-    found = annealing.partition(log_weights, -log_weights)
-    log_w = np.sum(np.float64(log_weights), axis=1)
-    expected = np.max(log_w) + np.log(np.mean(np.exp(log_w - np.max(log_w))))
-    np.testing.assert_allclose(found.lower.log_Z, expected, rtol=0, atol=1e-7)
+@pytest.mark.parametrize("std", [1.0, 10.0])
+def test_tempered_distributions_lead_from_a_gaussian_to_level_0(std):
+    """A level 0 as narrow as its noise becomes narrower by equal factors, as stated."""
+    schedule = diffusion.schedule(6)
+    sigma = float(schedule.sigma_bar[0])
+    beta, width = map(np.float64, annealing.tempering(80, std, schedule))
+    assert (beta[0], beta[-1], len(beta)) == (0, 1, 81)
+    np.testing.assert_allclose(width[[0, -1]], [std, sigma], rtol=1e-5)
+    np.testing.assert_allclose(np.diff(np.log(width)), np.log(sigma / std) / 80, rtol=1e-3)
+    precision = (1 - beta) / std**2 + beta / sigma**2
+    np.testing.assert_allclose(precision, 1 / width**2, rtol=1e-4)
+
+
+@pytest.mark.parametrize("beta", [0.0, 1e-3, 0.4, 1.0])
+def test_a_tempered_density_is_a_geometric_mean_of_level_0_and_the_normalised_gaussian(beta):
+    schedule = diffusion.schedule(6)
+    F = mixtures.exact_F(two_modes(), schedule)
+    x = 3 * jax.random.normal(jax.random.key(0), (5, 1))
+    level_0 = annealing.level_log_density(F, x, jnp.zeros(5, int), schedule)
+    found = annealing.tempered_log_density(F, x, jnp.float32(beta), 10.0, schedule)
+    gaussian = stats.norm.logpdf(np.float64(x)[:, 0], 0, 10)
+    np.testing.assert_allclose(found, (1 - beta) * gaussian + beta * level_0, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_tempered_warm_up_finds_step_sizes_proportional_to_the_widths():
+    """On white noise with these step sizes in units of the width, the target is reached too."""
+    schedule, std, wide = diffusion.schedule(6), 0.5, 10.0
+    F = mixtures.exact_F(mixtures.isotropic(np.zeros((1, 8)), std), schedule)
+    sampler = Sampler(hmc.init, hmc.kernel, {"leapfrog": jnp.ones(12, int)}, K=1)
+    keys = noise.example_keys(jax.random.key(0), jnp.arange(600))
+    step_size, acceptance = jax.jit(
+        lambda keys: annealing.warm_up_tempered(
+            keys, F, (8,), wide, schedule, sampler, num_steps=200, target=0.7
+        )
+    )(keys)
+    np.testing.assert_allclose(acceptance, 0.7, atol=0.05)
+    beta, _ = map(np.float64, annealing.tempering(11, wide, schedule))
+    level_0 = float(schedule.a_bar[0] * std) ** 2 + float(schedule.sigma_bar[0]) ** 2
+    widths = ((1 - beta) / wide**2 + beta / level_0) ** -0.5
+    relative = step_size / widths
+    np.testing.assert_allclose(relative, np.mean(relative), rtol=0.06)
+
+
+def same(n):
+    """Returns log-weights and log-densities of n chains of each pass that all agree."""
+    log_w = 0.1 * np.random.default_rng(0).standard_normal((6, n))
+    return dict(zip(annealing.PASSES, log_w[:4], strict=True)) | {
+        "log_density": (log_w[4], log_w[5])
+    }
+
+
+def test_partitions_of_passes_that_agree_are_not_rejected():
+    found = annealing.partition(**same(256))
+    assert found.agreement.rejected == []
+    assert found.lower.log_Z == max(found.levels.log_Z, found.tempered.log_Z)
+    assert found.upper.log_Z == max(found.from_data.log_Z, found.from_model.log_Z)
+    assert found.gap == found.upper.log_Z - found.lower.log_Z
+
+
+@pytest.mark.parametrize("name", ["levels", "tempered", "from_data", "from_model"])
+def test_one_pass_in_the_wrong_order_is_rejected(name):
+    """Shifts each by half the stated limit and by 1.5 times it: only the latter is rejected.
+
+    Fails if one of the passes is left out of the comparisons, or compared with wrong sign.
+    """
+    passes = same(256)
+    partition = annealing.partition(**passes)
+    error = np.hypot(0.1, 0.1) / np.sqrt(256)
+    limit = stats.norm.isf(annealing.SIGNIFICANCE / 4) * error + annealing.ROUNDING
+    assert partition.detectable == pytest.approx(limit, abs=0.03)
+    for factor in (0.5, 1.5):
+        # A larger w raises a lower bound, and lowers an upper one.
+        shifted = passes | {name: passes[name] + factor * limit}
+        found = annealing.partition(**shifted).agreement
+        assert (found.order < annealing.SIGNIFICANCE) == (factor > 1)
+
+
+@pytest.mark.parametrize("test", ["log_density", "log_weight"])
+def test_starting_points_with_other_densities_or_weights_are_rejected(test):
+    passes, rng = same(256), np.random.default_rng(1)
+    wider = 0.4 * rng.standard_normal(256)
+    if test == "log_density":
+        passes["log_density"] = passes["log_density"][0], wider
+    else:
+        passes["from_model"] = wider - 0.07  # the same log mean w
+    assert annealing.partition(**passes).agreement.rejected == [test]
+
+
+def test_a_pass_without_numbers_makes_the_gap_nan():
+    for name in annealing.PASSES:
+        passes = same(16)
+        passes[name] = np.full(16, np.nan)
+        assert np.isnan(annealing.partition(**passes).gap)
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 60, 256])
+def test_the_p_value_of_equality_is_that_of_scipy(n):
+    rng = np.random.default_rng(n)
+    for shift in (0.0, 0.3, 2.0):
+        a, b = rng.standard_normal(n), rng.standard_normal(n) + shift
+        expected = stats.ks_2samp(a, b, method="exact").pvalue
+        assert annealing.equality_p_value(a, b) == pytest.approx(expected, rel=1e-6)
+    assert annealing.equality_p_value(a, a) == 1
+
+
+def test_exact_starts_are_rejected_no_more_often_than_stated(monkeypatch):
+    """At a false-alarm rate of 5%, from normal log-weights with log mean w of zero.
+
+    A rate of 5% gives more than 130 alarms in 2000 with probability 0.001.
+    """
+    monkeypatch.setattr(annealing, "SIGNIFICANCE", 0.05 / 3)
+    rng, n, alarms = np.random.default_rng(0), 64, 0
+    for i in range(2000):
+        s = (0.1, 0.5, 2.0)[i % 3]
+        log_w = s * rng.standard_normal((4, n)) - s**2 / 2
+        names = annealing.PASSES
+        found = annealing.partition(
+            **dict(zip(names, log_w, strict=True)), log_density=(log_w[2], log_w[3])
+        )
+        alarms += bool(found.agreement.rejected)
+    assert 0 < alarms <= 130
+
+
+def test_resampling_gives_every_index_the_expected_number_of_copies():
+    weights = np.array([0.5, 0.0, 0.1, 0.4])
+    with np.errstate(divide="ignore"):
+        log_w = np.log(weights) + 2000
+    counts = np.array(
+        [
+            np.bincount(annealing.resample(log_w, 6, u), minlength=4)
+            for u in np.linspace(0, 1, 1000, endpoint=False) + 5e-4
+        ]
+    )
+    expected = 6 * weights
+    np.testing.assert_allclose(counts.mean(axis=0), expected, atol=5e-3)
+    assert np.all(np.abs(counts - expected) < 1)
+    unusable = np.array([np.nan, 0.0, -np.inf, np.inf])
+    assert set(annealing.resample(unusable, 5, 0.99)) == {1}
 
 
 def test_a_bound_has_the_standard_error_and_effective_sample_size_of_its_weights():

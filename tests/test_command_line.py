@@ -13,7 +13,7 @@ from drl_jax.tasks import command_line, table
 
 TASKS = pytest.mark.parametrize("task", table.TASKS.values(), ids=table.TASKS)
 # Values that every flag of a task accepts.
-VALUES = {"mode": "train", "distributed": "true", "images": "a.png,b.png"}
+VALUES = {"distributed": "true", "images": "a.png,b.png", "mode": "train", "protocol": "paper"}
 CONFIG = "--config=a.py"
 IMPORT = "--mode=import_original", "--tf_checkpoint=x", "--image_size=8", "--workdir=x"
 SAMPLE = "--mode=sample", "--workdir=x"
@@ -134,6 +134,39 @@ def test_values_have_the_type_of_their_flag(args, name, value):
 def test_a_wrong_value_is_one_line_that_names_flag_and_value(args, words):
     with pytest.raises(UserError, match=f"^[^\n]*{words}[^\n]*$"):
         parse(*args)
+
+
+EVALUATE = "--mode=evaluate", "--workdir=x"
+
+
+def test_the_papers_protocol_sets_the_fields_of_the_configuration_that_it_prescribes():
+    assert parse(*EVALUATE).changes == ()
+    config = config_lib.default()
+    config.mcmc.K = 7
+    command = parse(*EVALUATE, "--config.mcmc.noise_scale=0.99", "--protocol=paper")
+    assert command.arguments == {"protocol": "paper"}
+    config = command_line.changed(config, command.changes)
+    assert config.mcmc.noise_scale == 0.99
+    assert config.evaluation.num_samples == 50_000
+    assert config.evaluation.num_data > 10_000_000
+    assert (config.mcmc.K, config.data.split) == (7, "train")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("--config.mcmc.noise_scale=1", "sets it to 0.99"),
+        ("--config.evaluation.num_samples=1000", "sets it to 50000"),
+        ("--config.evaluation.num_data=10000", "sets it to"),
+        ("--config.data.split=test", "takes this from training"),
+        ("--config.mcmc.sampler=mala", "takes this from training"),
+        ("--config.mcmc.K=10", "takes this from training"),
+    ],
+)
+def test_a_change_that_contradicts_the_papers_protocol_is_refused(change, words):
+    with pytest.raises(UserError, match=f"^{change}: --protocol=paper {words}[^\n]*$"):
+        parse(*EVALUATE, change, "--protocol=paper")
+    assert parse(*EVALUATE, change, "--protocol=default").changes == (change,)
 
 
 def test_changes_of_the_configuration_are_kept_apart_from_the_flags():

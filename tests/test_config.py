@@ -50,6 +50,7 @@ def test_the_default_is_valid():
         ("mcmc.warmup_steps", 0),
         ("mesh.data", 0),
         ("mesh.data", -2),
+        ("optim.adam", "adamw"),
         ("optim.ema_decay", 1.0),
         ("optim.beta1", -0.1),
         ("optim.learning_rate", float("inf")),
@@ -93,7 +94,13 @@ def test_every_number_of_the_default_is_checked():
 
 @pytest.mark.parametrize(
     "names",
-    [config_lib.MINIMUM, config_lib.BELOW, config_lib.CHOICES, config_lib.REQUIRED_FOR_POINTS],
+    [
+        config_lib.MINIMUM,
+        config_lib.BELOW,
+        config_lib.CHOICES,
+        config_lib.EARLIER,
+        config_lib.REQUIRED_FOR_POINTS,
+    ],
 )
 def test_the_tables_of_checks_name_fields(names):
     assert dict(config_lib.flatten(config_lib.default())).keys() >= names.keys()
@@ -201,13 +208,14 @@ def test_the_configuration_of_an_earlier_version_gets_the_new_names_values_and_f
     del values["train"]["accumulate"], values["likelihood"]["distributions"]
     values["train"]["parts"], values["likelihood"]["rungs"] = 4, 70
     values["train"]["levels"] = "log_noise"
-    del values["data"]["crop"]
+    del values["data"]["crop"], values["optim"]["adam"]
     before = json.dumps(values)
     config = config_lib.from_json(values)
     config_lib.validate(config)
     assert (config.train.accumulate, config.likelihood.distributions) == (4, 70)
     assert config.train.levels == "log_snr"
     assert config.data.crop == config_lib.default().data.crop
+    assert (config.optim.adam, config_lib.default().optim.adam) == ("optax", "keras")
     assert json.dumps(values) == before
 
 
@@ -224,6 +232,15 @@ def test_a_saved_value_of_the_wrong_type_is_one_clear_line():
     values["energy"]["ch"] = "many"
     with pytest.raises(UserError, match=r"config\.energy\.ch = 'many': .* such as 128$"):
         config_lib.from_json(values)
+
+
+def test_a_run_of_an_earlier_version_does_not_resume_with_another_optimiser():
+    values = config_lib.to_json(config_lib.default())
+    del values["optim"]["adam"]
+    saved = config_lib.from_json(values)
+    with pytest.raises(UserError, match=r"optim\.adam was 'optax', now 'keras'"):
+        config_lib.require_resumable(saved, config_lib.default())
+    config_lib.require_resumable(saved, changed(optim__adam="optax"))
 
 
 def test_new_names_of_fields_are_fields_and_old_names_are_not():

@@ -41,6 +41,48 @@ def test_a_config_states_result_hardware_time_and_command(path):
     assert f"\n    python -m drl_jax.main --config=configs/{path.name} --workdir=DIR" in text
 
 
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_config_states_the_number_of_steps_and_whose_choice_it_is(path):
+    """For the paper's data sets, it names the sources that were searched for a number."""
+    text = ast.get_docstring(ast.parse(path.read_text()))
+    (stated,) = re.findall(r"^Steps: +((?:.+\n)(?: {12}.+\n)*)", text, re.MULTILINE)
+    config = config_lib.load(str(path))
+    assert stated.startswith(f"{config.train.num_steps:,}, our choice")
+    if path.stem in PAPER:
+        for source in ("paper", "README", "1,000,000 (n_iters in its config.py)"):
+            assert source in " ".join(stated.split())
+        assert "steps" not in text.replace(stated, "")
+
+
+def test_only_the_configs_state_how_long_the_papers_models_are_trained():
+    """The default is that of the authors' program."""
+    assert config_lib.default().train.num_steps == 1_000_000
+    lengths = {
+        config_lib.load(str(FOLDER / f"{name}.py")).train.num_steps for name in PAPER
+    } | {240_000}
+    written = {text for n in lengths for text in (f"{n}", f"{n:,}", f"{n:_}")}
+    for file in (README, FOLDER.parent / "README.md", FOLDER.parent / "drl_jax" / "config.py"):
+        assert not {text for text in written if text in file.read_text()}, file
+
+
+def test_both_t1k_configs_have_the_objective_that_works_on_digits():
+    digits, cifar10 = (
+        dict(config_lib.flatten(config_lib.load(str(FOLDER / f"{name}_t1k.py"))))
+        for name in ("digits", "cifar10")
+    )
+    assert digits["train.objective"] == "denoising"
+    fields = [name for name in digits if name.startswith(("diffusion.", "mcmc."))]
+    for name in (*fields, "energy.parameterisation", "train.objective", "train.levels"):
+        assert cifar10[name] == digits[name], name
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_the_papers_data_sets_are_trained_with_the_authors_adam(path):
+    """The small runs keep the optimiser with which their figures were measured."""
+    ours = path.stem in ("digits", "digits_t1k", "toy2d")
+    assert config_lib.load(str(path)).optim.adam == ("optax" if ours else "keras")
+
+
 def test_the_readme_has_a_row_for_each_config():
     rows = re.findall(r"^\| `(\w+)\.py` \|", README.read_text(), re.MULTILINE)
     assert sorted(rows) == sorted(path.stem for path in CONFIGS)

@@ -9,10 +9,11 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from drl_jax.metrics import plane
-from drl_jax.metrics.density import History
+from drl_jax.metrics.density import Course
 from drl_jax.metrics.plane import Comparison
 from drl_jax.plots import figures
 from drl_jax.plots.figures import Histograms, Panel
+from drl_jax.sampling.annealing import PASSES
 
 
 def write_curves(path):
@@ -26,7 +27,7 @@ def write_curves(path):
 
 def write_annealing(path):
     course = np.linspace(0, 1, 7)
-    history = History(np.geomspace(1, 0.01, 7), *[(course, course[::-1])] * 3)
+    history = {name: Course(np.geomspace(1, 0.01, 7), *[course] * 3) for name in PASSES}
     figures.write_annealing(path, history, np.linspace(-1, 1, 50))
 
 
@@ -55,6 +56,8 @@ TEXTS = {
         "acceptance probability",
         "down, from white noise",
         "up, from data",
+        "up, from samples",
+        "tempered, from a wide Gaussian",
     },
     write_levels: {"true", "learned", "samples", "level 0", "level 3", "KL 0.0000"},
     write_histograms: {"digits", "uniform", "numbers: AUROC", "level 1", "0.91", "0.50"},

@@ -2,6 +2,7 @@ import pathlib
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
@@ -52,6 +53,7 @@ def test_settings_of_an_import_come_from_the_command_line(workdir):
 
 
 def to_state(tensors):
+    """Returns the imported state, which has the shapes and dtypes of a new one."""
     config = tf_checkpoint.configure(config_lib.default(), tensors, image_size=32)
     state = import_original.to_state(tf_checkpoint.extract(tensors, config), config)
     energy = method.from_config(config).energy
@@ -75,6 +77,33 @@ def test_a_whole_training_state_is_imported():
     for shift, tree in enumerate((state.ema, state.params, adam.mu, adam.nu)):
         for path, value in traverse_util.flatten_dict(tree, sep="/").items():
             np.testing.assert_array_equal(value, np.asarray(ema[path]) + np.float32(shift))
+
+
+def test_training_continues_with_the_update_that_the_authors_program_would_make():
+    """The moments are so small that epsilon, which Keras adds to sqrt(v), matters."""
+    tensors = tf_checkpoints.trained()
+    for name, tensor in tensors.items():
+        if name.endswith(("opt_c/m", "opt_c/v")):
+            tensors[name] = np.full_like(tensor, 1e-8 if name.endswith("m") else 1e-14)
+    state = to_state(tensors)
+    optimiser = train_state.optimiser(config_lib.default())
+    gradient = jax.tree.map(lambda p: jnp.full_like(p, 3e-7), state.params)
+    updates, opt_state = optimiser.update(gradient, state.opt_state, state.params)
+    n = 5002
+    m = 0.9 * 1e-8 + 0.1 * 3e-7
+    v = 0.999 * 1e-14 + 0.001 * 3e-7**2
+    expected = -1e-4 * np.sqrt(1 - 0.999**n) / (1 - 0.9**n) * m / (np.sqrt(v) + 1e-7)
+    for update in jax.tree.leaves(updates):
+        np.testing.assert_allclose(update, expected, rtol=1e-5)
+    assert int(opt_state[0].count) == n
+
+
+def test_without_moments_the_first_update_is_zero_as_in_a_new_run_of_the_authors():
+    state = to_state(tf_checkpoints.untrained())
+    gradient = jax.tree.map(jnp.ones_like, state.params)
+    optimiser = train_state.optimiser(config_lib.default())
+    updates, _ = optimiser.update(gradient, state.opt_state, state.params)
+    assert not any(np.any(update) for update in jax.tree.leaves(updates))
 
 
 def test_the_average_replaces_missing_raw_parameters(caplog):

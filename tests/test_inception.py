@@ -59,6 +59,15 @@ def test_an_image_of_the_networks_input_size_is_not_resized():
     np.testing.assert_array_equal(inception.prepare(x), (np.float32(x) - 128) / 128)
 
 
+def test_for_the_papers_protocol_pixels_from_0_to_255_become_minus_one_to_one():
+    """As in the authors' `run_inception_jit`; the graph of 2015 maps white to 127 / 128."""
+    x = np.zeros((1, 299, 299, 1), np.uint8)
+    x[0, 0, 0] = 255
+    for centre, white in ((inception.CENTRE_OF_PAPER, 1.0), (inception.CENTRE, 127 / 128)):
+        prepared = inception.prepare(x, centre)
+        assert (prepared.min(), prepared.max()) == (-1, white)
+
+
 def test_a_grey_image_is_treated_as_rgb_with_equal_channels():
     x = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 1), np.uint8)
     np.testing.assert_array_equal(
@@ -66,18 +75,20 @@ def test_a_grey_image_is_treated_as_rgb_with_equal_channels():
     )
 
 
-@pytest.mark.parametrize("n", [1, 3, 4, 9])
-def test_an_extractor_yields_the_features_of_every_image_once_in_order(monkeypatch, n):
+@pytest.mark.parametrize(("n", "centre"), [(1, 128.0), (3, 128.0), (4, 128.0), (9, 127.5)])
+def test_an_extractor_yields_the_features_of_every_image_once_in_order(monkeypatch, n, centre):
     def first_pixel(self, variables, x):
         pixels = x[:, 0, 0]
         return dict.fromkeys(NAMES, variables["scale"] * pixels)
 
     monkeypatch.setattr(inception.Network, "apply", first_pixel)
     mesh = sharding.make_mesh(jax.devices()[:1])
-    extractor = inception.Extractor({"scale": jnp.float32(128)}, Engine(mesh, batch_size=4))
+    engine = Engine(mesh, batch_size=4)
+    extractor = inception.Extractor({"scale": jnp.float32(centre)}, engine, centre)
     images = [np.full((5, 5, 3), i, np.uint8) for i in range(n)]
     batches = list(extractor(iter(images)))
     assert max(len(batch["2048"]) for batch in batches) <= 4
     for name in ("2048", "logits_unbiased"):
         found = np.concatenate([batch[name] for batch in batches])
-        np.testing.assert_array_equal(found, np.arange(n)[:, None] * np.ones(3) - 128)
+        expected = np.arange(n)[:, None] * np.ones(3) - centre
+        np.testing.assert_allclose(found, expected, rtol=1e-6)

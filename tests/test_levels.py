@@ -1,5 +1,6 @@
 """Level statistics of a network and a sampler whose results are known."""
 
+import re
 from typing import NamedTuple
 
 import jax
@@ -66,13 +67,17 @@ def diffused(x, key, t, schedule):
 def test_statistics_are_means_over_the_data_and_the_ends_of_their_chains(batch_size):
     """Fails if f is evaluated on x_t instead of y, or F is taken for f (both tried)."""
     model, key = model_of(6, batch_size), jax.random.key(0)
+    temperature = 2.0
     x = np.random.default_rng(0).uniform(-1, 1, (10, *SHAPE)).astype(np.float32)
     found = levels.level_statistics(model, key, x)
     assert found["level"] == [0, 1, 2, 3, 4, 5]
     for t in range(6):
         y, x_tilde = diffused(x, key, t, model.method.schedule)
         end = x_tilde + K * SHIFT
-        f_data, f_chain = (t + np.mean(np.sum(z, axis=(1, 2, 3))) for z in (y, end))
+        f, f_end = (t + np.sum(z, axis=(1, 2, 3)) for z in (y, end))
+        f_data, f_chain = np.mean(f), np.mean(f_end)
+        spacing = np.median(np.spacing(np.abs(np.float32(f))))
+        assert found["resolution"][t] == pytest.approx(spacing / temperature)
         assert found["f_data"][t] == pytest.approx(f_data, abs=1e-5)
         assert found["f_chain"][t] == pytest.approx(f_chain, abs=1e-5)
     np.testing.assert_allclose(found["displacement"], K * SHIFT * np.sqrt(6), rtol=1e-5)
@@ -103,3 +108,20 @@ def test_ten_of_many_levels_are_evaluated():
     found = levels.level_statistics(model_of(1000), jax.random.key(0), x)
     assert found["level"] == [*range(0, 1000, 100)]
     assert {len(values) for values in found.values()} == {10}
+
+
+def test_resolution_is_the_smallest_change_of_F_in_float32():
+    """At |f| = 100 one unit in the last place of f is 2^-17."""
+    temperature, f = np.float32(2e-5), np.full(9, -100.0, np.float32)
+    F, next_F = (np.float64(v) / temperature for v in (f, np.nextafter(f, np.float32(0))))
+    found = levels.resolution(f, temperature)
+    assert found == pytest.approx(next_F[0] - F[0])
+    assert found == pytest.approx(2.0**-17 / 2e-5)
+
+
+def test_a_warning_names_the_level_with_the_coarsest_F(caplog):
+    levels.warn_of_rounding([0.0, 5.0], [0.09, 0.1])
+    assert not caplog.messages
+    levels.warn_of_rounding([0.0, 5.0, 6.0], [0.2, 0.381, 0.3])
+    (message,) = caplog.messages
+    assert re.search(r"level 5 .*0\.38 nats", message)

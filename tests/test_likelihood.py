@@ -12,7 +12,7 @@ from helpers import tiny
 
 from drl_jax.errors import UserError
 from drl_jax.metrics import density
-from drl_jax.sampling.annealing import Bound, Partition
+from drl_jax.sampling.annealing import Agreement, Bound, Partition
 from drl_jax.tasks import likelihood
 
 BUDGET = [
@@ -35,14 +35,20 @@ def start(model, workdir, *args):
 def test_an_interrupted_annealing_is_resumed_to_the_same_results(
     trained_toy, tmp_path, monkeypatch, caplog
 ):
-    """It is interrupted in both passes; all files are the same to the bit."""
+    """It is interrupted in all passes; all files are the same to the bit."""
     assert start(trained_toy, tmp_path / "whole") == 0
     folder = "likelihood/step_30_seed_0"
     files = {path.name: path.read_bytes() for path in (tmp_path / "whole" / folder).iterdir()}
     assert files.keys() == {"likelihood.json", "likelihood.png"}
     results = json.loads(files["likelihood.json"])
-    log_Z = {name: results["log_Z"][name]["log_Z"] for name in ("lower", "upper")}
-    assert results["gap"] == pytest.approx(log_Z["upper"] - log_Z["lower"])
+    lower, upper = (
+        max(bound["log_Z"] for bound in results["log_Z"][name].values())
+        for name in ("lower", "upper")
+    )
+    assert results["gap"] == pytest.approx(upper - lower)
+    assert results["agreement"].keys() == set(Agreement._fields)
+    assert (results["split"], results["held_out"]) == ("test", True)
+    assert "on held-out data (test split)" in caplog.text
     log_density = results["log_density"]
     assert log_density["to"] - log_density["from"] == pytest.approx(abs(results["gap"]))
     assert "bits_per_dim" not in results  # points are not discrete
@@ -89,9 +95,20 @@ def bound(log_Z, ess=200.0):
     return Bound(log_Z=log_Z, std_error=0.01, effective_sample_size=ess, chains=256, spread=0.2)
 
 
+def partition(levels, from_data, tempered=None, from_model=None, **p_values):
+    """Returns bounds; those that are not given are equal to the other one on their side."""
+    return Partition(
+        levels=levels,
+        tempered=tempered or levels,
+        from_data=from_data,
+        from_model=from_model or from_data,
+        agreement=Agreement(**{"order": 1.0, "log_density": 0.5, "log_weight": 0.5} | p_values),
+    )
+
+
 @pytest.mark.parametrize("gap", [60.0, -60.0, math.nan, math.inf])
 def test_bounds_that_are_far_apart_or_in_the_wrong_order_are_rejected(gap):
-    bounds = Partition(bound(10.0), bound(10.0 + gap))
+    bounds = partition(bound(10.0), bound(10.0 + gap))
     pattern = r"10.0 and .*bits per dimension.*max_gap = 0.1.*likelihood.distributions.*1000"
     with pytest.raises(UserError, match=pattern):
         likelihood.require_usable(bounds, density.DEFAULT, D=64, T=1000)
@@ -109,15 +126,59 @@ def test_the_gap_is_compared_in_bits_per_dimension(bits, usable):
 
 
 def test_a_low_effective_sample_size_gives_a_warning(caplog):
-    bounds = Partition(bound(10.0, ess=1.5), bound(10.1))
+    bounds = partition(bound(10.0, ess=1.5), bound(10.1), tempered=bound(9.9))
     likelihood.require_usable(bounds, density.DEFAULT, D=64, T=1000)
     (message,) = caplog.messages
-    assert re.search(r"effective sample size of the lower bound is 1.5 of 256", message)
+    assert re.search(r"effective sample size of the chains through .* is 1.5 of 256", message)
+
+
+def test_a_tempered_bound_too_low_to_detect_anything_gives_a_warning(caplog):
+    bounds = partition(bound(10.0), bound(10.1), tempered=bound(-50.0))
+    likelihood.require_usable(bounds, density.DEFAULT, D=64, T=1000)
+    (message,) = caplog.messages
+    assert re.search(r"more than about 60 nats \(1.4 bits per dimension\)", message)
+
+
+def test_upper_bounds_below_a_lower_bound_are_rejected_in_one_line():
+    """As with a mode that neither data nor the other levels have."""
+    bounds = partition(
+        bound(0.0), bound(0.0), tempered=bound(4.6), from_model=bound(4.7), order=1e-9
+    )
+    pattern = (
+        r"at least 4.600 ± .* 0.000 ± 0.010 from data, 4.700 ± 0.010 from the model's own "
+        r"samples \(p-value 1e-09\).*likelihood.burn_in \(now 200\)"
+    )
+    with pytest.raises(UserError, match=f"^[^\n]*{pattern}[^\n]*$"):
+        likelihood.require_usable(bounds, density.DEFAULT, D=2, T=1000)
+
+
+@pytest.mark.parametrize("name", ["log_density", "log_weight"])
+def test_chains_from_data_and_from_samples_that_differ_are_rejected_in_one_line(name):
+    bounds = partition(bound(10.0), bound(10.05), from_model=bound(10.01), **{name: 2e-7})
+    pattern = r"p-value 2e-07.* 10.050 nor 10.010 nats .*likelihood.burn_in \(now 200\)"
+    with pytest.raises(UserError, match=f"^[^\n]*{pattern}[^\n]*$"):
+        likelihood.require_usable(bounds, density.DEFAULT, D=2, T=1000)
+
+
+def test_the_log_says_which_number_bounds_what():
+    bounds = partition(bound(1.0), bound(2.5), tempered=bound(0.5), from_model=bound(2.25))
+    lines = likelihood.described(bounds)
+    below = lines.index("log Z is at most (if the chains start from exact samples of level 0):")
+    assert lines[0].startswith("log Z is at least")
+    for number, first, last in (
+        ("1.0", 0, below),
+        ("0.5", 0, below),
+        ("2.5", below, below + 3),
+    ):
+        assert any(number in line for line in lines[first:last])
+    assert (
+        "2.250 ± 0.010 nats: chains up through the levels from the model's" in lines[below + 2]
+    )
 
 
 def test_the_mean_lies_between_the_bounds_in_either_unit():
     values = np.array([1.0, 3.0])
-    bounds = Partition(bound(10.0), bound(11.0))
+    bounds = partition(bound(10.0), bound(11.0), bound(9.0), bound(10.5))
     nats = likelihood.mean_between(values, bounds, unit=1.0)
     assert nats == pytest.approx({"from": -9.0, "to": -8.0, "std_error": 1 / math.sqrt(2)})
     bits = likelihood.mean_between(values, bounds, unit=-2.0)

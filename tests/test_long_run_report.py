@@ -29,6 +29,7 @@ def experiment():
         data={"log_density": [-3.0, 2.0], "displacement": [0.5, 7.0], "frechet": [1.0, 2.0]},
         image_reference=fit(rng.normal(size=(9, 64))),
         image_frechet=1.5,
+        resolution=[0.36, 1e-4],
     )
 
 
@@ -60,6 +61,7 @@ def test_undefined_and_infinite_numbers_are_null_in_the_json_file(tmp_path, expe
     report.write(epath.Path(tmp_path), state, experiment, T)
     results = json.loads((tmp_path / "long_run.json").read_text())
     assert (results["levels"], results["chains_per_level"]) == ([0, 5], C)
+    assert results["resolution"] == [0.36, 1e-4]
     first, last = results["records"]
     assert first["acceptance"] == [None, None]
     assert (last["frechet"], last["r_hat"]) == ([None, 4.0], [None, 1.1])

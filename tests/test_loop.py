@@ -10,20 +10,31 @@ import time
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from etils import epath
 from helpers import tiny
 from helpers.runs import assert_same, state_of, steps, wait_until
-from ml_collections import ConfigDict
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from drl_jax import config as config_lib
+from drl_jax import diffusion, recovery
 from drl_jax.errors import UserError
+from drl_jax.mcmc import langevin
+from drl_jax.method import Method
+from drl_jax.networks.energy import Energy
+from drl_jax.recovery import Parameterisation
+from drl_jax.runtime import sharding
+from drl_jax.sampling.ladder import Sampler
 from drl_jax.training import loop
+from drl_jax.training import state as train_state
+from drl_jax.training import step as train_step
 from drl_jax.training.step import Metrics
 
-LIMITS = ConfigDict({"loss_limit": 100.0, "energy_limit": 1e4})
+LIMITS = loop.Limits(loss=100.0, f=1e4)
 
 
 @pytest.fixture
@@ -326,6 +337,85 @@ def test_metrics_within_the_limits_are_accepted():
 def test_a_loss_energy_or_gradient_that_is_too_large_or_not_finite_is_an_error(changes):
     with pytest.raises(UserError, match=r"^[^\n]*diverged at step 7\b[^\n]*$"):
         loop.raise_if_diverged(7, make_metrics(**changes), LIMITS)
+
+
+@pytest.mark.parametrize(
+    ("objective", "dimension", "loss", "f"),
+    [
+        ("recovery", 2, 100.0, 1e4),  # points
+        ("recovery", 8 * 8, 100.0, 1e4),  # digits
+        ("recovery", 128 * 128 * 3, 76_800.0, 7.68e6),
+        ("denoising", 8 * 8, 100.0, 1e4),
+        ("denoising", 128 * 128 * 3, 100.0, 7.68e6),  # this loss is a mean over the pixels
+    ],
+)
+def test_the_limits_grow_with_the_number_of_pixels(objective, dimension, loss, f):
+    config = config_lib.default()
+    config.train.objective = objective
+    assert loop.divergence_limits(config, dimension) == (loss, f)
+
+
+def quadratic_run(size, precision, num_steps):
+    """Trains F = -p |y|² / 2 at the top level on white noise, and checks each step like `fit`.
+
+    Args:
+      size: height and width of the images [size, size, 3].
+      precision: p before training. That of the data is 1.
+      num_steps: number of steps.
+
+    Returns:
+      p after training, the largest |loss| and the largest mean |f|.
+    """
+    schedule = diffusion.schedule(6)
+    step_size = recovery.step_sizes(schedule, 2e-4)
+    energy = Energy(
+        init=lambda key: ({"log_p": jnp.log(precision)}, {}),
+        normalise=lambda params, vectors: (params, vectors),
+        f=lambda params, x, t: (
+            -(step_size[t] ** 2) * jnp.exp(params["log_p"]) * jnp.sum(x**2, (1, 2, 3)) / 2
+        ),
+        shape=(size, size, 3),
+    )
+    sampler = Sampler(langevin.init, langevin.kernel, {"step_size": step_size}, 10)
+    method = Method(energy, schedule, Parameterisation(step_size**2, 0.0), sampler)
+    training = train_step.Training(
+        objective=train_step.recovery_gradient,
+        draw_levels=lambda keys, schedule: jnp.full(len(keys), schedule.T - 1),
+        optimiser=optax.adam(0.25),
+        ema_decay=0.0,
+    )
+    mesh = sharding.make_mesh()
+    step = train_step.compile_step(mesh, method, training)
+    state = train_state.create_on(mesh, jax.random.key(0), energy, training.optimiser)
+    limits = loop.divergence_limits(config_lib.default(), size * size * 3)
+    losses, energies = [], []
+    for k in range(num_steps):
+        x = jax.random.normal(jax.random.key(k), (8, size, size, 3))
+        state, metrics = step(state, x, jax.random.key(1))
+        metrics = jax.tree.map(np.asarray, metrics)
+        loop.raise_if_diverged(k, metrics, limits)
+        losses.append(abs(metrics.loss))
+        energies.append(np.nanmax(np.abs(metrics.f_pos)))
+    return float(np.exp(state.ema["log_p"])), max(losses), max(energies)
+
+
+@pytest.mark.slow
+def test_a_run_at_128_pixels_that_recovers_from_steep_energies_is_not_ended():
+    """Its energy starts thirty times too steep, and ends within a factor of two of the data's.
+
+    Fails if the limits are those of 8x8 images.
+    """
+    p, loss, f = quadratic_run(128, precision=30.0, num_steps=25)
+    assert loss > LIMITS.loss
+    assert f > LIMITS.f
+    assert 0.5 < p < 2
+
+
+@pytest.mark.parametrize("size", [8, 128])
+def test_a_run_whose_chains_diverge_is_ended_at_any_size(size):
+    """With p = 400, s_t² at the top is twice the largest with which chains are stable."""
+    with pytest.raises(UserError, match="diverged at step"):
+        quadratic_run(size, precision=400.0, num_steps=5)
 
 
 def test_the_mean_over_steps_ignores_nan():

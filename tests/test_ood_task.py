@@ -29,7 +29,7 @@ def test_the_shipped_model_distinguishes_digits_from_synthetic_images(tmp_path, 
     """At the low levels; at the high levels images are mostly noise.
 
     With all 1797 digits: at level 0 the AUROC of F is 1.000 for each set, that of the norm
-    1.000, 1.000 and 0.999; at level 4 that of F is 0.694 (shuffled), 0.919 (inverted) and 0.676
+    1.000, 1.000 and 0.999; at level 4 that of F is 0.702 (shuffled), 0.924 (inverted) and 0.682
     (uniform).
     """
     args = [f"--workdir={tmp_path}", "--config.evaluation.num_data=300"]
@@ -40,7 +40,13 @@ def test_the_shipped_model_distinguishes_digits_from_synthetic_images(tmp_path, 
     assert min(Image.open(folder / "histograms.png").size) > 400
     results = json.loads((folder / "ood.json").read_text())
     assert results["levels"] == [*range(T)]
-    expected = {"name": "digits", "identity": "digits", "num_images": 300}
+    expected = {
+        "name": "digits",
+        "identity": "digits",
+        "split": "train",
+        "held_out": False,
+        "num_images": 300,
+    }
     assert expected.items() <= results["in"].items()
     assert [*results["against"]] == ["shuffled", "inverted", "uniform"]
     for name, result in results["against"].items():
@@ -49,7 +55,8 @@ def test_the_shipped_model_distinguishes_digits_from_synthetic_images(tmp_path, 
             assert min(by_level[:2]) > 0.99
             assert 0.6 < min(by_level[4:]) < 0.95
         row = " ".join(f"{auroc:6.3f}" for auroc in result["auroc"]["log_density"])
-        pattern = re.compile(rf"{name} +log-density F +{row.strip()}")
+        data = re.escape("digits (train split, not held out)")
+        pattern = re.compile(rf"{data} against {name} +log-density F +{row.strip()}")
         assert any(pattern.fullmatch(line) for line in caplog.messages)
 
 
@@ -123,6 +130,41 @@ def test_wrong_arguments_are_reported_in_one_line(tmp_path, monkeypatch, capsys,
     assert tiny.main("--mode=ood", "--model=digits", "--workdir=run", *args) == 1
     assert re.fullmatch(rf"error: .*{pattern}.*\n", capsys.readouterr().err)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+class HeldOut(sources.Digits):
+    """Digits in reverse order, as if they were a test split."""
+
+    split = "test"
+    held_out = True
+
+    def __init__(self):
+        super().__init__(channels=1)
+        self._images = self._images[::-1]
+
+
+@pytest.mark.slow
+def test_the_data_and_other_sets_are_held_out_where_there_are_such_data(
+    tmp_path, monkeypatch, caplog
+):
+    """Fails if either is opened with `sources.open_source`."""
+    monkeypatch.setattr(sources, "open_held_out", lambda config: HeldOut())
+    args = [
+        f"--workdir={tmp_path}",
+        "--model=digits",
+        "--config.evaluation.batch_size=8",
+        "--config.evaluation.num_data=8",
+        "--against=digits",
+    ]
+    with caplog.at_level("INFO", logger="drl_jax"):
+        assert tiny.main("--mode=ood", *args) == 0
+    results = json.loads((tmp_path / "ood" / "step_5000_seed_0" / "ood.json").read_text())
+    assert (results["in"]["split"], results["in"]["held_out"]) == ("test", True)
+    (other,) = results["against"].values()
+    assert (other["split"], {*other["auroc"]["log_density"]}) == ("test", {0.5})
+    rows = [line for line in caplog.messages if "against digits" in line]
+    assert len(rows) == 2
+    assert all(row.startswith("digits (test split, held out)") for row in rows)
 
 
 def test_images_with_another_number_of_channels_are_rejected():

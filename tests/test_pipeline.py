@@ -114,6 +114,15 @@ def test_to_uint8_inverts_the_scaling_of_every_pixel_value():
     np.testing.assert_array_equal(pipeline.to_uint8(x), image)
 
 
+def test_to_uint8_can_truncate_as_the_authors_program_does():
+    x = np.float32([-1.5, -1, -0.999, 1 - 0.1 / 127.5, 1, 2])
+    np.testing.assert_array_equal(pipeline.to_uint8(x, truncate=True), [0, 0, 0, 254, 255, 255])
+    x = np.float32([-0.5, -0.1, 0, 0.3])
+    np.testing.assert_array_equal(
+        pipeline.to_uint8(x, truncate=True), np.floor((x + 1) * 127.5)
+    )
+
+
 def test_to_uint8_clips_and_rounds_ties_to_the_even_integer():
     x = np.array([-3, -1, -1 + 1 / 255, 0, 1, 1.2])
     np.testing.assert_array_equal(pipeline.to_uint8(x), [0, 0, 0, 128, 255, 255])

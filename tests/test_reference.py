@@ -42,12 +42,12 @@ def workdir(tmp_path):
     return epath.Path(tmp_path / "run")
 
 
-def summary_of_data(config, workdir, sha256="1234"):
+def summary_of_data(config, workdir, network="1234"):
     """Returns the summary, and the number of images from which it was computed."""
     extractor = CountingExtractor()
     source = sources.open_source(config)
     summary = reference.of_data(
-        config=config, source=source, extractor=extractor, sha256=sha256, workdir=workdir
+        config=config, source=source, extractor=extractor, network=network, workdir=workdir
     )
     return summary, extractor.count
 
@@ -71,7 +71,7 @@ def test_a_second_call_reads_what_the_first_wrote(config, workdir, tmp_path):
 @pytest.mark.parametrize(
     "change",
     [
-        {"sha256": "5678"},
+        {"network": "5678"},
         {"data.image_size": 4},
         {"data.channels": 1},
         {"data.crop": "none"},
@@ -82,11 +82,11 @@ def test_a_second_call_reads_what_the_first_wrote(config, workdir, tmp_path):
 )
 def test_other_weights_or_data_have_another_file(config, workdir, tmp_path, change):
     summary_of_data(config, workdir)
-    sha256 = change.pop("sha256", "1234")
+    network = change.pop("network", "1234")
     if change.pop("new", None):
         Image.new("RGB", (8, 8)).save(tmp_path / "images" / "new.png")
     config.update_from_flattened_dict(change)
-    summary, count = summary_of_data(config, workdir, sha256)
+    summary, count = summary_of_data(config, workdir, network)
     assert count == summary.moments.n > 0
     assert len(list(tmp_path.glob("*.npz"))) == 2
 

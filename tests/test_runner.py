@@ -63,6 +63,8 @@ def test_the_results_describe_the_chains_and_more_steps_continue_them(workdir, c
     assert start(workdir) == 0
     found = results(workdir)
     assert [r["step"] for r in found["records"]] == [0, 1, 2, 5, 10, 20]
+    assert len(found["resolution"]) == T
+    assert min(found["resolution"]) > 0
     first, *_, last = found["records"]
     assert first["displacement"] == [0.0] * T
     assert first["acceptance"] == first["r_hat"] == [None] * T

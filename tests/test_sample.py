@@ -51,7 +51,7 @@ def test_a_sample_is_a_function_of_the_seed_and_its_number(workdir):
     run = runs.load(workdir)
     run.config.evaluation.batch_size = 24
     other = runs.reconfigure(run, run.config).model
-    for again in (samples_of(workdir, 40), other.sample(jax.random.key(0), 70)):
+    for again in (samples_of(workdir, 40), other.sample(common.task_key("sample", 0), 70)):
         error = np.abs(again - x[: len(again)]).max(axis=(1, 2, 3))
         assert np.mean(error < 1e-5) > 0.9
     assert np.abs(samples_of(workdir, 3, seed=1) - x[:3]).max() > 0.1

@@ -33,6 +33,13 @@ def test_inception_score_is_invariant_to_a_constant_added_to_the_logits():
     assert scores.inception_score(logits + 500) == pytest.approx(scores.inception_score(logits))
 
 
+def test_the_mean_score_of_splits_is_below_the_score_of_all_images():
+    """Each split sees fewer images, so its p(class) is closer to the single images'."""
+    logits = np.random.default_rng(0).normal(size=(200, 50)) * 3
+    mean, _ = scores.inception_score(logits)
+    assert mean < 0.9 * scores.inception_score(logits, splits=1)[0]
+
+
 def test_squared_mmd_equals_a_double_loop():
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(7, 4)), rng.normal(size=(5, 4)) + 1

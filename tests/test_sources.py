@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from helpers import examples, tiny
 from helpers.examples import make_config, one_line, run_python, save
+from helpers.statistical import assert_mean
 from PIL import Image
 
 from drl_jax.data import mixtures, sources
@@ -170,9 +171,18 @@ def test_an_unreadable_first_image_is_named_when_the_source_is_opened(tmp_path, 
 
 
 def write_tfds(
-    dataset, data_dir, features, examples, file_format="array_record", version="1.0.0"
+    dataset,
+    data_dir,
+    features,
+    examples,
+    file_format="array_record",
+    version="1.0.0",
+    splits=("test",),
 ):
-    """Prepares a data set with TFDS's writer, without registering its code with TFDS."""
+    """Prepares a data set with TFDS's writer, without registering its code with TFDS.
+
+    The split 'train' has all examples, and each of `splits` the first two.
+    """
     import tensorflow_datasets as tfds
 
     class Written(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -188,7 +198,7 @@ def write_tfds(
 
         def _split_generators(self, dl_manager):
             del dl_manager
-            return {"train": enumerate(examples), "test": enumerate(examples[:2])}
+            return {"train": enumerate(examples)} | {s: enumerate(examples[:2]) for s in splits}
 
         def _generate_examples(self):
             raise NotImplementedError
@@ -221,6 +231,8 @@ def tfds_dir(tmp_path_factory, stripes):
     write_tfds("labels", folder, {"label": label}, [{"label": i} for i in range(3)])
     three = [{"image": files[0]}] * 3
     write_tfds("records", folder, {"image": image}, three, file_format="tfrecord")
+    write_tfds("validated", folder, {"image": image}, three, splits=("validation",))
+    write_tfds("unsplit", folder, {"image": image}, three, splits=())
     # TFDS has code for 'mnist', unlike the others.
     digit = {"image": examples.encoded(np.full((28, 28), 51, np.uint8)), "label": 5}
     features = {
@@ -257,6 +269,67 @@ def test_a_tfds_data_set_is_identified_by_its_version_and_split(tfds_dir):
     # The evaluation writes statistics beside the version folder; they are not a version.
     (tfds_dir / "stripes" / "1.0.0.inception-0123.npz").write_bytes(b"")
     assert sources.open_source(tfds_config(tfds_dir)).identity == "stripes/1.0.0[train]"
+
+
+@pytest.mark.parametrize(
+    ("name", "training", "wanted", "split", "held_out"),
+    [
+        ("stripes", "train", "test", "test", True),
+        ("stripes", "train", "train", "train", False),
+        ("stripes", "train", "train[:2]", "train[:2]", False),
+        ("stripes", "train[:5]", "train[5:]", "train[5:]", True),
+        ("stripes", "train[:5]", "train[4:]", "train[4:]", False),
+        ("stripes", "train+test", "test", "test", False),
+        ("validated", "train", "test", "validation", True),
+        ("unsplit", "train", "test", "train", False),
+        ("unsplit", "train[:2]", "test", "train[:2]", False),
+    ],
+)
+def test_held_out_data_are_the_evaluation_split_and_say_whether_training_used_them(
+    tfds_dir, caplog, name, training, wanted, split, held_out
+):
+    """Fails if the training split is opened, or if every other name counts as held out."""
+    config = tfds_config(tfds_dir, name, split=training)
+    config.evaluation.split = wanted
+    with caplog.at_level("INFO"):
+        source = sources.open_held_out(config)
+    assert (source.split, source.held_out) == (split, held_out)
+    assert source.identity == f"{name}/1.0.0[{split}]"
+    assert split in source.described_split()
+    assert ("not held out" in source.described_split()) != held_out
+    assert (f"no split '{wanted}': using '{split}'" in caplog.text) == (split != wanted)
+    trained_on = sources.open_source(config)
+    assert (trained_on.split, trained_on.held_out) == (training, False)
+
+
+def test_an_evaluation_split_that_does_not_exist_is_reported(tfds_dir):
+    config = tfds_config(tfds_dir)
+    config.evaluation.split = "valid"
+    with pytest.raises(UserError) as error:
+        sources.open_held_out(config)
+    assert "config.evaluation.split is 'valid'" in one_line(error)
+
+
+def test_digits_and_folders_have_only_training_data(tmp_path):
+    save(tmp_path / "a.png", np.zeros((8, 8), np.uint8))
+    for name in ("digits", f"folder:{tmp_path}"):
+        source = sources.open_held_out(make_config(name))
+        assert (source.split, source.held_out) == ("train", False)
+        assert source.identity == sources.open_source(make_config(name)).identity
+
+
+def test_held_out_points_are_other_exact_samples(monkeypatch):
+    """Fails if they are drawn with the key of the points to train on."""
+    monkeypatch.setattr(sources, "NUM_POINTS", 10_000)
+    config = make_config("ellipse")
+    config.energy.network = "mlp"
+    trained_on, held_out = sources.open_source(config), sources.open_held_out(config)
+    assert (trained_on.held_out, held_out.held_out) == (False, True)
+    assert trained_on.identity != held_out.identity
+    a, b = (np.stack(list(source)) for source in (trained_on, held_out))
+    assert not set(a[:, 0].tolist()) & set(b[:100, 0].tolist())
+    mean, covariance = mixtures.PLANAR_SHAPES["ellipse"]().mean_and_covariance()
+    assert_mean(b, mean, np.diag(covariance))
 
 
 def test_a_tfds_data_set_with_code_is_read(tfds_dir):

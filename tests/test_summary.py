@@ -21,7 +21,9 @@ def test_a_summary_contains_the_moments_score_and_features_of_all_images():
         frechet.covariance(found.moments)[:3, :3], np.cov(pixels, rowvar=False), rtol=1e-10
     )
     np.testing.assert_array_equal(found.features[:, :3], pixels)
-    assert found.score == pytest.approx(scores.inception_score(np.float32(pixels)), rel=1e-6)
+    logits = np.float32(pixels)
+    assert found.score == pytest.approx(scores.inception_score(logits, splits=1)[0], rel=1e-6)
+    assert found.score_of_splits == pytest.approx(scores.inception_score(logits), rel=1e-6)
 
 
 def test_a_summary_reads_n_images_and_leaves_the_rest_of_the_stream():
@@ -41,7 +43,7 @@ def test_stored_features_are_equally_spaced(monkeypatch, n, stored):
 
 
 def summary_of(x, score):
-    return Summary(frechet.batch_moments(x), x, (score, score / 10))
+    return Summary(frechet.batch_moments(x), x, score, (score - 1, 0.1))
 
 
 def test_sets_are_compared_by_the_distances_between_their_features():
@@ -51,8 +53,9 @@ def test_sets_are_compared_by_the_distances_between_their_features():
     expected = frechet.frechet_distance(frechet.fit(a), frechet.fit(b))
     assert found["fid"] == pytest.approx(expected, rel=1e-9)
     assert (found["kid"], found["kid_std"]) == scores.kernel_distance(a, b)
-    assert (found["inception_score"], found["inception_score_std"]) == (5.0, 0.5)
-    assert found["inception_score_of_data"] == 9.0
+    assert (found["inception_score"], found["inception_score_of_data"]) == (5.0, 9.0)
+    assert found["inception_score_of_splits"] == 4.0
+    assert found["inception_score_of_splits_std"] == 0.1
     assert (found["num_samples"], found["num_data"]) == (50, 40)
 
 

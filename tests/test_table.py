@@ -76,6 +76,23 @@ def test_after_training_a_task_may_change_the_sampler_and_the_data_but_not_the_n
     assert not table.TASKS["export"].may_change("mcmc.K")
 
 
+@pytest.mark.parametrize("name", ["likelihood", "ood"])
+def test_where_held_out_data_are_measured_their_split_is_changed_and_not_that_of_training(name):
+    """Fails if --config.data.split=test can make a task believe that it was trained on."""
+    task = table.TASKS[name]
+    assert task.may_change("evaluation.split")
+    assert not task.may_change("data.split")
+    assert table.TASKS["evaluate"].may_change("data.split")
+
+
+@FLAGS
+def test_a_flag_implies_only_fields_that_its_tasks_may_change(flag):
+    assert set(flag.implied) <= set(flag.choices)
+    for fields in flag.implied.values():
+        for name in table.tasks_of(flag):
+            assert all(table.TASKS[name].may_change(field) for field in fields)
+
+
 def test_an_import_takes_the_network_from_the_checkpoint():
     task = table.TASKS["import_original"]
     assert task.may_change("mcmc.K")

@@ -22,7 +22,7 @@ from drl_jax.errors import UserError
 from drl_jax.metrics import inception, weights
 from drl_jax.storage import runs
 from drl_jax.storage.runs import Run
-from drl_jax.tasks import common, evaluate, export, sample
+from drl_jax.tasks import common, evaluate, export, sample, table
 
 
 @pytest.fixture
@@ -67,7 +67,9 @@ def test_training_with_inception_weights_computes_fid_kid_and_inception_score(
     assert (metrics["num_samples"], metrics["num_data"]) == (5, 6)
     assert metrics["fid"] > 0
     assert 1 <= metrics["inception_score"] < inception.CLASSES
+    protocol = metrics.pop("protocol")
     assert all(math.isfinite(value) for value in metrics.values())
+    assert (protocol["name"], protocol["comparable"]) == ("default", False)
     assert len(list(tmp_path.glob("images.inception-*.npz"))) == 1
 
 
@@ -102,49 +104,129 @@ def test_for_images_that_suit_fid_the_log_says_where_its_weights_are(
     assert (weights.DOWNLOAD_HINT in caplog.text) == hint
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("inception_weights", [None, weights.Weights({}, "1234")])
-def test_inception_sees_all_samples_although_few_are_in_memory(
-    tmp_path, monkeypatch, inception_weights
-):
-    """Pixel metrics use `MAX_IN_MEMORY` images, Inception all of them, in order."""
-    run = runs.load(tiny.trained())
-    run.config.evaluation.update(num_samples=300, num_data=200)
-    seen = []
+@pytest.fixture
+def seen(monkeypatch):
+    """Replaces the network; returns the lists of all centres and images that it is given."""
+    centres, sets = [], []
 
     class PixelExtractor(inception.Extractor):
-        def __init__(self, *_):
-            pass
+        def __init__(self, variables, engine, centre):
+            centres.append(centre)
 
         def __call__(self, images):
             images = list(images)
-            seen.append(np.stack(images))
+            sets.append(np.stack(images))
             return vectors(images)
 
-    monkeypatch.setattr(evaluate, "MAX_IN_MEMORY", 100)
     monkeypatch.setattr(evaluate.inception, "Extractor", PixelExtractor)
     monkeypatch.setattr(evaluate.summary, "compare", compare_numbers_only)
+    return centres, sets
+
+
+WEIGHTS = weights.Weights({}, "1234")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("inception_weights", "protocol", "centre"),
+    [(None, "default", None), (WEIGHTS, "default", 128), (WEIGHTS, "paper", 127.5)],
+)
+def test_inception_sees_all_samples_although_few_are_in_memory(
+    tmp_path, monkeypatch, seen, inception_weights, protocol, centre
+):
+    """Pixel metrics use `MAX_IN_MEMORY` images, Inception all of them, in order.
+
+    Fails if samples are rounded by the paper's protocol, or its data truncated.
+    """
+    run = runs.load(tiny.trained())
+    run.config.evaluation.update(num_samples=300, num_data=200)
+    monkeypatch.setattr(evaluate, "MAX_IN_MEMORY", 100)
     evaluate.measure(
         run=run,
         source=sources.open_source(run.config),
         workdir=epath.Path(tmp_path),
         inception_weights=inception_weights,
+        protocol=protocol,
     )
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert (metrics["num_samples"], metrics["num_data"]) == (100, 100)
     if inception_weights is None:
         assert "inception" not in metrics
         return
-    data, samples = seen
-    assert (len(data), len(samples)) == (200, 300)
-    key, _ = jax.random.split(jax.random.key(run.config.seed))
-    np.testing.assert_array_equal(samples, pipeline.to_uint8(run.model.sample(key, 300)))
+    centres, (data, samples) = seen
+    assert (centres, len(data), len(samples)) == ([centre], 200, 300)
+    key, _ = jax.random.split(common.task_key("evaluate", run.config.seed))
+    x = run.model.sample(key, 300)
+    np.testing.assert_array_equal(samples, pipeline.to_uint8(x, protocol == "paper"))
+    source = sources.open_source(run.config)
+    x = np.stack(list(pipeline.all_examples(run.config, source, 200)))
+    np.testing.assert_array_equal(data, pipeline.to_uint8(x))
 
 
 def compare_numbers_only(samples, data):
     """Stands in for `summary.compare`, of features that have no full covariance."""
-    assert (samples.moments.n, data.moments.n) == (300, 200)
-    return dict.fromkeys(("fid", "kid", "inception_score", "inception_score_of_data"), 0.0)
+    names = ("fid", "kid", "inception_score", "inception_score_of_splits")
+    metrics = dict.fromkeys((*names, "inception_score_of_data"), 0.0)
+    return metrics | {"num_samples": samples.moments.n, "num_data": data.moments.n}
+
+
+@pytest.mark.parametrize(
+    ("num_samples", "num_data", "split", "comparable"),
+    [
+        (20, 10**9, "train", True),
+        (21, 6, "train", True),
+        (19, 10**9, "train", False),
+        (20, 5, "train", False),
+        (20, 10**9, "test", False),
+    ],
+)
+def test_fid_says_by_which_protocol_it_was_computed_and_if_it_compares_with_published_values(
+    folder, tmp_path, monkeypatch, caplog, seen, num_samples, num_data, split, comparable
+):
+    monkeypatch.setattr(evaluate, "PUBLISHED_SAMPLES", 20)
+    config = config_lib.default()
+    config.data.update(name=f"folder:{folder}", image_size=8)
+    config.evaluation.update(num_samples=num_samples, num_data=num_data)
+    config.mcmc.noise_scale = 0.99
+    source = sources.open_source(config)
+    source.split = split
+    data = mixtures.gaussian(np.zeros(4), np.eye(4))
+    with caplog.at_level("INFO"):
+        metrics = evaluate.inception_metrics(
+            config=config,
+            source=source,
+            model=exact.model(data, 6, shape=(2, 2, 1)),
+            batches=[np.zeros((15, 8, 8, 3), np.float32)] * 2,
+            workdir=epath.Path(tmp_path),
+            inception_weights=WEIGHTS,
+            protocol="paper",
+        )
+    assert metrics["protocol"] == {
+        "name": "paper",
+        "sampler": "langevin",
+        "K": 30,
+        "noise_scale": 0.99,
+        "data": source.identity,
+        "pixels": "truncated",
+        "network_input": "(x - 127.5) / 127.5",
+        "comparable": comparable,
+    }
+    (line,) = [line for line in caplog.messages if line.startswith("FID")]
+    words = ["'paper'", f"{num_samples} samples by langevin", "0.99", "truncated", "127.5"]
+    assert all(word in line for word in words)
+    assert ("not comparable with published values" in line) != comparable
+
+
+def test_the_protocols_are_the_choices_of_the_flag():
+    (flag,) = table.TASKS["evaluate"].flags
+    assert tuple(evaluate.PROTOCOLS) == flag.choices
+
+
+def test_the_papers_protocol_needs_the_inception_weights(capsys, monkeypatch):
+    monkeypatch.setattr(common, "draw", None)
+    args = "--mode=evaluate", f"--workdir={tiny.trained()}", "--protocol=paper"
+    assert tiny.main(*args) == 1
+    assert re.search(r"^error: --protocol=paper .*https.*$", capsys.readouterr().err, re.M)
 
 
 @pytest.fixture

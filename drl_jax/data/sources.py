@@ -7,6 +7,8 @@
 - a shape in the plane (`mixtures.PLANAR_SHAPES`), whose examples are points instead of images;
 - any other name: a TFDS data set, prepared beforehand as ArrayRecord.
 
+`open_source` opens the examples to train on, and `open_held_out` those to measure on.
+
 Reading needs no TensorFlow, except for a bucket, which etils reads through TensorFlow. Problems
 that a user can fix (a missing folder, a damaged image, a data set that is not prepared) raise
 `UserError`.
@@ -16,9 +18,10 @@ import difflib
 import functools
 import hashlib
 import io
+import logging
 import math
-from collections.abc import Callable, Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -29,6 +32,8 @@ from PIL import Image, UnidentifiedImageError
 
 from drl_jax.data import mixtures
 from drl_jax.errors import UserError, as_user_error
+
+log = logging.getLogger(__name__)
 
 _PILLOW_MODES = {1: "L", 3: "RGB"}  # by number of channels
 
@@ -44,11 +49,15 @@ class Source(Protocol):
       white: pixel value of white; black is 0. None if the examples are points.
       identity: string that distinguishes sets of examples from each other.
       folder: the folder that stores the examples, or None.
+      split: which part of the data set the examples are.
+      held_out: whether training is known not to have used the examples.
     """
 
     white: float | None
     identity: str
     folder: epath.Path | None
+    split: str = "train"
+    held_out: bool = False
 
     def __len__(self) -> int: ...
 
@@ -57,6 +66,10 @@ class Source(Protocol):
     def read(self, indices: Sequence[int]) -> list[Num[np.ndarray, "*D"]]:
         """Returns several examples, in the order of `indices`."""
         return [self[index] for index in indices]
+
+    def described_split(self) -> str:
+        """Returns the split, and whether it is held out, in words for a log line."""
+        return f"{self.split} split, {'' if self.held_out else 'not '}held out"
 
 
 class Digits(Source):
@@ -84,17 +97,24 @@ class Digits(Source):
 
 
 class Points(Source):
-    """`NUM_POINTS` samples of a shape in the plane, drawn with a fixed random key."""
+    """`NUM_POINTS` samples of a shape in the plane, drawn with a fixed random key.
+
+    The key of the held-out points is the next one after those of the points to train on.
+    """
 
     white = None
     folder = None
 
-    def __init__(self, name: str):
-        keys = jax.random.split(jax.random.key(0), NUM_POINTS)
+    def __init__(self, name: str, held_out: bool = False):
+        self.split, self.held_out = ("test", True) if held_out else ("train", False)
+        key = jax.random.key(0)
+        keys = jax.random.split(
+            jax.random.fold_in(key, NUM_POINTS) if held_out else key, NUM_POINTS
+        )
         draw = jax.jit(mixtures.PLANAR_SHAPES[name]().sample)
         batches = [np.asarray(draw(batch)) for batch in np.split(keys, _POINT_BATCHES)]
         self._points = np.concatenate(batches)
-        self.identity = f"{name}, {NUM_POINTS} points"
+        self.identity = f"{name}, {NUM_POINTS} points" + ", held out" * held_out
 
     def __len__(self) -> int:
         return len(self._points)
@@ -167,7 +187,26 @@ class Tfds(Source):
 
     white = 255.0
 
-    def __init__(self, name: str, split: str, data_dir: str, channels: int):
+    def __init__(
+        self,
+        name: str,
+        data_dir: str,
+        channels: int,
+        training_split: str,
+        splits: Sequence[str],
+    ):
+        """Opens the first of `splits` that exists.
+
+        Args:
+          name: the name of the data set.
+          data_dir: the folder where data sets are prepared; '': TFDS's default.
+          channels: number of channels of the images.
+          training_split: the split to train on.
+          splits: names of splits, the last of which may select part of a split.
+
+        Raises:
+          UserError: if the data set or the split cannot be used.
+        """
         import tensorflow_datasets as tfds  # imported here because only this source needs it
 
         try:
@@ -208,6 +247,9 @@ class Tfds(Source):
                 f"{kinds}); use a data set that has one"
             )
         _require_channels(title, image.shape[-1], channels)
+        self.split = split = next((s for s in splits if s in info.splits), splits[-1])
+        if split not in splits[:1]:
+            log.info("%s has no split %r: using %r", title, splits[0], split)
         try:
             # Images are decoded here, because TFDS may return a shape other than the declared
             # one (for a grey JPEG among RGB ones), and other pixels if OpenCV is installed.
@@ -216,9 +258,11 @@ class Tfds(Source):
             )
         except ValueError as error:  # for some splits, TFDS's message has many lines
             raise UserError(
-                f"config.data.split is {split!r}, which selects no images of {title}; "
-                f"its splits are {', '.join(info.splits)}"
+                f"config.{'data' if split == training_split else 'evaluation'}.split is "
+                f"{split!r}, which selects no images of {title}; its splits are "
+                f"{', '.join(info.splits)}"
             ) from error
+        self.held_out = not _overlap(info.splits, split, training_split)
         self.identity = f"{info.full_name}[{split}]"
         self.folder = epath.Path(builder.data_dir)
         self._title = f"of {title}, split {split!r}"
@@ -246,24 +290,47 @@ class Tfds(Source):
 
 
 def open_source(config: ConfigDict) -> Source:
-    """Opens the source that `config.data` selects, and reads its first example.
+    """Opens the examples to train on, selected by `config.data`, and reads the first one.
 
     Raises:
       UserError: if the examples are missing or unreadable, do not have
         config.data.channels channels, or do not suit config.energy.network or
         config.data.dequantise.
     """
+    return _open(config, held_out=False)
+
+
+def open_held_out(config: ConfigDict) -> Source:
+    """Opens examples of the same data that training does not use, if there are any.
+
+    These are the split `config.evaluation.split` of a TFDS data set (if this is 'test', the
+    default, and the data set has no such split, 'validation' or else the training split), and
+    points drawn with another random key. The digits and folders have one split, which is used
+    for training. The result's `split` and `held_out` say what it is.
+
+    Raises:
+      UserError: as for `open_source`.
+    """
+    return _open(config, held_out=True)
+
+
+def _open(config: ConfigDict, held_out: bool) -> Source:
+    """Opens the examples to train on, or else those to measure on."""
     data = config.data
     _require_network(data.name, config.energy.network)
     source: Source
     if data.name in mixtures.PLANAR_SHAPES:
-        source = Points(data.name)
+        source = Points(data.name, held_out)
     elif data.name == "digits":
         source = Digits(data.channels)
     elif data.name.startswith("folder:"):
         source = Folder(data.name.removeprefix("folder:"), data.channels)
     else:
-        source = Tfds(data.name, data.split, data.data_dir, data.channels)
+        splits = [data.split]
+        if held_out:
+            wanted = config.evaluation.split
+            splits = ["test", "validation", data.split] if wanted == "test" else [wanted]
+        source = Tfds(data.name, data.data_dir, data.channels, data.split, splits)
     if data.dequantise and source.white is not None:
         distance = 2 / source.white  # between neighbouring pixel values, in [-1, 1]
         if not math.isclose(data.dequantise, distance, rel_tol=1e-3):
@@ -289,6 +356,28 @@ def _require_network(name: str, network: str) -> None:
             f"the plane; use {' or '.join(map(repr, mixtures.PLANAR_SHAPES))}, or the network "
             "'resnet' for images"
         )
+
+
+def _overlap(splits: Mapping[str, Any], a: str, b: str) -> bool:
+    """Returns whether two splits of a TFDS data set have examples in common.
+
+    A split that the data set does not have is empty.
+    """
+
+    def stretches(split: str) -> list[tuple[str, int, int]]:
+        try:
+            return [
+                (part.filename, part.skip, part.skip + part.take)
+                for part in splits[split].file_instructions
+            ]
+        except ValueError:
+            return []
+
+    return any(
+        file == other_file and start < other_end and other_start < end
+        for file, start, end in stretches(a)
+        for other_file, other_start, other_end in stretches(b)
+    )
 
 
 def _prepare_command(name: str, data_dir: str) -> str:

@@ -4,40 +4,43 @@
 module runs it on a `Model`, in segments that can be saved and continued.
 """
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key, Num
+from jaxtyping import Array, ArrayLike, Float, Int, Key, Num
 
 from drl_jax import config as config_lib
 from drl_jax import diffusion, noise
 from drl_jax.diffusion import NoiseSchedule
 from drl_jax.mcmc import hmc
 from drl_jax.model import Model, as_images
+from drl_jax.runtime.matmul_precision import full_precision
 from drl_jax.sampling import annealing as annealing_lib
 from drl_jax.sampling import ladder
-from drl_jax.sampling.annealing import Partition
+from drl_jax.sampling.annealing import PASSES, Partition
 from drl_jax.sampling.ladder import Sampler
 
 SEGMENTS = 100  # per pass; work can be saved or interrupted between two segments
 WARM_UP_CHAINS = 16
+TEMPERATURES = 50  # hotter versions of level 0 at which the step size is adapted
 
 
 class Budget(NamedTuple):
     """Cost of bounding log Z: the fields of `config.likelihood`.
 
     Attributes:
-      chains: number of chains annealed in each direction.
-      distributions: approximate number of intermediate distributions
-        (`annealing.annealing_path`).
+      chains: number of chains in each pass.
+      distributions: approximate number of intermediate distributions in each pass
+        (`annealing.annealing_path`, `annealing.tempering`).
       transitions: HMC transitions at each intermediate distribution.
       leapfrog: leapfrog steps per transition; 1 is MALA, the Metropolis-adjusted Langevin
         algorithm.
-      burn_in: number of moves on level 0, of `transitions` each, that turn data into
-        approximate samples of level 0.
+      burn_in: number of moves on level 0, of `transitions` each, that turn data and the
+        model's samples into approximate samples of level 0.
+      tempered_std: standard deviation of the Gaussian from which the tempered pass starts.
       target_acceptance: acceptance probability that the warm-up aims for.
       warmup_steps: steps of the warm-up at each level.
       max_gap: largest usable gap between the bounds [bits per dimension].
@@ -48,6 +51,7 @@ class Budget(NamedTuple):
     transitions: int
     leapfrog: int
     burn_in: int
+    tempered_std: float
     target_acceptance: float
     warmup_steps: int
     max_gap: float
@@ -62,106 +66,139 @@ class Pass(NamedTuple):
     Attributes:
       x: positions of the chains.
       log_weights: what each move added to each chain's log w [nats].
+      log_density: log-density of each chain before each move, of the distribution that the
+        move started from, up to a constant [nats].
       acceptance: acceptance probability of each move's transitions, mean over the chains.
     """
 
     x: Float[np.ndarray, "n *D"]
     log_weights: Float[np.ndarray, "n r"]
+    log_density: Float[np.ndarray, "n r"]
     acceptance: Float[np.ndarray, "r"]
+
+    @property
+    def log_weight(self) -> Float[np.ndarray, "n"]:
+        """Sum of each chain's log-weights over its moves, log w [nats]."""
+        return np.float64(self.log_weights).sum(axis=1)
 
 
 class Annealing(NamedTuple):
-    """State of both passes, and the step sizes of their transitions.
+    """State of all passes, and the step sizes of their transitions.
 
     Attributes:
       step_size: step size at each level, adapted on chains that were discarded.
-      down: pass from white noise to level 0.
-      up: pass from level 0, started from data, to white noise.
+      tempered_step_size: the same at G hotter versions of level 0, hottest first.
+      passes: state of each pass in `PASSES`, by name. The positions of `from_model` are
+        meaningless until its first move.
     """
 
     step_size: Float[np.ndarray, "T"]
-    down: Pass
-    up: Pass
+    tempered_step_size: Float[np.ndarray, "G"]
+    passes: dict[str, Pass]
 
     @property
     def moves_done(self) -> int:
-        """Number of moves made so far, in both passes together."""
-        return len(self.down.acceptance) + len(self.up.acceptance)
+        """Number of moves made so far, in all passes together."""
+        return sum(len(state.acceptance) for state in self.passes.values())
 
-    @property
-    def partition(self) -> Partition:
-        """Bounds of log Z; valid once both passes are complete."""
-        return annealing_lib.partition(self.down.log_weights, self.up.log_weights)
+    def partition(self, burn_in: int) -> Partition:
+        """Returns the bounds of log Z; valid once all passes are complete.
+
+        Args:
+          burn_in: number of moves on level 0 before the passes up.
+        """
+        log_w = {name: state.log_weight for name, state in self.passes.items()}
+        data, own = (self.passes[name].log_density for name in ("from_data", "from_model"))
+        return annealing_lib.partition(**log_w, log_density=(data[:, burn_in], own[:, burn_in]))
 
 
 def to_arrays(annealing: Annealing) -> dict[str, np.ndarray]:
     """Returns the state as named arrays, for saving; `from_arrays` is the inverse."""
-    passes = {"down": annealing.down, "up": annealing.up}
     arrays = {
         f"{name}_{field}": array
-        for name, state in passes.items()
+        for name, state in annealing.passes.items()
         for field, array in state._asdict().items()
     }
-    return arrays | {"step_size": annealing.step_size}
+    return arrays | {
+        "step_size": annealing.step_size,
+        "tempered_step_size": annealing.tempered_step_size,
+    }
 
 
 def from_arrays(arrays: dict[str, np.ndarray]) -> Annealing:
     """Returns the state that `to_arrays` saved."""
-    down, up = (
-        Pass(*(arrays[f"{name}_{field}"] for field in Pass._fields)) for name in ("down", "up")
-    )
-    return Annealing(arrays["step_size"], down, up)
+    passes = {
+        name: Pass(*(arrays[f"{name}_{field}"] for field in Pass._fields)) for name in PASSES
+    }
+    return Annealing(arrays["step_size"], arrays["tempered_step_size"], passes)
 
 
 def begin(
     model: Model, key: Key[Array, ""], x: Float[np.ndarray, "N *D"], budget: Budget
 ) -> Annealing:
-    """Adapts the step sizes and initialises the chains of both passes.
+    """Adapts the step sizes and initialises the chains of all passes.
 
     Args:
       model: model whose level 0 is to be normalised.
       key: random key, to be passed to `annealed` too.
-      x: data that the upward pass starts from, repeated if there are fewer than the chains.
-      budget: its fields chains, leapfrog, target_acceptance and warmup_steps are used.
+      x: data that the pass `from_data` starts from, repeated if there are fewer than the
+        chains.
+      budget: its fields chains, leapfrog, tempered_std, target_acceptance and warmup_steps
+        are used.
     """
     method, n = model.method, budget.chains
     schedule, shape = method.schedule, method.energy.shape
-    warm_key, start_key, _, _ = jax.random.split(key, 4)
+    keys = pass_keys(key)
 
     # Every device runs the same chains, as in `Model.adapt`.
     @jax.jit
+    @full_precision
     def warm_up(params, key):
-        return annealing_lib.warm_up(
-            keys=noise.example_keys(key, jnp.arange(WARM_UP_CHAINS)),
-            F=method.F(params),
-            shape=shape,
-            schedule=schedule,
-            sampler=Sampler(
-                init=hmc.init,
-                kernel=hmc.kernel,
-                tuning={"leapfrog": jnp.full(schedule.T, budget.leapfrog)},
-                K=1,
-            ),
-            num_steps=budget.warmup_steps,
-            target=budget.target_acceptance,
-        )
+        def sampler(G):
+            return Sampler(hmc.init, hmc.kernel, {"leapfrog": jnp.full(G, budget.leapfrog)}, 1)
 
-    step_size, _ = warm_up(model.params, warm_key)
-    keys = noise.example_keys(start_key, jnp.arange(n))
+        settings: dict[str, Any] = {
+            "F": method.F(params),
+            "shape": shape,
+            "schedule": schedule,
+            "num_steps": budget.warmup_steps,
+            "target": budget.target_acceptance,
+        }
+        keys = noise.example_keys(key, jnp.arange(WARM_UP_CHAINS))
+        step_size, _ = annealing_lib.warm_up(keys, sampler=sampler(schedule.T), **settings)
+        tempered_step_size, _ = annealing_lib.warm_up_tempered(
+            keys, std=budget.tempered_std, sampler=sampler(TEMPERATURES), **settings
+        )
+        return step_size, tempered_step_size
+
+    step_size, tempered_step_size = map(np.asarray, warm_up(model.params, keys["warm_up"]))
+    start_keys = noise.example_keys(keys["start"], jnp.arange(n))
     data = jnp.asarray(x[np.arange(n) % len(x)], jnp.float32)
-    x_0 = diffusion.diffuse(noise.fold(keys, 0), data, jnp.zeros(n, jnp.int32), schedule)
-    x_T = ladder.white_noise(noise.fold(keys, 1), shape, schedule)
-    down, up = (
-        Pass(np.asarray(start), np.zeros((n, 0), np.float32), np.zeros((0,), np.float32))
-        for start in (x_T, x_0)
-    )
-    return Annealing(np.asarray(step_size), down, up)
+    x_0 = diffusion.diffuse(noise.fold(start_keys, 0), data, jnp.zeros(n, jnp.int32), schedule)
+    x_T = ladder.white_noise(noise.fold(start_keys, 1), shape, schedule)
+    wide = budget.tempered_std * ladder.white_noise(noise.fold(start_keys, 2), shape, schedule)
+    starts = x_T, wide, x_0, jnp.zeros_like(x_0)
+    passes = {name: unmoved(start) for name, start in zip(PASSES, starts, strict=True)}
+    return Annealing(step_size, tempered_step_size, passes)
+
+
+def unmoved(x: Float[ArrayLike, "n *D"]) -> Pass:
+    """Returns a pass before its first move."""
+    x = np.asarray(x)
+    none = np.zeros((len(x), 0), np.float32)
+    return Pass(x, none, none, np.zeros((0,), np.float32))
+
+
+def pass_keys(key: Key[Array, ""]) -> dict[str, Key[Array, ""]]:
+    """Returns a random key per purpose: the warm-up, starting points, and the passes."""
+    names = ("warm_up", "start", *PASSES, "resample")
+    return dict(zip(names, jax.random.split(key, len(names)), strict=True))
 
 
 def annealed(
     model: Model, key: Key[Array, ""], annealing: Annealing, budget: Budget
 ) -> Iterator[Annealing]:
-    """Continues both passes to their ends, and yields the state after every segment.
+    """Continues all passes to their ends, and yields the state after every segment.
 
     An annealing that is interrupted after a segment and continued later gives the same
     result to the bit.
@@ -173,77 +210,135 @@ def annealed(
       budget: the budget passed to `begin`.
     """
     schedule = model.method.schedule
-    path = annealing_lib.annealing_path(schedule, budget.distributions)
-    step_size = annealing_lib.interpolate_step_sizes(jnp.asarray(annealing.step_size), path)
-    tuning = {"step_size": step_size, "leapfrog": jnp.full(step_size.shape, budget.leapfrog)}
-
-    def program(keys, conditionals, x, move, start, end, path, tuning):
-        return annealing_lib.anneal(
-            keys=keys,
-            F=conditionals.F,
-            x=x,
-            move=move,
-            start=start,
-            end=end,
-            path=path,
-            schedule=schedule,
-            sampler=Sampler(hmc.init, hmc.kernel, tuning, budget.transitions),
+    keys = pass_keys(key)
+    through_levels, path = levels_program(model, annealing, budget)
+    tempered, temperatures = tempered_program(model, annealing, budget)
+    for name in PASSES:
+        compiled, settings = (
+            (tempered, temperatures) if name == "tempered" else (through_levels, path)
         )
-
-    compiled = model.compile(program)
-    _, _, *keys = jax.random.split(key, 4)
-    for name, pass_key in zip(("down", "up"), keys, strict=True):
         indices = path_indices(name, schedule, budget)
         total = len(indices) - 1
         size = -(-total // SEGMENTS)
-        done = getattr(annealing, name).log_weights.shape[1]
+        done = len(annealing.passes[name].acceptance)
+        if name == "from_model" and not done:
+            u = float(jax.random.uniform(keys["resample"]))
+            annealing = replaced(annealing, name, unmoved(own_samples(annealing, u)))
         for first in range(done, total, size):
             move = np.arange(first, first + size)
-            before: Pass = getattr(annealing, name)
+            before = annealing.passes[name]
             # The last segment is padded with moves from the end to itself, which are dropped,
             # so that all segments run the same compiled program.
             segments = model.run(
                 compiled,
-                pass_key,
+                keys[name],
                 np.arange(len(before.x)),
                 before.x,
                 move=move,
                 start=indices[np.minimum(move, total)],
                 end=indices[np.minimum(move + 1, total)],
-                path=path,
-                tuning=tuning,
+                **settings,
             )
-            x, log_weights, acceptance = map(np.concatenate, zip(*segments, strict=True))
+            x, *per_move = map(np.concatenate, zip(*segments, strict=True))
             made = min(size, total - first)
+            log_weights, log_density, acceptance = (values[:, :made] for values in per_move)
             after = Pass(
                 x=x,
-                log_weights=np.concatenate([before.log_weights, log_weights[:, :made]], axis=1),
-                acceptance=np.append(before.acceptance, acceptance[:, :made].mean(axis=0)),
+                log_weights=np.concatenate([before.log_weights, log_weights], axis=1),
+                log_density=np.concatenate([before.log_density, log_density], axis=1),
+                acceptance=np.append(before.acceptance, acceptance.mean(axis=0)),
             )
-            if name == "down":
-                annealing = annealing._replace(down=after)
-            else:
-                annealing = annealing._replace(up=after)
+            annealing = replaced(annealing, name, after)
             yield annealing
 
 
-def path_indices(name: str, schedule: NoiseSchedule, budget: Budget) -> Int[np.ndarray, "V"]:
-    """Returns the V indices on the annealing path that a pass of V - 1 moves visits, in order.
+def replaced(annealing: Annealing, name: str, state: Pass) -> Annealing:
+    """Returns the annealing with another state of one pass."""
+    return annealing._replace(passes=annealing.passes | {name: state})
+
+
+def levels_program(
+    model: Model, annealing: Annealing, budget: Budget
+) -> tuple[Callable, dict[str, Any]]:
+    """Returns the compiled program that anneals through the levels, and its settings."""
+    schedule = model.method.schedule
+    path = annealing_lib.annealing_path(schedule, budget.distributions)
+    step_size = annealing_lib.interpolate_step_sizes(
+        jnp.asarray(annealing.step_size), path.level - path.beta
+    )
+
+    def program(keys, conditionals, x, move, start, end, path, tuning):
+        def log_q(x, i):
+            return annealing_lib.intermediate_log_density(
+                conditionals.F, x, path.level[i], path.beta[i], schedule
+            )
+
+        sampler = Sampler(hmc.init, hmc.kernel, tuning, budget.transitions)
+        return annealing_lib.anneal(keys, log_q, x, move, start, end, sampler)
+
+    return model.compile(program), {"path": path, "tuning": tuning(step_size, budget)}
+
+
+def tempered_program(
+    model: Model, annealing: Annealing, budget: Budget
+) -> tuple[Callable, dict[str, Any]]:
+    """Returns the compiled program that anneals through hotter versions of level 0."""
+    schedule, std = model.method.schedule, budget.tempered_std
+    beta, _ = annealing_lib.tempering(budget.distributions, std, schedule)
+    step_size = annealing_lib.interpolate_step_sizes(
+        jnp.asarray(annealing.tempered_step_size), jnp.linspace(0, TEMPERATURES - 1, len(beta))
+    )
+
+    def program(keys, conditionals, x, move, start, end, beta, tuning):
+        def log_q(x, i):
+            return annealing_lib.tempered_log_density(conditionals.F, x, beta[i], std, schedule)
+
+        sampler = Sampler(hmc.init, hmc.kernel, tuning, budget.transitions)
+        return annealing_lib.anneal(keys, log_q, x, move, start, end, sampler)
+
+    return model.compile(program), {"beta": beta, "tuning": tuning(step_size, budget)}
+
+
+def tuning(step_size: Float[Array, "R"], budget: Budget) -> dict[str, Array]:
+    """Returns the settings of the transitions at every distribution."""
+    return {"step_size": step_size, "leapfrog": jnp.full(step_size.shape, budget.leapfrog)}
+
+
+def own_samples(annealing: Annealing, u: float) -> Float[np.ndarray, "n *D"]:
+    """Returns the ends of the chains of `levels` and `tempered`, resampled by their weights.
+
+    All weights have the expectation Z, so both passes together are one weighted sample. A
+    region that only one of them finds has at least half its share of level 0 in it.
 
     Args:
-      name: 'down' or 'up'; the upward pass starts with the burn-in at level 0.
+      annealing: the annealing, with both passes complete.
+      u: random number in [0, 1).
+    """
+    passes = annealing.passes["levels"], annealing.passes["tempered"]
+    log_w = np.concatenate([state.log_weight for state in passes])
+    indices = annealing_lib.resample(log_w, len(passes[0].x), u)
+    return np.concatenate([state.x for state in passes])[indices]
+
+
+def path_indices(name: str, schedule: NoiseSchedule, budget: Budget) -> Int[np.ndarray, "V"]:
+    """Returns the V distributions that a pass of V - 1 moves visits, in order, by number.
+
+    Args:
+      name: one of `PASSES`; the passes up start with the burn-in at level 0.
       schedule: the noise levels.
       budget: its fields distributions and burn_in are used.
     """
+    if name == "tempered":
+        return np.arange(budget.distributions + 1)
     indices = np.arange(len(annealing_lib.annealing_path(schedule, budget.distributions).level))
-    if name == "down":
+    if name == "levels":
         return indices
     return np.concatenate([np.full(budget.burn_in, indices[-1]), indices[::-1]])
 
 
 def moves(schedule: NoiseSchedule, budget: Budget) -> int:
-    """Returns the number of moves of both passes together, burn-in included."""
-    return sum(len(path_indices(name, schedule, budget)) - 1 for name in ("down", "up"))
+    """Returns the number of moves of all passes together, burn-in included."""
+    return sum(len(path_indices(name, schedule, budget)) - 1 for name in PASSES)
 
 
 def log_partition(
@@ -257,61 +352,55 @@ def log_partition(
     Args:
       model: the model.
       key: random key.
-      x: data that the upward pass starts from.
+      x: data that the pass `from_data` starts from.
       budget: cost of the bounds.
     """
     annealing = begin(model, key, x, budget)
     for state in annealed(model, key, annealing, budget):
         annealing = state
-    return annealing.partition
+    return annealing.partition(budget.burn_in)
 
 
-class History(NamedTuple):
-    """Course of the annealing, from white noise to level 0, as pairs (down, up).
+class Course(NamedTuple):
+    """Course of one pass, from the Gaussian to level 0, whatever its direction.
 
     Attributes:
-      sigma_bar: noise of each intermediate distribution.
-      log_Z: estimate of log Z of each intermediate distribution. Down: log mean w of the
-        downward pass there. Up: the upward pass's estimate for level 0 plus its log mean w
-        there [nats].
+      width: noise sigma_bar of each intermediate distribution between levels, or width of
+        each hotter version of level 0 (`annealing.tempering`).
+      log_Z: estimate of log Z of each distribution [nats]. From the Gaussian: log mean w
+        there. From level 0: the pass's estimate for level 0 plus log mean w there.
       effective_sample_size: effective sample size of the weights w there, divided by the
         number of chains.
-      acceptance: acceptance probability of the transitions there.
+      acceptance: acceptance probability of the transitions there; NaN where there are none.
     """
 
-    sigma_bar: Float[np.ndarray, "R"]
-    log_Z: tuple[Float[np.ndarray, "R"], Float[np.ndarray, "R"]]
-    effective_sample_size: tuple[Float[np.ndarray, "R"], Float[np.ndarray, "R"]]
-    acceptance: tuple[Float[np.ndarray, "R"], Float[np.ndarray, "R"]]
+    width: Float[np.ndarray, "R"]
+    log_Z: Float[np.ndarray, "R"]
+    effective_sample_size: Float[np.ndarray, "R"]
+    acceptance: Float[np.ndarray, "R"]
 
 
-def history(annealing: Annealing, schedule: NoiseSchedule, budget: Budget) -> History:
-    """Returns the course of a complete annealing."""
+def history(annealing: Annealing, schedule: NoiseSchedule, budget: Budget) -> dict[str, Course]:
+    """Returns the course of every pass of a complete annealing, by name."""
     path = annealing_lib.annealing_path(schedule, budget.distributions)
     log_sigma_bar = np.log(np.asarray(schedule.sigma_bar, np.float64))
     level = np.asarray(path.level - path.beta)
-    num_moves = len(level) - 1  # per pass, without the burn-in
-    down, up = (
-        [annealing_lib.bound(log_w) for log_w in np.cumsum(np.float64(terms), axis=1).T]
-        for terms in (annealing.down.log_weights, annealing.up.log_weights[:, -num_moves:])
-    )
-    # The upward pass ends at white noise, whose log Z is 0.
-    data_log_Z = -up[-1].log_Z
-    return History(
-        sigma_bar=np.exp(np.interp(level, np.arange(len(log_sigma_bar)), log_sigma_bar)),
-        log_Z=(
-            np.array([0.0, *(b.log_Z for b in down)]),
-            np.array([data_log_Z, *(data_log_Z + b.log_Z for b in up)])[::-1],
-        ),
-        effective_sample_size=(
-            np.array([1.0, *(b.effective_sample_size / b.chains for b in down)]),
-            np.array([1.0, *(b.effective_sample_size / b.chains for b in up)])[::-1],
-        ),
-        acceptance=(
-            np.append(np.nan, annealing.down.acceptance),
-            np.append(np.nan, annealing.up.acceptance[-num_moves:])[::-1],
-        ),
-    )
+    noise_std = np.exp(np.interp(level, np.arange(len(log_sigma_bar)), log_sigma_bar))
+    _, widths = annealing_lib.tempering(budget.distributions, budget.tempered_std, schedule)
+    courses = {}
+    for name, state in annealing.passes.items():
+        up = name.startswith("from_")
+        burn_in = budget.burn_in if up else 0
+        terms = np.float64(state.log_weights[:, burn_in:])
+        bounds = [annealing_lib.bound(log_w) for log_w in np.cumsum(terms, axis=1).T]
+        log_Z = np.array([0.0, *(b.log_Z for b in bounds)])
+        sizes = np.array([1.0, *(b.effective_sample_size / b.chains for b in bounds)])
+        acceptance = np.append(np.nan, state.acceptance[burn_in:])
+        if up:  # the pass ends at white noise, whose log Z is 0
+            log_Z, sizes, acceptance = (log_Z - log_Z[-1])[::-1], sizes[::-1], acceptance[::-1]
+        width = np.asarray(widths) if name == "tempered" else noise_std
+        courses[name] = Course(width, log_Z, sizes, acceptance)
+    return courses
 
 
 def log_likelihood(

@@ -22,6 +22,15 @@ from drl_jax.runtime.batching import Engine
 SIZE = 299  # height and width of the network's input [pixels]
 CLASSES = 1008
 
+# Pixel values that become 0 in the network's input. TensorFlow's graph of 2015 subtracts 128
+# and divides by 128. So do TF-GAN (tensorflow/gan, classifier_metrics.py, `preprocess_image`)
+# and torch-fidelity.
+CENTRE = 128.0
+# The authors' program (ruiqigao/recovery_likelihood, eval_utils.py, `run_inception_jit`)
+# subtracts 127.5 and divides by 127.5, and then calls TF-GAN's network, which resizes images
+# itself. pytorch-fid (mseitzer/pytorch-fid, inception.py, `InceptionV3.forward`) does the same.
+CENTRE_OF_PAPER = 127.5
+
 # Stream of images -> batches of their features '2048' and 'logits_unbiased'. An `Extractor` is
 # such a function.
 FeatureFn = Callable[
@@ -255,27 +264,33 @@ def resize(x: Float[Array, "B H W C"], size: int) -> Float[Array, "B size size C
     return x
 
 
-def prepare(x: UInt8[Array, "B H W C"]) -> Float[Array, "B 299 299 3"]:
-    """Resizes 8-bit images, grey (C = 1) or RGB (C = 3), and scales them to [-1, 1)."""
+def prepare(x: UInt8[Array, "B H W C"], centre: float = CENTRE) -> Float[Array, "B 299 299 3"]:
+    """Resizes 8-bit images, and scales x to (x - centre) / centre.
+
+    Args:
+      x: images of any size, grey (C = 1) or RGB (C = 3).
+      centre: pixel value that becomes 0, `CENTRE` or `CENTRE_OF_PAPER`.
+    """
     rgb = jnp.broadcast_to(x, (*x.shape[:3], 3)).astype(jnp.float32)
-    return (resize(rgb, SIZE) - 128) / 128
+    return (resize(rgb, SIZE) - centre) / centre
 
 
 class Extractor:
     """Computes the Inception features of a stream of images."""
 
-    def __init__(self, variables: dict[str, Any], engine: Engine):
+    def __init__(self, variables: dict[str, Any], engine: Engine, centre: float = CENTRE):
         """Compiles the network.
 
         Args:
           variables: weights (`weights.load`).
           engine: runs the network, `engine.batch_size` images at a time.
+          centre: pixel value that becomes 0 (`prepare`).
         """
         self._engine = engine
         self._variables = jax.device_put(variables, sharding.replicated(engine.mesh))
 
         def program(variables, x):
-            features: Any = Network().apply(variables, prepare(x))
+            features: Any = Network().apply(variables, prepare(x, centre))
             return {name: features[name] for name in ("2048", "logits_unbiased")}
 
         self._compiled = engine.compile(program)

@@ -1,17 +1,22 @@
 """Statistics of each level's energy, on data and on the ends of chains that sample it."""
 
 import functools
+import logging
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Key, Num
 
 from drl_jax import diffusion, noise, recovery
 from drl_jax.model import Model
 from drl_jax.sampling import ladder
 
+log = logging.getLogger(__name__)
+
 STATISTICS = ("f_data", "f_chain", "displacement", "acceptance")
+MAX_RESOLUTION = 0.1  # of F [nats]; a ratio of densities is then wrong by about 10%
 
 
 def level_statistics(
@@ -36,6 +41,7 @@ def level_statistics(
         f_chain: f at the end of the chain; equal to f_data once the level has been learned.
         displacement: Euclidean distance between the start and the end of the chain.
         acceptance: acceptance probability of the chain.
+        resolution: resolution of F at y in float32 [nats], see `resolution`.
     """
     method, engine = model.method, model.engine
 
@@ -55,10 +61,50 @@ def level_statistics(
     compiled = engine.compile(program)
     levels = [group[0] for group in diffusion.level_groups(method.schedule.T)]
     statistics: dict[str, list[float]] = {"level": [float(t) for t in levels]}
-    statistics |= {name: [] for name in STATISTICS}
+    statistics |= {name: [] for name in (*STATISTICS, "resolution")}
+    temperature = np.asarray(method.parameterisation.temperature)
     for level in levels:
         shared = model.params, method.sampler.tuning, jax.random.fold_in(key, level), level
         batches = engine.run(compiled, shared, engine.split((np.arange(len(x)), x)))
         for name, values in zip(STATISTICS, zip(*batches, strict=True), strict=True):
-            statistics[name].append(float(np.mean(np.concatenate(values))))
+            all_values = np.concatenate(values)
+            statistics[name].append(float(np.mean(all_values)))
+            if name == "f_data":
+                statistics["resolution"].append(resolution(all_values, temperature[level]))
     return statistics
+
+
+def resolution(f: Num[np.ndarray, "n"], temperature: float | np.floating) -> float:
+    """Returns the resolution of a level's log-density F in float32 [nats].
+
+        resolution = median over the examples of spacing(|f|) · dF/df,   dF/df = 1 / tau_t
+
+    where spacing(v) is the distance from v to the next float32 number, between 2^-24 v and
+    2^-23 v. Smaller differences of F are lost. The spacing of the float32 numbers at F itself
+    is between half and twice this, and rounding errors inside the network come on top.
+
+    Args:
+      f: output of the network at typical positions of the level.
+      temperature: tau_t of the level (`recovery.Parameterisation`).
+    """
+    return float(np.median(np.spacing(np.abs(np.float32(f)))) / np.float64(temperature))
+
+
+def warn_of_rounding(levels: Sequence[float], resolutions: Sequence[float]) -> None:
+    """Warns if the resolution of F exceeds `MAX_RESOLUTION` at a level.
+
+    This matters where differences of F are exponentiated: in the accept decisions of MALA and
+    HMC, and in the weights of annealed importance sampling.
+
+    Args:
+      levels: numbers of the levels.
+      resolutions: resolution of F at each of them [nats].
+    """
+    worst = int(np.argmax(resolutions))
+    if resolutions[worst] > MAX_RESOLUTION:
+        log.warning(
+            "float32 resolves F of level %d only to %.2g nats: accept decisions and weights of "
+            "this level have rounding errors of that size or more",
+            levels[worst],
+            resolutions[worst],
+        )

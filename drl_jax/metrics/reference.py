@@ -21,21 +21,21 @@ log = logging.getLogger(__name__)
 
 
 def of_data(
-    config: ConfigDict, source: Source, extractor: FeatureFn, sha256: str, workdir: epath.Path
+    config: ConfigDict, source: Source, extractor: FeatureFn, network: str, workdir: epath.Path
 ) -> Summary:
     """Returns the summary of the first config.evaluation.num_data images of the data.
 
     The summary is read from a cache file if there is one, and otherwise computed and written
     there. The file is next to the folder that contains the data, or in the work directory if
     that place does not exist or cannot be written to. Its name contains a hash of the source's
-    identity, the number of images, their preparation and the network's weights. Replacing
-    images in a folder by others with the same names is not detected.
+    identity, the number of images, their preparation and the network. Replacing images in a
+    folder by others with the same names is not detected.
 
     Args:
       config: its fields data and evaluation.num_data are used.
       source: the data.
       extractor: computes Inception features.
-      sha256: SHA-256 of the extractor's weights.
+      network: text that differs between extractors with other weights or another input.
       workdir: work directory of the run.
 
     Raises:
@@ -43,7 +43,7 @@ def of_data(
     """
     n = min(len(source), config.evaluation.num_data)
     preparation = [config.data.image_size, config.data.crop, config.data.channels]
-    key = json.dumps([source.identity, n, *preparation, sha256])
+    key = json.dumps([source.identity, n, *preparation, network])
     name = f"inception-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
     files = [workdir / name]
     if source.folder is not None:
@@ -79,6 +79,7 @@ def write(file: epath.Path, summary: Summary) -> None:
     arrays = summary.moments._asdict() | {
         "features": summary.features,
         "score": summary.score,
+        "score_of_splits": summary.score_of_splits,
     }
     write_atomically(file, npz.encode(arrays))
 
@@ -88,8 +89,13 @@ def read(file: epath.Path) -> Summary | None:
     try:
         arrays = npz.decode(file.read_bytes())
         moments = Moments(int(arrays["n"]), arrays["mean"], arrays["scatter"])
-        mean, std = arrays["score"]
-        return Summary(moments, arrays["features"], (float(mean), float(std)))
+        mean, std = arrays["score_of_splits"]
+        return Summary(
+            moments=moments,
+            features=arrays["features"],
+            score=float(arrays["score"]),
+            score_of_splits=(float(mean), float(std)),
+        )
     except FileNotFoundError:
         return None
     except Exception as error:  # local disks, buckets and damaged files raise many classes

@@ -8,7 +8,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import ArrayLike, Float
 
-from drl_jax.metrics.density import History
+from drl_jax.metrics.density import Course
 from drl_jax.metrics.plane import Comparison, Grid
 from drl_jax.storage.atomic import write_atomically
 
@@ -18,6 +18,14 @@ if TYPE_CHECKING:
 # Curves.
 COLUMNS = 3  # panels per row
 WIDTH, HEIGHT = 4.0, 3.0  # of a panel [inches]
+
+# Label and style of each pass of annealing.
+ANNEALING_CURVES: dict[str, tuple[str, dict[str, Any]]] = {
+    "levels": ("down, from white noise", {"color": "tab:blue"}),
+    "tempered": ("tempered, from a wide Gaussian", {"color": "tab:green", "linestyle": "-."}),
+    "from_data": ("up, from data", {"color": "tab:orange", "linestyle": "--"}),
+    "from_model": ("up, from samples", {"color": "tab:red", "linestyle": ":"}),
+}
 
 # Densities in the plane, level by level.
 LEVELS = 6  # maximum number of levels shown
@@ -83,12 +91,14 @@ def write_curves(path: epath.Path, panels: Sequence[Panel]) -> None:
     _write(path, figure)
 
 
-def write_annealing(path: epath.Path, history: History, log_density: ArrayLike) -> None:
-    """Writes a figure of an annealing run, from white noise on the left to data on the right.
+def write_annealing(
+    path: epath.Path, history: Mapping[str, Course], log_density: ArrayLike
+) -> None:
+    """Writes a figure of an annealing run, from a Gaussian on the left to data on the right.
 
     Args:
       path: path of the PNG file.
-      history: log Z, effective sample size and acceptance along both passes.
+      history: course of each pass, by name (`density.history`).
       log_density: log-density of each of n examples of the data, [n], in nats.
 
     Raises:
@@ -97,21 +107,19 @@ def write_annealing(path: epath.Path, history: History, log_density: ArrayLike) 
     from matplotlib.figure import Figure  # takes half a second, and most tasks draw no figure
 
     figure = Figure(figsize=(WIDTH * 2, HEIGHT * 2), layout="constrained")
-    panels = (
-        ("log Z of the intermediate distribution [nats]", history.log_Z),
-        ("effective sample size / number of chains", history.effective_sample_size),
-        ("acceptance probability", history.acceptance),
-    )
-    for number, (title, (down, up)) in enumerate(panels, 1):
+    panels = {
+        "log Z of the intermediate distribution [nats]": "log_Z",
+        "effective sample size / number of chains": "effective_sample_size",
+        "acceptance probability": "acceptance",
+    }
+    for number, (title, field) in enumerate(panels.items(), 1):
         axes = figure.add_subplot(2, 2, number)
-        axes.plot(history.sigma_bar, down, color="tab:blue", label="down, from white noise")
-        axes.plot(
-            history.sigma_bar, up, color="tab:orange", linestyle="--", label="up, from data"
-        )
+        for name, (label, style) in ANNEALING_CURVES.items():
+            axes.plot(history[name].width, getattr(history[name], field), label=label, **style)
         axes.set_xscale("log")
         axes.invert_xaxis()
         axes.set_title(title, fontsize="medium")
-        axes.set_xlabel("standard deviation of the noise")
+        axes.set_xlabel("standard deviation of the noise; tempered: width")
         axes.grid(alpha=0.3)
         if number > 1:
             axes.set_ylim(0, 1.05)

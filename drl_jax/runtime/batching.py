@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from drl_jax.runtime import sharding
+from drl_jax.runtime.matmul_precision import full_precision
 
 # (shared, examples) -> results. `shared` is a pytree that is replicated on all devices; the
 # arrays of the other two pytrees have the examples along their first axis, [B, ...].
@@ -30,14 +31,14 @@ class Engine:
         self.batch_size = _round_up(batch_size, mesh.size)
 
     def compile(self, program: Program) -> Program:
-        """Returns the program jitted and mapped over the devices.
+        """Returns the program jitted, mapped over the devices, and in full precision.
 
         Each device runs it on its own share of the examples, so the program must treat every
         example independently of the others.
         """
         replicated, split = sharding.replicated(self.mesh), sharding.by_example(self.mesh)
         return jax.jit(
-            sharding.over_examples(program, self.mesh),
+            full_precision(sharding.over_examples(program, self.mesh)),
             in_shardings=(replicated, split),
             out_shardings=split,
         )

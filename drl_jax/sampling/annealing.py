@@ -1,29 +1,45 @@
 """The density of a model: log Z by annealed importance sampling, and log p of data.
 
-Level t assigns x_t the unnormalised log-density log q_t(x) = F(a x, t) + D log a, where D is
-the number of dimensions and a is `NoiseSchedule.y_scale`. Z_t is the integral of q_t. Level T
-is white noise, N(0, I), whose Z is 1. Chains pass through the intermediate distributions
-(t, beta) of a `Path`,
+Level t gives x_t the unnormalised log-density log q_t(x) = F(a x, t) + D log a with
+a = `NoiseSchedule.y_scale`, and log Z_t is its normalising constant. log Z is that of level 0.
+Two series of distributions lead to level 0 from a Gaussian, whose Z is 1:
 
-    log q = (1 - beta) log q_t + beta log q_{t-1},   0 <= beta < 1.
+- `Path` leads through the levels. Level T is white noise, N(0, I). Between two levels lie the
+  distributions
 
-A move from one distribution to the next adds log q_next(x) - log q_previous(x) to the chain's
-log-weight log w, and is followed by transitions that leave q_next invariant (Neal 2001). Each
-direction bounds log Z of level 0:
+      log q = (1 - beta) log q_t + beta log q_{t-1},   0 <= beta < 1.
 
-- From white noise to level 0, starting from exact samples: E[w] = Z, so log mean w is at most
-  log Z in expectation.
-- From level 0 to white noise, starting from samples of q_0: E[w] = 1 / Z, so -log mean w is at
-  least log Z in expectation (Burda, Grosse, Salakhutdinov 2015; Grosse, Ghahramani, Adams
-  2015). This holds only as far as the starting points are samples of q_0; they come from
-  transitions on q_0 that start from data.
+- `tempering` leads through hotter and hotter versions of level 0 alone, from a Gaussian much
+  wider than white noise:
 
-The bounds differ if the chains have too few transitions to follow the distributions, not if
-the model differs from the data. The transitions must be exact (MALA or HMC), because biased
-transitions give no bound.
+      log q = (1 - beta) log N(x; 0, s² I) + beta log q_0,   0 <= beta <= 1.
+
+From one distribution to the next, log w += log q_next(x) - log q_previous(x), followed by
+transitions that leave q_next invariant (Neal 2001). The transitions must be exact (MALA or
+HMC); a biased chain gives no bound. Either direction bounds log Z:
+
+- From a Gaussian to level 0, starting from exact samples: E[w] = Z. By Jensen's inequality the
+  expectation of log mean w is at most log Z, and by Markov's it exceeds log Z + c with
+  probability at most exp(-c). This lower bound holds however badly the chains mix.
+- From level 0 to white noise: E[w] = 1 / Z, so -log mean w is at least log Z in expectation,
+  but only if the chains start from exact samples of q_0 (Burda, Grosse, Salakhutdinov 2015;
+  Grosse, Ghahramani, Adams 2015). If they all start in regions with a fraction m of q_0's
+  probability and cannot leave them, then -log mean w tends to log Z + log m, below log Z.
+  Starting points are never known to be exact samples of a trained energy. `Agreement`
+  tests whether two kinds of starting points contradict each other or the lower bounds.
+
+The chains through the levels reach a region only if some level above has probability there.
+Tempered chains need no other level. They reach the regions of level 0 that are within a few
+s of the origin and that do not become improbable in the hotter versions. A narrow region far
+from all others can still be missed by both: no finite number of chains excludes it.
+
+Lower and upper bound differ when the chains have too few transitions to follow the
+distributions, not when the model differs from the data.
 """
 
 import math
+from collections.abc import Callable
+from statistics import NormalDist
 from typing import NamedTuple
 
 import jax
@@ -36,6 +52,11 @@ from drl_jax.diffusion import NoiseSchedule
 from drl_jax.recovery import LevelFn
 from drl_jax.sampling import ladder
 from drl_jax.sampling.ladder import Sampler
+
+FALSE_ALARM = 1e-4  # probability that `Agreement` rejects exact starting points
+SIGNIFICANCE = FALSE_ALARM / 3  # of each of its three tests
+PASSES = ("levels", "tempered", "from_data", "from_model")  # see `Partition`
+ROUNDING = 0.01  # differences of log Z that rounding in float32 can cause [nats]
 
 
 def level_log_density(
@@ -103,56 +124,84 @@ def intermediate_log_density(
     )
 
 
+def tempering(
+    num_distributions: int, std: float, schedule: NoiseSchedule
+) -> tuple[Float[Array, "R"], Float[Array, "R"]]:
+    """Returns beta of R = num_distributions + 1 hotter versions of level 0, from 0 to 1.
+
+    With these beta a normal level 0 of standard deviation sigma_bar_0, the noise in it and
+    so the smallest width of any region, would become narrower by equal factors. The second
+    result is this width: from `std` at beta = 0 down to sigma_bar_0.
+    """
+    u = jnp.linspace(0.0, 1.0, num_distributions + 1)
+    log_ratio = 2 * jnp.log(std / schedule.sigma_bar[0])
+    return jnp.expm1(u * log_ratio) / jnp.expm1(log_ratio), std * jnp.exp(-u * log_ratio / 2)
+
+
+def tempered_log_density(
+    F: LevelFn,
+    x: Float[Array, "B *D"],
+    beta: Float[Array, ""],
+    std: float | Float[Array, ""],
+    schedule: NoiseSchedule,
+) -> Float[Array, "B"]:
+    """Returns log q(x) of a hotter version of level 0, up to a constant [nats].
+
+    beta = 0 is N(0, std² I), normalised.
+    """
+    squares = jnp.sum(jnp.square(x / std), axis=range(1, x.ndim))
+    gaussian = -squares / 2 - x[0].size * (jnp.log(std) + math.log(2 * math.pi) / 2)
+    log_q_0 = level_log_density(F, x, jnp.zeros(len(x), jnp.int32), schedule)
+    return (1 - beta) * gaussian + beta * log_q_0
+
+
 class Segment(NamedTuple):
-    """The result of R moves of chains along the path.
+    """The result of R moves of chains along some of the distributions.
 
     Attributes:
       x: last positions of the chains.
       log_weights: increment of log w by each move [nats]. Sum them in float64, since there can
         be thousands.
+      log_density: log q before each move, at the chains and of the distribution that the
+        move starts from [nats].
       acceptance: mean acceptance probability of each move's transitions.
     """
 
     x: Float[Array, "B *D"]
     log_weights: Float[Array, "B R"]
+    log_density: Float[Array, "B R"]
     acceptance: Float[Array, "B R"]
 
 
 def anneal(
     keys: Key[Array, "B"],
-    F: LevelFn,
+    log_q: Callable[[Float[Array, "B *D"], Int[Array, ""]], Float[Array, "B"]],
     x: Float[Array, "B *D"],
     move: Int[Array, "R"],
     start: Int[Array, "R"],
     end: Int[Array, "R"],
-    path: Path,
-    schedule: NoiseSchedule,
     sampler: Sampler,
 ) -> Segment:
-    """Moves chains from distribution start[i] to end[i] of the path, for each i in turn.
+    """Moves chains from distribution start[i] to distribution end[i], for each i in turn.
 
     The indices are traced values, so one compiled program can make the moves of either
     direction.
 
     Args:
       keys: one key per chain.
-      F: log-density of the levels.
+      log_q: (x, i) -> log-density of distribution i, up to a constant.
       x: samples of the first distribution.
       move: number of each move, folded into the keys, so that the moves can be split into
         several calls at any point.
-      start: indices of distributions on the path.
-      end: indices of distributions on the path.
-      path: intermediate distributions.
-      schedule: noise levels.
-      sampler: exact transitions, K per move, tuned per distribution (`interpolate_step_sizes`).
+      start: numbers of distributions.
+      end: numbers of distributions.
+      sampler: exact transitions, K per move, tuned per distribution.
     """
-
-    def log_q(x, i):
-        return intermediate_log_density(F, x, path.level[i], path.beta[i], schedule)
 
     def make_move(x, indices):
         move, start, end = indices
-        log_weight = log_q(x, end) - log_q(x, start)
+        log_density = log_q(x, start)
+        log_weight = log_q(x, end) - log_density
         x, acceptance = ladder.run_chain(
             noise.fold(keys, move),
             sampler,
@@ -161,19 +210,20 @@ def anneal(
             t=jnp.full(keys.shape, end),
             steps=jnp.arange(sampler.K),
         )
-        return x, (log_weight, acceptance)
+        return x, (log_weight, log_density, acceptance)
 
-    x, (log_weights, acceptance) = jax.lax.scan(make_move, x, (move, start, end))
-    return Segment(x, log_weights.T, acceptance.T)
+    x, per_move = jax.lax.scan(make_move, x, (move, start, end))
+    return Segment(x, *(values.T for values in per_move))
 
 
-def interpolate_step_sizes(step_size: Float[Array, "T"], path: Path) -> Float[Array, "R"]:
-    """Interpolates the levels' step sizes, on a log scale, to the distributions of the path.
+def interpolate_step_sizes(
+    step_size: Float[Array, "G"], at: Float[Array, "R"]
+) -> Float[Array, "R"]:
+    """Interpolates G step sizes, on a log scale, at positions in 0..G-1.
 
-    White noise, level T, has the step size of level T - 1.
+    Positions beyond G - 1, such as that of white noise among the levels, take the last one.
     """
-    levels = jnp.arange(len(step_size))
-    return jnp.exp(jnp.interp(path.level - path.beta, levels, jnp.log(step_size)))
+    return jnp.exp(jnp.interp(at, jnp.arange(len(step_size)), jnp.log(step_size)))
 
 
 def warm_up(
@@ -213,11 +263,43 @@ def warm_up(
     )
 
 
+def warm_up_tempered(
+    keys: Key[Array, "B"],
+    F: LevelFn,
+    shape: tuple[int, ...],
+    std: float,
+    schedule: NoiseSchedule,
+    sampler: Sampler,
+    num_steps: int,
+    target: float,
+) -> tuple[Float[Array, "G"], Float[Array, "G"]]:
+    """Adapts the step size at G hotter versions of level 0, on B chains that are discarded.
+
+    The versions are those of `tempering`, and G is the length of the sampler's tuning.
+
+    Returns the step size and the mean acceptance probability of every version, hottest first.
+    """
+    G = len(sampler.tuning["leapfrog"])
+    beta, width = (values[::-1] for values in tempering(G - 1, std, schedule))
+    step_size, acceptance = ladder.adapt_step_sizes(
+        keys,
+        sampler,
+        lambda _, t: lambda x: tempered_log_density(F, x, beta[t[0]], std, schedule),
+        start=std * ladder.white_noise(keys, shape, schedule),
+        to_next_level=lambda x, _: x,
+        step_size=width,
+        num_steps=num_steps,
+        target=target,
+    )
+    return step_size[::-1], acceptance[::-1]
+
+
 class Bound(NamedTuple):
-    """A stochastic bound of log Z from one direction.
+    """An estimate of log Z from one pass of annealing.
 
     Attributes:
-      log_Z: log mean w for the lower bound, -log mean w for the upper one [nats].
+      log_Z: log mean w from a Gaussian to level 0, -log mean w from level 0 to white noise
+        [nats].
       std_error: its standard error to first order, the relative standard error of mean w.
       effective_sample_size: (sum w)² / sum w².
       chains: number of chains.
@@ -236,36 +318,8 @@ class Bound(NamedTuple):
         return self.effective_sample_size >= min(10, self.chains / 2)
 
 
-class Partition(NamedTuple):
-    """Stochastic bounds of level 0's log Z [nats].
-
-    Attributes:
-      lower: from annealing white noise to level 0.
-      upper: from annealing level 0 to white noise.
-    """
-
-    lower: Bound
-    upper: Bound
-
-    @property
-    def gap(self) -> float:
-        """Upper minus lower bound; negative only through their errors [nats]."""
-        return self.upper.log_Z - self.lower.log_Z
-
-
-def partition(down: Float[np.ndarray, "n R"], up: Float[np.ndarray, "m S"]) -> Partition:
-    """Bounds log Z, given what every move added to log w, in both directions [nats].
-
-    Args:
-      down: n chains from white noise to level 0.
-      up: m chains from level 0 to white noise.
-    """
-    lower, upper = (bound(np.float64(log_w).sum(axis=1)) for log_w in (down, up))
-    return Partition(lower, upper._replace(log_Z=-upper.log_Z))
-
-
 def bound(log_w: Float[np.ndarray, "n"]) -> Bound:
-    """Returns log mean w of n chains with log-weights log w, and statistics of the weights."""
+    """Returns log mean w of n chains, with its error and effective sample size."""
     n, top = len(log_w), np.max(log_w)
     w = np.exp(log_w - top)
     ess = np.sum(w) ** 2 / np.sum(w**2)
@@ -276,6 +330,150 @@ def bound(log_w: Float[np.ndarray, "n"]) -> Bound:
         chains=n,
         spread=float(np.std(log_w)),
     )
+
+
+class Agreement(NamedTuple):
+    """P-values of the hypothesis that the chains of both upper bounds start from level 0.
+
+    If they start from independent exact samples, each p-value is below p with probability p at
+    most, so that `rejected` is not empty with probability `FALSE_ALARM` at most. This is exact
+    for the last two. `order` takes log mean w to be normal, with the standard error of `Bound`.
+
+    Attributes:
+      order: each upper bound is at least each lower bound. Bonferroni's correction for four
+        one-sided comparisons; differences up to `ROUNDING` are not counted.
+      log_density: both kinds of starting points have the same distribution of log q_0
+        (`equality_p_value`).
+      log_weight: the same for log w of the passes up.
+    """
+
+    order: float
+    log_density: float
+    log_weight: float
+
+    @property
+    def rejected(self) -> list[str]:
+        """Names of the tests that reject the hypothesis."""
+        return [name for name, p in self._asdict().items() if p < SIGNIFICANCE]
+
+
+class Partition(NamedTuple):
+    """Bounds of level 0's log Z [nats].
+
+    `levels` and `tempered` are stochastic lower bounds, always. `from_data` and `from_model`
+    are stochastic upper bounds if their chains start from exact samples of level 0.
+
+    Attributes:
+      levels: from white noise down through the levels.
+      tempered: from a wide Gaussian through hotter versions of level 0.
+      from_data: from data, after moves on level 0, up through the levels.
+      from_model: the same from the model's own samples.
+      agreement: tests of the starting points of the last two.
+    """
+
+    levels: Bound
+    tempered: Bound
+    from_data: Bound
+    from_model: Bound
+    agreement: Agreement
+
+    @property
+    def lower(self) -> Bound:
+        """The larger lower bound; NaN if one of them is."""
+        return max(self.levels, self.tempered, key=_nan_last)
+
+    @property
+    def upper(self) -> Bound:
+        """The larger upper bound; NaN if one of them is."""
+        return max(self.from_data, self.from_model, key=_nan_last)
+
+    @property
+    def gap(self) -> float:
+        """Upper minus lower bound; negative only through their errors [nats]."""
+        return self.upper.log_Z - self.lower.log_Z
+
+    @property
+    def detectable(self) -> float:
+        """By how much regions that only tempered chains reach must raise log Z to be noticed.
+
+        The test `Agreement.order` then rejects the upper bounds [nats].
+        """
+        upper = min(self.from_data, self.from_model, key=_nan_last)
+        error = math.hypot(upper.std_error, self.tempered.std_error)
+        deviations = -NormalDist().inv_cdf(SIGNIFICANCE / 4)
+        return upper.log_Z - self.tempered.log_Z + deviations * error + ROUNDING
+
+
+def _nan_last(bound: Bound) -> tuple[bool, float]:
+    """Returns the key by which bounds are ordered: NaN counts as larger than all numbers."""
+    return math.isnan(bound.log_Z), bound.log_Z
+
+
+def partition(
+    levels: Float[np.ndarray, "n"],
+    tempered: Float[np.ndarray, "n"],
+    from_data: Float[np.ndarray, "n"],
+    from_model: Float[np.ndarray, "n"],
+    log_density: tuple[Float[np.ndarray, "n"], Float[np.ndarray, "n"]],
+) -> Partition:
+    """Bounds log Z and tests the starting points.
+
+    Args:
+      levels: log w of the chains of each pass, as named in `Partition`.
+      tempered: the same.
+      from_data: the same.
+      from_model: the same.
+      log_density: log q_0 of the starting points of `from_data` and of `from_model`.
+    """
+    down, hot = bound(levels), bound(tempered)
+    data, own = (b._replace(log_Z=-b.log_Z) for b in map(bound, (from_data, from_model)))
+    z = [
+        (lower.log_Z - upper.log_Z - ROUNDING)
+        / max(math.hypot(lower.std_error, upper.std_error), 1e-9)
+        for lower in (down, hot)
+        for upper in (data, own)
+    ]
+    agreement = Agreement(
+        order=min(1.0, len(z) * math.erfc(max(z) / math.sqrt(2)) / 2),
+        log_density=equality_p_value(*log_density),
+        log_weight=equality_p_value(from_data, from_model),
+    )
+    return Partition(down, hot, data, own, agreement)
+
+
+def equality_p_value(a: Float[np.ndarray, "n"], b: Float[np.ndarray, "n"]) -> float:
+    """Returns the p-value of the Kolmogorov-Smirnov test of equal distributions.
+
+    The statistic is the largest difference k / n between the two empirical distribution
+    functions. For equal numbers n of independent values its distribution is known exactly
+    (Gnedenko and Korolyuk 1951):
+
+        P(statistic >= k / n) = 2 sum_{j >= 1} (-1)^(j - 1) C(2n, n - j k) / C(2n, n)
+    """
+    n, values = len(a), np.concatenate([a, b])
+    ranks = (np.searchsorted(np.sort(sample), values, side="right") for sample in (a, b))
+    k = int(np.max(np.abs(np.subtract(*ranks))))
+    if k == 0:
+        return 1.0
+    terms = ((-1) ** (j - 1) * math.comb(2 * n, n - j * k) for j in range(1, n // k + 1))
+    return 2 * sum(terms) / math.comb(2 * n, n)
+
+
+def resample(log_w: Float[np.ndarray, "N"], n: int, u: float) -> Int[np.ndarray, "n"]:
+    """Draws n indices with expected numbers of copies n w_i / sum w (Kitagawa 1996).
+
+    The numbers of copies differ from these by less than 1. Weights that are not finite
+    count as zero.
+
+    Args:
+      log_w: log-weights.
+      n: number of indices.
+      u: random number in [0, 1).
+    """
+    finite = np.isfinite(log_w)
+    w = np.where(finite, np.exp(log_w - np.max(log_w, where=finite, initial=-np.inf)), 0.0)
+    cumulative = np.cumsum(w) / np.sum(w)
+    return np.minimum(np.searchsorted(cumulative, (np.arange(n) + u) / n), len(w) - 1)
 
 
 def noisy_log_density(

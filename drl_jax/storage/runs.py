@@ -21,6 +21,7 @@ from drl_jax.errors import UserError, as_user_error
 from drl_jax.model import Model
 from drl_jax.networks.energy import Energy, Params, Vectors
 from drl_jax.runtime import sharding
+from drl_jax.runtime.matmul_precision import full_precision
 from drl_jax.storage import checkpoints, exported
 from drl_jax.storage.checkpoints import Checkpoints
 
@@ -116,6 +117,7 @@ def reconfigure(run: Run, config: ConfigDict) -> Run:
 
 
 @functools.partial(jax.jit, static_argnames=("energy", "mesh"))
+@full_precision
 def generation_params(energy: Energy, ema: Params, vectors: Vectors, mesh: Mesh) -> Params:
     """Returns the parameters that images are generated with, replicated over the mesh.
 

@@ -33,7 +33,7 @@ class Command:
     Attributes:
       task: the task to run.
       values: values of the task's flags and of the common ones, by name.
-      changes: the arguments --config.FIELD=VALUE.
+      changes: the arguments --config.FIELD=VALUE, and those that flags imply.
     """
 
     task: Task
@@ -75,6 +75,10 @@ def parse(argv: Sequence[str]) -> Command:
                 f"--mode={task.name} needs --{flag.name}={flag.metavar}: {flag.help}"
             )
     _require_changeable(changes, task)
+    for flag in accepted:
+        value = values[flag.name]
+        if isinstance(value, str) and value in flag.implied:
+            changes += _implied(flag, value, changes)
     if problem := task.check(values, given):
         raise UserError(problem)
     return Command(task, values, tuple(changes))
@@ -234,6 +238,21 @@ def _require_changeable(changes: Iterable[str], task: Task) -> None:
                 f"{change}: --mode={task.name} cannot change this field; it can change "
                 f"{_changeable(task)}"
             )
+
+
+def _implied(flag: Flag, value: str, changes: Iterable[str]) -> list[str]:
+    """Returns the changes of the configuration that this value of a flag implies.
+
+    Raises:
+      UserError: naming a change that contradicts them.
+    """
+    fields = flag.implied[value]
+    for change in changes:
+        wanted = fields.get(field := _field(change), "")
+        if field in fields and change.partition("=")[2] != str(wanted):
+            says = "takes this from training" if wanted is None else f"sets it to {wanted}"
+            raise UserError(f"{change}: --{flag.name}={value} {says}; omit one of the two")
+    return [f"--config.{name}={v}" for name, v in fields.items() if v is not None]
 
 
 def _field(change: str) -> str:

@@ -21,6 +21,35 @@ log = logging.getLogger(__name__)
 
 COLUMNS = 10  # a grid of samples has at most 10 x 10 images
 
+# Values of config.mcmc.sampler that accept or reject, and whose step sizes are adapted.
+METROPOLIS = ("mala", "hmc")
+
+# Numbers that are folded into a seed to make the random key of a task. A new task gets a new
+# number; no number is ever changed or used again.
+KEY_NUMBERS = {
+    "adapt": 1,
+    "sample": 2,
+    "evaluate": 3,
+    "interpolate": 4,
+    "inpaint": 5,
+    "long_run": 6,
+    "likelihood": 7,
+    "ood": 8,
+}
+# Added to these numbers. The i-th key that `jax.random.split` makes is the key with i folded
+# in, and this is more than any number of keys that are split off a seed elsewhere: three in
+# training (`training.loop.run_keys`), and one per point of a data set.
+FIRST_KEY = 2**30
+
+
+def task_key(task: str, seed: int) -> Key[Array, ""]:
+    """Returns the random key of a task, which is one of `KEY_NUMBERS`.
+
+    The keys of different tasks differ, also at equal seeds, and they differ from those of
+    training: tasks draw independent numbers.
+    """
+    return jax.random.fold_in(jax.random.key(seed), FIRST_KEY + KEY_NUMBERS[task])
+
 
 def require_images(model: Model, task: str) -> None:
     """Checks that the model is one of images, for a task that is not defined for points.
@@ -47,10 +76,10 @@ def adapted(run: Run) -> Run:
       not adapted, `run` itself.
     """
     mcmc = run.config.mcmc
-    if mcmc.sampler not in ("mala", "hmc"):
+    if mcmc.sampler not in METROPOLIS:
         return run
     model, acceptance = run.model.adapt(
-        key=jax.random.key(run.config.seed),
+        key=task_key("adapt", run.config.seed),
         num_steps=mcmc.warmup_steps,
         target=mcmc.target_acceptance,
     )

@@ -3,7 +3,7 @@
 import itertools
 import logging
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from drl_jax import noise
 from drl_jax.data import mixtures, pipeline, sources
 from drl_jax.data.sources import Source
+from drl_jax.errors import UserError
 from drl_jax.metrics import inception, levels, pixels, plane, reference, summary, weights
 from drl_jax.metrics.weights import Weights
 from drl_jax.model import Model
@@ -30,9 +31,30 @@ LEVEL_IMAGES = 256  # images from which the statistics of the levels are compute
 MAX_IN_MEMORY = 10_000  # images, of samples and of data, that are held for the pixel metrics
 MAX_TEST_POINTS = 2000  # points in the two-sample test, whose cost is quadratic
 MAX_PATH_LEVELS = 60  # levels at which the paths of points are recorded for the figure
+PUBLISHED_SAMPLES = 50_000  # samples from which published values of FID are computed
 
 
-def run(run: Run, workdir: epath.Path) -> None:
+class Protocol(NamedTuple):
+    """How samples become the input of the Inception network.
+
+    Attributes:
+      truncate: whether pixel values are rounded down to bytes, or to the nearest.
+      centre: pixel value that becomes 0 in the network's input (`inception.prepare`).
+    """
+
+    truncate: bool
+    centre: float
+
+
+# By the values of --protocol. The authors' program truncates (ruiqigao/recovery_likelihood,
+# datasets.py, `data_postprocess`). What else the paper's protocol sets is in `table.PAPER`.
+PROTOCOLS = {
+    "default": Protocol(truncate=False, centre=inception.CENTRE),
+    "paper": Protocol(truncate=True, centre=inception.CENTRE_OF_PAPER),
+}
+
+
+def run(run: Run, workdir: epath.Path, protocol: str) -> None:
     """Measures how well a trained model fits its data, and shows samples.
 
     Uses `config.evaluation.num_samples` samples, generated with the seed of the run, and the
@@ -43,18 +65,29 @@ def run(run: Run, workdir: epath.Path) -> None:
       toy2d.png: for points, the learned and the true density at several levels.
       metrics.json: the fields of `measure_images` or `measure_points`.
 
+    Args:
+      run: the trained model.
+      workdir: where the results go.
+      protocol: one of `PROTOCOLS`, for FID.
+
     Raises:
-      UserError: if the data or the Inception weights cannot be used, or the folder cannot be
-        written to.
+      UserError: if the data or the Inception weights cannot be used, the folder cannot be
+        written to, or there are no weights for the paper's protocol.
     """
     source = sources.open_source(run.config)
     inception_weights = load_inception_weights(run.config)
+    if protocol == "paper" and not inception_weights:
+        raise UserError(
+            "--protocol=paper is a protocol of FID, which needs the weights of the Inception "
+            f"network: {weights.DOWNLOAD_HINT}"
+        )
     make_writable(workdir)
     measure(
         run=common.adapted(run),
         source=source,
         workdir=workdir,
         inception_weights=inception_weights,
+        protocol=protocol,
     )
 
 
@@ -78,7 +111,11 @@ def load_inception_weights(config: ConfigDict) -> Weights | None:
 
 
 def measure(
-    run: Run, source: Source, workdir: epath.Path, inception_weights: Weights | None
+    run: Run,
+    source: Source,
+    workdir: epath.Path,
+    inception_weights: Weights | None,
+    protocol: str = "default",
 ) -> None:
     """Samples the model, compares with the data, and writes the results (see `run`).
 
@@ -87,12 +124,13 @@ def measure(
       source: the data.
       workdir: where the results go.
       inception_weights: for FID, KID and the inception score; None skips these.
+      protocol: one of `PROTOCOLS`, for the same metrics.
     """
-    key, levels_key = jax.random.split(jax.random.key(run.config.seed))
+    key, levels_key = jax.random.split(common.task_key("evaluate", run.config.seed))
     if images.are_points(run.model.shape):
         measure_points(run, workdir, key)
     else:
-        measure_images(run, source, workdir, key, levels_key, inception_weights)
+        measure_images(run, source, workdir, key, levels_key, inception_weights, protocol)
 
 
 def measure_images(
@@ -102,6 +140,7 @@ def measure_images(
     key: Key[Array, ""],
     levels_key: Key[Array, ""],
     inception_weights: Weights | None,
+    protocol: str,
 ) -> None:
     """Compares generated images with the data.
 
@@ -112,7 +151,7 @@ def measure_images(
         pixel_frechet, ..., num_data: see `pixels.pixel_metrics`; computed from at most
           `MAX_IN_MEMORY` samples and as many images of the data.
         levels: see `levels.level_statistics`.
-        inception: FID, KID and the inception score (`summary.compare`), if there are
+        inception: FID, KID and the inception score (`inception_metrics`), if there are
           weights; computed from all samples, of which few are in memory at a time.
 
     Args:
@@ -122,6 +161,7 @@ def measure_images(
       key: for the samples.
       levels_key: for the statistics of the levels.
       inception_weights: of the Inception network, or None.
+      protocol: one of `PROTOCOLS`.
     """
     config, model = run.config, run.model
     num_samples = config.evaluation.num_samples
@@ -139,11 +179,14 @@ def measure_images(
     limit = min(config.evaluation.num_data, MAX_IN_MEMORY)
     data = np.stack(list(pipeline.all_examples(config, source, limit)))
     metrics = {"step": run.step, **pixels.pixel_metrics(samples[:num_pixel_samples], data)}
-    metrics["levels"] = levels.level_statistics(model, levels_key, data[:LEVEL_IMAGES])
+    by_level = levels.level_statistics(model, levels_key, data[:LEVEL_IMAGES])
+    metrics["levels"] = by_level
+    if config.mcmc.sampler in common.METROPOLIS:
+        levels.warn_of_rounding(by_level["level"], by_level["resolution"])
     if inception_weights:
         all_batches = itertools.chain(in_memory, batches)
         metrics["inception"] = inception_metrics(
-            config, source, model, all_batches, workdir, inception_weights
+            config, source, model, all_batches, workdir, inception_weights, protocol
         )
     write_json(workdir / "metrics.json", metrics)
     log.info(
@@ -232,8 +275,18 @@ def inception_metrics(
     batches: Iterable[Float[np.ndarray, "B H W C"]],
     workdir: epath.Path,
     inception_weights: Weights,
-) -> dict[str, float]:
+    protocol: str,
+) -> dict[str, Any]:
     """Returns FID, KID and the inception score of samples, compared with the data.
+
+    The fields are those of `summary.compare`, and protocol, with the fields:
+      name: the protocol.
+      sampler, K, noise_scale: how the samples were drawn (`config.mcmc`).
+      data: identity of the data.
+      pixels: whether the samples' pixel values were rounded or truncated to bytes.
+      network_input: how the network's input is computed from a pixel value x.
+      comparable: whether there are at least as many samples as for published values, and all
+        images of the training split.
 
     Args:
       config: uses `evaluation` and the preparation of `data`.
@@ -242,15 +295,37 @@ def inception_metrics(
       batches: at least `config.evaluation.num_samples` samples in [-1, 1], in batches.
       workdir: keeps the data's statistics if their own folder cannot (`reference.of_data`).
       inception_weights: of the Inception network.
+      protocol: one of `PROTOCOLS`.
     """
-    extractor = inception.Extractor(inception_weights.variables, model.engine)
-    data = reference.of_data(config, source, extractor, inception_weights.sha256, workdir)
-    stream = (image for batch in batches for image in pipeline.to_uint8(batch))
+    truncate, centre = PROTOCOLS[protocol]
+    extractor = inception.Extractor(inception_weights.variables, model.engine, centre)
+    network = f"{inception_weights.sha256}, {centre}"
+    data = reference.of_data(config, source, extractor, network, workdir)
+    stream = (image for batch in batches for image in pipeline.to_uint8(batch, truncate))
     samples = summary.summarise(extractor, stream, config.evaluation.num_samples)
     metrics = summary.compare(samples, data)
-    log.info(
-        "FID %(fid).3f, KID %(kid).3g, inception score %(inception_score).2f (of the data: "
-        "%(inception_score_of_data).2f)",
-        metrics,
+    followed = {
+        "name": protocol,
+        "sampler": config.mcmc.sampler,
+        "K": config.mcmc.K,
+        "noise_scale": config.mcmc.noise_scale,
+        "data": source.identity,
+        "pixels": "truncated" if truncate else "rounded",
+        "network_input": f"(x - {centre:g}) / {centre:g}",
+        "comparable": metrics["num_samples"] >= PUBLISHED_SAMPLES
+        and metrics["num_data"] == len(source)
+        and source.split == "train",
+    }
+    warning = (
+        f"; not comparable with published values, which use {PUBLISHED_SAMPLES:,} samples and "
+        "all training images"
     )
-    return metrics
+    log.info(
+        "FID %(fid).3f, KID %(kid).3g, inception score %(inception_score).2f (mean of ten "
+        "splits: %(inception_score_of_splits).2f; of the data: %(inception_score_of_data).2f); "
+        "protocol %(name)r: %(num_samples)d samples by %(sampler)s, noise scaled by "
+        "%(noise_scale)g, %(num_data)d images of %(data)s, pixels %(pixels)s, network input "
+        "%(network_input)s%(warning)s",
+        metrics | followed | {"warning": "" if followed["comparable"] else warning},
+    )
+    return metrics | {"protocol": followed}

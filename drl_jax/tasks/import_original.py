@@ -25,7 +25,8 @@ def run(config: ConfigDict, workdir: epath.Path, tf_checkpoint: str, image_size:
       checkpoints/: one checkpoint, from which every other task continues.
 
     Args:
-      config: everything that the checkpoint does not determine: data, sampler, optimiser.
+      config: everything that the checkpoint does not determine: data, sampler, optimiser. By
+        default, training continues with their Adam (`training.state.optimiser`).
       workdir: must hold no checkpoints yet.
       tf_checkpoint: prefix of the checkpoint's .index and .data files.
       image_size: height and width of the images, which the checkpoint does not record.

@@ -52,7 +52,7 @@ def run(
     """
     config, model = run.config, run.model
     common.require_images(model, "inpaint")
-    key, mask_key, samples_key = jax.random.split(jax.random.key(seed), 3)
+    key, mask_key, samples_key = jax.random.split(common.task_key("inpaint", seed), 3)
     known, mask_name = load_mask(mask, config.data.image_size, mask_key)
     masks.require_mask(known, model.shape)
     if images:

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Sequence
 
-import jax
 import numpy as np
 from etils import epath
 
@@ -65,7 +64,7 @@ def run(
     folder = workdir / "interpolations" / name
     make_writable(folder)
     model = common.adapted(run).model
-    key = jax.random.key(seed)
+    key = common.task_key("interpolate", seed)
     if ends is None:
         strips = shown = model.interpolate(key, pairs, frames, level)
     else:

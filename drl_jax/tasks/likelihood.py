@@ -12,12 +12,12 @@ from jaxtyping import Array, Float, Key
 
 from drl_jax.data import pipeline, sources
 from drl_jax.errors import UserError
-from drl_jax.metrics import density
+from drl_jax.metrics import density, levels
 from drl_jax.metrics.density import Annealing, Budget
 from drl_jax.model import Model
 from drl_jax.plots import figures
 from drl_jax.runtime.progress import Progress
-from drl_jax.sampling.annealing import Partition
+from drl_jax.sampling.annealing import Bound, Partition
 from drl_jax.storage.atomic import make_writable, remove, write_json
 from drl_jax.storage.runs import Run
 from drl_jax.storage.snapshots import Autosave, Snapshot
@@ -26,15 +26,33 @@ from drl_jax.tasks import common
 log = logging.getLogger(__name__)
 
 # Fields of the configuration that unfinished work depends on.
-SETTINGS = ("likelihood.", "data.", "evaluation.num_data", "evaluation.batch_size")
+SETTINGS = (
+    "likelihood.",
+    "data.",
+    "evaluation.num_data",
+    "evaluation.split",
+    "evaluation.batch_size",
+)
+
+RESOLUTION_EXAMPLES = 16  # from which the resolution of F is determined
+
+# What each pass of the annealing gives, for log lines.
+LOWER = {
+    "levels": "chains through the levels, from white noise",
+    "tempered": "chains through hotter versions of level 0, from a wide Gaussian",
+}
+UPPER = {
+    "from_data": "chains up through the levels from data",
+    "from_model": "chains up through the levels from the model's own samples",
+}
 
 
 def run(run: Run, workdir: epath.Path, model: str | None, seed: int) -> None:
     """Bounds log Z of level 0 by annealing, and computes the log-likelihood of the data.
 
-    The data are the first `config.evaluation.num_data` examples of `config.data`; the cost is
-    set by `config.likelihood` (`density.Budget`). An interrupted run is resumed by the same
-    command.
+    The data are the first `config.evaluation.num_data` examples that are held out from
+    training, where there are such examples (`sources.open_held_out`); the cost is set by
+    `config.likelihood` (`density.Budget`). An interrupted run is resumed by the same command.
 
     Writes to `workdir`/likelihood/step_STEP_seed_SEED:
       annealing.snapshot: unfinished work; removed at the end.
@@ -42,13 +60,22 @@ def run(run: Run, workdir: epath.Path, model: str | None, seed: int) -> None:
       likelihood.json, with the fields:
         step: training steps of the model.
         data: identity of the data set.
+        split: which part of the data set the examples are.
+        held_out: whether training is known not to have used the examples.
         num_data: number of examples.
         budget: `config.likelihood`.
-        log_Z: stochastic bounds lower and upper, each with the fields of `annealing.Bound`
-          [nats].
-        gap: upper bound minus lower bound [nats].
+        log_Z: lower, with the stochastic lower bounds levels and tempered; upper, with
+          from_data and from_model, which are stochastic upper bounds if their chains start
+          from exact samples of level 0 (`annealing.Partition`). Each has the fields of
+          `annealing.Bound` [nats].
+        agreement: p-values of the hypothesis that the chains do start from such samples
+          (`annealing.Agreement`).
+        detectable: by how much regions that only tempered chains reach must raise log Z to
+          be noticed [nats].
+        gap: larger upper bound minus larger lower bound [nats].
         log_density: mean log-density of level 0 at the examples with noise sigma_bar_0, from
-          one bound to the other, and the standard error over the examples [nats].
+          the larger upper bound to the larger lower one, and the standard error over the
+          examples [nats].
         bits_per_dim: upper bound of -log2 P(x) / D in the same form; for images only.
 
     Args:
@@ -60,21 +87,26 @@ def run(run: Run, workdir: epath.Path, model: str | None, seed: int) -> None:
 
     Raises:
       UserError: if the data cannot be used, the folder cannot be written to, unfinished work
-        is damaged or has other settings, or the bounds are too far apart.
+        is damaged or has other settings, or the bounds are too far apart or contradict each
+        other.
       Interrupted: if a signal stopped the annealing; the work is saved.
     """
     config = run.config
     budget = Budget(**config.likelihood)
-    source = sources.open_source(config)
+    source = sources.open_held_out(config)
     limit = config.evaluation.num_data
     x = np.stack(list(pipeline.all_examples(config, source, limit=limit)))
     folder = workdir / "likelihood" / f"step_{run.step}_seed_{seed}"
     make_writable(folder)
-    key, data_key = jax.random.split(jax.random.key(seed))
+    key, data_key = jax.random.split(common.task_key("likelihood", seed))
     settings = common.resume_settings(config, SETTINGS) | {"model": model}
     autosave = Autosave(folder / "annealing.snapshot", settings)
+    some = x[:RESOLUTION_EXAMPLES]
+    f = np.asarray(run.model.f(some, np.zeros(len(some), int)))
+    temperature = np.asarray(run.model.method.parameterisation.temperature)
+    levels.warn_of_rounding([0], [levels.resolution(f, temperature[0])])
     annealing = anneal(run.model, key, x, budget, autosave)
-    bounds = annealing.partition
+    bounds = annealing.partition(budget.burn_in)
     schedule = run.model.method.schedule
     require_usable(bounds, budget, D=x[0].size, T=schedule.T)
 
@@ -89,42 +121,67 @@ def run(run: Run, workdir: epath.Path, model: str | None, seed: int) -> None:
     results: dict[str, Any] = {
         "step": run.step,
         "data": source.identity,
+        "split": source.split,
+        "held_out": source.held_out,
         "num_data": len(x),
         "budget": budget._asdict(),
-        "log_Z": {name: bound._asdict() for name, bound in bounds._asdict().items()},
+        "log_Z": {
+            "lower": {name: getattr(bounds, name)._asdict() for name in LOWER},
+            "upper": {name: getattr(bounds, name)._asdict() for name in UPPER},
+        },
+        "agreement": bounds.agreement._asdict(),
+        "detectable": bounds.detectable,
         "gap": bounds.gap,
         "log_density": mean_between(log_q, bounds, unit=1.0),
     }
+    for line in described(bounds):
+        log.info("%s", line)
+    where = f"on {'held-out' if source.held_out else 'training'} data ({source.split} split)"
     log.info(
-        "log Z: lower bound %.3f ± %.3f nats (effective sample size %.0f of %d), upper bound "
-        "%.3f ± %.3f nats (%.0f of %d)",
-        bounds.lower.log_Z,
-        bounds.lower.std_error,
-        bounds.lower.effective_sample_size,
-        budget.chains,
-        bounds.upper.log_Z,
-        bounds.upper.std_error,
-        bounds.upper.effective_sample_size,
-        budget.chains,
-    )
-    log.info(
-        "mean log-density of %(n)d examples with noise of standard deviation %(noise).2g: "
-        "%(from).3f to %(to).3f nats, standard error over the examples %(std_error).3f",
-        results["log_density"] | {"n": len(x), "noise": schedule.sigma_bar[0]},
+        "mean log-density of %(n)d examples with noise of standard deviation %(noise).2g, "
+        "%(where)s: %(from).3f to %(to).3f nats, standard error over the examples "
+        "%(std_error).3f",
+        results["log_density"] | {"n": len(x), "noise": schedule.sigma_bar[0], "where": where},
     )
     if log_P is not None:
         unit = -1 / (x[0].size * math.log(2))
         results["bits_per_dim"] = mean_between(log_P, bounds, unit=unit)
         log.info(
-            "bits per dimension: %(from).3f to %(to).3f, standard error over the examples "
-            "%(std_error).3f",
-            results["bits_per_dim"],
+            "bits per dimension %(where)s: %(from).3f to %(to).3f, standard error over the "
+            "examples %(std_error).3f",
+            results["bits_per_dim"] | {"where": where},
         )
     middle = (bounds.lower.log_Z + bounds.upper.log_Z) / 2
     history = density.history(annealing, schedule, budget)
     figures.write_annealing(folder / "likelihood.png", history, log_q - middle)
     write_json(folder / "likelihood.json", results)
     log.info("wrote likelihood.json and likelihood.png to %s", folder)
+
+
+def described(bounds: Partition) -> list[str]:
+    """Returns log lines that say what each pass of the annealing bounds."""
+    lines = ["log Z is at least (in expectation, however badly the chains mix):"]
+    lines += [row(bounds, name, title) for name, title in LOWER.items()]
+    lines += ["log Z is at most (if the chains start from exact samples of level 0):"]
+    lines += [row(bounds, name, title) for name, title in UPPER.items()]
+    p = bounds.agreement
+    return [
+        *lines,
+        "p-values of exact starting points: "
+        f"{p.order:.2g} (upper and lower bounds in order), {p.log_density:.2g} (equal "
+        f"log-densities of data and samples), {p.log_weight:.2g} (equal log-weights)",
+        "a region that only tempered chains reach would have been noticed if it raised log Z "
+        f"by more than about {bounds.detectable:.2g} nats",
+    ]
+
+
+def row(bounds: Partition, name: str, title: str) -> str:
+    """Returns the log line of one bound."""
+    bound: Bound = getattr(bounds, name)
+    return (
+        f"  {bound.log_Z:.3f} ± {bound.std_error:.3f} nats: {title} (effective sample size "
+        f"{bound.effective_sample_size:.0f} of {bound.chains})"
+    )
 
 
 def anneal(
@@ -134,12 +191,12 @@ def anneal(
     budget: Budget,
     autosave: Autosave,
 ) -> Annealing:
-    """Anneals chains in both directions (`density.annealed`), resuming saved work.
+    """Anneals the chains of all passes (`density.annealed`), resuming saved work.
 
     Args:
       model: model whose level 0 is normalised.
       key: random key.
-      x: data that the pass up starts from.
+      x: data that the pass `from_data` starts from.
       budget: the cost.
       autosave: saves the work; its file is removed at the end.
 
@@ -169,24 +226,36 @@ def to_snapshot(annealing: Annealing) -> Snapshot:
 
 
 def require_usable(bounds: Partition, budget: Budget, D: int, T: int) -> None:
-    """Raises if the bounds are too loose; warns if an effective sample size is low.
+    """Raises if the bounds contradict each other or are too loose; warns of weak ones.
 
     Args:
       bounds: of log Z.
-      budget: uses max_gap, distributions, transitions.
+      budget: uses max_gap, distributions, transitions, burn_in.
       D: number of dimensions of an example.
       T: number of noise levels.
 
     Raises:
-      UserError: with the gap between the bounds, and what would reduce it.
+      UserError: with the bounds, what is wrong with them, and what can be done.
     """
+    rejected = bounds.agreement.rejected
+    data, own = bounds.from_data, bounds.from_model
+    if "order" in rejected:
+        raise UserError(
+            f"log Z is at least {bounds.lower.log_Z:.3f} ± {bounds.lower.std_error:.3f} nats, "
+            "but the chains up through the levels give less: "
+            f"{data.log_Z:.3f} ± {data.std_error:.3f} from data, "
+            f"{own.log_Z:.3f} ± {own.std_error:.3f} from the model's own samples (p-value "
+            f"{bounds.agreement.order:.1g}): they do not reach all regions that level 0 gives "
+            "probability, so log Z has no upper bound; train the model further, or raise "
+            f"--config.likelihood.burn_in (now {budget.burn_in})"
+        )
     gap = abs(bounds.gap)  # bounds in the wrong order are as unreliable as distant ones
-    bits = gap / (D * math.log(2))
-    if not bits <= budget.max_gap:  # also true for NaN
+    per_bit = D * math.log(2)
+    if not gap / per_bit <= budget.max_gap:  # also true for NaN
         problem = (
             f"the bounds of log Z, {bounds.lower.log_Z:.1f} and {bounds.upper.log_Z:.1f} nats, "
-            f"are {bits:.3g} bits per dimension apart, more than config.likelihood.max_gap = "
-            f"{budget.max_gap:g}"
+            f"are {gap / per_bit:.3g} bits per dimension apart, more than "
+            f"config.likelihood.max_gap = {budget.max_gap:g}"
         )
         if T < 1000:
             raise UserError(
@@ -197,22 +266,41 @@ def require_usable(bounds: Partition, budget: Budget, D: int, T: int) -> None:
             f"{problem}: raise --config.likelihood.distributions (now {budget.distributions}) "
             f"or --config.likelihood.transitions (now {budget.transitions})"
         )
-    for name, bound in bounds._asdict().items():
+    if rejected:
+        raise UserError(
+            "chains from data and from the model's own samples differ after "
+            f"{budget.burn_in} moves on level 0, in log-density (p-value "
+            f"{bounds.agreement.log_density:.1g}) or log-weight (p-value "
+            f"{bounds.agreement.log_weight:.1g}): they are not both samples of level 0, so "
+            f"neither {data.log_Z:.3f} nor {own.log_Z:.3f} nats is known to be an upper bound "
+            f"of log Z; raise --config.likelihood.burn_in (now {budget.burn_in})"
+        )
+    for name, title in (LOWER | UPPER).items():
+        bound: Bound = getattr(bounds, name)
         if not bound.reliable:
             log.warning(
-                "the effective sample size of the %s bound is %.1f of %d: a few chains "
-                "dominate it, so its standard error is too small and it may be several nats "
-                "from log Z",
-                name,
+                "the effective sample size of the %s is %.1f of %d: a few chains dominate "
+                "their bound of log Z, so its standard error is too small and it may be "
+                "several nats from log Z",
+                title,
                 bound.effective_sample_size,
                 bound.chains,
             )
+    if bounds.detectable / per_bit > budget.max_gap:
+        log.warning(
+            "a region that data lack would be noticed only if it raised log Z by more than "
+            "about %.2g nats (%.2g bits per dimension); raise "
+            "--config.likelihood.distributions (now %d)",
+            bounds.detectable,
+            bounds.detectable / per_bit,
+            budget.distributions,
+        )
 
 
 def mean_between(
     values: Float[np.ndarray, "n"], bounds: Partition, unit: float
 ) -> dict[str, float]:
-    """Returns the mean of `unit` * (values - log Z) for either bound, and its standard error.
+    """Returns the mean of `unit` * (values - log Z) for both bounds, and its standard error.
 
     Args:
       values: unnormalised log-densities, one per example [nats].
@@ -220,6 +308,8 @@ def mean_between(
       unit: what one nat is in the unit of the result; may be negative.
     """
     mean = np.mean(values, dtype=np.float64)
-    low, high = sorted(float(mean - bound.log_Z) * unit for bound in bounds)
+    low, high = sorted(
+        float(mean - bound.log_Z) * unit for bound in (bounds.lower, bounds.upper)
+    )
     error = abs(unit) * float(np.std(values, dtype=np.float64)) / math.sqrt(len(values))
     return {"from": low, "to": high, "std_error": error}

@@ -33,9 +33,9 @@ def run(
 ) -> None:
     """Scores in-distribution and other images at every level, and computes the AUROC.
 
-    The in-distribution images are those of `config.data`: the training data, unless the
-    command line names others, such as another split. At most `config.evaluation.num_data`
-    images of each set are scored, in their order.
+    The in-distribution images are held out from training where there are such images
+    (`sources.open_held_out`). At most `config.evaluation.num_data` images of each set are
+    scored, in their order.
 
     Writes to `workdir`/ood/step_STEP_seed_SEED:
       histograms.png: histograms of both scores at several levels.
@@ -44,17 +44,17 @@ def run(
         seed: the random seed.
         model: the name by which the model was loaded, or else the work directory.
         levels: the levels at which the images are scored.
-        in: name and identity of the in-distribution data, num_images, and median: the median
-          of each of the `ood.Scores` at each level.
-        against: per set of other images, num_images, median, and auroc: for each of the
-          scores, the AUROC at each level.
+        in: name, identity and split of the in-distribution data, held_out, num_images, and
+          median: the median of each of the `ood.Scores` at each level.
+        against: per set of other images, split (if it is a data set), num_images, median, and
+          auroc: for each of the scores, the AUROC at each level.
 
     Args:
       run: the trained model.
       workdir: where the results go.
       model: the name by which the model was loaded; None for the model of `workdir`.
       against: sets of other images: names in `ood.SYNTHETIC`, 'folder:/path', 'digits', or
-        TFDS data sets, which use `config.data.split` and `config.data.data_dir`.
+        TFDS data sets, which use `config.evaluation.split` and `config.data.data_dir`.
       seed: random seed of the noise and of the synthetic images.
 
     Raises:
@@ -66,7 +66,7 @@ def run(
     if not against:
         raise UserError(f"--against is empty: give one or more of {', '.join(ood.SYNTHETIC)}")
     common.require_images(run.model, "ood")
-    source = sources.open_source(config)
+    source = sources.open_held_out(config)
     others = {name: open_other(config, name) for name in against if name not in ood.SYNTHETIC}
     # All images are read before anything is written, because one may be unreadable.
     limit = config.evaluation.num_data
@@ -76,14 +76,14 @@ def run(
     make_writable(folder)
 
     scorer = ood.Scorer(run.model)
-    key, synthetic_key = jax.random.split(jax.random.key(seed))
+    key, synthetic_key = jax.random.split(common.task_key("ood", seed))
 
     def score(name: str, images: Iterable[Float[np.ndarray, "H W C"]], n: int) -> Scores:
         log.info("scoring %d images: %s", n, name)
         shown = bar(iterable=images, desc=name, total=n, unit="image", leave=False)
         return scorer(key, iter(shown))  # a bar has a length, but can be read only once
 
-    data_scores = score(config.data.name, x, len(x))
+    data_scores = score(f"{config.data.name}, {source.described_split()}", x, len(x))
     other_scores = {}
     for name in against:
         if name in ood.SYNTHETIC:
@@ -106,15 +106,22 @@ def run(
         "in": {
             "name": config.data.name,
             "identity": source.identity,
+            "split": source.split,
+            "held_out": source.held_out,
             **summarise(data_scores),
         },
         "against": {
-            name: {**summarise(scores), "auroc": aurocs[name]}
+            name: {
+                **({"split": others[name].split} if name in others else {}),
+                **summarise(scores),
+                "auroc": aurocs[name],
+            }
             for name, scores in other_scores.items()
         },
     }
     write_json(folder / "ood.json", results)
-    for line in table(scorer.levels, short_name(config.data.name), aurocs):
+    name = f"{short_name(config.data.name)} ({source.described_split()})"
+    for line in table(scorer.levels, name, aurocs):
         log.info("%s", line)
     log.info("wrote ood.json and histograms.png to %s", folder)
 
@@ -128,7 +135,7 @@ def open_other(config: ConfigDict, name: str) -> Source:
     config = config.copy_and_resolve_references()
     config.data.name = name
     try:
-        return sources.open_source(config)
+        return sources.open_held_out(config)
     except UserError as error:
         raise UserError(
             f"--against={name} is not one of {', '.join(ood.SYNTHETIC)}, and cannot be used as "
@@ -168,16 +175,16 @@ def table(
 
     Args:
       levels: the levels.
-      data: name of the in-distribution data.
+      data: name of the in-distribution data and of their split.
       aurocs: per set of other images, the result of `ood.aurocs`.
     """
-    title = f"AUROC of {data} against"
-    width = max(map(len, [title, *map(short_name, aurocs)]))
-    lines = [f"{title:{width}}  {'at level':15}" + "".join(f"{t:7d}" for t in levels)]
-    for name, by_score in aurocs.items():
+    sets = [f"{data} against {short_name(name)}" for name in aurocs]
+    width = max(map(len, sets))
+    lines = [f"{'AUROC of':{width}}  {'at level':15}" + "".join(f"{t:7d}" for t in levels)]
+    for title, by_score in zip(sets, aurocs.values(), strict=True):
         for score, score_title in TITLES.items():
             row = "".join(f"{value:7.3f}" for value in by_score[score])
-            lines.append(f"{short_name(name):{width}}  {score_title:15}{row}")
+            lines.append(f"{title:{width}}  {score_title:15}{row}")
     return lines
 
 

@@ -2,7 +2,6 @@
 
 import logging
 
-import jax
 import numpy as np
 from etils import epath
 
@@ -47,7 +46,7 @@ def run(run: Run, workdir: epath.Path, num_samples: int, seed: int) -> None:
     with replacing(path) as file:
         with as_user_error(failure):
             np.lib.format.write_array_header_1_0(file, header)
-        for batch in common.draw(model, jax.random.key(seed), num_samples):
+        for batch in common.draw(model, common.task_key("sample", seed), num_samples):
             with as_user_error(failure):
                 file.write(batch.astype("<f4").tobytes())
             if not images.are_points(shape):

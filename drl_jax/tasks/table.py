@@ -27,6 +27,8 @@ class Flag:
       minimum: smallest value of an integer.
       maximum: largest value of an integer; JAX counts in 32 bits.
       choices: permitted values; empty if every value of the type is permitted.
+      implied: per value, fields of the configuration that it sets, or None for a field that
+        it leaves as it was in training; --config.FIELD=VALUE must not change any of them.
       metavar: placeholder for the value in --help.
     """
 
@@ -38,6 +40,9 @@ class Flag:
     minimum: int | None = None
     maximum: int = 2**31 - 1
     choices: tuple[str, ...] = ()
+    implied: Mapping[str, Mapping[str, Any]] = dataclasses.field(
+        default_factory=dict, hash=False
+    )
     metavar: str = "N"
 
 
@@ -115,9 +120,25 @@ AFTER_TRAINING = (
     "evaluation.",
     "likelihood.",
     "data.name",
-    "data.split",
     "data.data_dir",
+    "data.split",
 )
+
+# The same for tasks whose data are `evaluation.split`; `data.split` is what was trained on.
+MEASURED_ON_HELD_OUT = AFTER_TRAINING[:-1]
+
+
+# What --protocol=paper sets: the command in the README of the authors' program for its figures
+# (ruiqigao/recovery_likelihood: `main.py --eval --noise_scale=0.99`).
+PAPER = {
+    "mcmc.noise_scale": 0.99,
+    "mcmc.sampler": None,
+    "mcmc.K": None,
+    "mcmc.b_squared": None,
+    "evaluation.num_samples": 50_000,
+    "evaluation.num_data": 10**9,  # more than any data set has
+    "data.split": None,
+}
 
 
 def _check_interpolate(values: Mapping[str, Any], given: Collection[str]) -> str | None:
@@ -152,6 +173,18 @@ _TASKS = (
     Task(
         "evaluate",
         "Compares samples with the data set.",
+        flags=(
+            Flag(
+                "protocol",
+                "How to compute FID: paper for the protocol of Gao et al. (2021), with "
+                "50,000 samples, all training images and Langevin noise scaled by 0.99; "
+                "default for what config.evaluation says",
+                default="default",
+                choices=("default", "paper"),
+                implied={"paper": PAPER},
+                metavar="NAME",
+            ),
+        ),
         changeable=AFTER_TRAINING,
     ),
     Task(
@@ -239,7 +272,7 @@ _TASKS = (
         "likelihood",
         "Estimates log Z and the likelihood of the data set.",
         flags=(MODEL, SEED),
-        changeable=AFTER_TRAINING,
+        changeable=MEASURED_ON_HELD_OUT,
     ),
     Task(
         "ood",
@@ -257,7 +290,7 @@ _TASKS = (
             ),
             SEED,
         ),
-        changeable=AFTER_TRAINING,
+        changeable=MEASURED_ON_HELD_OUT,
     ),
     Task(
         "export",

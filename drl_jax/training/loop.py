@@ -177,6 +177,7 @@ def fit(state: TrainState, context: Context, source: Source) -> TrainState:
         ),
     )
     start, end = int(state.step), config.train.num_steps
+    limits = divergence_limits(config, math.prod(context.method.energy.shape))
     batches = pipeline.training_batches(
         config, source, start, jax.process_index(), jax.process_count()
     )
@@ -197,7 +198,7 @@ def fit(state: TrainState, context: Context, source: Source) -> TrainState:
           the metrics as numpy arrays.
         """
         metrics = jax.tree.map(np.asarray, metrics)
-        raise_if_diverged(step, metrics, config.train)
+        raise_if_diverged(step, metrics, limits)
         if before is not None:
             context.checkpoints.save(step, before)
         return metrics
@@ -270,13 +271,37 @@ def write_grid(
     images.write_png(folder / f"{step:08d}.png", grid)
 
 
-def raise_if_diverged(step: int, metrics: Metrics, limits: ConfigDict) -> None:
+class Limits(NamedTuple):
+    """The largest |loss| and |f| of a run that has not diverged."""
+
+    loss: float
+    f: float
+
+
+def divergence_limits(config: ConfigDict, dimension: int) -> Limits:
+    """Returns the limits of the configuration for examples of D = `dimension` numbers.
+
+    `config.train.loss_limit` and `config.train.energy_limit` are the limits up to D = 64 (8x8
+    grey images). For larger D they grow in proportion, because f does: it is a log-density,
+    which is a sum over the pixels, times a constant per level. The recovery loss is a
+    difference of two f. The rounding of f in float32 thus stays the same fraction of such
+    differences. The denoising loss is a mean over the pixels, so its limit does not grow.
+    """
+    growth = max(1.0, dimension / 64)
+    summed = config.train.objective == "recovery"
+    return Limits(
+        loss=config.train.loss_limit * (growth if summed else 1.0),
+        f=config.train.energy_limit * growth,
+    )
+
+
+def raise_if_diverged(step: int, metrics: Metrics, limits: Limits) -> None:
     """Raises if the loss or the energies exceed their limits, or the gradient is not finite.
 
     Args:
       step: number of steps made before this one.
       metrics: metrics of the step, as numpy arrays.
-      limits: `config.train`, with loss_limit and energy_limit.
+      limits: what this run must not exceed.
 
     Raises:
       UserError: with the values, and what to try.
@@ -285,11 +310,11 @@ def raise_if_diverged(step: int, metrics: Metrics, limits: ConfigDict) -> None:
     # A group of levels without examples has the mean NaN. The energy of an example is NaN only
     # if the loss is NaN too, which fails the comparison with its limit.
     f = float(np.nan_to_num(np.abs([metrics.f_pos, metrics.f_neg]), posinf=np.inf).max())
-    if abs(loss) <= limits.loss_limit and f <= limits.energy_limit and math.isfinite(grad_norm):
+    if abs(loss) <= limits.loss and f <= limits.f and math.isfinite(grad_norm):
         return
     raise UserError(
-        f"training diverged at step {step}: loss {loss:.3g} (limit {limits.loss_limit:g}), "
-        f"|f| {f:.3g} (limit {limits.energy_limit:g}), gradient norm {grad_norm:.3g}; try a "
+        f"training diverged at step {step}: loss {loss:.3g} (limit {limits.loss:g}), "
+        f"|f| {f:.3g} (limit {limits.f:g}), gradient norm {grad_norm:.3g}; try a "
         "smaller --config.optim.learning_rate or more chain steps (--config.mcmc.K) in a new "
         "--workdir. The checkpoints in the present one precede the divergence"
     )

@@ -40,6 +40,17 @@ def optimiser(config: ConfigDict) -> optax.GradientTransformation:
 
     After the warm-up, the learning rate is constant if `config.optim.decay_steps` is 0.
     Otherwise it decays as a cosine and reaches zero at that step.
+
+    Update n = 1, 2, ... is -rate · m_hat / (sqrt(v_hat) + epsilon), with the moments
+    m_hat = m / (1 - b1^n) and v_hat = v / (1 - b2^n). `config.optim.adam` selects:
+
+    - 'keras', as in the authors' program: epsilon = 1e-7 / sqrt(1 - b2^n), because Keras adds
+      1e-7 to sqrt(v); and the learning rate of step n - 1, so that the first update is zero if
+      there is a warm-up.
+    - 'optax', as in earlier versions of this program: epsilon = 1e-8, and the learning rate of
+      step n.
+
+    Both have the same state.
     """
     rate, warmup = config.optim.learning_rate, config.optim.warmup_steps
     if end := config.optim.decay_steps:
@@ -47,7 +58,22 @@ def optimiser(config: ConfigDict) -> optax.GradientTransformation:
     else:
         after = optax.constant_schedule(rate)
     schedule = optax.join_schedules([optax.linear_schedule(0.0, rate, warmup), after], [warmup])
-    return optax.adam(lambda count: schedule(count + 1), b1=config.optim.beta1)
+    if config.optim.adam == "optax":
+        return optax.adam(lambda count: schedule(count + 1), b1=config.optim.beta1)
+    return optax.chain(
+        _scale_by_keras_adam(config.optim.beta1), optax.scale_by_learning_rate(schedule)
+    )
+
+
+def _scale_by_keras_adam(b1: float) -> optax.GradientTransformation:
+    """Returns Adam with b2 = 0.999 that adds 1e-7 to sqrt(v), where v has its bias."""
+    b2 = 0.999
+
+    def update(grads, state, params=None):
+        epsilon = 1e-7 / jnp.sqrt(1 - b2 ** (state.count + 1))
+        return optax.scale_by_adam(b1, b2, eps=epsilon).update(grads, state, params)
+
+    return optax.GradientTransformation(optax.scale_by_adam(b1, b2).init, update)
 
 
 def create(

@@ -16,6 +16,7 @@ from drl_jax.diffusion import NoiseSchedule
 from drl_jax.method import Method
 from drl_jax.networks.energy import Params
 from drl_jax.runtime import sharding
+from drl_jax.runtime.matmul_precision import full_precision
 from drl_jax.sampling import ladder
 from drl_jax.training import state as train_state
 from drl_jax.training.state import TrainState
@@ -83,6 +84,7 @@ class Training(NamedTuple):
       ema_decay: decay of the exponential moving average of the parameters.
       accumulate: number of equal parts into which each device's examples are split to save
         memory; their gradients are computed one after the other (gradient accumulation).
+      matmul_precision: 'default', that of the device, or 'highest' (`full_precision`).
     """
 
     objective: Objective
@@ -90,6 +92,7 @@ class Training(NamedTuple):
     optimiser: optax.GradientTransformation
     ema_decay: float
     accumulate: int = 1
+    matmul_precision: str = "default"
 
 
 def from_config(config: ConfigDict) -> Training:
@@ -100,6 +103,7 @@ def from_config(config: ConfigDict) -> Training:
         optimiser=train_state.optimiser(config),
         ema_decay=config.optim.ema_decay,
         accumulate=config.train.accumulate,
+        matmul_precision=config.train.matmul_precision,
     )
 
 
@@ -341,7 +345,7 @@ def compile_step(
         return train_step(state, x, key, method, training, mesh)
 
     return jax.jit(
-        step,
+        full_precision(step) if training.matmul_precision == "highest" else step,
         in_shardings=(state_sharding, split, replicated),
         out_shardings=(state_sharding, replicated),
         donate_argnums=0,

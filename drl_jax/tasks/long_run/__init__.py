@@ -8,6 +8,7 @@ from etils import epath
 
 from drl_jax import diffusion
 from drl_jax.data import pipeline, sources
+from drl_jax.metrics import levels as levels_lib
 from drl_jax.sampling import chains
 from drl_jax.storage.atomic import make_writable
 from drl_jax.storage.runs import Run
@@ -63,13 +64,17 @@ def run(
     source = sources.open_source(config)
     limit = config.evaluation.num_data
     images = np.stack(list(pipeline.all_examples(config, source, limit=limit)))
-    key, experiment_key = jax.random.split(jax.random.key(seed))
+    key, experiment_key = jax.random.split(common.task_key("long_run", seed))
     experiment = runner.prepare(model, experiment_key, images, sampled_levels, num_chains)
+    if config.mcmc.sampler in common.METROPOLIS:
+        levels_lib.warn_of_rounding(sampled_levels.tolist(), experiment.resolution)
     name = f"step_{run.step}_{config.mcmc.sampler}_seed_{seed}"
     folder = workdir / "long_run" / name
     make_writable(folder)
     model = common.adapted(run).model
     settings = {"num_chains": num_chains, "levels": sampled_levels.tolist()}
+    # Earlier versions made other random keys, and so other conditions of the chains.
+    settings |= {"random keys": "common.task_key"}
     settings |= common.resume_settings(config, SETTINGS)
     autosave = Autosave(folder / "chains.snapshot", settings)
     state = runner.run(model, key, experiment, num_steps, autosave)

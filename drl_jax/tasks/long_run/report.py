@@ -26,6 +26,7 @@ def write(folder: epath.Path, state: State, experiment: Experiment, T: int) -> N
       long_run.json, with the fields:
         levels: levels whose conditionals are sampled.
         chains_per_level: number of chains per level.
+        resolution: resolution of F at each level in float32 [nats] (`levels.resolution`).
         data: the statistics of data diffused to each level, with which those of the chains are
           to be compared, one value per level (`Experiment.data`).
         records: the statistics of the chains at each recorded step
@@ -55,6 +56,7 @@ def write(folder: epath.Path, state: State, experiment: Experiment, T: int) -> N
     results = {
         "levels": experiment.levels.tolist(),
         "chains_per_level": len(experiment.t) // len(experiment.levels),
+        "resolution": experiment.resolution,
         "data": experiment.data,
         "records": state.records,
         "ladder": {

@@ -29,6 +29,7 @@ from jaxtyping import Array, ArrayLike, Float, Int, Key
 from drl_jax import diffusion, noise, recovery
 from drl_jax.errors import UserError
 from drl_jax.metrics import diagnostics
+from drl_jax.metrics import levels as levels_lib
 from drl_jax.metrics.frechet import Normal, fit, frechet_distance
 from drl_jax.model import Model
 from drl_jax.runtime import processes
@@ -63,6 +64,7 @@ class Experiment(NamedTuple):
         diffused to it: the values of exact samples.
       image_reference: a normal distribution fitted to data without noise.
       image_frechet: Fréchet distance between it and n other images.
+      resolution: resolution of F at each level in float32 [nats] (`levels.resolution`).
     """
 
     levels: Int[np.ndarray, "L"]
@@ -74,6 +76,7 @@ class Experiment(NamedTuple):
     data: dict[str, list[float]]
     image_reference: Normal
     image_frechet: float
+    resolution: list[float]
 
 
 class LadderProgress(NamedTuple):
@@ -153,6 +156,8 @@ def prepare(
     diffuse_pair = jax.jit(diffusion.diffuse_pair)
     x_tildes, distributions, condition_images, references = [], [], [], []
     data: dict[str, list[float]] = {"log_density": [], "displacement": [], "frechet": []}
+    temperature = np.asarray(model.method.parameterisation.temperature)
+    resolutions = []
     for i, level in enumerate(levels):
         level_key = jax.random.fold_in(noise_key, level)
         keys = noise.example_keys(level_key, jnp.arange(len(images)))
@@ -167,6 +172,8 @@ def prepare(
         condition_images.append(x_t[conditions][condition_index[:COLUMNS]])
         references.append(fit(_flatten(x_t[reference])))
         y = schedule.y_scale(jnp.asarray(level)) * x_t[exact]
+        f = np.asarray(model.f(y, t[exact]))
+        resolutions.append(levels_lib.resolution(f, temperature[level]))
         data["log_density"].append(_mean(model.log_density(y, t[exact])))
         displacement = recovery.displacement(y, jnp.asarray(x_tilde[exact]))
         data["displacement"].append(_mean(displacement))
@@ -182,6 +189,7 @@ def prepare(
         data=data,
         image_reference=image_reference,
         image_frechet=distance(images[all_exact], image_reference),
+        resolution=resolutions,
     )
 
 
