@@ -117,7 +117,7 @@ def test_bounds_that_are_far_apart_or_in_the_wrong_order_are_rejected(gap):
 @pytest.mark.parametrize(("bits", "usable"), [(0.099, True), (0.101, False)])
 def test_the_gap_is_compared_in_bits_per_dimension(bits, usable):
     """The largest usable gap is 0.1. Fails if nats are taken for bits."""
-    bounds = Partition(bound(10.0), bound(10.0 + bits * 64 * math.log(2)))
+    bounds = partition(bound(10.0), bound(10.0 + bits * 64 * math.log(2)))
     if usable:
         likelihood.require_usable(bounds, density.DEFAULT, D=64, T=1000)
     else:
