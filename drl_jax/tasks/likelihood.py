@@ -92,6 +92,11 @@ def run(run: Run, workdir: epath.Path, model: str | None, seed: int) -> None:
       Interrupted: if a signal stopped the annealing; the work is saved.
     """
     config = run.config
+    if config.evaluation.dtype != "float32":
+        raise UserError(
+            f"config.evaluation.dtype is {config.evaluation.dtype!r}: the weights of annealing "
+            "require 'float32'"
+        )
     budget = Budget(**config.likelihood)
     source = sources.open_held_out(config)
     limit = config.evaluation.num_data

@@ -68,7 +68,7 @@ def train(config: ConfigDict, source: Source, workdir: epath.Path) -> Run:
     with Checkpoints(workdir, config) as checkpoints:
         state = initial_state(config, method, training, checkpoints, mesh)
         sampler = Model.create(
-            method_lib.for_generation(method, config.mcmc),
+            method_lib.for_generation(method, config),
             generation_params(method, state, mesh),
             mesh,
             config.evaluation.batch_size,
