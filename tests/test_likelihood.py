@@ -8,11 +8,14 @@ import signal
 
 import numpy as np
 import pytest
+from etils import epath
 from helpers import tiny
 
 from drl_jax.errors import UserError
 from drl_jax.metrics import density
 from drl_jax.sampling.annealing import Agreement, Bound, Partition
+from drl_jax.storage import snapshots
+from drl_jax.storage.snapshots import Snapshot
 from drl_jax.tasks import likelihood
 
 BUDGET = [
@@ -95,6 +98,20 @@ def test_bfloat16_is_refused(tmp_path, capsys):
     assert start("digits", tmp_path, "--config.evaluation.dtype=bfloat16") == 1
     assert "evaluation.dtype is 'bfloat16'" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_unfinished_work_of_an_earlier_version_is_refused_in_one_line(tmp_path, capsys):
+    """Earlier versions had two passes, other arrays, and no likelihood.tempered_std."""
+    path = epath.Path(tmp_path) / "likelihood/step_5000_seed_0/annealing.snapshot"
+    path.parent.mkdir(parents=True)
+    settings = {"config.likelihood.chains": 64, "model": "digits"}
+    arrays = {"down_x": np.zeros((64, 8, 8, 1), np.float32)}
+    snapshots.write(path, Snapshot({}, arrays), settings)
+    assert start("digits", tmp_path) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(
+        r"error: .*annealing.snapshot was written by an earlier version .*: remove it .*", error
+    )
 
 
 def bound(log_Z, ess=200.0):

@@ -78,7 +78,7 @@ class Pass(NamedTuple):
 
     @property
     def log_weight(self) -> Float[np.ndarray, "n"]:
-        """log w of each chain, the sum over its moves [nats]."""
+        """Sum of each chain's log-weights over its moves, log w [nats]."""
         return np.float64(self.log_weights).sum(axis=1)
 
 

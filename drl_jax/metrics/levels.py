@@ -104,8 +104,8 @@ def warn_of_rounding(levels: Sequence[float], resolutions: Sequence[float]) -> N
     worst = int(np.argmax(resolutions))
     if resolutions[worst] > MAX_RESOLUTION:
         log.warning(
-            "in float32, F of level %d has a resolution of only %.2g nats: accept decisions and "
-            "annealing weights of this level have rounding errors of at least that size",
+            "in float32, F of level %d has a resolution of only %.2g nats: accept decisions "
+            "and annealing weights of this level have rounding errors of at least that size",
             levels[worst],
             resolutions[worst],
         )

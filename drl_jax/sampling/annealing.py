@@ -354,8 +354,8 @@ class Agreement(NamedTuple):
 
     If the chains start from independent exact samples, each p-value is at most p with
     probability at most p, so `rejected` names a test with probability at most `FALSE_ALARM`.
-    For `log_density` and `log_weight` this is exact. `order` assumes that log mean w is normally
-    distributed with the standard error of `Bound`.
+    For `log_density` and `log_weight` this is exact. `order` assumes that log mean w is
+    normally distributed with the standard error of `Bound`.
 
     Attributes:
       order: tests that each upper bound is at least each lower bound: four one-sided z-tests

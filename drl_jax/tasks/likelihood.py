@@ -278,8 +278,8 @@ def require_usable(bounds: Partition, budget: Budget, D: int, T: int) -> None:
             f"{budget.burn_in} moves on level 0, in log-density (p-value "
             f"{bounds.agreement.log_density:.1g}) or log-weight (p-value "
             f"{bounds.agreement.log_weight:.1g}): at most one of the two sets comes from level "
-            f"0, so neither {data.log_Z:.3f} nor {own.log_Z:.3f} nats is known to be an upper bound "
-            f"of log Z; raise --config.likelihood.burn_in (now {budget.burn_in})"
+            f"0, so neither {data.log_Z:.3f} nor {own.log_Z:.3f} nats is known to be an upper "
+            f"bound of log Z; raise --config.likelihood.burn_in (now {budget.burn_in})"
         )
     for name, title in (LOWER | UPPER).items():
         bound: Bound = getattr(bounds, name)

@@ -272,7 +272,7 @@ _TASKS = (
     ),
     Task(
         "likelihood",
-        "Estimates log Z and the likelihood of the data set.",
+        "Bounds log Z and the log-likelihood of held-out data.",
         flags=(MODEL, SEED),
         changeable=MEASURED_ON_HELD_OUT,
     ),

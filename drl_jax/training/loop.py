@@ -283,9 +283,10 @@ def divergence_limits(config: ConfigDict, dimension: int) -> Limits:
 
     `config.train.loss_limit` and `config.train.energy_limit` are the limits up to D = 64 (8x8
     grey images). For larger D they grow in proportion to D, because f does: f is a log-density,
-    which is a sum over the pixels, times a constant per level. The recovery loss is a difference
-    of two values of f, so it grows as well, and the rounding errors of f in float32 remain the
-    same fraction of it. The denoising loss is a mean over the pixels, so its limit does not grow.
+    which is a sum over the pixels, times a constant per level. The recovery loss is a
+    difference of two values of f, so it grows as well, and the rounding errors of f in float32
+    remain the same fraction of it. The denoising loss is a mean over the pixels, so its limit
+    does not grow.
     """
     growth = max(1.0, dimension / 64)
     summed = config.train.objective == "recovery"
