@@ -121,7 +121,8 @@ def default() -> ConfigDict:
                 # Moves of `transitions` each at level 0, before an upward pass.
                 "burn_in": 200,
                 # Standard deviation of the Gaussian from which level 0 is tempered; white
-                # noise has 1. It can find modes within a few times this distance of the origin.
+                # noise has 1. Tempered chains can find modes within a few times this
+                # distance of the origin.
                 "tempered_std": 10.0,
                 "target_acceptance": 0.8,  # of the transitions, adapted before annealing
                 "warmup_steps": 20,  # steps of this adaptation, per level

@@ -1,3 +1,4 @@
+import math
 from types import SimpleNamespace
 
 import jax
@@ -177,9 +178,21 @@ def same(n):
 def test_partitions_of_passes_that_agree_are_not_rejected():
     found = annealing.partition(**same(256))
     assert found.agreement.rejected == []
-    assert found.lower.log_Z == max(found.levels.log_Z, found.tempered.log_Z)
+    assert found.lower in (found.levels, found.tempered)
     assert found.upper.log_Z == max(found.from_data.log_Z, found.from_model.log_Z)
     assert found.gap == found.upper.log_Z - found.lower.log_Z
+
+
+@pytest.mark.parametrize(("std_error", "used"), [(0.08, "levels"), (0.01, "tempered")])
+def test_the_lower_bound_is_not_the_larger_number_if_its_error_explains_it(std_error, used):
+    """It is compared after two standard errors less. Fails without them."""
+    exact = annealing.bound(np.zeros(4))
+    found = annealing.partition(**same(256))._replace(
+        levels=exact._replace(log_Z=6.2, std_error=0.01),
+        tempered=exact._replace(log_Z=6.25, std_error=std_error),
+    )
+    assert found.lower == getattr(found, used)
+    assert math.isnan(found._replace(levels=exact._replace(log_Z=math.nan)).lower.log_Z)
 
 
 @pytest.mark.parametrize("name", ["levels", "tempered", "from_data", "from_model"])

@@ -397,8 +397,17 @@ class Partition(NamedTuple):
 
     @property
     def lower(self) -> Bound:
-        """The larger lower bound; NaN if one of them is."""
-        return max(self.levels, self.tempered, key=_nan_last)
+        """The lower bound that is larger by two standard errors less; NaN if one is NaN.
+
+        The larger number alone would often be that with the larger error.
+        """
+        return max(
+            self.levels,
+            self.tempered,
+            key=lambda bound: _nan_last(
+                bound._replace(log_Z=bound.log_Z - 2 * bound.std_error)
+            ),
+        )
 
     @property
     def upper(self) -> Bound:

@@ -72,12 +72,12 @@ def run(run: Run, workdir: epath.Path, model: str | None, seed: int) -> None:
           (`annealing.Agreement`).
         detectable: about how much undiscovered regions must raise log Z to be noticed
           (`annealing.Partition.detectable`) [nats].
-        gap: larger upper bound minus larger lower bound [nats].
+        gap: `Partition.upper` minus `Partition.lower` [nats].
         log_density: mean log-density of level 0 at the examples with noise sigma_bar_0, as
-          from (with the larger upper bound of log Z), to (with the larger lower bound), and
-          std_error over the examples [nats].
-        bits_per_dim: bound of -log2 P(x) / D, as from (with the larger lower bound of log Z),
-          to (with the larger upper bound), and std_error; for images only.
+          from (with `Partition.upper` as log Z), to (with `Partition.lower`), and std_error
+          over the examples [nats].
+        bits_per_dim: bound of -log2 P(x) / D, as from (with `Partition.lower` as log Z), to
+          (with `Partition.upper`), and std_error; for images only.
 
     Args:
       run: the trained model.
