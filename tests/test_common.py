@@ -12,6 +12,7 @@ from helpers import exact, tiny
 from drl_jax import config as config_lib
 from drl_jax.data import mixtures, sources
 from drl_jax.errors import UserError
+from drl_jax.metrics import levels
 from drl_jax.model import Model
 from drl_jax.runtime.batching import Engine
 from drl_jax.storage.runs import Run
@@ -157,6 +158,51 @@ def test_training_and_all_tasks_use_different_keys_at_equal_seeds(tmp_path, monk
     assert min(map(len, first_keys.values())) > 0, first_keys
     assert numbers(jax.random.key(SEED)) not in every
     assert len(set(every)) == len(every), first_keys
+
+
+class TakenError(Exception):
+    """Stops a task where it takes its key."""
+
+
+@pytest.mark.parametrize("name", common.KEY_NUMBERS)
+def test_a_task_takes_the_key_with_its_own_name_and_the_seed(name, tmp_path, monkeypatch):
+    """Fails if a task makes its key from the seed itself, or takes that of another task."""
+
+    def take(task, seed):
+        raise TakenError(task, seed)
+
+    key = jax.random.key
+
+    def key_of_another_seed(seed):
+        assert not np.array_equal(seed, SEED)
+        return key(seed)
+
+    monkeypatch.setattr(common, "task_key", take)
+    monkeypatch.setattr(jax.random, "key", key_of_another_seed)
+    with pytest.raises(TakenError) as taken:
+        PURPOSES[name](epath.Path(tmp_path))
+    assert taken.value.args == (name, SEED)
+
+
+def test_samples_and_statistics_of_levels_use_different_keys_that_are_split_off(
+    tmp_path, monkeypatch
+):
+    """Fails if both use the same key, or one of them the key that the other is split off."""
+    used = [common.task_key("evaluate", SEED)]
+
+    def sample_batches(model, key, n):
+        used.append(key)
+        yield np.random.default_rng(0).normal(size=(n, *model.shape)).astype(np.float32)
+
+    def level_statistics(model, key, x):
+        used.append(key)
+        raise TakenError
+
+    monkeypatch.setattr(Model, "sample_batches", sample_batches)
+    monkeypatch.setattr(levels, "level_statistics", level_statistics)
+    with pytest.raises(TakenError):
+        PURPOSES["evaluate"](epath.Path(tmp_path))
+    assert len({numbers(key) for key in used}) == 3
 
 
 def test_the_numbers_of_the_keys_never_change():

@@ -21,6 +21,7 @@ from drl_jax.errors import UserError
 from drl_jax.metrics import density
 from drl_jax.model import Model
 from drl_jax.sampling.annealing import PASSES
+from drl_jax.tasks import likelihood
 
 CORRELATED = mixtures.gaussian(
     np.linspace(-0.3, 0.4, 8), 0.02 * np.eye(8) + 0.1 * np.outer(*[np.linspace(0, 1, 8)] * 2)
@@ -112,6 +113,8 @@ def test_a_mode_that_only_level_0_has_is_found_and_refutes_the_upper_bound():
     assert abs(found.tempered.log_Z - np.log(100)) < 0.5
     assert found.from_model.log_Z > np.log(100) - 2  # only a few chains carry its weight
     assert found.agreement.rejected == ["order", "log_density", "log_weight"]
+    with pytest.raises(UserError, match=r"log Z is at least 4.* but the chains .* give less"):
+        likelihood.require_usable(found, budget, D=2, T=1000)
 
 
 @pytest.mark.slow
