@@ -51,10 +51,12 @@ def small_config():
     return config
 
 
-def gaussian_run():
+def gaussian_run(sampler="langevin"):
     """Returns a run whose model is that of independent Gaussian pixels."""
     data = mixtures.gaussian(np.zeros(64), 0.25 * np.eye(64))
-    return Run(small_config(), exact.model(data, 6, shape=(8, 8, 1)), 5)
+    config = small_config()
+    config.mcmc.sampler = sampler
+    return Run(config, exact.model(data, 6, shape=(8, 8, 1)), 5)
 
 
 def train(workdir):
@@ -64,18 +66,18 @@ def train(workdir):
 
 def adapt(workdir):
     del workdir
-    run = gaussian_run()
-    run.config.mcmc.sampler = "mala"
-    common.adapted(run)
+    common.adapted(gaussian_run("mala"))
 
 
-def estimate_likelihood(workdir):
+def estimate_likelihood(workdir, sampler="langevin"):
     with contextlib.suppress(UserError):  # the bounds are too loose
-        likelihood.run(run=gaussian_run(), workdir=workdir, model=None, seed=SEED)
+        likelihood.run(run=gaussian_run(sampler), workdir=workdir, model=None, seed=SEED)
 
 
 def task(module, **flags):
-    return lambda workdir: module.run(run=gaussian_run(), workdir=workdir, **flags)
+    return lambda workdir, sampler="langevin": module.run(
+        run=gaussian_run(sampler), workdir=workdir, **flags
+    )
 
 
 # Everything that draws random numbers: training and, by their names in `KEY_NUMBERS`, tasks.
@@ -161,7 +163,7 @@ def test_training_and_all_tasks_use_different_keys_at_equal_seeds(tmp_path, monk
 
 
 class TakenError(Exception):
-    """Stops a task where it takes its key."""
+    """Stops a task when it has reached what is tested."""
 
 
 @pytest.mark.parametrize("name", common.KEY_NUMBERS)
@@ -203,6 +205,30 @@ def test_samples_and_statistics_of_levels_use_different_keys_that_are_split_off(
     with pytest.raises(TakenError):
         PURPOSES["evaluate"](epath.Path(tmp_path))
     assert len({numbers(key) for key in used}) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "sampler"), [("evaluate", "mala"), ("long_run", "hmc"), ("likelihood", "langevin")]
+)
+def test_tasks_whose_results_depend_on_differences_of_F_warn_of_its_resolution(
+    name, sampler, tmp_path, monkeypatch
+):
+    """Likelihood depends on them whatever the sampler of the configuration."""
+
+    def warn_of_rounding(of_levels, resolutions):
+        assert len(of_levels) == len(resolutions) > 0
+        raise TakenError
+
+    def sample_batches(model, key, n):
+        yield np.random.default_rng(0).normal(size=(n, *model.shape)).astype(np.float32)
+
+    statistics = {"level": [0.0, 1.0], "resolution": [0.2, 0.3]}
+    monkeypatch.setattr(levels, "warn_of_rounding", warn_of_rounding)
+    monkeypatch.setattr(levels, "level_statistics", lambda *args: statistics)
+    monkeypatch.setattr(Model, "sample_batches", sample_batches)
+    monkeypatch.setattr(Model, "adapt", lambda model, **settings: (model, np.ones(model.T)))
+    with pytest.raises(TakenError):
+        PURPOSES[name](epath.Path(tmp_path), sampler)
 
 
 def test_the_numbers_of_the_keys_never_change():

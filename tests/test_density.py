@@ -50,6 +50,22 @@ def test_thousands_of_log_weights_are_summed_exactly():
     np.testing.assert_allclose(state.log_weight, expected, rtol=0, atol=1e-7)
 
 
+def test_starting_points_are_compared_after_the_moves_on_level_0():
+    """Before these moves, all chains from data start elsewhere than those from the model."""
+    rng, n, burn_in = np.random.default_rng(0), 64, 3
+    passes = {}
+    for name in PASSES:
+        moved = np.float32(rng.standard_normal((n, burn_in + 2)))
+        moved[:, :burn_in] -= 100 * (name == "from_data")
+        log_weights = np.float32(0.1 * rng.standard_normal((n, burn_in + 2)))
+        passes[name] = density.unmoved(np.zeros((n, 2)))._replace(
+            log_weights=log_weights, log_density=moved
+        )
+    annealing = density.Annealing(np.ones(6), np.ones(50), passes)
+    assert annealing.partition(burn_in).agreement.log_density > 0.01
+    assert annealing.partition(burn_in - 1).agreement.log_density < 1e-9
+
+
 CASES = [
     (mixtures.PLANAR_SHAPES["blobs"](), 6),
     (mixtures.PLANAR_SHAPES["blobs"](), 1000),

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 from helpers import tiny
 
+from drl_jax import config as config_lib
 from drl_jax.errors import UserError
 from drl_jax.metrics import density
+from drl_jax.plots import figures
 from drl_jax.sampling.annealing import Agreement, Bound, Partition
-from drl_jax.tasks import likelihood
+from drl_jax.tasks import common, likelihood
 
 BUDGET = [
     "--config.likelihood.chains=64",
@@ -174,6 +176,34 @@ def test_the_log_says_which_number_bounds_what():
     assert (
         "2.250 ± 0.010 nats: chains up through the levels from the model's" in lines[below + 2]
     )
+
+
+def test_figures_on_training_data_say_so_on_the_same_line(tmp_path, monkeypatch, caplog):
+    """The digits have no other data. The annealing is replaced by its results."""
+
+    class Annealed:
+        def partition(self, burn_in):
+            assert burn_in == 20
+            return partition(bound(1.0), bound(1.5))
+
+    values = np.linspace(0, 1, 1797)
+    monkeypatch.setattr(likelihood, "anneal", lambda *args: Annealed())
+    monkeypatch.setattr(density, "log_likelihood", lambda *args, **kwargs: (values, values))
+    monkeypatch.setattr(density, "history", lambda *args: {})
+    monkeypatch.setattr(figures, "write_annealing", lambda *args: None)
+    assert start("digits", tmp_path) == 0
+    results = json.loads((tmp_path / "likelihood/step_5000_seed_0/likelihood.json").read_text())
+    assert (results["split"], results["held_out"]) == ("train", False)
+    for figure in ("mean log-density", "bits per dimension"):
+        (line,) = [line for line in caplog.messages if line.startswith(figure)]
+        assert "on training data (train split)" in line
+
+
+def test_unfinished_work_is_not_continued_on_another_split():
+    saved = common.resume_settings(config_lib.default(), likelihood.SETTINGS)
+    config = config_lib.default()
+    config.evaluation.split = "validation"
+    assert common.resume_settings(config, likelihood.SETTINGS) != saved
 
 
 def test_the_mean_lies_between_the_bounds_in_either_unit():
