@@ -270,7 +270,7 @@ _TASKS = (
     ),
     Task(
         "likelihood",
-        "Estimates log Z and the likelihood of the data set.",
+        "Bounds log Z and the log-likelihood of held-out data, if there are any.",
         flags=(MODEL, SEED),
         changeable=MEASURED_ON_HELD_OUT,
     ),
