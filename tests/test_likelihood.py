@@ -11,6 +11,7 @@ import pytest
 from helpers import tiny
 
 from drl_jax import config as config_lib
+from drl_jax.data import sources
 from drl_jax.errors import UserError
 from drl_jax.metrics import density
 from drl_jax.plots import figures
@@ -55,7 +56,8 @@ def test_an_interrupted_annealing_is_resumed_to_the_same_results(
     assert log_density["to"] - log_density["from"] == pytest.approx(abs(results["gap"]))
     assert "bits_per_dim" not in results  # points are not discrete
     assert results["num_data"] == 10_000
-    assert f"{log_density['from']:.3f} to {log_density['to']:.3f}" in caplog.text
+    assert f"at most {log_density['to']:.3f} nats" in caplog.text
+    assert f"at least {log_density['from']:.3f} on the condition" in caplog.text
 
     add, calls = likelihood.Progress.add, []
 
@@ -178,8 +180,13 @@ def test_the_log_says_which_number_bounds_what():
     )
 
 
-def test_figures_on_training_data_say_so_on_the_same_line(tmp_path, monkeypatch, caplog):
-    """The digits have no other data. The annealing is replaced by its results."""
+def test_figures_say_what_they_bound_and_if_they_are_on_training_data(
+    tmp_path, monkeypatch, caplog
+):
+    """On one line each. All digits are trained on. The annealing is replaced by its results.
+
+    Fails if the data are opened as those to train on.
+    """
 
     class Annealed:
         def partition(self, burn_in):
@@ -187,6 +194,7 @@ def test_figures_on_training_data_say_so_on_the_same_line(tmp_path, monkeypatch,
             return partition(bound(1.0), bound(1.5))
 
     values = np.linspace(0, 1, 1797)
+    monkeypatch.setattr(sources, "open_source", None)
     monkeypatch.setattr(likelihood, "anneal", lambda *args: Annealed())
     monkeypatch.setattr(density, "log_likelihood", lambda *args, **kwargs: (values, values))
     monkeypatch.setattr(density, "history", lambda *args: {})
@@ -194,9 +202,13 @@ def test_figures_on_training_data_say_so_on_the_same_line(tmp_path, monkeypatch,
     assert start("digits", tmp_path) == 0
     results = json.loads((tmp_path / "likelihood/step_5000_seed_0/likelihood.json").read_text())
     assert (results["split"], results["held_out"]) == ("train", False)
-    for figure in ("mean log-density", "bits per dimension"):
+    for figure, bounds in {
+        # 1.0 and 1.5 less than the mean of the values, 0.5, and in bits divided by -64 log 2.
+        "mean log-density": "at most -0.500 nats, and at least -1.000 on the condition",
+        "bits per dimension": r"at most 0.023 on .* condition \(with .* lower bound .*: 0.011\)",
+    }.items():
         (line,) = [line for line in caplog.messages if line.startswith(figure)]
-        assert "on training data (train split)" in line
+        assert re.search(rf"on training data \(train split\): {bounds}", line)
 
 
 def test_unfinished_work_is_not_continued_on_another_split():
