@@ -233,7 +233,8 @@ def test_exact_starts_are_rejected_no_more_often_than_stated(monkeypatch):
 
     A rate of 5% gives more than 130 alarms in 2000 with probability 0.001.
     """
-    monkeypatch.setattr(annealing, "SIGNIFICANCE", 0.05 / 3)
+    share = annealing.SIGNIFICANCE / annealing.FALSE_ALARM
+    monkeypatch.setattr(annealing, "SIGNIFICANCE", 0.05 * share)
     rng, n, alarms = np.random.default_rng(0), 64, 0
     for i in range(2000):
         s = (0.1, 0.5, 2.0)[i % 3]

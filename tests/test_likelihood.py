@@ -205,7 +205,7 @@ def test_figures_say_what_they_bound_and_if_they_are_on_training_data(
     for figure, bounds in {
         # 1.0 and 1.5 less than the mean of the values, 0.5, and in bits divided by -64 log 2.
         "mean log-density": "at most -0.500 nats, and at least -1.000 on the condition",
-        "bits per dimension": r"at most 0.023 on .* condition \(with .* lower bound .*: 0.011\)",
+        "bits per dimension": r"at most 0.023 on .* condition \(with .* lower .*: 0.011\)",
     }.items():
         (line,) = [line for line in caplog.messages if line.startswith(figure)]
         assert re.search(rf"on training data \(train split\): {bounds}", line)
