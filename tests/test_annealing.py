@@ -200,6 +200,18 @@ def test_one_pass_in_the_wrong_order_is_rejected(name):
         assert (found.order < annealing.SIGNIFICANCE) == (factor > 1)
 
 
+def test_the_p_value_of_the_order_is_corrected_for_four_comparisons():
+    """Only the bound `tempered` is too large, and both upper bounds have no error."""
+    rng = np.random.default_rng(0)
+    passes = same(256) | {"from_data": np.zeros(256), "from_model": np.zeros(256)}
+    for shift in (0.02, 0.03, 0.04):
+        passes["tempered"] = shift + 0.1 * rng.standard_normal(256)
+        found = annealing.partition(**passes)
+        z = (found.tempered.log_Z - annealing.ROUNDING) / found.tempered.std_error
+        assert found.agreement.order == pytest.approx(min(1, 4 * stats.norm.sf(z)))
+    assert found.agreement.order < 0.01
+
+
 @pytest.mark.parametrize("test", ["log_density", "log_weight"])
 def test_starting_points_with_other_densities_or_weights_are_rejected(test):
     passes, rng = same(256), np.random.default_rng(1)
@@ -233,8 +245,9 @@ def test_exact_starts_are_rejected_no_more_often_than_stated(monkeypatch):
 
     A rate of 5% gives more than 130 alarms in 2000 with probability 0.001.
     """
-    share = annealing.SIGNIFICANCE / annealing.FALSE_ALARM
-    monkeypatch.setattr(annealing, "SIGNIFICANCE", 0.05 * share)
+    number = len(annealing.Agreement._fields)
+    assert annealing.SIGNIFICANCE * number == pytest.approx(annealing.FALSE_ALARM)
+    monkeypatch.setattr(annealing, "SIGNIFICANCE", 0.05 / number)
     rng, n, alarms = np.random.default_rng(0), 64, 0
     for i in range(2000):
         s = (0.1, 0.5, 2.0)[i % 3]
