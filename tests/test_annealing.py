@@ -166,6 +166,23 @@ def test_the_tempered_warm_up_finds_step_sizes_proportional_to_the_widths():
     np.testing.assert_allclose(relative, np.mean(relative), rtol=0.06)
 
 
+def test_a_move_records_the_log_density_before_it_and_the_log_weight():
+    """Distribution i has log q = -(i + 1) x². Fails if either is that of the other one."""
+    x = jnp.arange(1.0, 5.0)[:, None]
+    tuning = {"step_size": jnp.full(4, 0.1), "leapfrog": jnp.ones(4, int)}
+    found = annealing.anneal(
+        noise.example_keys(jax.random.key(0), jnp.arange(4)),
+        log_q=lambda x, i: -(i + 1) * x[:, 0] ** 2,
+        x=x,
+        move=jnp.arange(1),
+        start=jnp.array([1]),
+        end=jnp.array([3]),
+        sampler=Sampler(hmc.init, hmc.kernel, tuning, K=1),
+    )
+    np.testing.assert_allclose(found.log_density, -2 * x**2)
+    np.testing.assert_allclose(found.log_weights, -2 * x**2)
+
+
 def same(n):
     """Returns log-weights and log-densities of n chains of each pass that all agree."""
     log_w = 0.1 * np.random.default_rng(0).standard_normal((6, n))
