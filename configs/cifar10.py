@@ -19,6 +19,7 @@ def get_config():
     config.data.image_size = 32
     config.energy.mult = (1, 2, 2, 2)
     config.energy.N = 8
+    config.energy.dtype = "bfloat16"  # our choice; see drl_jax/tools/README.md
     config.optim.beta1 = 0.9
     config.train.batch_size = 256
     config.train.num_steps = 200_000

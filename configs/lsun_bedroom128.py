@@ -21,6 +21,7 @@ def get_config():
     config.data.image_size = 128
     config.energy.mult = (1, 2, 2, 2, 4, 4)
     config.energy.N = 5
+    config.energy.dtype = "bfloat16"  # our choice; see drl_jax/tools/README.md
     config.optim.beta1 = 0.5
     config.train.batch_size = 64
     config.train.num_steps = 200_000

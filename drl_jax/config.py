@@ -50,7 +50,7 @@ def default() -> ConfigDict:
                 # F from f: 'step': f / s_t²; 'noise': f / sigma_bar_t - |x|² / 2;
                 # 'unit': f - |x|² / 2
                 "parameterisation": "step",
-                "dtype": "float32",  # of the products in f; or 'bfloat16'
+                "dtype": "float32",  # of the products in f, in training; or 'bfloat16'
             },
             "mcmc": {
                 "sampler": "langevin",  # or 'mala', 'hmc', 'normal_approximation'
@@ -108,6 +108,9 @@ def default() -> ConfigDict:
                 # TFDS split on which likelihood and out-of-distribution detection are measured
                 "split": "test",
                 "batch_size": 256,
+                # Of the products in f after training; or 'bfloat16', which is faster on
+                # accelerators and accurate enough for Langevin sampling.
+                "dtype": "float32",
                 "inception_weights": "",  # file of weights; '': no FID, KID, inception score
             },
             "likelihood": {
@@ -148,6 +151,7 @@ CHOICES = {
     "energy.network": ("resnet", "mlp"),
     "energy.parameterisation": ("step", "noise", "unit"),
     "energy.dtype": ("float32", "bfloat16"),
+    "evaluation.dtype": ("float32", "bfloat16"),
     "mcmc.sampler": ("langevin", "mala", "hmc", "normal_approximation"),
     "optim.adam": ("keras", "optax"),
     "train.objective": ("recovery", "denoising"),
@@ -187,6 +191,7 @@ REQUIRED_FOR_POINTS = {
     "data.dequantise": 0.0,
     "evaluation.inception_weights": "",
     "energy.dtype": "float32",
+    "evaluation.dtype": "float32",
 }
 
 # Fields and sections that may change when a run resumes. The training steps do not depend on
@@ -290,6 +295,8 @@ def validate(config: ConfigDict) -> None:
         raise invalid("mcmc.K", f"{sampler!r} is a single draw; set it to 1")
     if sampler in ("mala", "hmc") and config.mcmc.noise_scale != 1:
         raise invalid("mcmc.noise_scale", f"the accept step of {sampler!r} requires 1")
+    if sampler in ("mala", "hmc") and config.evaluation.dtype != "float32":
+        raise invalid("evaluation.dtype", f"the accept step of {sampler!r} requires 'float32'")
     if 0 < config.optim.decay_steps <= config.optim.warmup_steps:
         raise invalid(
             "optim.decay_steps",

@@ -63,13 +63,7 @@ def from_config(config: ConfigDict) -> Method:
         often enough, or the leapfrog steps are given for another number of levels.
     """
     schedule = diffusion.schedule(config.diffusion.T)
-    ch, N, channels = config.energy.ch, config.energy.N, config.data.channels
-    if config.energy.network == "mlp":
-        energy = mlp.energy(channels, ch, N, schedule.T)
-    else:
-        energy = resnet.energy(config.data.image_size, channels, ch, config.energy.mult, N)
-    if config.energy.dtype == "bfloat16":
-        energy = with_dtype(jnp.bfloat16, energy)
+    energy = make_energy(config, config.energy.dtype)
     if config.energy.parameterisation == "step":
         s = recovery.step_sizes(schedule, config.mcmc.b_squared)
         parameterisation = Parameterisation(s**2, precision=0.0)
@@ -83,12 +77,32 @@ def from_config(config: ConfigDict) -> Method:
     return Method(energy, schedule, parameterisation, make_sampler(config.mcmc, schedule))
 
 
-def for_generation(method: Method, mcmc: ConfigDict) -> Method:
-    """Returns the method with the sampler and the noise scale of `config.mcmc`.
+def for_generation(method: Method, config: ConfigDict) -> Method:
+    """Returns the method as it is used after training.
 
-    The parameterisation stays the one that the network was trained with.
+    The sampler and its noise scale are those of `config.mcmc`, and the network multiplies in
+    `config.evaluation.dtype`. The parameterisation stays the one of training.
     """
-    return method._replace(sampler=make_sampler(mcmc, method.schedule, mcmc.noise_scale))
+    sampler = make_sampler(config.mcmc, method.schedule, config.mcmc.noise_scale)
+    return method._replace(energy=make_energy(config, config.evaluation.dtype), sampler=sampler)
+
+
+def make_energy(config: ConfigDict, dtype: str) -> Energy:
+    """Builds the network that `config.energy` describes.
+
+    Args:
+      config: configuration; `config.energy.dtype` is not used.
+      dtype: name of the dtype in which the network multiplies.
+
+    Raises:
+      UserError: if the network cannot halve the images often enough.
+    """
+    ch, N, channels = config.energy.ch, config.energy.N, config.data.channels
+    if config.energy.network == "mlp":
+        energy = mlp.energy(channels, ch, N, config.diffusion.T)
+    else:
+        energy = resnet.energy(config.data.image_size, channels, ch, config.energy.mult, N)
+    return with_dtype(jnp.bfloat16, energy) if dtype == "bfloat16" else energy
 
 
 def make_sampler(

@@ -118,6 +118,10 @@ def test_the_tables_of_checks_name_fields(names):
         ),
         ({"mcmc__sampler": "mala", "mcmc__noise_scale": 0.9}, "noise_scale is 0.9: .*'mala'"),
         ({"mcmc__sampler": "hmc", "mcmc__noise_scale": 0.9}, "noise_scale is 0.9: .*'hmc'"),
+        (
+            {"mcmc__sampler": "mala", "evaluation__dtype": "bfloat16"},
+            "evaluation.dtype is 'bfloat16': .*'mala' .*'float32'",
+        ),
         ({"optim__decay_steps": 500}, "decay_steps is 500: .*warmup_steps, 1000"),
     ],
 )

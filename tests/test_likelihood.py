@@ -95,6 +95,12 @@ def test_with_few_levels_the_bounds_are_rejected(tmp_path, capsys):
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
+def test_bfloat16_is_refused(tmp_path, capsys):
+    assert start("digits", tmp_path, "--config.evaluation.dtype=bfloat16") == 1
+    assert "evaluation.dtype is 'bfloat16'" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def bound(log_Z, ess=200.0):
     return Bound(log_Z=log_Z, std_error=0.01, effective_sample_size=ess, chains=256, spread=0.2)
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import exact
+from helpers import exact, tiny
 
 import drl_jax
 from drl_jax import config as config_lib
@@ -96,16 +96,39 @@ def test_generation_multiplies_all_noise_by_the_configured_noise_scale(T, mcmc):
 
     Fails if the noise scale is ignored.
     """
-    config = config_lib.default().mcmc
-    config.update(mcmc)
+    config = config_lib.default()
+    config.mcmc.update(mcmc)
+    config.diffusion.T = T
     exact_model = exact.model(mixtures.gaussian(np.zeros(2), np.eye(2)), T)
     x = {}
     for scale in (0.0, 0.3, 1.0):
-        config.noise_scale = scale
-        method = method_lib.for_generation(exact_model.method, config)
+        config.mcmc.noise_scale = scale
+        sampler = method_lib.for_generation(exact_model.method, config).sampler
+        method = exact_model.method._replace(sampler=sampler)
         x[scale] = Model.create(method, {}, exact_model.mesh).sample(jax.random.key(0), 8)
     assert np.abs(x[1.0] - x[0.0]).mean() > 0.1
     np.testing.assert_allclose(x[0.3], 0.7 * x[0.0] + 0.3 * x[1.0], atol=1e-4)
+
+
+def test_after_training_f_is_computed_in_the_dtype_of_evaluation():
+    config = config_lib.load(str(tiny.DIGITS))
+    config.energy.ch, config.energy.mult = 4, (1,)
+    x, t = jax.random.normal(jax.random.key(0), (6, 8, 8, 1)), jnp.arange(6)
+
+    def f(training, evaluation):
+        config.energy.dtype, config.evaluation.dtype = training, evaluation
+        trained = method_lib.from_config(config)
+        params, _ = trained.energy.normalise(*trained.energy.init(jax.random.key(1)))
+        params = jax.tree.map(lambda a: a + 0.1, params)
+        energies = trained.energy, method_lib.for_generation(trained, config).energy
+        return [np.asarray(jax.jit(energy.f)(params, x, t)) for energy in energies]
+
+    exact, exact_again = f("float32", "float32")
+    rounded, exact_later = f("bfloat16", "float32")
+    np.testing.assert_array_equal(exact_again, exact)
+    np.testing.assert_array_equal(exact_later, exact)
+    assert not np.array_equal(rounded, exact)
+    np.testing.assert_array_equal(f("float32", "bfloat16")[1], rounded)
 
 
 def test_samples_do_not_depend_on_the_batches_in_which_they_are_drawn(model):

@@ -74,6 +74,16 @@ def test_a_snapshot_of_an_earlier_version_is_rejected_by_name(path):
         snapshots.read(path, SETTINGS)
 
 
+@pytest.mark.parametrize("earlier", [{"seed": 1}, SETTINGS | {"parts": 2}])
+def test_a_snapshot_with_settings_of_other_names_is_rejected_by_name(path, earlier):
+    """Earlier versions saved fewer or other settings; no --seed or old value helps then."""
+    snapshots.write(path, SNAPSHOT, earlier)
+    with pytest.raises(
+        UserError, match=r"^.*work was written by an earlier version.*remove.*$"
+    ):
+        snapshots.read(path, SETTINGS)
+
+
 def test_a_failed_write_is_one_clear_line(path):
     with pytest.raises(UserError, match=r"^cannot write to .*: No such file or directory$"):
         snapshots.write(path.parent / "nonesuch" / "work", SNAPSHOT, {})

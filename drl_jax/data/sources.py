@@ -7,7 +7,8 @@
 - a shape in the plane (`mixtures.PLANAR_SHAPES`), whose examples are points instead of images;
 - any other name: a TFDS data set, prepared beforehand as ArrayRecord.
 
-`open_source` opens the examples to train on, and `open_held_out` those to measure on.
+`open_source` opens the examples to train on, and `open_held_out` examples of the same data that
+training does not use, where there are any.
 
 Reading needs no TensorFlow, except for a bucket, which etils reads through TensorFlow. Problems
 that a user can fix (a missing folder, a damaged image, a data set that is not prepared) raise
@@ -99,7 +100,7 @@ class Digits(Source):
 class Points(Source):
     """`NUM_POINTS` samples of a shape in the plane, drawn with a fixed random key.
 
-    The key of the held-out points is the next one after those of the points to train on.
+    The held-out points are drawn with another key, derived from the same seed.
     """
 
     white = None
@@ -202,7 +203,7 @@ class Tfds(Source):
           data_dir: the folder where data sets are prepared; '': TFDS's default.
           channels: number of channels of the images.
           training_split: the split to train on.
-          splits: names of splits, the last of which may select part of a split.
+          splits: names of splits; the last one may also be an expression such as 'train[:9]'.
 
         Raises:
           UserError: if the data set or the split cannot be used.
@@ -303,10 +304,12 @@ def open_source(config: ConfigDict) -> Source:
 def open_held_out(config: ConfigDict) -> Source:
     """Opens examples of the same data that training does not use, if there are any.
 
-    These are the split `config.evaluation.split` of a TFDS data set (if this is 'test', the
-    default, and the data set has no such split, 'validation' or else the training split), and
-    points drawn with another random key. The digits and folders have one split, which is used
-    for training. The result's `split` and `held_out` say what it is.
+    - Of a TFDS data set it opens the split `config.evaluation.split`. If this is 'test' (the
+      default) and there is no such split, it opens 'validation', or else the training split.
+    - Points are drawn with another random key.
+    - The digits and folders have only one split, the one to train on.
+
+    `split` and `held_out` of the result state which split it is, and whether it is held out.
 
     Raises:
       UserError: as for `open_source`.
@@ -315,7 +318,7 @@ def open_held_out(config: ConfigDict) -> Source:
 
 
 def _open(config: ConfigDict, held_out: bool) -> Source:
-    """Opens the examples to train on, or else those to measure on."""
+    """Opens the examples to train on, or held-out ones."""
     data = config.data
     _require_network(data.name, config.energy.network)
     source: Source

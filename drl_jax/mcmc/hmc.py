@@ -59,7 +59,8 @@ def kernel(
 ) -> tuple[State, Info]:
     """Proposes the end of one trajectory per chain, and accepts or rejects it.
 
-    Rejects proposals whose energy H' is not finite.
+    Rejects proposals whose energy H' is not finite. If H is not finite, because the chain
+    starts where the density is zero (log p = -inf), it rejects all of its proposals.
 
     Args:
       keys: one key per chain, different at every step.

@@ -34,7 +34,7 @@ class Budget(NamedTuple):
     Attributes:
       chains: number of chains in each pass.
       distributions: approximate number of intermediate distributions in each pass
-        (`annealing.annealing_path`, `annealing.tempering`).
+        (`annealing.annealing_path`); exact for tempering (`annealing.tempering`).
       transitions: HMC transitions at each intermediate distribution.
       leapfrog: leapfrog steps per transition; 1 is MALA, the Metropolis-adjusted Langevin
         algorithm.
@@ -66,8 +66,8 @@ class Pass(NamedTuple):
     Attributes:
       x: positions of the chains.
       log_weights: what each move added to each chain's log w [nats].
-      log_density: log-density of each chain before each move, of the distribution that the
-        move started from, up to a constant [nats].
+      log_density: log q(x) of each chain before each move, for the distribution q that the
+        move started from [nats].
       acceptance: acceptance probability of each move's transitions, mean over the chains.
     """
 
@@ -78,7 +78,7 @@ class Pass(NamedTuple):
 
     @property
     def log_weight(self) -> Float[np.ndarray, "n"]:
-        """Sum of each chain's log-weights over its moves, log w [nats]."""
+        """log w of each chain, the sum over its moves [nats]."""
         return np.float64(self.log_weights).sum(axis=1)
 
 
@@ -87,9 +87,10 @@ class Annealing(NamedTuple):
 
     Attributes:
       step_size: step size at each level, adapted on chains that were discarded.
-      tempered_step_size: the same at G hotter versions of level 0, hottest first.
-      passes: state of each pass in `PASSES`, by name. The positions of `from_model` are
-        meaningless until its first move.
+      tempered_step_size: step size at each of G hotter versions of level 0, hottest first,
+        adapted in the same way.
+      passes: state of each pass in `PASSES`, by name. `from_model` has no starting points, and
+        its positions are zeros, until the passes `levels` and `tempered` are complete.
     """
 
     step_size: Float[np.ndarray, "T"]
@@ -105,7 +106,7 @@ class Annealing(NamedTuple):
         """Returns the bounds of log Z; valid once all passes are complete.
 
         Args:
-          burn_in: number of moves on level 0 before the passes up.
+          burn_in: number of moves on level 0 at the start of an upward pass.
         """
         log_w = {name: state.log_weight for name, state in self.passes.items()}
         data, own = (self.passes[name].log_density for name in ("from_data", "from_model"))
@@ -307,8 +308,9 @@ def tuning(step_size: Float[Array, "R"], budget: Budget) -> dict[str, Array]:
 def own_samples(annealing: Annealing, u: float) -> Float[np.ndarray, "n *D"]:
     """Returns the ends of the chains of `levels` and `tempered`, resampled by their weights.
 
-    All weights have the expectation Z, so both passes together are one weighted sample. A
-    region that only one of them finds has at least half its share of level 0 in it.
+    All weights have the expectation Z, so the chains of both passes can be pooled into one
+    weighted sample. If only one of the passes reaches a region, the region still has at least
+    half of the probability in this sample that level 0 gives it.
 
     Args:
       annealing: the annealing, with both passes complete.
@@ -321,10 +323,10 @@ def own_samples(annealing: Annealing, u: float) -> Float[np.ndarray, "n *D"]:
 
 
 def path_indices(name: str, schedule: NoiseSchedule, budget: Budget) -> Int[np.ndarray, "V"]:
-    """Returns the V distributions that a pass of V - 1 moves visits, in order, by number.
+    """Returns the indices of the V distributions that a pass of V - 1 moves visits, in order.
 
     Args:
-      name: one of `PASSES`; the passes up start with the burn-in at level 0.
+      name: one of `PASSES`; the upward passes start with the burn-in at level 0.
       schedule: the noise levels.
       budget: its fields distributions and burn_in are used.
     """
@@ -362,13 +364,14 @@ def log_partition(
 
 
 class Course(NamedTuple):
-    """Course of one pass, from the Gaussian to level 0, whatever its direction.
+    """Course of one pass. The arrays begin at the Gaussian and end at level 0.
 
     Attributes:
-      width: noise sigma_bar of each intermediate distribution between levels, or width of
-        each hotter version of level 0 (`annealing.tempering`).
-      log_Z: estimate of log Z of each distribution [nats]. From the Gaussian: log mean w
-        there. From level 0: the pass's estimate for level 0 plus log mean w there.
+      width: standard deviation sigma_bar of the noise of each intermediate distribution; for
+        the tempered pass, the width of each hotter version of level 0 (`annealing.tempering`).
+      log_Z: estimate of log Z of each distribution [nats]. For a pass that starts at the
+        Gaussian, log mean w there. For a pass that starts at level 0, the pass's estimate for
+        level 0 plus log mean w there.
       effective_sample_size: effective sample size of the weights w there, divided by the
         number of chains.
       acceptance: acceptance probability of the transitions there; NaN where there are none.

@@ -22,8 +22,8 @@ from drl_jax.runtime.batching import Engine
 SIZE = 299  # height and width of the network's input [pixels]
 CLASSES = 1008
 
-# Pixel values that become 0 in the network's input. TensorFlow's graph of 2015 subtracts 128
-# and divides by 128. So do TF-GAN (tensorflow/gan, classifier_metrics.py, `preprocess_image`)
+# The pixel value that becomes 0 in the network's input, by convention. TensorFlow's graph of 2015
+# subtracts 128 and divides by 128. So do TF-GAN (tensorflow/gan, classifier_metrics.py, `preprocess_image`)
 # and torch-fidelity.
 CENTRE = 128.0
 # The authors' program (ruiqigao/recovery_likelihood, eval_utils.py, `run_inception_jit`)

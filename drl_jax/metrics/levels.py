@@ -79,9 +79,10 @@ def resolution(f: Num[np.ndarray, "n"], temperature: float | np.floating) -> flo
 
         resolution = median over the examples of spacing(|f|) · dF/df,   dF/df = 1 / tau_t
 
-    where spacing(v) is the distance from v to the next float32 number, between 2^-24 v and
-    2^-23 v. Smaller differences of F are lost. The spacing of the float32 numbers at F itself
-    is between half and twice this, and rounding errors inside the network come on top.
+    where spacing(v) is the distance from v to the next larger float32 number, between 2^-24 v
+    and 2^-23 v. Smaller differences of F are lost. This is a lower estimate of the errors of F:
+    it includes neither the rounding inside the network, nor that of F itself, which is up to
+    twice as coarse.
 
     Args:
       f: output of the network at typical positions of the level.
@@ -103,8 +104,8 @@ def warn_of_rounding(levels: Sequence[float], resolutions: Sequence[float]) -> N
     worst = int(np.argmax(resolutions))
     if resolutions[worst] > MAX_RESOLUTION:
         log.warning(
-            "float32 resolves F of level %d only to %.2g nats: accept decisions and weights of "
-            "this level have rounding errors of that size or more",
+            "in float32, F of level %d has a resolution of only %.2g nats: accept decisions and "
+            "annealing weights of this level have rounding errors of at least that size",
             levels[worst],
             resolutions[worst],
         )

@@ -35,7 +35,7 @@ def of_data(
       config: its fields data and evaluation.num_data are used.
       source: the data.
       extractor: computes Inception features.
-      network: text that differs between extractors with other weights or another input.
+      network: string that identifies the extractor: its weights and how it scales images.
       workdir: work directory of the run.
 
     Raises:

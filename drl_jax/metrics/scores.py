@@ -12,8 +12,8 @@ def inception_score(
         exp E_x KL(p(class | x) || p(class))
 
     (Salimans et al. 2016). The logits are split into consecutive blocks; if there are fewer
-    logits than splits, each logit is its own block. p(class) is estimated from one block, so
-    the mean over several blocks is smaller than the score of all logits as one block.
+    logits than splits, each logit is its own block. Each block estimates p(class) from its own
+    logits, so the mean over several blocks is lower than the score with one split.
     """
     scores = []
     for block in np.array_split(np.asarray(logits, np.float64), min(splits, len(logits))):

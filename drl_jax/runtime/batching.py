@@ -31,7 +31,7 @@ class Engine:
         self.batch_size = _round_up(batch_size, mesh.size)
 
     def compile(self, program: Program) -> Program:
-        """Returns the program jitted, mapped over the devices, and in full precision.
+        """Returns the program jitted, mapped over the devices, with products in float32.
 
         Each device runs it on its own share of the examples, so the program must treat every
         example independently of the others.

@@ -15,8 +15,8 @@ def full_precision(program: Callable[..., R]) -> Callable[..., R]:
     By default, TPUs round the factors to bfloat16 (8 bits of precision) and recent GPUs to
     TF32 (11 bits). CPUs always compute in float32 (24 bits).
 
-    Apply it inside `jax.jit`: it then holds wherever the program is traced, and for all
-    gradients that the program takes.
+    Apply it inside `jax.jit`, as `jax.jit(full_precision(program))`: the precision is then set
+    whenever the program is traced, and also applies to the gradients that the program computes.
     """
 
     @functools.wraps(program)

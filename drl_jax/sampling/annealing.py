@@ -1,40 +1,44 @@
 """The density of a model: log Z by annealed importance sampling, and log p of data.
 
-Level t gives x_t the unnormalised log-density log q_t(x) = F(a x, t) + D log a with
-a = `NoiseSchedule.y_scale`, and log Z_t is its normalising constant. log Z is that of level 0.
-Two series of distributions lead to level 0 from a Gaussian, whose Z is 1:
+Level t assigns x_t the unnormalised log-density log q_t(x) = F(a x, t) + D log a, where D is
+the number of dimensions and a is `NoiseSchedule.y_scale`. Z_t is the integral of q_t, and Z
+without an index is that of level 0. Two series of intermediate distributions lead from a
+Gaussian, whose Z is 1, to level 0:
 
 - `Path` leads through the levels. Level T is white noise, N(0, I). Between two levels lie the
   distributions
 
       log q = (1 - beta) log q_t + beta log q_{t-1},   0 <= beta < 1.
 
-- `tempering` leads through hotter and hotter versions of level 0 alone, from a Gaussian much
-  wider than white noise:
+- `tempering` starts from a Gaussian much wider than white noise, and leads through tempered
+  versions of level 0 at lower and lower temperatures. It uses no other level:
 
       log q = (1 - beta) log N(x; 0, s² I) + beta log q_0,   0 <= beta <= 1.
 
-From one distribution to the next, log w += log q_next(x) - log q_previous(x), followed by
-transitions that leave q_next invariant (Neal 2001). The transitions must be exact (MALA or
-HMC); a biased chain gives no bound. Either direction bounds log Z:
+A move from one distribution to the next adds log q_next(x) - log q_previous(x) to the chain's
+log-weight log w, and is followed by transitions that leave q_next invariant (Neal 2001). The
+transitions must be exact (MALA or HMC), because biased transitions give no bound. Each
+direction gives one bound of log Z:
 
-- From a Gaussian to level 0, starting from exact samples: E[w] = Z. By Jensen's inequality the
-  expectation of log mean w is at most log Z, and by Markov's it exceeds log Z + c with
-  probability at most exp(-c). This lower bound holds however badly the chains mix.
-- From level 0 to white noise: E[w] = 1 / Z, so -log mean w is at least log Z in expectation,
-  but only if the chains start from exact samples of q_0 (Burda, Grosse, Salakhutdinov 2015;
-  Grosse, Ghahramani, Adams 2015). If they all start in regions with a fraction m of q_0's
-  probability and cannot leave them, then -log mean w tends to log Z + log m, below log Z.
-  Starting points are never known to be exact samples of a trained energy. `Agreement`
-  tests whether two kinds of starting points contradict each other or the lower bounds.
+- Lower bound, from a Gaussian to level 0: the chains start from exact samples, so E[w] = Z.
+  Therefore the expectation of log mean w is at most log Z (Jensen's inequality), and log mean w
+  exceeds log Z + c with probability at most exp(-c) (Markov's inequality). This holds however
+  badly the chains mix.
+- Upper bound, from level 0 to white noise: if the chains start from exact samples of q_0, then
+  E[w] = 1 / Z, and -log mean w is at least log Z in expectation (Burda, Grosse, Salakhutdinov
+  2015; Grosse, Ghahramani, Adams 2015). If instead all chains start in regions that contain a
+  fraction m < 1 of q_0's probability, and cannot leave them, then -log mean w tends to
+  log Z + log m, which is below log Z. No starting points are known to be exact samples of a
+  trained energy. `Agreement` tests whether two sets of starting points contradict each other
+  or the lower bounds.
 
-The chains through the levels reach a region only if some level above has probability there.
-Tempered chains need no other level. They reach the regions of level 0 that are within a few
-s of the origin and that do not become improbable in the hotter versions. A narrow region far
-from all others can still be missed by both: no finite number of chains excludes it.
+Chains through the levels can only reach regions of level 0 that are also probable at the levels
+above. Tempered chains do not have this limitation. They can reach regions within a few s of the
+origin, unless these are improbable in the hotter versions. Both kinds of chains can miss a
+narrow region that is far from all others; no finite number of chains rules this out.
 
-Lower and upper bound differ when the chains have too few transitions to follow the
-distributions, not when the model differs from the data.
+The bounds differ if the chains have too few transitions to follow the distributions, not if
+the model differs from the data.
 """
 
 import math
@@ -129,9 +133,10 @@ def tempering(
 ) -> tuple[Float[Array, "R"], Float[Array, "R"]]:
     """Returns beta of R = num_distributions + 1 hotter versions of level 0, from 0 to 1.
 
-    With these beta a normal level 0 of standard deviation sigma_bar_0, the noise in it and
-    so the smallest width of any region, would become narrower by equal factors. The second
-    result is this width: from `std` at beta = 0 down to sigma_bar_0.
+    No region of level 0 is narrower than the noise in it, whose standard deviation is
+    sigma_bar_0. If level 0 were a normal distribution of this width, the hotter versions would
+    be normal too, and with these beta each would be narrower than the one before by the same
+    factor. The second result is their standard deviations, from `std` down to sigma_bar_0.
     """
     u = jnp.linspace(0.0, 1.0, num_distributions + 1)
     log_ratio = 2 * jnp.log(std / schedule.sigma_bar[0])
@@ -156,13 +161,13 @@ def tempered_log_density(
 
 
 class Segment(NamedTuple):
-    """The result of R moves of chains along some of the distributions.
+    """The result of R moves of chains from distribution to distribution.
 
     Attributes:
       x: last positions of the chains.
       log_weights: increment of log w by each move [nats]. Sum them in float64, since there can
         be thousands.
-      log_density: log q before each move, at the chains and of the distribution that the
+      log_density: log q(x) of each chain before each move, for the distribution q that the
         move starts from [nats].
       acceptance: mean acceptance probability of each move's transitions.
     """
@@ -193,8 +198,8 @@ def anneal(
       x: samples of the first distribution.
       move: number of each move, folded into the keys, so that the moves can be split into
         several calls at any point.
-      start: numbers of distributions.
-      end: numbers of distributions.
+      start: index of the distribution that each move starts from.
+      end: index of the distribution that each move leads to.
       sampler: exact transitions, K per move, tuned per distribution.
     """
 
@@ -219,9 +224,10 @@ def anneal(
 def interpolate_step_sizes(
     step_size: Float[Array, "G"], at: Float[Array, "R"]
 ) -> Float[Array, "R"]:
-    """Interpolates G step sizes, on a log scale, at positions in 0..G-1.
+    """Interpolates G step sizes on a log scale, at the positions `at` between 0 and G - 1.
 
-    Positions beyond G - 1, such as that of white noise among the levels, take the last one.
+    Beyond G - 1 the step size is the last one. So white noise, which is level G, has the step
+    size of level G - 1.
     """
     return jnp.exp(jnp.interp(at, jnp.arange(len(step_size)), jnp.log(step_size)))
 
@@ -275,9 +281,20 @@ def warm_up_tempered(
 ) -> tuple[Float[Array, "G"], Float[Array, "G"]]:
     """Adapts the step size at G hotter versions of level 0, on B chains that are discarded.
 
-    The versions are those of `tempering`, and G is the length of the sampler's tuning.
+    The initial step size of a version is its width (`tempering`).
 
-    Returns the step size and the mean acceptance probability of every version, hottest first.
+    Args:
+      keys: one key per chain.
+      F: log-density of the levels.
+      shape: shape of one example.
+      std: standard deviation of the Gaussian from which level 0 is tempered.
+      schedule: noise levels.
+      sampler: kernel to be tuned; the length of its tuning is G.
+      num_steps: steps per version.
+      target: mean acceptance probability to reach.
+
+    Returns:
+      the step size and the mean acceptance probability of every version, hottest first.
     """
     G = len(sampler.tuning["leapfrog"])
     beta, width = (values[::-1] for values in tempering(G - 1, std, schedule))
@@ -298,8 +315,8 @@ class Bound(NamedTuple):
     """An estimate of log Z from one pass of annealing.
 
     Attributes:
-      log_Z: log mean w from a Gaussian to level 0, -log mean w from level 0 to white noise
-        [nats].
+      log_Z: the estimate: log mean w of a pass from a Gaussian to level 0, -log mean w of a
+        pass from level 0 to white noise [nats].
       std_error: its standard error to first order, the relative standard error of mean w.
       effective_sample_size: (sum w)² / sum w².
       chains: number of chains.
@@ -333,18 +350,19 @@ def bound(log_w: Float[np.ndarray, "n"]) -> Bound:
 
 
 class Agreement(NamedTuple):
-    """P-values of the hypothesis that the chains of both upper bounds start from level 0.
+    """P-values of the hypothesis that both upward passes start from exact samples of level 0.
 
-    If they start from independent exact samples, each p-value is below p with probability p at
-    most, so that `rejected` is not empty with probability `FALSE_ALARM` at most. This is exact
-    for the last two. `order` takes log mean w to be normal, with the standard error of `Bound`.
+    If the chains start from independent exact samples, each p-value is at most p with
+    probability at most p, so `rejected` names a test with probability at most `FALSE_ALARM`.
+    For `log_density` and `log_weight` this is exact. `order` assumes that log mean w is normally
+    distributed with the standard error of `Bound`.
 
     Attributes:
-      order: each upper bound is at least each lower bound. Bonferroni's correction for four
-        one-sided comparisons; differences up to `ROUNDING` are not counted.
-      log_density: both kinds of starting points have the same distribution of log q_0
-        (`equality_p_value`).
-      log_weight: the same for log w of the passes up.
+      order: tests that each upper bound is at least each lower bound: four one-sided z-tests
+        with Bonferroni's correction. Differences up to `ROUNDING` do not count.
+      log_density: tests that log q_0 has the same distribution at the starting points of both
+        passes (`equality_p_value`).
+      log_weight: tests that log w has the same distribution in both passes.
     """
 
     order: float
@@ -358,17 +376,17 @@ class Agreement(NamedTuple):
 
 
 class Partition(NamedTuple):
-    """Bounds of level 0's log Z [nats].
+    """Stochastic bounds of level 0's log Z [nats].
 
-    `levels` and `tempered` are stochastic lower bounds, always. `from_data` and `from_model`
-    are stochastic upper bounds if their chains start from exact samples of level 0.
+    `levels` and `tempered` are lower bounds without any condition. `from_data` and `from_model`
+    are upper bounds if their chains start from exact samples of level 0.
 
     Attributes:
       levels: from white noise down through the levels.
       tempered: from a wide Gaussian through hotter versions of level 0.
-      from_data: from data, after moves on level 0, up through the levels.
-      from_model: the same from the model's own samples.
-      agreement: tests of the starting points of the last two.
+      from_data: from data up through the levels, after moves on level 0.
+      from_model: from the model's own samples up through the levels, after such moves.
+      agreement: tests of the starting points of `from_data` and `from_model`.
     """
 
     levels: Bound
@@ -394,9 +412,10 @@ class Partition(NamedTuple):
 
     @property
     def detectable(self) -> float:
-        """By how much regions that only tempered chains reach must raise log Z to be noticed.
+        """The smallest rise of log Z by undiscovered regions that would be noticed [nats].
 
-        The test `Agreement.order` then rejects the upper bounds [nats].
+        These are regions that only tempered chains reach. If they raise log Z by more than
+        about this number, the test `Agreement.order` rejects the upper bounds.
         """
         upper = min(self.from_data, self.from_model, key=_nan_last)
         error = math.hypot(upper.std_error, self.tempered.std_error)
@@ -405,7 +424,7 @@ class Partition(NamedTuple):
 
 
 def _nan_last(bound: Bound) -> tuple[bool, float]:
-    """Returns the key by which bounds are ordered: NaN counts as larger than all numbers."""
+    """Returns a key that sorts bounds by log Z, with NaN after all numbers."""
     return math.isnan(bound.log_Z), bound.log_Z
 
 
@@ -419,10 +438,10 @@ def partition(
     """Bounds log Z and tests the starting points.
 
     Args:
-      levels: log w of the chains of each pass, as named in `Partition`.
-      tempered: the same.
-      from_data: the same.
-      from_model: the same.
+      levels: log w of each chain of the pass `levels` (see `Partition`).
+      tempered: log w of each chain of the pass `tempered`.
+      from_data: log w of each chain of the pass `from_data`.
+      from_model: log w of each chain of the pass `from_model`.
       log_density: log q_0 of the starting points of `from_data` and of `from_model`.
     """
     down, hot = bound(levels), bound(tempered)
@@ -460,10 +479,10 @@ def equality_p_value(a: Float[np.ndarray, "n"], b: Float[np.ndarray, "n"]) -> fl
 
 
 def resample(log_w: Float[np.ndarray, "N"], n: int, u: float) -> Int[np.ndarray, "n"]:
-    """Draws n indices with expected numbers of copies n w_i / sum w (Kitagawa 1996).
+    """Draws n indices in proportion to their weights, by systematic resampling (Kitagawa 1996).
 
-    The numbers of copies differ from these by less than 1. Weights that are not finite
-    count as zero.
+    Index i occurs n w_i / sum w times on average, and each time this number rounded up or
+    down. Weights that are not finite count as zero.
 
     Args:
       log_w: log-weights.

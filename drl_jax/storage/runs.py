@@ -101,14 +101,15 @@ def load_workdir(workdir: epath.Path) -> Run:
 def reconfigure(run: Run, config: ConfigDict) -> Run:
     """Returns the run with the settings of `config` that may change after training.
 
-    These are the sampler, its noise scale and the batch size. The parameters stay the same, and
-    so does the parameterisation, even if `config.mcmc.b_squared` changes.
+    These are the sampler, its noise scale, the batch size, and the dtype in which the network
+    multiplies. The parameters stay the same, and so does the parameterisation, even if
+    `config.mcmc.b_squared` changes.
 
     Raises:
       UserError: if the sampler has settings for another number of levels.
     """
     model = Model.create(
-        method.for_generation(run.model.method, config.mcmc),
+        method.for_generation(run.model.method, config),
         run.model.params,
         run.model.mesh,
         config.evaluation.batch_size,
@@ -146,7 +147,7 @@ def _load_exported(file: epath.Path) -> Run:
 
 def _run(config: ConfigDict, params: Params, step: int) -> Run:
     """Returns the run with the sampler of its configuration, on all devices."""
-    generation = method.for_generation(method.from_config(config), config.mcmc)
+    generation = method.for_generation(method.from_config(config), config)
     batch_size = config.evaluation.batch_size
     return Run(config, Model.create(generation, params, sharding.make_mesh(), batch_size), step)
 

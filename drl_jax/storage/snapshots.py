@@ -144,10 +144,9 @@ def read(path: epath.Path, settings: dict[str, Any]) -> Snapshot | None:
         if not path.exists():
             return None
         content = path.read_bytes()
+    earlier = f"{path} was written by an earlier version of this program: remove it to start anew"
     if content[OLD_HEADER : OLD_HEADER + len(ZIP)] == ZIP:
-        raise UserError(
-            f"{path} was written by an earlier version of this program: remove it to start anew"
-        )
+        raise UserError(earlier)
     try:
         arrays = npz.decode(content)
         numbers, old = json.loads(arrays.pop(NUMBERS).tobytes())
@@ -156,6 +155,8 @@ def read(path: epath.Path, settings: dict[str, Any]) -> Snapshot | None:
             f"{path} is damaged: replace it with a copy, or remove it to start anew"
         ) from error
     new = json.loads(json.dumps(settings))
+    if old.keys() != new.keys():  # each version of a task saves the same names
+        raise UserError(earlier)
     if different := config_lib.differences(old, new):
         raise UserError(
             f"the work saved in {path.parent} was started with other settings "

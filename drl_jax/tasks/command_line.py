@@ -250,7 +250,7 @@ def _implied(flag: Flag, value: str, changes: Iterable[str]) -> list[str]:
     for change in changes:
         wanted = fields.get(field := _field(change), "")
         if field in fields and change.partition("=")[2] != str(wanted):
-            says = "takes this from training" if wanted is None else f"sets it to {wanted}"
+            says = "keeps its value from training" if wanted is None else f"sets it to {wanted}"
             raise UserError(f"{change}: --{flag.name}={value} {says}; omit one of the two")
     return [f"--config.{name}={v}" for name, v in fields.items() if v is not None]
 

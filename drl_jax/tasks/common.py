@@ -24,8 +24,8 @@ COLUMNS = 10  # a grid of samples has at most 10 x 10 images
 # Values of config.mcmc.sampler that accept or reject, and whose step sizes are adapted.
 METROPOLIS = ("mala", "hmc")
 
-# Numbers that are folded into a seed to make the random key of a task. A new task gets a new
-# number; no number is ever changed or used again.
+# Numbers that are folded into the key of a seed, one per task. Never change a number, and never
+# give a number that has been removed to another task: equal seeds would give other results.
 KEY_NUMBERS = {
     "adapt": 1,
     "sample": 2,
@@ -36,17 +36,21 @@ KEY_NUMBERS = {
     "likelihood": 7,
     "ood": 8,
 }
-# Added to these numbers. The i-th key that `jax.random.split` makes is the key with i folded
-# in, and this is more than any number of keys that are split off a seed elsewhere: three in
-# training (`training.loop.run_keys`), and one per point of a data set.
+# Added to these numbers. Key i of `jax.random.split(key, n)` is `fold_in(key, i)`, so a task's
+# number must exceed the number of keys that are split off a seed elsewhere: three in training
+# (`training.loop.run_keys`), and one per point of a data set.
 FIRST_KEY = 2**30
 
 
 def task_key(task: str, seed: int) -> Key[Array, ""]:
-    """Returns the random key of a task, which is one of `KEY_NUMBERS`.
+    """Returns the random key of a task.
 
-    The keys of different tasks differ, also at equal seeds, and they differ from those of
-    training: tasks draw independent numbers.
+    At equal seeds, different tasks have different keys, which also differ from those of
+    training. So the random numbers of tasks and training are independent.
+
+    Args:
+      task: one of `KEY_NUMBERS`.
+      seed: random seed.
     """
     return jax.random.fold_in(jax.random.key(seed), FIRST_KEY + KEY_NUMBERS[task])
 

@@ -38,7 +38,7 @@ class Protocol(NamedTuple):
     """How samples become the input of the Inception network.
 
     Attributes:
-      truncate: whether pixel values are rounded down to bytes, or to the nearest.
+      truncate: whether pixel values are rounded down to bytes, instead of to the nearest byte.
       centre: pixel value that becomes 0 in the network's input (`inception.prepare`).
     """
 
@@ -46,8 +46,8 @@ class Protocol(NamedTuple):
     centre: float
 
 
-# By the values of --protocol. The authors' program truncates (ruiqigao/recovery_likelihood,
-# datasets.py, `data_postprocess`). What else the paper's protocol sets is in `table.PAPER`.
+# Protocol by value of --protocol. The authors' program truncates (ruiqigao/recovery_likelihood,
+# datasets.py, `data_postprocess`). `table.PAPER` lists the settings of the paper's protocol.
 PROTOCOLS = {
     "default": Protocol(truncate=False, centre=inception.CENTRE),
     "paper": Protocol(truncate=True, centre=inception.CENTRE_OF_PAPER),
@@ -78,8 +78,8 @@ def run(run: Run, workdir: epath.Path, protocol: str) -> None:
     inception_weights = load_inception_weights(run.config)
     if protocol == "paper" and not inception_weights:
         raise UserError(
-            "--protocol=paper is a protocol of FID, which needs the weights of the Inception "
-            f"network: {weights.DOWNLOAD_HINT}"
+            "--protocol=paper computes FID and needs the weights of the Inception network: "
+            f"{weights.DOWNLOAD_HINT}"
         )
     make_writable(workdir)
     measure(
@@ -285,8 +285,8 @@ def inception_metrics(
       data: identity of the data.
       pixels: whether the samples' pixel values were rounded or truncated to bytes.
       network_input: how the network's input is computed from a pixel value x.
-      comparable: whether there are at least as many samples as for published values, and all
-        images of the training split.
+      comparable: whether there are at least `PUBLISHED_SAMPLES` samples, and the data are all
+        images of the split 'train', as for published values.
 
     Args:
       config: uses `evaluation` and the preparation of `data`.

@@ -26,7 +26,7 @@ def run(config: ConfigDict, workdir: epath.Path, tf_checkpoint: str, image_size:
 
     Args:
       config: everything that the checkpoint does not determine: data, sampler, optimiser. By
-        default, training continues with their Adam (`training.state.optimiser`).
+        default the optimiser is Adam as in their program (`training.state.optimiser`).
       workdir: must hold no checkpoints yet.
       tf_checkpoint: prefix of the checkpoint's .index and .data files.
       image_size: height and width of the images, which the checkpoint does not record.

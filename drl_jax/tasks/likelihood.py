@@ -34,9 +34,9 @@ SETTINGS = (
     "evaluation.batch_size",
 )
 
-RESOLUTION_EXAMPLES = 16  # from which the resolution of F is determined
+RESOLUTION_EXAMPLES = 16  # number of examples from which the resolution of F is computed
 
-# What each pass of the annealing gives, for log lines.
+# Passes that give the lower and the upper bounds, described for log lines.
 LOWER = {
     "levels": "chains through the levels, from white noise",
     "tempered": "chains through hotter versions of level 0, from a wide Gaussian",
@@ -64,19 +64,20 @@ def run(run: Run, workdir: epath.Path, model: str | None, seed: int) -> None:
         held_out: whether training is known not to have used the examples.
         num_data: number of examples.
         budget: `config.likelihood`.
-        log_Z: lower, with the stochastic lower bounds levels and tempered; upper, with
-          from_data and from_model, which are stochastic upper bounds if their chains start
-          from exact samples of level 0 (`annealing.Partition`). Each has the fields of
-          `annealing.Bound` [nats].
-        agreement: p-values of the hypothesis that the chains do start from such samples
+        log_Z: the bounds of log Z (`annealing.Partition`), each with the fields of
+          `annealing.Bound` [nats]: lower, with levels and tempered; and upper, with from_data
+          and from_model, which are bounds only if their chains start from exact samples of
+          level 0.
+        agreement: p-values of the hypothesis that these chains do start from exact samples
           (`annealing.Agreement`).
-        detectable: by how much regions that only tempered chains reach must raise log Z to
-          be noticed [nats].
+        detectable: about how much undiscovered regions must raise log Z to be noticed
+          (`annealing.Partition.detectable`) [nats].
         gap: larger upper bound minus larger lower bound [nats].
-        log_density: mean log-density of level 0 at the examples with noise sigma_bar_0, from
-          the larger upper bound to the larger lower one, and the standard error over the
-          examples [nats].
-        bits_per_dim: upper bound of -log2 P(x) / D in the same form; for images only.
+        log_density: mean log-density of level 0 at the examples with noise sigma_bar_0, as
+          from (with the larger upper bound of log Z), to (with the larger lower bound), and
+          std_error over the examples [nats].
+        bits_per_dim: bound of -log2 P(x) / D, as from (with the larger lower bound of log Z),
+          to (with the larger upper bound), and std_error; for images only.
 
     Args:
       run: the trained model.
@@ -92,6 +93,11 @@ def run(run: Run, workdir: epath.Path, model: str | None, seed: int) -> None:
       Interrupted: if a signal stopped the annealing; the work is saved.
     """
     config = run.config
+    if config.evaluation.dtype != "float32":
+        raise UserError(
+            f"config.evaluation.dtype is {config.evaluation.dtype!r}: the weights of annealing "
+            "require 'float32'"
+        )
     budget = Budget(**config.likelihood)
     source = sources.open_held_out(config)
     limit = config.evaluation.num_data
@@ -168,10 +174,10 @@ def described(bounds: Partition) -> list[str]:
     p = bounds.agreement
     return [
         *lines,
-        "p-values of exact starting points: "
-        f"{p.order:.2g} (upper and lower bounds in order), {p.log_density:.2g} (equal "
-        f"log-densities of data and samples), {p.log_weight:.2g} (equal log-weights)",
-        "a region that only tempered chains reach would have been noticed if it raised log Z "
+        "p-values of the hypothesis that chains from data and from samples start from level 0: "
+        f"{p.order:.2g} (order of the bounds), {p.log_density:.2g} (equal distributions of the "
+        f"log-density), {p.log_weight:.2g} (equal distributions of the log-weight)",
+        "regions that only tempered chains reach would have been noticed if they raised log Z "
         f"by more than about {bounds.detectable:.2g} nats",
     ]
 
@@ -227,7 +233,7 @@ def to_snapshot(annealing: Annealing) -> Snapshot:
 
 
 def require_usable(bounds: Partition, budget: Budget, D: int, T: int) -> None:
-    """Raises if the bounds contradict each other or are too loose; warns of weak ones.
+    """Raises if the bounds contradict each other or are too loose; warns if they are weak.
 
     Args:
       bounds: of log Z.
@@ -246,8 +252,8 @@ def require_usable(bounds: Partition, budget: Budget, D: int, T: int) -> None:
             "but the chains up through the levels give less: "
             f"{data.log_Z:.3f} ± {data.std_error:.3f} from data, "
             f"{own.log_Z:.3f} ± {own.std_error:.3f} from the model's own samples (p-value "
-            f"{bounds.agreement.order:.1g}): they do not reach all regions that level 0 gives "
-            "probability, so log Z has no upper bound; train the model further, or raise "
+            f"{bounds.agreement.order:.1g}): these chains miss regions that are probable at "
+            "level 0, so they do not bound log Z from above; train the model further, or raise "
             f"--config.likelihood.burn_in (now {budget.burn_in})"
         )
     gap = abs(bounds.gap)  # bounds in the wrong order are as unreliable as distant ones
@@ -272,8 +278,8 @@ def require_usable(bounds: Partition, budget: Budget, D: int, T: int) -> None:
             "chains from data and from the model's own samples differ after "
             f"{budget.burn_in} moves on level 0, in log-density (p-value "
             f"{bounds.agreement.log_density:.1g}) or log-weight (p-value "
-            f"{bounds.agreement.log_weight:.1g}): they are not both samples of level 0, so "
-            f"neither {data.log_Z:.3f} nor {own.log_Z:.3f} nats is known to be an upper bound "
+            f"{bounds.agreement.log_weight:.1g}): at most one of the two sets comes from level "
+            f"0, so neither {data.log_Z:.3f} nor {own.log_Z:.3f} nats is known to be an upper bound "
             f"of log Z; raise --config.likelihood.burn_in (now {budget.burn_in})"
         )
     for name, title in (LOWER | UPPER).items():
@@ -289,8 +295,8 @@ def require_usable(bounds: Partition, budget: Budget, D: int, T: int) -> None:
             )
     if bounds.detectable / per_bit > budget.max_gap:
         log.warning(
-            "a region that data lack would be noticed only if it raised log Z by more than "
-            "about %.2g nats (%.2g bits per dimension); raise "
+            "regions that only tempered chains reach would be noticed only if they raised log "
+            "Z by more than about %.2g nats (%.2g bits per dimension); raise "
             "--config.likelihood.distributions (now %d)",
             bounds.detectable,
             bounds.detectable / per_bit,

@@ -27,8 +27,9 @@ class Flag:
       minimum: smallest value of an integer.
       maximum: largest value of an integer; JAX counts in 32 bits.
       choices: permitted values; empty if every value of the type is permitted.
-      implied: per value, fields of the configuration that it sets, or None for a field that
-        it leaves as it was in training; --config.FIELD=VALUE must not change any of them.
+      implied: for some values of the flag, the fields of the configuration that this value of
+        the flag sets. A field with the value None keeps its value from training.
+        --config.FIELD=VALUE must not give any of these fields another value.
       metavar: placeholder for the value in --help.
     """
 
@@ -124,12 +125,13 @@ AFTER_TRAINING = (
     "data.split",
 )
 
-# The same for tasks whose data are `evaluation.split`; `data.split` is what was trained on.
+# The same for tasks that measure on `evaluation.split`. They need to know the split that was
+# trained on, so `data.split` must not change.
 MEASURED_ON_HELD_OUT = AFTER_TRAINING[:-1]
 
 
-# What --protocol=paper sets: the command in the README of the authors' program for its figures
-# (ruiqigao/recovery_likelihood: `main.py --eval --noise_scale=0.99`).
+# What --protocol=paper sets. The README of the authors' program (ruiqigao/recovery_likelihood)
+# computes FID with `main.py --eval --noise_scale=0.99` and the settings of training.
 PAPER = {
     "mcmc.noise_scale": 0.99,
     "mcmc.sampler": None,
@@ -176,9 +178,9 @@ _TASKS = (
         flags=(
             Flag(
                 "protocol",
-                "How to compute FID: paper for the protocol of Gao et al. (2021), with "
-                "50,000 samples, all training images and Langevin noise scaled by 0.99; "
-                "default for what config.evaluation says",
+                "How to compute FID: paper (as Gao et al. 2021: 50,000 samples, all training "
+                "images, Langevin noise scaled by 0.99), or default (numbers of samples and "
+                "images from config.evaluation)",
                 default="default",
                 choices=("default", "paper"),
                 implied={"paper": PAPER},
@@ -302,7 +304,7 @@ _TASKS = (
         flags=(
             Flag(
                 "tf_checkpoint",
-                "Prefix of the checkpoint's files, such as DIR/ckpt-iter240000",
+                "Prefix of the checkpoint's files, such as DIR/ckpt-iter5000",
                 metavar="PREFIX",
             ),
             Flag(

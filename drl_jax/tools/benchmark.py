@@ -228,7 +228,7 @@ class Workload:
         T, K = self.config.diffusion.T, self.config.mcmc.K
         levels = min(T, max(1, CHAIN_STEPS // K))
         config = with_changes(self.config, {"mcmc.K": min(K, CHAIN_STEPS)})
-        method = method_lib.for_generation(self._method, config.mcmc)
+        method = method_lib.for_generation(self._method, config)
         model = Model.create(method, self.params, self.mesh, samples)
 
         def descend(keys, conditionals, top, bottom):

@@ -68,7 +68,7 @@ def train(config: ConfigDict, source: Source, workdir: epath.Path) -> Run:
     with Checkpoints(workdir, config) as checkpoints:
         state = initial_state(config, method, training, checkpoints, mesh)
         sampler = Model.create(
-            method_lib.for_generation(method, config.mcmc),
+            method_lib.for_generation(method, config),
             generation_params(method, state, mesh),
             mesh,
             config.evaluation.batch_size,
@@ -282,10 +282,10 @@ def divergence_limits(config: ConfigDict, dimension: int) -> Limits:
     """Returns the limits of the configuration for examples of D = `dimension` numbers.
 
     `config.train.loss_limit` and `config.train.energy_limit` are the limits up to D = 64 (8x8
-    grey images). For larger D they grow in proportion, because f does: it is a log-density,
-    which is a sum over the pixels, times a constant per level. The recovery loss is a
-    difference of two f. The rounding of f in float32 thus stays the same fraction of such
-    differences. The denoising loss is a mean over the pixels, so its limit does not grow.
+    grey images). For larger D they grow in proportion to D, because f does: f is a log-density,
+    which is a sum over the pixels, times a constant per level. The recovery loss is a difference
+    of two values of f, so it grows as well, and the rounding errors of f in float32 remain the
+    same fraction of it. The denoising loss is a mean over the pixels, so its limit does not grow.
     """
     growth = max(1.0, dimension / 64)
     summed = config.train.objective == "recovery"
@@ -301,7 +301,7 @@ def raise_if_diverged(step: int, metrics: Metrics, limits: Limits) -> None:
     Args:
       step: number of steps made before this one.
       metrics: metrics of the step, as numpy arrays.
-      limits: what this run must not exceed.
+      limits: largest permitted |loss| and |f|.
 
     Raises:
       UserError: with the values, and what to try.

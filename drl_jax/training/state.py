@@ -45,12 +45,12 @@ def optimiser(config: ConfigDict) -> optax.GradientTransformation:
     m_hat = m / (1 - b1^n) and v_hat = v / (1 - b2^n). `config.optim.adam` selects:
 
     - 'keras', as in the authors' program: epsilon = 1e-7 / sqrt(1 - b2^n), because Keras adds
-      1e-7 to sqrt(v); and the learning rate of step n - 1, so that the first update is zero if
-      there is a warm-up.
-    - 'optax', as in earlier versions of this program: epsilon = 1e-8, and the learning rate of
+      1e-7 to sqrt(v); the rate is that of step n - 1, so the first update is zero if there is
+      a warm-up.
+    - 'optax', as in earlier versions of this program: epsilon = 1e-8; the rate is that of
       step n.
 
-    Both have the same state.
+    The state of the optimiser has the same form with both.
     """
     rate, warmup = config.optim.learning_rate, config.optim.warmup_steps
     if end := config.optim.decay_steps:
@@ -66,7 +66,7 @@ def optimiser(config: ConfigDict) -> optax.GradientTransformation:
 
 
 def _scale_by_keras_adam(b1: float) -> optax.GradientTransformation:
-    """Returns Adam with b2 = 0.999 that adds 1e-7 to sqrt(v), where v has its bias."""
+    """Returns Adam with b2 = 0.999 that adds 1e-7 to sqrt(v), before v's bias is corrected."""
     b2 = 0.999
 
     def update(grads, state, params=None):

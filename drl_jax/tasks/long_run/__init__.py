@@ -73,7 +73,8 @@ def run(
     make_writable(folder)
     model = common.adapted(run).model
     settings = {"num_chains": num_chains, "levels": sampled_levels.tolist()}
-    # Earlier versions made other random keys, and so other conditions of the chains.
+    # Earlier versions did not save this setting and had other random keys, so that the chains
+    # had other conditions. `Autosave.restore` rejects their work.
     settings |= {"random keys": "common.task_key"}
     settings |= common.resume_settings(config, SETTINGS)
     autosave = Autosave(folder / "chains.snapshot", settings)

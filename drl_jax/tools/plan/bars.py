@@ -26,7 +26,7 @@ MAX_COMPILE_SECONDS = 60  # on two CPU cores
 MAX_CODE = 120e6  # bytes
 MAX_SCALING = 1.02  # cost per chip on many chips, divided by that on few chips
 
-BFLOAT16 = {"energy.dtype": "bfloat16"}
+BFLOAT16 = {"energy.dtype": "bfloat16", "evaluation.dtype": "bfloat16"}
 SMALL = {
     "data.image_size": 8,
     "energy.ch": 16,

@@ -115,7 +115,7 @@ def sampler(config: ConfigDict, mesh: Mesh, batch_size: int) -> jax.stages.Lower
       mesh: devices of the topology.
       batch_size: number of samples on all devices together.
     """
-    method = method_lib.for_generation(method_lib.from_config(config), config.mcmc)
+    method = method_lib.for_generation(method_lib.from_config(config), config)
     energy = method.energy
     params = jax.eval_shape(lambda key: energy.normalise(*energy.init(key))[0], _abstract_key())
     model = Model.create(method, params, mesh, batch_size)
