@@ -167,6 +167,23 @@ def test_the_tempered_warm_up_finds_step_sizes_proportional_to_the_widths():
     np.testing.assert_allclose(relative, np.mean(relative), rtol=0.06)
 
 
+def test_a_move_records_the_log_density_before_it_and_the_log_weight():
+    """Distribution i has log q = -(i + 1) x². Fails if either is that of the other one."""
+    x = jnp.arange(1.0, 5.0)[:, None]
+    tuning = {"step_size": jnp.full(4, 0.1), "leapfrog": jnp.ones(4, int)}
+    found = annealing.anneal(
+        noise.example_keys(jax.random.key(0), jnp.arange(4)),
+        log_q=lambda x, i: -(i + 1) * x[:, 0] ** 2,
+        x=x,
+        move=jnp.arange(1),
+        start=jnp.array([1]),
+        end=jnp.array([3]),
+        sampler=Sampler(hmc.init, hmc.kernel, tuning, K=1),
+    )
+    np.testing.assert_allclose(found.log_density, -2 * x**2)
+    np.testing.assert_allclose(found.log_weights, -2 * x**2)
+
+
 def same(n):
     """Returns log-weights and log-densities of n chains of each pass that all agree."""
     log_w = 0.1 * np.random.default_rng(0).standard_normal((6, n))
@@ -213,6 +230,18 @@ def test_one_pass_in_the_wrong_order_is_rejected(name):
         assert (found.order < annealing.SIGNIFICANCE) == (factor > 1)
 
 
+def test_the_p_value_of_the_order_is_corrected_for_four_comparisons():
+    """Only the bound `tempered` is too large, and both upper bounds have no error."""
+    rng = np.random.default_rng(0)
+    passes = same(256) | {"from_data": np.zeros(256), "from_model": np.zeros(256)}
+    for shift in (0.02, 0.03, 0.04):
+        passes["tempered"] = shift + 0.1 * rng.standard_normal(256)
+        found = annealing.partition(**passes)
+        z = (found.tempered.log_Z - annealing.ROUNDING) / found.tempered.std_error
+        assert found.agreement.order == pytest.approx(min(1, 4 * stats.norm.sf(z)))
+    assert found.agreement.order < 0.01
+
+
 @pytest.mark.parametrize("test", ["log_density", "log_weight"])
 def test_starting_points_with_other_densities_or_weights_are_rejected(test):
     passes, rng = same(256), np.random.default_rng(1)
@@ -246,7 +275,9 @@ def test_exact_starts_are_rejected_no_more_often_than_stated(monkeypatch):
 
     A rate of 5% gives more than 130 alarms in 2000 with probability 0.001.
     """
-    monkeypatch.setattr(annealing, "SIGNIFICANCE", 0.05 / 3)
+    number = len(annealing.Agreement._fields)
+    assert annealing.SIGNIFICANCE * number == pytest.approx(annealing.FALSE_ALARM)
+    monkeypatch.setattr(annealing, "SIGNIFICANCE", 0.05 / number)
     rng, n, alarms = np.random.default_rng(0), 64, 0
     for i in range(2000):
         s = (0.1, 0.5, 2.0)[i % 3]

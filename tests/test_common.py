@@ -12,6 +12,7 @@ from helpers import exact, tiny
 from drl_jax import config as config_lib
 from drl_jax.data import mixtures, sources
 from drl_jax.errors import UserError
+from drl_jax.metrics import levels
 from drl_jax.model import Model
 from drl_jax.runtime.batching import Engine
 from drl_jax.storage.runs import Run
@@ -50,10 +51,12 @@ def small_config():
     return config
 
 
-def gaussian_run():
+def gaussian_run(sampler="langevin"):
     """Returns a run whose model is that of independent Gaussian pixels."""
     data = mixtures.gaussian(np.zeros(64), 0.25 * np.eye(64))
-    return Run(small_config(), exact.model(data, 6, shape=(8, 8, 1)), 5)
+    config = small_config()
+    config.mcmc.sampler = sampler
+    return Run(config, exact.model(data, 6, shape=(8, 8, 1)), 5)
 
 
 def train(workdir):
@@ -63,18 +66,18 @@ def train(workdir):
 
 def adapt(workdir):
     del workdir
-    run = gaussian_run()
-    run.config.mcmc.sampler = "mala"
-    common.adapted(run)
+    common.adapted(gaussian_run("mala"))
 
 
-def estimate_likelihood(workdir):
+def estimate_likelihood(workdir, sampler="langevin"):
     with contextlib.suppress(UserError):  # the bounds are too loose
-        likelihood.run(run=gaussian_run(), workdir=workdir, model=None, seed=SEED)
+        likelihood.run(run=gaussian_run(sampler), workdir=workdir, model=None, seed=SEED)
 
 
 def task(module, **flags):
-    return lambda workdir: module.run(run=gaussian_run(), workdir=workdir, **flags)
+    return lambda workdir, sampler="langevin": module.run(
+        run=gaussian_run(sampler), workdir=workdir, **flags
+    )
 
 
 # Everything that draws random numbers: training and, by their names in `KEY_NUMBERS`, tasks.
@@ -157,6 +160,75 @@ def test_training_and_all_tasks_use_different_keys_at_equal_seeds(tmp_path, monk
     assert min(map(len, first_keys.values())) > 0, first_keys
     assert numbers(jax.random.key(SEED)) not in every
     assert len(set(every)) == len(every), first_keys
+
+
+class TakenError(Exception):
+    """Stops a task when it has reached what is tested."""
+
+
+@pytest.mark.parametrize("name", common.KEY_NUMBERS)
+def test_a_task_takes_the_key_with_its_own_name_and_the_seed(name, tmp_path, monkeypatch):
+    """Fails if a task makes its key from the seed itself, or takes that of another task."""
+
+    def take(task, seed):
+        raise TakenError(task, seed)
+
+    key = jax.random.key
+
+    def key_of_another_seed(seed):
+        assert not np.array_equal(seed, SEED)
+        return key(seed)
+
+    monkeypatch.setattr(common, "task_key", take)
+    monkeypatch.setattr(jax.random, "key", key_of_another_seed)
+    with pytest.raises(TakenError) as taken:
+        PURPOSES[name](epath.Path(tmp_path))
+    assert taken.value.args == (name, SEED)
+
+
+def test_samples_and_statistics_of_levels_use_different_keys_that_are_split_off(
+    tmp_path, monkeypatch
+):
+    """Fails if both use the same key, or one of them the key that the other is split off."""
+    used = [common.task_key("evaluate", SEED)]
+
+    def sample_batches(model, key, n):
+        used.append(key)
+        yield np.random.default_rng(0).normal(size=(n, *model.shape)).astype(np.float32)
+
+    def level_statistics(model, key, x):
+        used.append(key)
+        raise TakenError
+
+    monkeypatch.setattr(Model, "sample_batches", sample_batches)
+    monkeypatch.setattr(levels, "level_statistics", level_statistics)
+    with pytest.raises(TakenError):
+        PURPOSES["evaluate"](epath.Path(tmp_path))
+    assert len({numbers(key) for key in used}) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "sampler"), [("evaluate", "mala"), ("long_run", "hmc"), ("likelihood", "langevin")]
+)
+def test_tasks_whose_results_depend_on_differences_of_F_warn_of_its_resolution(
+    name, sampler, tmp_path, monkeypatch
+):
+    """Likelihood depends on them whatever the sampler of the configuration."""
+
+    def warn_of_rounding(of_levels, resolutions):
+        assert len(of_levels) == len(resolutions) > 0
+        raise TakenError
+
+    def sample_batches(model, key, n):
+        yield np.random.default_rng(0).normal(size=(n, *model.shape)).astype(np.float32)
+
+    statistics = {"level": [0.0, 1.0], "resolution": [0.2, 0.3]}
+    monkeypatch.setattr(levels, "warn_of_rounding", warn_of_rounding)
+    monkeypatch.setattr(levels, "level_statistics", lambda *args: statistics)
+    monkeypatch.setattr(Model, "sample_batches", sample_batches)
+    monkeypatch.setattr(Model, "adapt", lambda model, **settings: (model, np.ones(model.T)))
+    with pytest.raises(TakenError):
+        PURPOSES[name](epath.Path(tmp_path), sampler)
 
 
 def test_the_numbers_of_the_keys_never_change():

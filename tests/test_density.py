@@ -21,6 +21,7 @@ from drl_jax.errors import UserError
 from drl_jax.metrics import density
 from drl_jax.model import Model
 from drl_jax.sampling.annealing import PASSES
+from drl_jax.tasks import likelihood
 
 CORRELATED = mixtures.gaussian(
     np.linspace(-0.3, 0.4, 8), 0.02 * np.eye(8) + 0.1 * np.outer(*[np.linspace(0, 1, 8)] * 2)
@@ -47,6 +48,22 @@ def test_thousands_of_log_weights_are_summed_exactly():
     state = density.unmoved(np.zeros((50, 2)))._replace(log_weights=log_weights)
     expected = [math.fsum(row) for row in log_weights.tolist()]
     np.testing.assert_allclose(state.log_weight, expected, rtol=0, atol=1e-7)
+
+
+def test_starting_points_are_compared_after_the_moves_on_level_0():
+    """Before these moves, all chains from data start elsewhere than those from the model."""
+    rng, n, burn_in = np.random.default_rng(0), 64, 3
+    passes = {}
+    for name in PASSES:
+        moved = np.float32(rng.standard_normal((n, burn_in + 2)))
+        moved[:, :burn_in] -= 100 * (name == "from_data")
+        log_weights = np.float32(0.1 * rng.standard_normal((n, burn_in + 2)))
+        passes[name] = density.unmoved(np.zeros((n, 2)))._replace(
+            log_weights=log_weights, log_density=moved
+        )
+    annealing = density.Annealing(np.ones(6), np.ones(50), passes)
+    assert annealing.partition(burn_in).agreement.log_density > 0.01
+    assert annealing.partition(burn_in - 1).agreement.log_density < 1e-9
 
 
 CASES = [
@@ -112,6 +129,8 @@ def test_a_mode_that_only_level_0_has_is_found_and_refutes_the_upper_bound():
     assert abs(found.tempered.log_Z - np.log(100)) < 0.5
     assert found.from_model.log_Z > np.log(100) - 2  # only a few chains carry its weight
     assert found.agreement.rejected == ["order", "log_density", "log_weight"]
+    with pytest.raises(UserError, match=r"log Z is at least 4.* but the chains .* give less"):
+        likelihood.require_usable(found, budget, D=2, T=1000)
 
 
 @pytest.mark.slow

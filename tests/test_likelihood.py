@@ -11,12 +11,15 @@ import pytest
 from etils import epath
 from helpers import tiny
 
+from drl_jax import config as config_lib
+from drl_jax.data import sources
 from drl_jax.errors import UserError
 from drl_jax.metrics import density
+from drl_jax.plots import figures
 from drl_jax.sampling.annealing import Agreement, Bound, Partition
 from drl_jax.storage import snapshots
 from drl_jax.storage.snapshots import Snapshot
-from drl_jax.tasks import likelihood
+from drl_jax.tasks import common, likelihood
 
 BUDGET = [
     "--config.likelihood.chains=64",
@@ -57,7 +60,8 @@ def test_an_interrupted_annealing_is_resumed_to_the_same_results(
     assert log_density["to"] - log_density["from"] == pytest.approx(abs(results["gap"]))
     assert "bits_per_dim" not in results  # points are not discrete
     assert results["num_data"] == 10_000
-    assert f"{log_density['from']:.3f} to {log_density['to']:.3f}" in caplog.text
+    assert f"at most {log_density['to']:.3f} nats" in caplog.text
+    assert f"at least {log_density['from']:.3f} on the condition" in caplog.text
 
     add, calls = likelihood.Progress.add, []
 
@@ -198,6 +202,44 @@ def test_the_log_says_which_number_bounds_what():
     assert (
         "2.250 ± 0.010 nats: chains up through the levels from the model's" in lines[below + 2]
     )
+
+
+def test_figures_say_what_they_bound_and_if_they_are_on_training_data(
+    tmp_path, monkeypatch, caplog
+):
+    """On one line each. All digits are trained on. The annealing is replaced by its results.
+
+    Fails if the data are opened as those to train on.
+    """
+
+    class Annealed:
+        def partition(self, burn_in):
+            assert burn_in == 20
+            return partition(bound(1.0), bound(1.5))
+
+    values = np.linspace(0, 1, 1797)
+    monkeypatch.setattr(sources, "open_source", None)
+    monkeypatch.setattr(likelihood, "anneal", lambda *args: Annealed())
+    monkeypatch.setattr(density, "log_likelihood", lambda *args, **kwargs: (values, values))
+    monkeypatch.setattr(density, "history", lambda *args: {})
+    monkeypatch.setattr(figures, "write_annealing", lambda *args: None)
+    assert start("digits", tmp_path) == 0
+    results = json.loads((tmp_path / "likelihood/step_5000_seed_0/likelihood.json").read_text())
+    assert (results["split"], results["held_out"]) == ("train", False)
+    for figure, bounds in {
+        # 1.0 and 1.5 less than the mean of the values, 0.5, and in bits divided by -64 log 2.
+        "mean log-density": "at most -0.500 nats, and at least -1.000 on the condition",
+        "bits per dimension": r"at most 0.023 on .* condition \(with .* lower .*: 0.011\)",
+    }.items():
+        (line,) = [line for line in caplog.messages if line.startswith(figure)]
+        assert re.search(rf"on training data \(train split\): {bounds}", line)
+
+
+def test_unfinished_work_is_not_continued_on_another_split():
+    saved = common.resume_settings(config_lib.default(), likelihood.SETTINGS)
+    config = config_lib.default()
+    config.evaluation.split = "validation"
+    assert common.resume_settings(config, likelihood.SETTINGS) != saved
 
 
 def test_the_mean_lies_between_the_bounds_in_either_unit():

@@ -22,6 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from drl_jax import config as config_lib
 from drl_jax import diffusion, recovery
+from drl_jax.data import sources
 from drl_jax.errors import UserError
 from drl_jax.mcmc import langevin
 from drl_jax.method import Method
@@ -411,6 +412,21 @@ def test_a_run_at_128_pixels_that_recovers_from_steep_energies_is_not_ended():
     assert loss > LIMITS.loss
     assert f > LIMITS.f
     assert 0.5 < p < 2
+
+
+def test_the_limits_of_a_run_are_those_of_its_images(workdir, monkeypatch):
+    class StopError(Exception):
+        pass
+
+    def divergence_limits(config, dimension):
+        raise StopError(dimension)
+
+    monkeypatch.setattr(loop, "divergence_limits", divergence_limits)
+    config = config_lib.load(str(tiny.DIGITS))
+    config.data.image_size, config.energy.mult, config.energy.ch = 16, (1,), 8
+    with pytest.raises(StopError) as stop:
+        loop.train(config, sources.open_source(config), workdir)
+    assert stop.value.args == (16 * 16,)
 
 
 @pytest.mark.parametrize("size", [8, 128])

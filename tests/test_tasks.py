@@ -217,6 +217,31 @@ def test_fid_says_by_which_protocol_it_was_computed_and_if_it_compares_with_publ
     assert ("not comparable with published values" in line) != comparable
 
 
+def test_statistics_of_the_data_by_one_protocol_are_not_read_for_the_other(
+    tmp_path, monkeypatch
+):
+    networks = []
+
+    def of_data(config, source, extractor, network, workdir):
+        networks.append(network)
+        raise UserError
+
+    monkeypatch.setattr(evaluate.reference, "of_data", of_data)
+    model = exact.model(mixtures.gaussian(np.zeros(4), np.eye(4)), 6, shape=(2, 2, 1))
+    for protocol in evaluate.PROTOCOLS:
+        with pytest.raises(UserError):
+            evaluate.inception_metrics(
+                config=config_lib.default(),
+                source=sources.Digits(channels=1),
+                model=model,
+                batches=[],
+                workdir=epath.Path(tmp_path),
+                inception_weights=WEIGHTS,
+                protocol=protocol,
+            )
+    assert len(set(networks)) == len(evaluate.PROTOCOLS)
+
+
 def test_the_protocols_are_the_choices_of_the_flag():
     (flag,) = table.TASKS["evaluate"].flags
     assert tuple(evaluate.PROTOCOLS) == flag.choices

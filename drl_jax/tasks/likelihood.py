@@ -145,16 +145,17 @@ def run(run: Run, workdir: epath.Path, model: str | None, seed: int) -> None:
     where = f"on {'held-out' if source.held_out else 'training'} data ({source.split} split)"
     log.info(
         "mean log-density of %(n)d examples with noise of standard deviation %(noise).2g, "
-        "%(where)s: %(from).3f to %(to).3f nats, standard error over the examples "
-        "%(std_error).3f",
+        "%(where)s: at most %(to).3f nats, and at least %(from).3f on the condition of log Z's "
+        "upper bounds; standard error over the examples %(std_error).3f",
         results["log_density"] | {"n": len(x), "noise": schedule.sigma_bar[0], "where": where},
     )
     if log_P is not None:
         unit = -1 / (x[0].size * math.log(2))
         results["bits_per_dim"] = mean_between(log_P, bounds, unit=unit)
         log.info(
-            "bits per dimension %(where)s: %(from).3f to %(to).3f, standard error over the "
-            "examples %(std_error).3f",
+            "bits per dimension %(where)s: at most %(to).3f on the same condition (with the "
+            "lower bound of log Z: %(from).3f); standard error over the examples "
+            "%(std_error).3f",
             results["bits_per_dim"] | {"where": where},
         )
     middle = (bounds.lower.log_Z + bounds.upper.log_Z) / 2

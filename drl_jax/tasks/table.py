@@ -272,7 +272,7 @@ _TASKS = (
     ),
     Task(
         "likelihood",
-        "Bounds log Z and the log-likelihood of held-out data.",
+        "Bounds log Z and the log-likelihood of held-out data, if there are any.",
         flags=(MODEL, SEED),
         changeable=MEASURED_ON_HELD_OUT,
     ),
