@@ -134,7 +134,7 @@ def test_an_imported_model_can_be_sampled_evaluated_and_trained(workdir, tmp_pat
     assert len(list((workdir / "samples" / "step_0_seed_0").glob("0*.png"))) == 2
     assert tiny.main("--mode=evaluate", f"--workdir={workdir}") == 0
     config = f"--config={tiny.ROOT}/configs/cifar10.py"
-    network = "--config.energy.ch=16", "--config.energy.N=2"
+    network = [f"--config.energy.{field}" for field in ("ch=16", "N=2", "dtype=float32")]
     steps = f"--workdir={workdir}", "--config.train.num_steps=2"
     caplog.clear()
     assert tiny.main(config, *network, *changes, *steps) == 0
