@@ -252,6 +252,7 @@ def test_a_run_extended_from_100_to_300_steps_is_bit_identical_to_a_run_of_300(
     assert_same(state_of(workdir), state_of(tiny.trained()))
 
 
+@pytest.mark.slow
 def test_the_newest_checkpoints_and_every_hundredth_step_are_kept():
     assert steps(tiny.trained()) == [100, 200, 260, 280, 300]
 

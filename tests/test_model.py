@@ -110,6 +110,7 @@ def test_generation_multiplies_all_noise_by_the_configured_noise_scale(T, mcmc):
     np.testing.assert_allclose(x[0.3], 0.7 * x[0.0] + 0.3 * x[1.0], atol=1e-4)
 
 
+@pytest.mark.slow
 def test_after_training_f_is_computed_in_the_dtype_of_evaluation():
     config = config_lib.load(str(tiny.DIGITS))
     config.energy.ch, config.energy.mult = 4, (1,)
