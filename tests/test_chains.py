@@ -123,6 +123,7 @@ def test_the_acceptance_probabilities_of_all_steps_are_added_up():
     np.testing.assert_allclose(chains.accepted, 7 * 0.1 * (t + 1), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_traces_hold_equidistant_steps_and_at_most_their_capacity():
     t = jnp.arange(4) % T
     x_tilde = jax.random.normal(jax.random.key(1), (4, 3))

@@ -31,6 +31,7 @@ def workdir(tmp_path):
     return epath.Path(tmp_path) / "run"
 
 
+@pytest.mark.slow
 def test_an_imported_checkpoint_is_the_authors_network(workdir, caplog):
     assert tiny.main(*importing(workdir, ORIGINAL / "ckpt")) == 0
     with np.load(ORIGINAL / "expected.npz") as expected:
@@ -79,6 +80,7 @@ def test_a_whole_training_state_is_imported():
             np.testing.assert_array_equal(value, np.asarray(ema[path]) + np.float32(shift))
 
 
+@pytest.mark.slow
 def test_training_continues_with_the_update_that_the_authors_program_would_make():
     """The moments are so small that epsilon, which Keras adds to sqrt(v), matters."""
     tensors = tf_checkpoints.trained()

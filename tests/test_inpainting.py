@@ -148,6 +148,7 @@ def test_many_rounds_converge_to_the_true_conditional():
     assert one.var() > 1.1 * variance
 
 
+@pytest.mark.slow
 def test_a_hidden_pixel_depends_on_the_known_pixel_and_not_on_its_own_value():
     x = inpainted(2000, 3)
     other = inpainted(2000, 3, known_value=-X)

@@ -136,6 +136,7 @@ def differences_agree(energy, params, x, gradient):
     assert np.median(np.abs(difference - along)) < 1e-7 * scale
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", [random_resnet, random_mlp])
 def test_networks_compute_in_the_precision_of_their_images(network):
     """Fails if the time embedding of either network is float32 and not weakly typed."""
@@ -196,6 +197,7 @@ def test_gradients_of_parameters_in_bfloat16_have_its_rounding_errors():
         assert 1e-4 < np.linalg.norm(ours - truth) / np.linalg.norm(truth) < 0.1
 
 
+@pytest.mark.slow
 def test_a_configuration_chooses_bfloat16_for_f_alone():
     """Fails if the state of a chain or the network's last sum is in bfloat16."""
     run = runs.load("digits")

@@ -23,6 +23,7 @@ def test_f_is_one_finite_number_per_image_for_any_size_and_channel_count(size, c
     assert len(np.unique(f)) == 5
 
 
+@pytest.mark.slow
 def test_f_of_an_example_does_not_depend_on_the_other_examples():
     energy = resnet.energy(8, 1, ch=8, mult=(1, 2), N=1)
     params, _ = energy.init(jax.random.key(0))

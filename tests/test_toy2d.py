@@ -41,6 +41,7 @@ def test_training_ends_with_figures_and_finite_metrics(trained_toy):
     assert [path.name for path in (trained_toy / "grids").iterdir()] == ["00000020.png"]
 
 
+@pytest.mark.slow
 def test_evaluating_repeats_the_metrics_of_training(trained_toy):
     names = ("metrics.json", "samples.png", "toy2d.png")
     before = {name: (trained_toy / name).read_bytes() for name in names}
@@ -48,6 +49,7 @@ def test_evaluating_repeats_the_metrics_of_training(trained_toy):
     assert {name: (trained_toy / name).read_bytes() for name in names} == before
 
 
+@pytest.mark.slow
 def test_samples_are_written_as_an_array_and_a_histogram(trained_toy):
     assert tiny.main("--mode=sample", f"--workdir={trained_toy}", "--num_samples=100") == 0
     folder = trained_toy / "samples" / "step_30_seed_0"
@@ -57,6 +59,7 @@ def test_samples_are_written_as_an_array_and_a_histogram(trained_toy):
     np.testing.assert_array_equal(png(folder / "grid.png"), images.histogram(x)[..., 0])
 
 
+@pytest.mark.slow
 def test_the_tested_points_are_the_samples_of_the_model(trained_toy, monkeypatch, tmp_path):
     """Although the descent stops at each shown level."""
     tested = []
@@ -70,6 +73,7 @@ def test_the_tested_points_are_the_samples_of_the_model(trained_toy, monkeypatch
     assert y.shape == (100, 2)
 
 
+@pytest.mark.slow
 def test_a_grid_that_is_too_small_gives_a_warning(trained_toy, monkeypatch, tmp_path, caplog):
     narrow = plane.square_grid(0.5, 51)
     monkeypatch.setattr(evaluate.plane, "square_grid", lambda: narrow)
@@ -78,6 +82,7 @@ def test_a_grid_that_is_too_small_gives_a_warning(trained_toy, monkeypatch, tmp_
     assert "edge of the grid" in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "args",
     [("interpolate",), ("inpaint",), ("long_run", "--num_steps=2"), ("ood",)],
