@@ -40,6 +40,7 @@ def test_the_command_prints_a_table_and_writes_json(tmp_path):
     assert all(row["name"] in done.stdout and row["efficiency"][0] > 0 for row in rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trains", [True, False])
 def test_new_processes_are_timed_until_the_first_step(tmp_path, monkeypatch, trains):
     """Replaces `drl_jax.main` by a module that sleeps unless the cache folder exists."""

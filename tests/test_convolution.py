@@ -161,6 +161,7 @@ def test_second_gradients_under_vmap_are_those_of_autodiff(axes):
     assert_equal(actual, jax.jit(jax.vmap(second_gradients(direct), in_axes=axes))(*args))
 
 
+@pytest.mark.slow
 def test_gradients_inside_and_of_a_loop_are_those_of_autodiff():
     def gradient_ascent(conv, x, kernel):
         def step(x, _):

@@ -47,6 +47,7 @@ def test_the_grid_shows_known_pixels_mask_completions_and_original(tmp_path):
         assert np.mean(completion[:, hidden > 0] != original[:, hidden > 0]) > 0.5
 
 
+@pytest.mark.slow
 def test_given_files_are_completed(tmp_path):
     workdir = tiny.trained(copy=tmp_path / "run")
     Image.new("RGB", (20, 30), (255, 255, 255)).save(tmp_path / "white.jpg")

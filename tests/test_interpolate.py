@@ -47,6 +47,7 @@ def test_between_samples_there_is_one_strip_and_one_number_per_pair(tmp_path):
     np.testing.assert_array_equal(grid[9 * 8 : (2 * 9 + 1) * 8], strip)
 
 
+@pytest.mark.slow
 def test_given_images_are_shown_at_the_ends_of_their_strip(tmp_path):
     workdir = tiny.trained(copy=tmp_path / "run")
     # Of another size than the model's images, so that they must be prepared.

@@ -84,6 +84,7 @@ def test_sample_level_is_the_highest_level_with_a_signal_of_one_quarter():
         assert schedule.a_bar[level] >= 0.25 > schedule.a_bar[level + 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("level", [1, 3, 6])
 def test_a_strip_between_images_ends_in_these_images_diffused_and_recovered(level):
     a, b = white_noise(1, 4, (5,)), white_noise(2, 4, (5,))
@@ -151,6 +152,7 @@ def test_strips_of_a_trained_model_start_at_its_samples(run):
     assert np.mean(error < 1e-4) > 0.6
 
 
+@pytest.mark.slow
 def test_strips_end_near_their_images_at_low_levels_and_far_from_them_at_high_ones(run):
     trained, config = run.model, run.config
     source = sources.open_source(config)

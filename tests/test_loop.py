@@ -257,6 +257,7 @@ def test_the_newest_checkpoints_and_every_hundredth_step_are_kept():
     assert steps(tiny.trained()) == [100, 200, 260, 280, 300]
 
 
+@pytest.mark.slow
 def test_scalars_and_images_are_written_for_tensorboard():
     import tensorflow as tf
 
@@ -430,6 +431,7 @@ def test_the_limits_of_a_run_are_those_of_its_images(workdir, monkeypatch):
     assert stop.value.args == (16 * 16,)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [8, 128])
 def test_a_run_whose_chains_diverge_is_ended_at_any_size(size):
     """With p = 400, s_t² at the top is twice the largest with which chains are stable."""

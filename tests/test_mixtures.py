@@ -49,6 +49,7 @@ def normal_log_density(x, mean, sigma):
     return np.sum(stats.norm.logpdf(x, mean, sigma), axis=-1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("D", [1, 5])
 def test_the_density_with_and_without_added_noise_agrees_with_scipy(D, x64):
     """Fails with the axes transposed, and with the variances halved."""
@@ -64,6 +65,7 @@ def test_the_density_with_and_without_added_noise_agrees_with_scipy(D, x64):
     np.testing.assert_allclose(found, [data.log_density(x)[0], expected[1]], rtol=1e-11)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("D", [1, 5])
 def test_the_score_is_the_gradient_of_the_log_density(D, x64):
     """Tests one density for all points, and one per point; fails with the sign flipped."""
@@ -144,6 +146,7 @@ def assert_uniform(u, of):
     assert_counts(counts, np.full(25, 1 / 25), of)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("T", "t"), LEVELS)
 def test_the_densities_of_every_level_agree_with_quadrature(T, t, x64):
     """Computes q(x_t), q(y_t) and q(y_t | x_{t+1}) by sums over a grid of data points.

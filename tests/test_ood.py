@@ -126,6 +126,7 @@ def test_scores_of_a_trained_model_are_its_F_and_gradient_norm():
         np.testing.assert_allclose(found.score_norm[t], norm, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_scores_depend_on_the_image_and_its_index_but_not_on_the_batch():
     """They do not depend on the other images to the bit.
 

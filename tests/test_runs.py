@@ -104,6 +104,7 @@ np.savez(sys.argv[2], *jax.tree.leaves(run.model.params))
 """
 
 
+@pytest.mark.slow
 def test_each_device_reads_its_share_and_nothing_that_generation_does_not_need(
     saved, run, tmp_path
 ):

@@ -121,6 +121,7 @@ def test_settings_that_contradict_each_other_are_reported_in_one_line(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_F_is_the_network_plus_the_log_density_of_white_noise():
     learned = method.from_config(toy(energy__ch=8))
     assert learned.energy.shape == (2,)
