@@ -20,7 +20,7 @@ from drl_jax.model import Model, as_images
 from drl_jax.runtime.matmul_precision import full_precision
 from drl_jax.sampling import annealing as annealing_lib
 from drl_jax.sampling import ladder
-from drl_jax.sampling.annealing import PASSES, Partition
+from drl_jax.sampling.annealing import PASSES, Partition, Path, Tempering
 from drl_jax.sampling.ladder import Sampler
 
 SEGMENTS = 100  # per pass; work can be saved or interrupted between two segments
@@ -167,8 +167,9 @@ def begin(
         }
         keys = noise.example_keys(key, jnp.arange(WARM_UP_CHAINS))
         step_size, _ = annealing_lib.warm_up(keys, sampler=sampler(schedule.T), **settings)
+        tempering = annealing_lib.tempering(TEMPERATURES - 1, budget.tempered_std, schedule)
         tempered_step_size, _ = annealing_lib.warm_up_tempered(
-            keys, std=budget.tempered_std, sampler=sampler(TEMPERATURES), **settings
+            keys, tempering=tempering, sampler=sampler(TEMPERATURES), **settings
         )
         return step_size, tempered_step_size
 
@@ -212,12 +213,16 @@ def annealed(
     """
     schedule = model.method.schedule
     keys = pass_keys(key)
-    through_levels, path = levels_program(model, annealing, budget)
-    tempered, temperatures = tempered_program(model, annealing, budget)
+    path = annealing_lib.annealing_path(schedule, budget.distributions)
+    tempering = annealing_lib.tempering(budget.distributions, budget.tempered_std, schedule)
+    at_levels = path.level - path.beta
+    at_temperatures = jnp.linspace(0, TEMPERATURES - 1, len(tempering.beta))
+    through_levels = compile_pass(model, path, annealing.step_size, at_levels, budget)
+    tempered = compile_pass(
+        model, tempering, annealing.tempered_step_size, at_temperatures, budget
+    )
     for name in PASSES:
-        compiled, settings = (
-            (tempered, temperatures) if name == "tempered" else (through_levels, path)
-        )
+        compiled, settings = tempered if name == "tempered" else through_levels
         indices = path_indices(name, schedule, budget)
         total = len(indices) - 1
         size = -(-total // SEGMENTS)
@@ -258,51 +263,37 @@ def replaced(annealing: Annealing, name: str, state: Pass) -> Annealing:
     return annealing._replace(passes=annealing.passes | {name: state})
 
 
-def levels_program(
-    model: Model, annealing: Annealing, budget: Budget
+def compile_pass(
+    model: Model,
+    path: Path | Tempering,
+    step_size: Float[np.ndarray, "G"],
+    at: Float[Array, "R"],
+    budget: Budget,
 ) -> tuple[Callable, dict[str, Any]]:
-    """Returns the compiled program that anneals through the levels, and its settings."""
+    """Returns the compiled program that anneals along a path, and its settings.
+
+    Args:
+      model: the model.
+      path: R distributions, from a Gaussian to level 0.
+      step_size: adapted step sizes, G in number.
+      at: where each distribution lies among them, between 0 and G - 1
+        (`annealing.interpolate_step_sizes`).
+      budget: its fields transitions and leapfrog are used.
+    """
     schedule = model.method.schedule
-    path = annealing_lib.annealing_path(schedule, budget.distributions)
-    step_size = annealing_lib.interpolate_step_sizes(
-        jnp.asarray(annealing.step_size), path.level - path.beta
-    )
 
     def program(keys, conditionals, x, move, start, end, path, tuning):
         def log_q(x, i):
-            return annealing_lib.intermediate_log_density(
-                conditionals.F, x, path.level[i], path.beta[i], schedule
-            )
+            return path.log_density(conditionals.F, x, i, schedule)
 
         sampler = Sampler(hmc.init, hmc.kernel, tuning, budget.transitions)
         return annealing_lib.anneal(keys, log_q, x, move, start, end, sampler)
 
-    return model.compile(program), {"path": path, "tuning": tuning(step_size, budget)}
-
-
-def tempered_program(
-    model: Model, annealing: Annealing, budget: Budget
-) -> tuple[Callable, dict[str, Any]]:
-    """Returns the compiled program that anneals through hotter versions of level 0."""
-    schedule, std = model.method.schedule, budget.tempered_std
-    beta, _ = annealing_lib.tempering(budget.distributions, std, schedule)
-    step_size = annealing_lib.interpolate_step_sizes(
-        jnp.asarray(annealing.tempered_step_size), jnp.linspace(0, TEMPERATURES - 1, len(beta))
-    )
-
-    def program(keys, conditionals, x, move, start, end, beta, tuning):
-        def log_q(x, i):
-            return annealing_lib.tempered_log_density(conditionals.F, x, beta[i], std, schedule)
-
-        sampler = Sampler(hmc.init, hmc.kernel, tuning, budget.transitions)
-        return annealing_lib.anneal(keys, log_q, x, move, start, end, sampler)
-
-    return model.compile(program), {"beta": beta, "tuning": tuning(step_size, budget)}
-
-
-def tuning(step_size: Float[Array, "R"], budget: Budget) -> dict[str, Array]:
-    """Returns the settings of the transitions at every distribution."""
-    return {"step_size": step_size, "leapfrog": jnp.full(step_size.shape, budget.leapfrog)}
+    tuning = {
+        "step_size": annealing_lib.interpolate_step_sizes(jnp.asarray(step_size), at),
+        "leapfrog": jnp.full(at.shape, budget.leapfrog),
+    }
+    return model.compile(program), {"path": path, "tuning": tuning}
 
 
 def own_samples(annealing: Annealing, u: float) -> Float[np.ndarray, "n *D"]:
@@ -389,7 +380,7 @@ def history(annealing: Annealing, schedule: NoiseSchedule, budget: Budget) -> di
     log_sigma_bar = np.log(np.asarray(schedule.sigma_bar, np.float64))
     level = np.asarray(path.level - path.beta)
     noise_std = np.exp(np.interp(level, np.arange(len(log_sigma_bar)), log_sigma_bar))
-    _, widths = annealing_lib.tempering(budget.distributions, budget.tempered_std, schedule)
+    tempering = annealing_lib.tempering(budget.distributions, budget.tempered_std, schedule)
     courses = {}
     for name, state in annealing.passes.items():
         up = name.startswith("from_")
@@ -401,7 +392,7 @@ def history(annealing: Annealing, schedule: NoiseSchedule, budget: Budget) -> di
         acceptance = np.append(np.nan, state.acceptance[burn_in:])
         if up:  # the pass ends at white noise, whose log Z is 0
             log_Z, sizes, acceptance = (log_Z - log_Z[-1])[::-1], sizes[::-1], acceptance[::-1]
-        width = np.asarray(widths) if name == "tempered" else noise_std
+        width = np.asarray(tempering.width) if name == "tempered" else noise_std
         courses[name] = Course(width, log_Z, sizes, acceptance)
     return courses
 

@@ -43,13 +43,13 @@ the model differs from the data.
 
 import math
 from collections.abc import Callable
-from statistics import NormalDist
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
+from scipy import stats
 
 from drl_jax import diffusion, noise
 from drl_jax.diffusion import NoiseSchedule
@@ -85,6 +85,31 @@ class Path(NamedTuple):
 
     level: Int[Array, "R"]
     beta: Float[Array, "R"]
+
+    def log_density(
+        self, F: LevelFn, x: Float[Array, "B *D"], i: Int[Array, ""], schedule: NoiseSchedule
+    ) -> Float[Array, "B"]:
+        """Returns log q(x) of distribution i, up to a constant [nats]."""
+        return intermediate_log_density(F, x, self.level[i], self.beta[i], schedule)
+
+
+class Tempering(NamedTuple):
+    """R hotter versions of level 0, from a Gaussian to level 0 itself.
+
+    Attributes:
+      beta: weight of level 0, from 0 to 1.
+      width: standard deviation of each version if level 0 were N(0, sigma_bar_0² I); the first
+        is that of the Gaussian.
+    """
+
+    beta: Float[Array, "R"]
+    width: Float[Array, "R"]
+
+    def log_density(
+        self, F: LevelFn, x: Float[Array, "B *D"], i: Int[Array, ""], schedule: NoiseSchedule
+    ) -> Float[Array, "B"]:
+        """Returns log q(x) of version i, up to a constant [nats]."""
+        return tempered_log_density(F, x, self.beta[i], self.width[0], schedule)
 
 
 def annealing_path(schedule: NoiseSchedule, num_distributions: int) -> Path:
@@ -128,19 +153,17 @@ def intermediate_log_density(
     )
 
 
-def tempering(
-    num_distributions: int, std: float, schedule: NoiseSchedule
-) -> tuple[Float[Array, "R"], Float[Array, "R"]]:
-    """Returns beta of R = num_distributions + 1 hotter versions of level 0, from 0 to 1.
+def tempering(num_distributions: int, std: float, schedule: NoiseSchedule) -> Tempering:
+    """Returns num_distributions + 1 hotter versions of level 0, of widths `std` to sigma_bar_0.
 
     No region of level 0 is narrower than the noise in it, whose standard deviation is
     sigma_bar_0. If level 0 were a normal distribution of this width, the hotter versions would
-    be normal too, and with these beta each would be narrower than the one before by the same
-    factor. The second result is their standard deviations, from `std` down to sigma_bar_0.
+    be normal too, and each would be narrower than the one before by the same factor.
     """
     u = jnp.linspace(0.0, 1.0, num_distributions + 1)
     log_ratio = 2 * jnp.log(std / schedule.sigma_bar[0])
-    return jnp.expm1(u * log_ratio) / jnp.expm1(log_ratio), std * jnp.exp(-u * log_ratio / 2)
+    beta = jnp.expm1(u * log_ratio) / jnp.expm1(log_ratio)
+    return Tempering(beta, std * jnp.exp(-u * log_ratio / 2))
 
 
 def tempered_log_density(
@@ -273,38 +296,37 @@ def warm_up_tempered(
     keys: Key[Array, "B"],
     F: LevelFn,
     shape: tuple[int, ...],
-    std: float,
+    tempering: Tempering,
     schedule: NoiseSchedule,
     sampler: Sampler,
     num_steps: int,
     target: float,
-) -> tuple[Float[Array, "G"], Float[Array, "G"]]:
-    """Adapts the step size at G hotter versions of level 0, on B chains that are discarded.
+) -> tuple[Float[Array, "R"], Float[Array, "R"]]:
+    """Adapts the step size at R hotter versions of level 0, on B chains that are discarded.
 
-    The initial step size of a version is its width (`tempering`).
+    The initial step size of a version is its width.
 
     Args:
       keys: one key per chain.
       F: log-density of the levels.
       shape: shape of one example.
-      std: standard deviation of the Gaussian from which level 0 is tempered.
+      tempering: the hotter versions.
       schedule: noise levels.
-      sampler: kernel to be tuned; the length of its tuning is G.
+      sampler: kernel to be tuned.
       num_steps: steps per version.
       target: mean acceptance probability to reach.
 
     Returns:
       the step size and the mean acceptance probability of every version, hottest first.
     """
-    G = len(sampler.tuning["leapfrog"])
-    beta, width = (values[::-1] for values in tempering(G - 1, std, schedule))
+    last = len(tempering.beta) - 1  # `adapt_step_sizes` goes from the last index to the first
     step_size, acceptance = ladder.adapt_step_sizes(
         keys,
         sampler,
-        lambda _, t: lambda x: tempered_log_density(F, x, beta[t[0]], std, schedule),
-        start=std * ladder.white_noise(keys, shape, schedule),
+        lambda _, t: lambda x: tempering.log_density(F, x, last - t[0], schedule),
+        start=tempering.width[0] * ladder.white_noise(keys, shape, schedule),
         to_next_level=lambda x, _: x,
-        step_size=width,
+        step_size=tempering.width[::-1],
         num_steps=num_steps,
         target=target,
     )
@@ -361,8 +383,8 @@ class Agreement(NamedTuple):
       order: tests that each upper bound is at least each lower bound: four one-sided z-tests
         with Bonferroni's correction. Differences up to `ROUNDING` do not count.
       log_density: tests that log q_0 has the same distribution at the starting points of both
-        passes (`equality_p_value`).
-      log_weight: tests that log w has the same distribution in both passes.
+        passes (Kolmogorov-Smirnov).
+      log_weight: tests that log w has the same distribution in both passes, in the same way.
     """
 
     order: float
@@ -372,7 +394,7 @@ class Agreement(NamedTuple):
     @property
     def rejected(self) -> list[str]:
         """Names of the tests that reject the hypothesis."""
-        return [name for name, p in self._asdict().items() if p < SIGNIFICANCE]
+        return [name for name, p in self._asdict().items() if not p >= SIGNIFICANCE]  # or NaN
 
 
 class Partition(NamedTuple):
@@ -397,9 +419,10 @@ class Partition(NamedTuple):
 
     @property
     def lower(self) -> Bound:
-        """The lower bound that is larger by two standard errors less; NaN if one is NaN.
+        """The better lower bound; NaN if one of them is.
 
-        The larger number alone would often be that with the larger error.
+        It is the one whose log_Z minus two standard errors is larger. Without this margin, it
+        would often be the one with the larger error.
         """
         return max(
             self.levels,
@@ -428,7 +451,7 @@ class Partition(NamedTuple):
         """
         upper = min(self.from_data, self.from_model, key=_nan_last)
         error = math.hypot(upper.std_error, self.tempered.std_error)
-        deviations = -NormalDist().inv_cdf(SIGNIFICANCE / 4)
+        deviations = float(stats.norm.isf(SIGNIFICANCE / 4))
         return upper.log_Z - self.tempered.log_Z + deviations * error + ROUNDING
 
 
@@ -462,29 +485,11 @@ def partition(
         for upper in (data, own)
     ]
     agreement = Agreement(
-        order=min(1.0, len(z) * math.erfc(max(z) / math.sqrt(2)) / 2),
-        log_density=equality_p_value(*log_density),
-        log_weight=equality_p_value(from_data, from_model),
+        order=min(1.0, len(z) * float(stats.norm.sf(max(z)))),
+        log_density=float(stats.ks_2samp(*log_density).pvalue),
+        log_weight=float(stats.ks_2samp(from_data, from_model).pvalue),
     )
     return Partition(down, hot, data, own, agreement)
-
-
-def equality_p_value(a: Float[np.ndarray, "n"], b: Float[np.ndarray, "n"]) -> float:
-    """Returns the p-value of the Kolmogorov-Smirnov test of equal distributions.
-
-    The statistic is the largest difference k / n between the two empirical distribution
-    functions. For equal numbers n of independent values its distribution is known exactly
-    (Gnedenko and Korolyuk 1951):
-
-        P(statistic >= k / n) = 2 sum_{j >= 1} (-1)^(j - 1) C(2n, n - j k) / C(2n, n)
-    """
-    n, values = len(a), np.concatenate([a, b])
-    ranks = (np.searchsorted(np.sort(sample), values, side="right") for sample in (a, b))
-    k = int(np.max(np.abs(np.subtract(*ranks))))
-    if k == 0:
-        return 1.0
-    terms = ((-1) ** (j - 1) * math.comb(2 * n, n - j * k) for j in range(1, n // k + 1))
-    return 2 * sum(terms) / math.comb(2 * n, n)
 
 
 def resample(log_w: Float[np.ndarray, "N"], n: int, u: float) -> Int[np.ndarray, "n"]:
