@@ -254,11 +254,13 @@ def test_starting_points_with_other_densities_or_weights_are_rejected(test):
     assert annealing.partition(**passes).agreement.rejected == [test]
 
 
-def test_a_pass_without_numbers_makes_the_gap_nan():
+def test_a_pass_without_numbers_makes_the_gap_nan_and_the_order_rejected():
     for name in annealing.PASSES:
         passes = same(16)
         passes[name] = np.full(16, np.nan)
-        assert np.isnan(annealing.partition(**passes).gap)
+        found = annealing.partition(**passes)
+        assert np.isnan(found.gap)
+        assert "order" in found.agreement.rejected
 
 
 def test_exact_starts_are_rejected_no_more_often_than_stated(monkeypatch):

@@ -485,7 +485,7 @@ def partition(
         for upper in (data, own)
     ]
     agreement = Agreement(
-        order=min(1.0, len(z) * float(stats.norm.sf(max(z)))),
+        order=float(np.minimum(1.0, len(z) * stats.norm.sf(np.max(z)))),  # NaN stays NaN
         log_density=float(stats.ks_2samp(*log_density).pvalue),
         log_weight=float(stats.ks_2samp(from_data, from_model).pvalue),
     )
