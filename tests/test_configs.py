@@ -133,7 +133,7 @@ def test_the_papers_settings(name):
     size, N, batch, beta1 = PAPER[name]
     assert (config.data.image_size, config.energy.N) == (size, N)
     assert (config.train.batch_size, config.optim.beta1) == (batch, beta1)
-    # Training in bfloat16 is faster and as good; what is measured is computed in float32.
+    # Training in bfloat16 is as good; what is measured is computed in float32.
     assert (config.energy.dtype, config.evaluation.dtype) == ("bfloat16", "float32")
     assert (config.energy.ch, config.energy.mult) == (128, MULT[size])
     assert (config.diffusion.T, config.mcmc.K, config.mcmc.b_squared) == (6, 30, 2e-4)
