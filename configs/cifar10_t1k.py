@@ -34,8 +34,8 @@ def get_config():
     config.energy.mult = (1, 2, 2, 2)
     config.energy.N = 8
     config.energy.parameterisation = "noise"
-    config.mcmc.sampler = "normal_approximation"
-    config.mcmc.K = 1
+    config.mcmc.start = "posterior"
+    config.mcmc.K = 0
     config.optim.beta1 = 0.9
     config.train.objective = "denoising"
     config.train.batch_size = 256

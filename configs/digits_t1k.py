@@ -28,8 +28,8 @@ def get_config():
     config.energy.mult = (1, 2)
     config.energy.N = 1
     config.energy.parameterisation = "noise"
-    config.mcmc.sampler = "normal_approximation"
-    config.mcmc.K = 1
+    config.mcmc.start = "posterior"
+    config.mcmc.K = 0
     config.optim.learning_rate = 1e-3
     config.optim.adam = "optax"
     config.optim.warmup_steps = 200

@@ -27,8 +27,8 @@ def get_config():
     config.energy.ch = 64
     config.energy.N = 2
     config.energy.parameterisation = "unit"
-    config.mcmc.sampler = "normal_approximation"
-    config.mcmc.K = 1
+    config.mcmc.start = "posterior"
+    config.mcmc.K = 0
     config.optim.learning_rate = 5e-3
     config.optim.adam = "optax"
     config.optim.warmup_steps = 200

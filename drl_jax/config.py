@@ -41,6 +41,8 @@ def default() -> ConfigDict:
             },
             "diffusion": {
                 "T": 6,  # number of energies; noise levels are 0..T
+                # 'linear', the paper's, for T = 1 to 501 or 1000; or 'cosine', for any T
+                "schedule": "linear",
             },
             "energy": {
                 "network": "resnet",  # 'resnet' for images, 'mlp' for points
@@ -53,10 +55,15 @@ def default() -> ConfigDict:
                 "dtype": "float32",  # of the products in f, in training; or 'bfloat16'
             },
             "mcmc": {
-                "sampler": "langevin",  # or 'mala', 'hmc', 'normal_approximation'
-                "K": 30,  # MCMC steps per level
+                "sampler": "langevin",  # or 'mala', 'hmc'
+                "K": 30,  # MCMC steps per level; can be 0 if chains start from 'posterior'
+                # Where the chain of a level starts: 'x_tilde', at the sample of the level
+                # above; or 'posterior', at a draw from the conditional's normal approximation.
+                # See `sampling.ladder.start_from_posterior`.
+                "start": "x_tilde",
                 "b_squared": 2e-4,  # b², from which the step size of each level follows
-                "noise_scale": 1.0,  # factor of the Langevin noise when generating
+                # Factor of the noise of Langevin chains and their starts when generating
+                "noise_scale": 1.0,
                 "leapfrog": (5,),  # HMC leapfrog steps: one number, or one per level
                 "target_acceptance": 0.65,  # of MALA and HMC, adapted before generation
                 "warmup_steps": 100,  # steps of this adaptation, per level
@@ -138,9 +145,17 @@ RENAMED = {
     "likelihood.rungs": "likelihood.distributions",
 }
 
-# The same for values, by the present name of the field.
-RENAMED_VALUES = {
-    "train.levels": {"log_noise": "log_snr"},
+# Values that fields had in earlier versions, by the present name of the field; and the fields
+# that have the same effect now.
+REPLACED_VALUES: dict[str, dict[str, dict[str, Any]]] = {
+    "train.levels": {"log_noise": {"train.levels": "log_snr"}},
+    "mcmc.sampler": {
+        "normal_approximation": {
+            "mcmc.sampler": "langevin",
+            "mcmc.start": "posterior",
+            "mcmc.K": 0,
+        },
+    },
 }
 
 # Values of fields that did not exist yet in a saved configuration, where these are not the
@@ -149,11 +164,13 @@ EARLIER = {"optim.adam": "optax"}
 
 CHOICES = {
     "data.crop": ("centre", "none"),
+    "diffusion.schedule": ("linear", "cosine"),
     "energy.network": ("resnet", "mlp"),
     "energy.parameterisation": ("step", "noise", "unit"),
     "energy.dtype": ("float32", "bfloat16"),
     "evaluation.dtype": ("float32", "bfloat16"),
-    "mcmc.sampler": ("langevin", "mala", "hmc", "normal_approximation"),
+    "mcmc.sampler": ("langevin", "mala", "hmc"),
+    "mcmc.start": ("x_tilde", "posterior"),
     "optim.adam": ("keras", "optax"),
     "train.objective": ("recovery", "denoising"),
     "train.levels": ("uniform", "log_snr"),
@@ -165,6 +182,7 @@ MINIMUM = {
     "seed": 0,
     "data.dequantise": 0,
     "energy.ch": 4,  # the embedding of t has ch / 2 frequencies, at least two
+    "mcmc.K": 0,
     "mcmc.noise_scale": 0,
     "mesh.data": -1,
     "optim.warmup_steps": 0,
@@ -277,6 +295,9 @@ def validate(config: ConfigDict) -> None:
         is_bool = isinstance(value, bool)  # and then also an instance of int
         if not isinstance(value, types) or is_bool != isinstance(example, bool):
             raise invalid(name, f"give a value such as {example!r}")
+        if replaced := REPLACED_VALUES.get(name, {}).get(value):
+            flags = (f"--config.{field}={new}" for field, new in replaced.items())
+            raise invalid(name, f"it has been replaced by {' '.join(flags)}")
         if name in CHOICES and value not in CHOICES[name]:
             raise invalid(name, f"use {' or '.join(map(repr, CHOICES[name]))}")
         if isinstance(example, tuple):
@@ -286,14 +307,9 @@ def validate(config: ConfigDict) -> None:
             _require_in_range(name, value)
     if config.mesh.data == 0:
         raise invalid("mesh.data", "give a number of devices, or -1 for all")
-    sampler, T = config.mcmc.sampler, config.diffusion.T
-    for name in ("mcmc.sampler", "train.objective"):
-        if fields[name] in ("normal_approximation", "denoising") and T != 1000:
-            raise invalid(
-                name, f"this needs the small steps of T = 1000 levels; this model has T = {T}"
-            )
-    if sampler == "normal_approximation" and config.mcmc.K != 1:
-        raise invalid("mcmc.K", f"{sampler!r} is a single draw; set it to 1")
+    sampler = config.mcmc.sampler
+    if config.mcmc.K == 0 and config.mcmc.start == "x_tilde":
+        raise invalid("mcmc.K", "this needs config.mcmc.start 'posterior'; or give 1 or more")
     if sampler in ("mala", "hmc") and config.mcmc.noise_scale != 1:
         raise invalid("mcmc.noise_scale", f"the accept step of {sampler!r} requires 1")
     if sampler in ("mala", "hmc") and config.evaluation.dtype != "float32":
@@ -344,9 +360,9 @@ def to_json(config: ConfigDict) -> dict[str, Any]:
 def from_json(values: dict[str, Any]) -> ConfigDict:
     """Returns the configuration that `to_json` saved, in this or an earlier version.
 
-    Lists become tuples again. Old names of fields (`RENAMED`) and of their values
-    (`RENAMED_VALUES`) become the present ones. A field that did not exist yet takes the value
-    with which this version behaves as the earlier one did: its default, or that in `EARLIER`.
+    Lists become tuples again. Old names of fields (`RENAMED`) become the present ones, and
+    `REPLACED_VALUES` are replaced. A field that did not exist yet takes the value with which
+    this version behaves as the earlier one did: its default, or that in `EARLIER`.
 
     Raises:
       UserError: if the saved configuration has a field that this version lacks, or a value of
@@ -355,6 +371,7 @@ def from_json(values: dict[str, Any]) -> ConfigDict:
     config = default()
     known = dict(flatten(config))
     config.update_from_flattened_dict(EARLIER)
+    replaced: dict[str, Any] = {}
     for saved, value in flatten(ConfigDict(values)):
         name = RENAMED.get(saved, saved)
         if name not in known:
@@ -364,8 +381,8 @@ def from_json(values: dict[str, Any]) -> ConfigDict:
             )
         if isinstance(value, list):
             value = tuple(value)
-        elif name in RENAMED_VALUES:
-            value = RENAMED_VALUES[name].get(value, value)
+        elif value in REPLACED_VALUES.get(name, ()):
+            replaced |= REPLACED_VALUES[name][value]
         try:
             config.update_from_flattened_dict({name: value})
         except (TypeError, ValueError) as error:
@@ -373,6 +390,7 @@ def from_json(values: dict[str, Any]) -> ConfigDict:
                 f"the saved configuration has config.{name} = {value!r}: it must be a value "
                 f"such as {known[name]!r}"
             ) from error
+    config.update_from_flattened_dict(replaced)
     return config
 
 

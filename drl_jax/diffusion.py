@@ -3,7 +3,8 @@
     x_{t+1} = a_{t+1} x_t + sigma_{t+1} eps,   a² + sigma² = 1,   eps ~ N(0, I)
 
 (Gao et al. 2021, eq. 4.) There are T energies: energy t = 0..T-1 recovers level t from level
-t + 1. Level 0 is the data with a little noise; level T is white noise.
+t + 1. Level 0 is the data with a little noise. Level T is white noise: it contains at most
+0.08 times the data, and generation starts from N(0, I).
 """
 
 import itertools
@@ -19,6 +20,10 @@ from drl_jax.errors import UserError
 # The linear schedule of Ho et al. (2020), and a last beta of 1, which only T = 1000 uses: then
 # level T is exactly white noise. For smaller T, a_bar_T is about 0.006.
 BETAS = np.append(np.linspace(1e-4, 0.02, 1000), 1.0)
+
+# Logarithm of the signal-to-noise ratio, a_bar² / sigma_bar², at levels 0 and T of the cosine
+# schedule (Zhu et al. 2024).
+LOG_SNR = 9.8, -5.1
 
 
 @flax.struct.dataclass
@@ -45,7 +50,8 @@ class NoiseSchedule:
     def is_marginal(self, t: Int[Array, "*B"]) -> Float[Array, "*B"]:
         """Returns 1 where t = T - 1, whose energy is learned as a marginal, and 0 below.
 
-        Level T is white noise, independent of x_{T-1}, so the conditional is the marginal.
+        Level T is treated as white noise that is independent of x_{T-1}; the conditional is
+        then the marginal.
         """
         return (t == self.T - 1).astype(self.a.dtype)
 
@@ -54,28 +60,28 @@ class NoiseSchedule:
         return jnp.where(t == self.T - 1, 1.0, self.a[t + 1])
 
 
-def schedule(T: int) -> NoiseSchedule:
+def schedule(T: int, name: str = "linear") -> NoiseSchedule:
     """Returns the noise schedule with T energies.
 
-    The step to each level combines one or more consecutive `BETAS`. With T = 1000 it is one
-    beta per level (the paper's T1k). With T of 501 or less, the levels are spaced evenly over
-    the first half of the betas, and the step to level T combines the rest (T = 6 is the
-    paper's T6).
+    - 'linear' is the paper's. The step to each level combines one or more consecutive `BETAS`.
+      With T = 1000 it is one beta per level (T1k). With T of 501 or less, the levels are spaced
+      evenly over the first half of the betas, and the step to level T combines the rest
+      (T = 6 is T6).
+    - 'cosine' has a_bar_t = cos(θ_t) and sigma_bar_t = sin(θ_t), for angles θ_t that are evenly
+      spaced and have the log-SNR 2 log cot(θ) of `LOG_SNR` at both ends (Zhu et al. 2024;
+      Hoogeboom et al. 2023). The levels are spaced more evenly than in T6, where half of the
+      noise is added in the first step. a_bar_T is 0.08.
+
+    Args:
+      T: number of energies.
+      name: 'linear' or 'cosine'.
 
     Raises:
-      UserError: if T is not 1000 and not in 1..501.
+      UserError: if the name is unknown, or T does not fit the schedule.
     """
-    if T == 1000:
-        ends = np.arange(1001)
-    elif 1 <= T <= 501:
-        stride = 1000 // (2 * (T - 1)) if T > 1 else 0
-        ends = np.append(stride * np.arange(T), 999)
-    else:
-        raise UserError(
-            f"T = {T} does not fit the noise schedule of 1000 steps; use 1 to 501, or 1000"
-        )
-    log_a_bar = np.cumsum(0.5 * np.log1p(-BETAS[:-1]))
-    a_bar = np.exp(np.append(log_a_bar, -np.inf))[ends]
+    if name not in _SCHEDULES:
+        raise UserError(f"the noise schedule {name!r} is unknown; use 'linear' or 'cosine'")
+    a_bar = _SCHEDULES[name](T)
     a = a_bar / np.append(1.0, a_bar[:-1])
     return NoiseSchedule(
         a=jnp.asarray(a),
@@ -83,6 +89,33 @@ def schedule(T: int) -> NoiseSchedule:
         a_bar=jnp.asarray(a_bar),
         sigma_bar=jnp.asarray(np.sqrt(1 - a_bar**2)),
     )
+
+
+def _linear(T: int) -> Float[np.ndarray, "levels"]:
+    """Returns a_bar of the linear schedule."""
+    if T == 1000:
+        ends = np.arange(1001)
+    elif 1 <= T <= 501:
+        stride = 1000 // (2 * (T - 1)) if T > 1 else 0
+        ends = np.append(stride * np.arange(T), 999)
+    else:
+        raise UserError(
+            f"T = {T} does not fit the linear noise schedule of 1000 steps; use 1 to 501, or "
+            "1000, or the schedule 'cosine'"
+        )
+    log_a_bar = np.cumsum(0.5 * np.log1p(-BETAS[:-1]))
+    return np.exp(np.append(log_a_bar, -np.inf))[ends]
+
+
+def _cosine(T: int) -> Float[np.ndarray, "levels"]:
+    """Returns a_bar of the cosine schedule."""
+    if T < 1:
+        raise UserError(f"T = {T} is not a number of noise levels; use 1 or more")
+    first, last = np.arctan(np.exp(-np.array(LOG_SNR) / 2))
+    return np.cos(np.linspace(first, last, T + 1))
+
+
+_SCHEDULES = {"linear": _linear, "cosine": _cosine}
 
 
 def level_groups(T: int) -> list[range]:
@@ -143,7 +176,13 @@ def posterior(
     weight_next = schedule.a[t + 1] * (sigma_bar[t] / sigma_bar[t + 1]) ** 2
     weight_data = schedule.a_bar[t] * (sigma[t + 1] / sigma_bar[t + 1]) ** 2
     mean = noise.per_example(weight_next, x) * x_next + noise.per_example(weight_data, x) * x
-    return mean, sigma[t + 1] * sigma_bar[t] / sigma_bar[t + 1]
+    return mean, posterior_std(t, schedule)
+
+
+def posterior_std(t: Int[Array, "B"], schedule: NoiseSchedule) -> Float[Array, "B"]:
+    """Returns the standard deviation of q(x_t | x_{t+1}, x), which is the same for all x."""
+    sigma_bar = schedule.sigma_bar
+    return schedule.sigma[t + 1] * sigma_bar[t] / sigma_bar[t + 1]
 
 
 def _scale_and_add_noise(keys, x, a, sigma):

@@ -11,11 +11,11 @@ from ml_collections import ConfigDict
 from drl_jax import diffusion, recovery
 from drl_jax.diffusion import NoiseSchedule
 from drl_jax.errors import UserError
-from drl_jax.mcmc import hmc, langevin, mala, normal_approximation
+from drl_jax.mcmc import hmc, langevin, mala
 from drl_jax.networks import mlp, resnet
 from drl_jax.networks.energy import Energy, Params, with_dtype
 from drl_jax.recovery import LevelFn, Parameterisation
-from drl_jax.sampling.ladder import Conditionals, Sampler
+from drl_jax.sampling.ladder import STARTS, Conditionals, Sampler
 
 
 class Method(NamedTuple):
@@ -62,7 +62,7 @@ def from_config(config: ConfigDict) -> Method:
       UserError: if the noise schedule does not support T, the network cannot halve the images
         often enough, or the leapfrog steps are given for another number of levels.
     """
-    schedule = diffusion.schedule(config.diffusion.T)
+    schedule = diffusion.schedule(config.diffusion.T, config.diffusion.schedule)
     energy = make_energy(config, config.energy.dtype)
     if config.energy.parameterisation == "step":
         s = recovery.step_sizes(schedule, config.mcmc.b_squared)
@@ -113,27 +113,23 @@ def make_sampler(
     Args:
       mcmc: the section `mcmc` of a configuration.
       schedule: noise levels.
-      noise_scale: factor of the noise, for the samplers that have one (Langevin and the
-        normal approximation).
+      noise_scale: factor of the noise of Langevin dynamics and of its starting points.
 
     Raises:
       UserError: if the leapfrog steps are given for another number of levels.
     """
-    T = schedule.T
+    T, start = schedule.T, STARTS[mcmc.start]
     step_size = recovery.step_sizes(schedule, mcmc.b_squared)
-    scale = jnp.full((T,), noise_scale)
     if mcmc.sampler == "langevin":
-        tuning = {"step_size": step_size, "noise_scale": scale}
-        return Sampler(langevin.init, langevin.kernel, tuning, mcmc.K)
-    if mcmc.sampler == "normal_approximation":
-        tuning = {"step_size": schedule.sigma[1:], "noise_scale": scale}
-        return Sampler(normal_approximation.init, normal_approximation.kernel, tuning, mcmc.K)
+        tuning = {"step_size": step_size, "noise_scale": jnp.full((T,), noise_scale)}
+        return Sampler(langevin.init, langevin.kernel, tuning, mcmc.K, start)
     if mcmc.sampler == "mala":
-        return Sampler(mala.init, mala.kernel, {"step_size": step_size}, mcmc.K)
+        return Sampler(mala.init, mala.kernel, {"step_size": step_size}, mcmc.K, start)
     if len(mcmc.leapfrog) not in (1, T):
         raise UserError(
             f"config.mcmc.leapfrog is {mcmc.leapfrog}: give one number for all levels, or "
             f"{T} numbers, one per level"
         )
     leapfrog = jnp.broadcast_to(jnp.asarray(mcmc.leapfrog), (T,))
-    return Sampler(hmc.init, hmc.kernel, {"step_size": step_size, "leapfrog": leapfrog}, mcmc.K)
+    tuning = {"step_size": step_size, "leapfrog": leapfrog}
+    return Sampler(hmc.init, hmc.kernel, tuning, mcmc.K, start)

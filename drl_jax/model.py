@@ -92,9 +92,7 @@ class Model:
             ),
             descend=_compile(engine, method, ladder.descend),
             inpaint=_compile(engine, method, inpainting.inpaint),
-            start_chains=_compile(
-                engine, method, lambda _, *arguments: chains_lib.start(*arguments)
-            ),
+            start_chains=_compile(engine, method, chains_lib.start),
             advance_chains=_compile(engine, method, chains_lib.advance),
         )
         return cls(method, params, engine, programs)
@@ -319,7 +317,7 @@ class Model:
         chains: Chains | None = None,
         points: int = chains_lib.POINTS,
     ) -> tuple[Chains, Observation]:
-        """Runs chains on p(y | x_tilde), started at y = x_tilde, up to step `num_steps`.
+        """Runs chains on p(y | x_tilde) up to step `num_steps`.
 
         Given chains from an earlier call, it continues them; the result is bit-identical to
         that of a single call. Levels and numbers of steps are traced values, so other values
@@ -337,11 +335,10 @@ class Model:
           the chains with their traces, and their present positions, as numpy arrays.
 
         Raises:
-          UserError: if a level is not in 0..T-1, or the sampler is not a Markov chain.
+          UserError: if a level is not in 0..T-1.
         """
         x_tilde, t = np.asarray(x_tilde, np.float32), np.asarray(t, np.int32)
         chains_lib.require_levels(t, self.T)
-        chains_lib.require_chain(self.method.sampler)
         indices = np.arange(len(t))
         if chains is None:
             trace = np.zeros((len(t), points, 1 + chains_lib.PROJECTIONS), np.float32)

@@ -108,19 +108,23 @@ def positives(
     return noise.per_example(schedule.y_scale(t), x) * x_t, x_tilde
 
 
-def expected_positives(
+def positives_with_noise(
     keys: Key[Array, "B"],
     x: Float[Array, "B *D"],
     t: Int[Array, "B"],
     schedule: NoiseSchedule,
 ) -> tuple[Float[Array, "B *D"], Float[Array, "B *D"]]:
-    """Draws x_tilde ~ q(x_{t+1} | x) and returns (E[y_t | x_tilde, x], x_tilde).
+    """Draws y_t given data x, at levels t in 0..T-1.
 
-    x is data, t in 0..T-1. See `diffusion.posterior`.
+        y_t = a (a_bar_t x + sigma_bar_t eps),   eps ~ N(0, I),   a = a_{t+1}, 1 at t = T - 1
+
+    Returns:
+      y_t and its noise eps.
     """
-    x_tilde = diffusion.diffuse(keys, x, t + 1, schedule)
-    x_t, _ = diffusion.posterior(x, x_tilde, t, schedule)
-    return noise.per_example(schedule.y_scale(t), x) * x_t, x_tilde
+    eps = noise.normal(keys, x.shape[1:])
+    a_bar, sigma_bar = schedule.a_bar[t], schedule.sigma_bar[t]
+    x_t = noise.per_example(a_bar, x) * x + noise.per_example(sigma_bar, x) * eps
+    return noise.per_example(schedule.y_scale(t), x) * x_t, eps
 
 
 def loss(
@@ -154,34 +158,31 @@ def loss(
 def denoising_loss(
     F: LevelFn,
     y: Float[Array, "B *D"],
-    x_tilde: Float[Array, "B *D"],
+    eps: Float[Array, "B *D"],
     t: Int[Array, "B"],
     schedule: NoiseSchedule,
 ) -> Float[Array, "B"]:
-    """Returns the loss of the normal approximation (denoising score matching) per example.
+    """Returns the loss of denoising score matching per example.
 
-        w_t / D · |y - x_tilde - sigma² grad F(x_tilde, t)|² / (2 sigma²),   sigma = sigma_{t+1}
+        |eps + a sigma_bar_t grad F(y, t)|² / (2 D),   a = a_{t+1}, 1 at t = T - 1
 
-    Without the weight w_t, this is the negative log-likelihood of y under the normal
-    approximation N(x_tilde + sigma² grad F(x_tilde), sigma² I), per dimension and up to a
-    constant (Gao et al. 2021, section 3.3). The weight w_t = sigma_bar_{t+1}² / sigma_{t+1}²
-    gives all levels the same importance: with x_tilde = a_bar_{t+1} x + sigma_bar_{t+1} eps_bar
-    and y = E[y_t | x_tilde, x], the loss is |eps_bar + sigma_bar_{t+1} grad F|² / (2 D), as in
-    Ho et al. (2020, eq. 14). No chain is needed, but minimising the loss takes the gradient of
-    a gradient.
+    y is data with Gaussian noise a sigma_bar_t eps. Of all functions of y, the score of its
+    density, grad log q(y_t) = -E[eps | y_t] / (a sigma_bar_t), minimises the expected loss
+    (Vincent 2011; Ho et al. 2020, eq. 14). So F(., t) learns the log-density of y_t, as it does
+    from the recovery likelihood, however far apart the levels are. The variance of eps is 1 at
+    every level, so all levels have the same importance. No chain is needed, but minimising the
+    loss takes the gradient of a gradient.
 
     Args:
       F: the log-density with the parameters to be learned.
-      y: samples of y_t given x_tilde and the data (`positives`), or their mean
-        (`expected_positives`), which has the same expected gradient with less variance.
-      x_tilde: the data diffused to level t + 1.
+      y: samples of y_t (`positives_with_noise`).
+      eps: their noise.
       t: levels in 0..T-1.
       schedule: the noise levels.
     """
-    _, gradient = value_and_gradient(lambda x: F(x, t), x_tilde)
-    sigma = noise.per_example(schedule.sigma[t + 1], y)
-    weight = noise.per_example(schedule.sigma_bar[t + 1], y) / sigma
-    error = weight * (y - x_tilde - sigma**2 * gradient) / sigma
+    _, gradient = value_and_gradient(lambda y: F(y, t), y)
+    std = schedule.y_scale(t) * schedule.sigma_bar[t]
+    error = eps + noise.per_example(std, y) * gradient
     return jnp.mean(jnp.square(error), axis=range(1, y.ndim)) / 2
 
 

@@ -7,8 +7,7 @@ import pytest
 from helpers.gaussian_ladder import SCHEDULE, exact_F, marginal_moments
 from helpers.statistical import assert_mean, assert_variance
 
-from drl_jax import method, noise, recovery
-from drl_jax.config import default
+from drl_jax import noise, recovery
 from drl_jax.errors import UserError
 from drl_jax.mcmc import hmc, langevin
 from drl_jax.metrics import diagnostics
@@ -51,7 +50,7 @@ def make_chains(F, sampler, x_tilde, t, points, seed=0):
     keys = noise.example_keys(jax.random.key(seed), jnp.arange(len(t)))
     trace = jnp.zeros((len(t), points, S))
     conditionals = Conditionals(F, SCHEDULE, sampler)
-    start = chains_lib.start(conditionals, x_tilde, t, trace)
+    start = chains_lib.start(keys, conditionals, x_tilde, t, trace)
 
     @jax.jit
     def advance(chains, last):
@@ -222,15 +221,3 @@ def test_four_to_seven_chains_share_a_condition_if_there_are_four(n):
 def test_single_chains_and_unknown_levels_are_errors_of_one_line(call, words):
     with pytest.raises(UserError, match=f"^[^\n]*{words}[^\n]*$"):
         call()
-
-
-@pytest.mark.parametrize("name", ["langevin", "mala", "hmc", "normal_approximation"])
-def test_only_the_normal_approximation_is_rejected_as_not_being_a_chain(name):
-    config = default()
-    config.mcmc.sampler = name
-    sampler = method.make_sampler(config.mcmc, SCHEDULE)
-    if name == "normal_approximation":
-        with pytest.raises(UserError, match=r"normal_approximation.*mcmc\.sampler"):
-            chains_lib.require_chain(sampler)
-    else:
-        chains_lib.require_chain(sampler)

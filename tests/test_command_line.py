@@ -233,7 +233,7 @@ def test_changed_leaves_the_original_alone():
         ("energy.mult=abc", "energy.mult is "),
         ("energy.mult=(1,1.5)", "energy.mult is "),
         ("energy.mult=()", "energy.mult is "),
-        ("mcmc.K=0", "mcmc.K is 0: .*positive"),
+        ("mcmc.K=0", "mcmc.K is 0: .*config.mcmc.start 'posterior'"),
         ("mcmc.sampler=nuts", "mcmc.sampler is 'nuts'"),
     ],
 )

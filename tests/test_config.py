@@ -40,7 +40,9 @@ def test_the_default_is_valid():
         ("energy.mult", ()),
         ("energy.mult", (1, 0)),
         ("energy.mult", (1, "2")),
+        ("diffusion.schedule", "quadratic"),
         ("mcmc.K", 0),
+        ("mcmc.start", "x"),
         ("mcmc.b_squared", 0.0),
         ("mcmc.b_squared", float("nan")),
         ("mcmc.leapfrog", (0,)),
@@ -74,6 +76,7 @@ def test_an_impossible_value_is_refused_by_name(name, value):
     [
         ("seed", 2**32 - 1),
         ("energy.ch", 4),
+        ("mcmc.K", 1),
         ("mcmc.noise_scale", 0.0),
         ("mesh.data", -1),
         ("optim.beta1", 0.0),
@@ -110,12 +113,12 @@ def test_the_tables_of_checks_name_fields(names):
     ("fields", "words"),
     [
         ({"mcmc__sampler": "nuts"}, "mcmc.sampler is 'nuts': use 'langevin' or 'mala' or"),
-        ({"mcmc__sampler": "normal_approximation"}, "T = 1000 levels.* T = 6"),
-        ({"train__objective": "denoising"}, "'denoising': .*T = 1000 levels.* T = 6"),
         (
-            {"diffusion__T": 1000, "mcmc__sampler": "normal_approximation", "mcmc__K": 2},
-            "mcmc.K is 2: .*'normal_approximation'.* 1$",
+            {"mcmc__sampler": "normal_approximation"},
+            "'normal_approximation': .*replaced by --config.mcmc.sampler=langevin "
+            "--config.mcmc.start=posterior --config.mcmc.K=0$",
         ),
+        ({"mcmc__K": 0}, "mcmc.K is 0: .*config.mcmc.start 'posterior'"),
         ({"mcmc__sampler": "mala", "mcmc__noise_scale": 0.9}, "noise_scale is 0.9: .*'mala'"),
         ({"mcmc__sampler": "hmc", "mcmc__noise_scale": 0.9}, "noise_scale is 0.9: .*'hmc'"),
         (
@@ -128,6 +131,10 @@ def test_the_tables_of_checks_name_fields(names):
 def test_values_that_do_not_fit_each_other_are_refused(fields, words):
     with pytest.raises(UserError, match=rf"^config\.[^\n]*{words}"):
         config_lib.validate(changed(**fields))
+
+
+def test_chains_from_the_posterior_may_have_no_steps():
+    config_lib.validate(changed(mcmc__K=0, mcmc__start="posterior"))
 
 
 def test_points_in_the_plane_are_computed_in_float32():
@@ -253,11 +260,26 @@ def test_new_names_of_fields_are_fields_and_old_names_are_not():
     assert not fields & config_lib.RENAMED.keys()
 
 
-def test_new_values_are_choices_and_old_values_are_not():
-    for name, values in config_lib.RENAMED_VALUES.items():
-        choices = {*config_lib.CHOICES[name]}
-        assert choices >= {*values.values()}
-        assert not choices & values.keys()
+def test_the_replacements_of_values_are_valid_and_the_values_are_not():
+    for name, values in config_lib.REPLACED_VALUES.items():
+        for value, replacements in values.items():
+            assert value not in config_lib.CHOICES[name]
+            assert name in replacements
+            config_lib.validate(
+                changed(**{field.replace(".", "__"): v for field, v in replacements.items()})
+            )
+
+
+def test_a_saved_normal_approximation_is_a_draw_from_the_posterior_without_a_chain():
+    """Fails if the saved K, which follows the sampler, is kept."""
+    values = config_lib.to_json(changed(diffusion__T=1000))
+    values["mcmc"] |= {"sampler": "normal_approximation", "K": 1}
+    del values["mcmc"]["start"], values["diffusion"]["schedule"]
+    config = config_lib.from_json(values)
+    config_lib.validate(config)
+    mcmc = config.mcmc
+    assert (mcmc.sampler, mcmc.start, mcmc.K) == ("langevin", "posterior", 0)
+    assert config.diffusion.schedule == "linear"
 
 
 def test_another_run_is_refused_with_every_difference():

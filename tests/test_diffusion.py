@@ -50,19 +50,52 @@ def test_t1k_ends_in_white_noise():
     assert schedule.sigma[-1] == schedule.sigma_bar[-1] == 1
 
 
-@pytest.mark.parametrize("T", [1, 2, 6, 11, 501, 1000])
-def test_squares_of_signal_and_noise_factors_sum_to_one_and_noise_increases(T):
-    schedule = diffusion.schedule(T)
+def test_cosine_schedule_has_the_noise_levels_of_cdrl():
+    published = [0.0074, 0.252, 0.482, 0.682, 0.840, 0.948, 0.997]
+    schedule = diffusion.schedule(6, "cosine")
+    np.testing.assert_allclose(schedule.sigma_bar, published, atol=6e-4)
+
+
+@pytest.mark.parametrize("T", [1, 6, 20, 502, 1000])
+def test_cosine_schedule_has_the_log_snr_of_the_paper(T):
+    """λ(u) = -2 log tan(A u + B), u = t / T; 9.8 at level 0 and -5.1 at level T.
+
+    Fails if the angles end one level early, or A and B are exchanged.
+    """
+    with jax.enable_x64(True):
+        _, _, a_bar, sigma_bar = jax.tree.leaves(diffusion.schedule(T, "cosine"))
+    B = np.arctan(np.exp(-9.8 / 2))
+    A = np.arctan(np.exp(5.1 / 2)) - B
+    log_snr = -2 * np.log(np.tan(A * np.arange(T + 1) / T + B))
+    assert (log_snr[0], log_snr[-1]) == pytest.approx((9.8, -5.1))
+    np.testing.assert_allclose(a_bar**2, 1 / (1 + np.exp(-log_snr)), rtol=1e-9)
+    np.testing.assert_allclose(sigma_bar**2, 1 / (1 + np.exp(log_snr)), rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("T", "name"),
+    [(T, "linear") for T in (1, 2, 6, 11, 501, 1000)] + [(T, "cosine") for T in (1, 20, 1000)],
+)
+def test_squares_of_signal_and_noise_factors_sum_to_one_and_noise_increases(T, name):
+    schedule = diffusion.schedule(T, name)
     assert schedule.a.shape == (T + 1,)
     np.testing.assert_allclose(schedule.a**2 + schedule.sigma**2, 1, atol=2e-7)
     np.testing.assert_allclose(schedule.a_bar**2 + schedule.sigma_bar**2, 1, atol=2e-7)
     assert np.all(np.diff(schedule.sigma_bar) > 0)
+    np.testing.assert_allclose(np.cumprod(schedule.a), schedule.a_bar, atol=1e-5)
 
 
 @pytest.mark.parametrize("T", [-1, 0, 502, 999, 1001])
 def test_numbers_of_levels_that_do_not_fit_the_betas_raise(T):
     with pytest.raises(UserError, match=rf"T = {T} "):
         diffusion.schedule(T)
+
+
+def test_schedules_that_do_not_exist_raise():
+    with pytest.raises(UserError, match=r"'sigmoid' .* 'linear' or 'cosine'"):
+        diffusion.schedule(6, "sigmoid")
+    with pytest.raises(UserError, match="T = 0 "):
+        diffusion.schedule(0, "cosine")
 
 
 def test_top_level_is_the_marginal_with_unscaled_y():

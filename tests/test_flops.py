@@ -63,9 +63,19 @@ def test_hmc_needs_one_gradient_per_leapfrog_step_of_the_longest_trajectory(conf
 
 def test_a_denoising_step_costs_six_passes(config):
     config.diffusion.T, config.train.objective = 1000, "denoising"
-    config.mcmc.sampler, config.mcmc.K = "normal_approximation", 1
     assert passes(config, flops.training_step) == 6
-    assert passes(config, flops.sampling) == 2000
+
+
+@pytest.mark.parametrize(
+    ("sampler", "K", "gradients"), [("langevin", 0, 1), ("mala", 0, 1), ("mala", 10, 12)]
+)
+def test_starting_from_the_posterior_costs_one_gradient_per_level(
+    config, sampler, K, gradients
+):
+    """Without steps, MALA needs no gradient to initialise its chains."""
+    config.mcmc.update(start="posterior", sampler=sampler, K=K)
+    assert passes(config, flops.sampling) == 6 * 2 * gradients
+    assert passes(config, flops.training_step) == 2 * gradients + 6
 
 
 def test_an_mlp_costs_two_flops_per_weight(config):

@@ -11,7 +11,7 @@ from helpers.statistical import assert_mean, assert_variance
 from drl_jax import diffusion, noise
 from drl_jax.data import pipeline, sources
 from drl_jax.errors import UserError
-from drl_jax.mcmc import hmc, langevin, mala, normal_approximation
+from drl_jax.mcmc import hmc, langevin, mala
 from drl_jax.sampling import inpainting, ladder, masks
 from drl_jax.sampling.ladder import Conditionals, Sampler
 from drl_jax.storage import runs
@@ -170,11 +170,8 @@ SAMPLERS = {
     "langevin": Sampler(langevin.init, langevin.kernel, TUNING, 4),
     "mala": Sampler(mala.init, mala.kernel, TUNING, 4),
     "hmc": HMC,
-    "normal_approximation": Sampler(
-        init=normal_approximation.init,
-        kernel=normal_approximation.kernel,
-        tuning={"step_size": SCHEDULE.sigma[1:]},
-        K=1,
+    "posterior": Sampler(
+        langevin.init, langevin.kernel, TUNING, K=0, start=ladder.start_from_posterior
     ),
 }
 

@@ -18,7 +18,7 @@ from helpers.statistical import assert_mean, assert_variance
 
 from drl_jax import noise
 from drl_jax.data import mixtures
-from drl_jax.mcmc import hmc, langevin, mala, normal_approximation
+from drl_jax.mcmc import hmc, langevin, mala
 from drl_jax.sampling import ladder
 from drl_jax.sampling.ladder import Conditionals, Sampler
 
@@ -171,7 +171,6 @@ def test_a_chain_run_in_two_calls_equals_a_chain_run_in_one():
 # Kernel, tuning, and the numbers of values and gradients that 4 steps compute.
 COSTS = [
     (langevin, {}, (0, 4)),
-    (normal_approximation, {}, (0, 4)),
     (mala, {}, (5, 5)),
     (hmc, {"leapfrog": jnp.full(6, 3)}, (13, 13)),
 ]

@@ -87,9 +87,9 @@ def test_other_step_sizes_and_parameters_compile_nothing(model):
     ("T", "mcmc"),
     [
         (6, {"sampler": "langevin", "K": 4, "b_squared": 2e-2}),
-        (1000, {"sampler": "normal_approximation", "K": 1}),
+        (1000, {"start": "posterior", "K": 0}),
     ],
-    ids=["langevin", "normal_approximation"],
+    ids=["langevin", "posterior"],
 )
 def test_generation_multiplies_all_noise_by_the_configured_noise_scale(T, mcmc):
     """On Gaussian data a sample is an affine function of the noise of its chains.

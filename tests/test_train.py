@@ -12,8 +12,7 @@ RESULTS = ("metrics.json", "samples.png")
 T1K = {
     "diffusion__T": 1000,
     "energy__parameterisation": "noise",
-    "mcmc__sampler": "normal_approximation",
-    "mcmc__K": 1,
+    "mcmc__start": "posterior",
 }
 
 
@@ -62,8 +61,8 @@ def test_evaluation_repeats_the_results_of_training(workdir):
     "changes",
     [
         {"mcmc__sampler": "hmc", "mcmc__leapfrog": "(1,1,1,1,2,2)", "mcmc__warmup_steps": 30},
-        T1K,
-        T1K | {"train__objective": "denoising"},
+        T1K | {"mcmc__K": 1},
+        T1K | {"mcmc__K": 0, "train__objective": "denoising"},
     ],
     ids=["hmc", "t1k_recovery", "t1k_denoising"],
 )

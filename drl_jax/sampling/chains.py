@@ -18,8 +18,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from drl_jax import noise, recovery
 from drl_jax.errors import UserError
-from drl_jax.mcmc import normal_approximation
-from drl_jax.sampling.ladder import Conditionals, Sampler
+from drl_jax.sampling.ladder import Conditionals
 
 POINTS = 1000  # maximum length of a trace; even
 PROJECTIONS = 4  # random projections of the position in a trace, beside its log-density
@@ -50,7 +49,7 @@ class Observation(NamedTuple):
     Attributes:
       x: x_t = y / a_{t+1} for the position y.
       log_density: F(y, t), up to a constant [nats].
-      displacement: |y - x_tilde|, the distance from the starting point.
+      displacement: |y - x_tilde|, the distance from the condition.
     """
 
     x: Float[Array, "B *D"]
@@ -59,20 +58,24 @@ class Observation(NamedTuple):
 
 
 def start(
+    keys: Key[Array, "B"],
     conditionals: Conditionals,
     x_tilde: Float[Array, "B *D"],
     t: Int[Array, "B"],
     trace: Float[Array, "B N S"],
 ) -> Chains:
-    """Starts chains on p(y | x_tilde) at y = x_tilde.
+    """Starts chains on p(y | x_tilde) where the sampler starts them in generation.
 
     Args:
+      keys: one key per chain, as for `advance`.
       conditionals: conditionals of all levels.
-      x_tilde: conditions x_{t+1}, where the chains start.
+      x_tilde: conditions x_{t+1}.
       t: level of each chain.
       trace: array for the trace, with any content. With N = 0 there is no trace.
     """
-    state = conditionals.sampler.init(x_tilde, conditionals.log_density_fn(x_tilde, t))
+    sampler = conditionals.sampler
+    y = sampler.start(_level_keys(keys, t), conditionals, x_tilde, t)
+    state = sampler.init(y, conditionals.log_density_fn(x_tilde, t))
     zeros = jnp.zeros_like(trace, shape=t.shape)
     return Chains(jnp.zeros_like(t), state, zeros, trace)
 
@@ -100,7 +103,7 @@ def advance(
       first: number of steps that the chains have made.
       last: number of steps that they will have made; if it is not above `first`, none are made.
     """
-    keys = jax.vmap(jax.random.fold_in)(keys, t)  # as `ladder.descend` does
+    keys = _level_keys(keys, t)
     log_density_fn = conditionals.log_density_fn(x_tilde, t)
     kernel, tuning = conditionals.sampler.kernel, conditionals.sampler.tuning_at(t)
     capacity = chains.trace.shape[1]
@@ -186,17 +189,9 @@ def require_levels(levels: Int[np.ndarray, "L"], T: int) -> None:
             raise UserError(f"level {level} is out of range: the model has levels 0 to {T - 1}")
 
 
-def require_chain(sampler: Sampler) -> None:
-    """Checks that the sampler is a Markov chain with a stationary distribution.
-
-    Raises:
-      UserError: for the normal approximation, which draws once.
-    """
-    if sampler.kernel is normal_approximation.kernel:
-        raise UserError(
-            "the sampler 'normal_approximation' draws once and cannot be run for more steps: "
-            "use --config.mcmc.sampler=langevin or hmc"
-        )
+def _level_keys(keys: Key[Array, "B"], t: Int[Array, "B"]) -> Key[Array, "B"]:
+    """Folds the level of each chain into its key, as `ladder.descend` does."""
+    return jax.vmap(jax.random.fold_in)(keys, t)
 
 
 def _projections(y: Float[Array, "B *D"]) -> Float[Array, "P B"]:

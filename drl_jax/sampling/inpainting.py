@@ -46,7 +46,14 @@ def inpaint(
     Returns:
       images that are equal to x at known pixels. Elsewhere, they contain the noise of level 0.
     """
-    schedule = conditionals.schedule
+    schedule, sampler = conditionals.schedule, conditionals.sampler
+
+    def start_unconditionally(keys, _, x_tilde, t):
+        """Starts chains at the sampler's starting points for all pixels of x_tilde.
+
+        These can depend on F of level t + 1, to which the known pixels of x_t do not belong.
+        """
+        return sampler.start(keys, conditionals, x_tilde, t)
 
     def recover(level_keys, conditionals, x_tilde, t):
         def one_round(i, carry):
@@ -67,7 +74,9 @@ def inpaint(
 
             # F_given_known does not depend on the known pixels of y, only the quadratic term
             # does. So the chain draws those independently of the others; they are replaced.
-            given_known = conditionals._replace(F=F_given_known)
+            given_known = conditionals._replace(
+                F=F_given_known, sampler=sampler._replace(start=start_unconditionally)
+            )
             x_t = with_known(ladder.recover(chain_keys, given_known, x_tilde, t))
             return diffusion.step(noise_keys, x_t, t, schedule), x_t
 

@@ -1,8 +1,14 @@
 """Sampling from the conditional of one level, and through all levels from T down to 0.
 
 Generation (Gao et al. 2021, algorithm 2) starts from white noise x_T. At each level
-t = T-1, ..., 0 it runs K Markov chain Monte Carlo steps on p(y | x_{t+1}), starting from
-y = x_{t+1}, and sets x_t = y / a_{t+1}.
+t = T-1, ..., 0 it runs K Markov chain Monte Carlo steps on p(y | x_{t+1}), and sets
+x_t = y / a_{t+1}. The chain starts at x_{t+1}, as in the paper (`start_at_x_tilde`), or at a
+draw from an approximation of the conditional (`start_from_posterior`).
+
+A chain that starts at x_{t+1} and keeps a fraction r of its starting point after K steps makes
+only a fraction 1 - r of the step from level t + 1 to level t. With many levels and few steps,
+these errors add up, and the samples remain noise. Draws from the approximate posterior already
+have the mean that the energy of level t + 1 implies, for any K, so only its errors add up.
 """
 
 from collections.abc import Callable
@@ -12,10 +18,69 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, Shaped
 
-from drl_jax import noise, recovery
+from drl_jax import diffusion, noise, recovery
 from drl_jax.diffusion import NoiseSchedule
-from drl_jax.mcmc.log_density import LogDensityFn
+from drl_jax.mcmc.log_density import LogDensityFn, value_and_gradient
 from drl_jax.recovery import LevelFn
+
+# Folded into the keys of a level, for the noise of the starting points. Steps are numbered from
+# 0, and there are fewer of them.
+START = 2**31 - 1
+
+
+def start_at_x_tilde(
+    keys: Key[Array, "B"],
+    conditionals: "Conditionals",
+    x_tilde: Float[Array, "B *D"],
+    t: Int[Array, "B"],
+) -> Float[Array, "B *D"]:
+    """Returns the starting points y = x_tilde of Gao et al. (2021), algorithm 2."""
+    del keys, conditionals, t
+    return x_tilde
+
+
+def start_from_posterior(
+    keys: Key[Array, "B"],
+    conditionals: "Conditionals",
+    x_tilde: Float[Array, "B *D"],
+    t: Int[Array, "B"],
+) -> Float[Array, "B *D"]:
+    """Draws y = a_{t+1} x_t with x_t ~ q(x_t | x_{t+1}, x_hat), at levels t in 0..T-1.
+
+    x_hat is the denoised x_tilde = x_{t+1}, according to the energy of level t + 1 (Tweedie's
+    formula),
+
+        x_hat = (x_tilde + sigma_bar_{t+1}² g) / a_bar_{t+1},   g = grad log p_{t+1}(x_tilde)
+        log p_{t+1}(x) = F(a x, t + 1) + constant,   a = a_{t+2}, 1 at t = T - 2
+
+    Inserted into `diffusion.posterior`, this gives
+
+        y = x_tilde + sigma_{t+1}² g + a_{t+1} std z,   z ~ N(0, I)
+
+    If g is the true score, the mean is exactly E[y | x_tilde], however far apart the levels
+    are. The variance is that for known data, the smallest possible. For small sigma_{t+1} this
+    is the normal approximation of Gao et al. (2021, section 3.3). z is scaled by the sampler's
+    `noise_scale`, if it has one.
+
+    At t = T - 1, where x_tilde is white noise, y = x_tilde.
+    """
+    schedule, tuning = conditionals.schedule, conditionals.sampler.tuning_at(t)
+    above = jnp.minimum(t + 1, schedule.T - 1)
+    a_above = noise.per_example(schedule.y_scale(above), x_tilde)
+    _, g = value_and_gradient(lambda x: conditionals.F(a_above * x, above), x_tilde)
+    variance = schedule.sigma[t + 1] ** 2
+    std = schedule.a[t + 1] * diffusion.posterior_std(t, schedule)
+    std *= tuning.get("noise_scale", 1.0)
+    z = noise.normal(noise.fold(keys, START), x_tilde.shape[1:])
+    y = x_tilde + noise.per_example(variance, x_tilde) * g + noise.per_example(std, z) * z
+    return jnp.where(noise.per_example(t == schedule.T - 1, y), x_tilde, y)
+
+
+# The values of config.mcmc.start.
+STARTS: dict[str, "StartFn"] = {
+    "x_tilde": start_at_x_tilde,
+    "posterior": start_from_posterior,
+}
 
 
 class Sampler(NamedTuple):
@@ -26,13 +91,15 @@ class Sampler(NamedTuple):
       kernel: (keys, state, log_density_fn, **tuning) -> (State, Info), from the same module.
       tuning: the kernel's other arguments by name, one value per level: `step_size`, and
         `noise_scale` or `leapfrog` for the kernels that take them.
-      K: number of steps per level.
+      K: number of steps per level. 0 if the starting points themselves are the samples.
+      start: draws the starting point of every chain, one of `STARTS`.
     """
 
     init: Callable[[Float[Array, "B *D"], LogDensityFn], Any]
     kernel: Callable[..., tuple[Any, Any]]
     tuning: dict[str, Shaped[Array, "T"]]
     K: int
+    start: "StartFn" = start_at_x_tilde
 
     def tuning_at(self, t: Int[Array, "B"]) -> dict[str, Shaped[Array, "B"]]:
         """Returns the tuning of each chain, which is at level t."""
@@ -57,6 +124,13 @@ class Conditionals(NamedTuple):
         return lambda y: recovery.conditional_log_density(self.F, y, x_tilde, t, self.schedule)
 
 
+# (keys of level t, conditionals, x_{t+1}, t) -> starting points y of the chains
+StartFn = Callable[
+    [Key[Array, "B"], Conditionals, Float[Array, "B *D"], Int[Array, "B"]],
+    Float[Array, "B *D"],
+]
+
+
 def run_chain(
     keys: Key[Array, "B"],
     sampler: Sampler,
@@ -67,6 +141,8 @@ def run_chain(
 ) -> tuple[Float[Array, "B *D"], Float[Array, "B"]]:
     """Runs Markov chains and returns their last positions and mean acceptance probabilities.
 
+    Without steps, these are the starting points and 1.
+
     Args:
       keys: one key per chain.
       sampler: kernel; each chain uses the tuning of its level.
@@ -76,6 +152,8 @@ def run_chain(
       steps: numbers of the steps, folded into the keys. Two calls with steps 0..k and
         k+1..K-1 draw the same noise as one call with steps 0..K-1.
     """
+    if not len(steps):  # initialising the chains would evaluate the network
+        return position, jnp.ones_like(position, shape=t.shape)
     tuning = sampler.tuning_at(t)
 
     def step(carry, k):
@@ -94,13 +172,14 @@ def sample_conditional(
     x_tilde: Float[Array, "B *D"],
     t: Int[Array, "B"],
 ) -> tuple[Float[Array, "B *D"], Float[Array, "B"]]:
-    """Runs the sampler's K steps on p(y | x_tilde) from y = x_tilde, at levels t in 0..T-1.
+    """Runs the sampler's K steps on p(y | x_tilde), at levels t in 0..T-1.
 
     Returns:
       the last positions y, and the mean acceptance probability of each chain.
     """
     sampler, log_density_fn = conditionals.sampler, conditionals.log_density_fn(x_tilde, t)
-    return run_chain(keys, sampler, log_density_fn, x_tilde, t, jnp.arange(sampler.K))
+    y = sampler.start(keys, conditionals, x_tilde, t)
+    return run_chain(keys, sampler, log_density_fn, y, t, jnp.arange(sampler.K))
 
 
 def recover(
@@ -111,7 +190,8 @@ def recover(
 ) -> Float[Array, "B *D"]:
     """Draws x_t given x_tilde = x_{t+1}: K steps on p(y | x_tilde), then x_t = y / a_{t+1}."""
     sampler, log_density_fn = conditionals.sampler, conditionals.log_density_fn(x_tilde, t)
-    y, _ = run_chain(keys, sampler, log_density_fn, x_tilde, t, jnp.arange(sampler.K))
+    y = sampler.start(keys, conditionals, x_tilde, t)
+    y, _ = run_chain(keys, sampler, log_density_fn, y, t, jnp.arange(sampler.K))
     return y / noise.per_example(conditionals.schedule.y_scale(t), y)
 
 

@@ -308,6 +308,7 @@ def inception_metrics(
         "name": protocol,
         "sampler": config.mcmc.sampler,
         "K": config.mcmc.K,
+        "start": config.mcmc.start,
         "noise_scale": config.mcmc.noise_scale,
         "data": source.identity,
         "pixels": "truncated" if truncate else "rounded",

@@ -136,6 +136,7 @@ PAPER = {
     "mcmc.noise_scale": 0.99,
     "mcmc.sampler": None,
     "mcmc.K": None,
+    "mcmc.start": None,
     "mcmc.b_squared": None,
     "evaluation.num_samples": 50_000,
     "evaluation.num_data": 10**9,  # more than any data set has

@@ -71,8 +71,10 @@ CHAIN_STEPS = 5  # maximum number of chain steps to time
 T1K = {
     "diffusion.T": 1000,
     "energy.parameterisation": "noise",
-    "mcmc.sampler": "normal_approximation",
-    "mcmc.K": 1,
+    "mcmc.sampler": "langevin",
+    "mcmc.start": "posterior",
+    "mcmc.K": 0,
+    "train.objective": "denoising",
 }
 
 _CONFIG = flags.DEFINE_string("config", None, "Configuration file, such as configs/cifar10.py.")
@@ -188,9 +190,12 @@ class Workload:
         return compiled("forward pass", jitted, self.params, (self._x, self._t), flops=work)
 
     def chain_step(self) -> Program:
-        """Compiles chains of K or `CHAIN_STEPS` steps, whichever are fewer, for the batch."""
-        steps = min(self.config.mcmc.K, CHAIN_STEPS)
-        sampler = self._method.sampler._replace(K=steps)
+        """Compiles chains of K or `CHAIN_STEPS` steps, whichever are fewer, for the batch.
+
+        They start at x_tilde, which costs nothing, and make one step at least.
+        """
+        steps = min(max(1, self.config.mcmc.K), CHAIN_STEPS)
+        sampler = self._method.sampler._replace(K=steps, start=ladder.start_at_x_tilde)
         method = self._method._replace(sampler=sampler)
 
         def negatives(params, examples):
@@ -226,7 +231,7 @@ class Workload:
         """
         samples = -(-samples // self.mesh.size) * self.mesh.size
         T, K = self.config.diffusion.T, self.config.mcmc.K
-        levels = min(T, max(1, CHAIN_STEPS // K))
+        levels = min(T, max(1, CHAIN_STEPS // max(1, K)))
         config = with_changes(self.config, {"mcmc.K": min(K, CHAIN_STEPS)})
         method = method_lib.for_generation(self._method, config)
         model = Model.create(method, self.params, self.mesh, samples)

@@ -76,7 +76,9 @@ def leapfrog(config: ConfigDict) -> int:
 def _gradients(config: ConfigDict) -> np.ndarray:
     """Returns the number of gradients that a chain evaluates at each level [T]."""
     mcmc, T = config.mcmc, config.diffusion.T
-    if mcmc.sampler in ("langevin", "normal_approximation"):
-        return np.full(T, mcmc.K)
     steps = np.asarray(mcmc.leapfrog) if mcmc.sampler == "hmc" else np.ones(1)
-    return 1 + mcmc.K * np.broadcast_to(steps, T)  # one gradient initialises the chain
+    gradients = mcmc.K * np.broadcast_to(steps, T)
+    if mcmc.sampler != "langevin" and mcmc.K:
+        gradients = gradients + 1  # to initialise the chain
+    # The program computes the starting point at every level, although it is not used at T - 1.
+    return gradients + (mcmc.start == "posterior")

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from drl_jax import diffusion, noise, recovery
 from drl_jax.diffusion import NoiseSchedule
+from drl_jax.errors import UserError
 from drl_jax.method import Method
 from drl_jax.networks.energy import Params
 from drl_jax.runtime import sharding
@@ -30,8 +31,7 @@ class Statistics(NamedTuple):
     Attributes:
       t: level.
       loss: loss.
-      f_pos: output of the network for the positive sample; for an objective without a chain,
-        for x_tilde.
+      f_pos: output of the network for the positive sample.
       f_neg: output of the network for the negative sample, the end of the chain.
       displacement: Euclidean distance from the start of the chain to its end.
       acceptance: mean acceptance probability of the chain's steps.
@@ -96,7 +96,16 @@ class Training(NamedTuple):
 
 
 def from_config(config: ConfigDict) -> Training:
-    """Returns the training that a configuration describes."""
+    """Returns the training that a configuration describes.
+
+    Raises:
+      UserError: if the objective needs a chain and there is none.
+    """
+    if config.train.objective == "recovery" and config.mcmc.K == 0:
+        raise UserError(
+            "config.mcmc.K is 0: with config.train.objective 'recovery', negative samples must "
+            "depend on the energy of their own level; give 1 or more steps"
+        )
     return Training(
         objective=OBJECTIVES[config.train.objective],
         draw_levels=LEVEL_DISTRIBUTIONS[config.train.levels],
@@ -169,7 +178,10 @@ def recovery_gradient(
     """Returns the gradient of the recovery likelihood's loss (Gao et al. 2021, eq. 8).
 
     Positive samples are diffused data. Negative samples are the ends of chains on the model's
-    conditionals.
+    conditionals, with one step at least. Without a step, the negative samples of level t would
+    depend on the energy of level t + 1 alone (`ladder.start_from_posterior`). Then f(., t)
+    would tell two fixed distributions apart and grow without limit, instead of changing the
+    samples until they are distributed like the data.
 
     Args:
       keys: one key per example.
@@ -211,19 +223,19 @@ def denoising_gradient(
     t: Int[Array, "B"],
     method: Method,
 ) -> tuple[Params, Statistics]:
-    """Returns the gradient of the normal approximation's loss, which needs no chain.
+    """Returns the gradient of the denoising loss, which needs no chain.
 
-    The loss is `recovery.denoising_loss` (Gao et al. 2021, section 3.3). Arguments and results
-    are those of `recovery_gradient`.
+    The loss is `recovery.denoising_loss`. Arguments and results are those of
+    `recovery_gradient`.
     """
     schedule = method.schedule
-    y, x_tilde = recovery.expected_positives(noise.fold(keys, 1), x, t, schedule)
+    y, eps = recovery.positives_with_noise(noise.fold(keys, 1), x, t, schedule)
     no_chain = jnp.full_like(x, jnp.nan, shape=t.shape)
 
     def mean_loss(params):
-        loss = recovery.denoising_loss(method.F(params), y, x_tilde, t, schedule)
+        loss = recovery.denoising_loss(method.F(params), y, eps, t, schedule)
         # This costs nothing: the loss contains the same f, and XLA computes it only once.
-        return jnp.mean(loss), (loss, method.energy.f(params, x_tilde, t))
+        return jnp.mean(loss), (loss, method.energy.f(params, y, t))
 
     grads, (loss, f_pos) = jax.grad(mean_loss, has_aux=True)(params)
     return grads, Statistics(t, loss, f_pos, no_chain, no_chain, no_chain)
@@ -237,11 +249,12 @@ def uniform_levels(keys: Key[Array, "B"], schedule: NoiseSchedule) -> Int[Array,
 def log_snr_levels(keys: Key[Array, "B"], schedule: NoiseSchedule) -> Int[Array, "B"]:
     """Draws levels about uniformly in the logarithm of their signal-to-noise ratio.
 
-    Level t has probability ∝ sigma_{t+1}² / sigma_bar_{t+1}². This is the inverse of the weight
-    in `recovery.denoising_loss`, so the mean loss over such draws is, up to a factor, the
-    negative log-likelihood of the conditionals, with equal weights for all levels. With
-    T = 1000, 21% of the draws are among the lowest thirty levels, which determine all details
-    finer than their noise of about 0.1; with uniform draws it would be 3%.
+    Level t has probability ∝ 1 - SNR_{t+1} / SNR_t = sigma_{t+1}² / sigma_bar_{t+1}², where
+    SNR_t = a_bar_t² / sigma_bar_t². For small steps this is log SNR_t - log SNR_{t+1}. The mean
+    denoising loss over such draws is then, up to a factor and a constant, the negative
+    log-likelihood of the conditionals (Kingma et al. 2021). With T = 1000, 21% of the draws are
+    among the lowest thirty levels, which determine all details finer than their noise of about
+    0.1; with uniform draws it would be 3%.
     """
     log_p = 2 * jnp.log(schedule.sigma[1:] / schedule.sigma_bar[1:])
     log_p = log_p.astype(jnp.float32)  # draws are float32, whatever the schedule is

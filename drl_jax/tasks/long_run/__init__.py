@@ -57,7 +57,6 @@ def run(
     default_levels = [group[0] for group in diffusion.level_groups(model.T)]
     sampled_levels = np.unique(list(levels) or default_levels)
     chains.require_levels(sampled_levels, model.T)
-    chains.require_chain(model.method.sampler)
     if num_chains is None:
         fitting = config.evaluation.batch_size // len(sampled_levels)
         num_chains = max(1, fitting // chains.MIN_SHARING) * chains.MIN_SHARING

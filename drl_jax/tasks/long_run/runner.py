@@ -203,7 +203,7 @@ def run(
     """Makes all remaining steps and returns the state after them.
 
     Args:
-      model: model with a sampler that is a Markov chain.
+      model: the model.
       key: random key of the chains.
       experiment: what is sampled.
       num_steps: number of steps of the chains on the conditionals; also the largest number of
