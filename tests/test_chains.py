@@ -98,10 +98,12 @@ def test_chains_are_bit_identical_however_their_steps_are_divided_into_calls(sam
     assert advance._cache_size() == 1  # one program for all numbers of steps
 
 
-def test_chains_make_the_same_steps_as_generation():
-    """Fails if the level is not folded into the keys, or x is not divided by a."""
+@pytest.mark.parametrize("start", ladder.STARTS)
+def test_chains_make_the_same_steps_as_generation_from_the_same_starting_points(start):
+    """Fails if the level is not folded into the keys of the steps or of the starting points, or
+    x is not divided by a."""
     level, K = 2, 5
-    sampler = langevin_sampler()._replace(K=K)
+    sampler = langevin_sampler()._replace(K=K, start=ladder.STARTS[start])
     x_tilde = jax.random.normal(jax.random.key(1), (4, 3))
     start, advance = make_chains(exact_F, sampler, x_tilde, jnp.full(4, level), points=0)
     _, observation = advance(start, K)

@@ -53,6 +53,8 @@ def conditional_std():
     return 1 / np.sqrt(np.float64(PRECISION[:, 1, 1]) + noise_precision)
 
 
+# One draw per level, and no chain.
+ANCESTRAL = Sampler(langevin.init, langevin.kernel, {}, K=0, start=ladder.start_from_posterior)
 # HMC leaves the conditionals exactly invariant. A trajectory of 5 steps, each 0.3 standard
 # deviations long, is a quarter of a turn in phase space and crosses the conditional.
 HMC = Sampler(
@@ -67,15 +69,15 @@ HMC = Sampler(
 
 
 @functools.cache
-def inpainted(n, rounds, known_value=X, level=0):
+def inpainted(n, rounds, known_value=X, level=0, ancestral=False):
     keys = noise.example_keys(jax.random.key(0), jnp.arange(n))
     hidden_value = -0.9  # has no effect
     x = jnp.broadcast_to(jnp.array([known_value, hidden_value]), (n, 2))
-    return np.asarray(inpaint(keys, x, rounds, level))
+    return np.asarray(inpaint(keys, x, rounds, level, ancestral))
 
 
-@jax.jit
-def inpaint(keys, x, rounds, level=0):
+@functools.partial(jax.jit, static_argnames="ancestral")
+def inpaint(keys, x, rounds, level=0, ancestral=False):
     """Inpaints as far down as a level, whose hidden pixels it returns."""
     descend = ladder.descend
 
@@ -83,14 +85,16 @@ def inpaint(keys, x, rounds, level=0):
         return descend(keys, conditionals, x, top, bottom + level, recover)
 
     known = jnp.broadcast_to(KNOWN, x.shape)
+    conditionals = Conditionals(F, SCHEDULE, ANCESTRAL if ancestral else HMC)
     with mock.patch.object(ladder, "descend", stop_at_level):
-        return inpainting.inpaint(keys, Conditionals(F, SCHEDULE, HMC), x, known, rounds)
+        return inpainting.inpaint(keys, conditionals, x, known, rounds)
 
 
-def exact_moments(rounds, level):
-    """Returns the mean and variance of a level's hidden pixel after rounds of exact draws.
+def exact_moments(rounds, level, ancestral=False):
+    """Returns the mean and variance of a level's hidden pixel after rounds of draws.
 
-    Each draw is affine in the two pixels of x_{t+1}, so their distribution stays normal.
+    The draws are exact or, if `ancestral`, from the approximate posterior. Each is affine in
+    the two pixels of x_{t+1}, so their distribution stays normal.
     """
     centre = X - MEAN
     mean, cov = np.array([A_BAR[T] * centre, 0]), np.diag([SIGMA_BAR[T] ** 2, 1.0])
@@ -108,11 +112,21 @@ def exact_moments(rounds, level):
         posterior = 1 / (1 / prior + noise_precision)
         of_k, of_u = posterior / prior * slope, posterior * noise_precision / A[t + 1]
         draw = np.array([[w, 0], [of_k * w, of_u]])
+        shift = 0.0
+        if (
+            ancestral and t < T - 1
+        ):  # u_t = (u_{t+1} - sigma² (S_{t+1}^-1 x_{t+1})_u) / a + noise
+            score = -np.linalg.inv(covariance(t + 1))[1]
+            draw[1] = (np.array([0, 1]) + SIGMA[t + 1] ** 2 * score) / A[t + 1]
+            of_k, posterior = 0.0, v
+        elif ancestral:
+            draw[1], of_k, posterior = (0, 1), 0.0, 0.0
+            shift = (A_BAR[T] - A_BAR[T - 1]) * MEAN  # white noise has mean 0 at both levels
         for i in range(rounds):
             if i:  # diffuse back to level t + 1
                 mean = A[t + 1] * mean
                 cov = A[t + 1] ** 2 * cov + SIGMA[t + 1] ** 2 * np.eye(2)
-            mean = draw @ mean + c * centre * np.array([1, of_k])
+            mean = draw @ mean + c * centre * np.array([1, of_k]) + np.array([0, shift])
             cov = draw @ cov @ draw.T + v * np.outer([1, of_k], [1, of_k])
             cov += np.diag([0, posterior])
     return A_BAR[level] * MEAN + mean[1], cov[1, 1]
@@ -124,15 +138,16 @@ def true_moments():
     return mean, A_BAR[0] ** 2 * VARIANCE * (1 - RHO**2) + SIGMA_BAR[0] ** 2
 
 
-@pytest.mark.parametrize("rounds", [1, 3])
-def test_the_hidden_one_of_two_pixels_has_the_exact_moments_of_the_method(rounds):
+@pytest.mark.parametrize(("rounds", "ancestral"), [(1, False), (3, False), (3, True)])
+def test_the_hidden_one_of_two_pixels_has_the_exact_moments_of_the_method(rounds, ancestral):
     """At every level, because at level 0 the rounds hide errors of the levels above.
 
-    Fails if x_t is diffused back with the noise of the level below.
+    Fails if x_t is diffused back with the noise of the level below, or the starting points use
+    the known pixels of x_t in place of those of x_{t+1}.
     """
     for level in range(T):
-        x = inpainted(20_000, rounds, level=level)
-        mean, variance = exact_moments(rounds, level)
+        x = inpainted(20_000, rounds, level=level, ancestral=ancestral)
+        mean, variance = exact_moments(rounds, level, ancestral)
         assert_mean(x[:, 1], mean, variance, of=2 * T)
         assert_variance(x[:, 1], mean, variance, of=2 * T)
 
@@ -170,9 +185,7 @@ SAMPLERS = {
     "langevin": Sampler(langevin.init, langevin.kernel, TUNING, 4),
     "mala": Sampler(mala.init, mala.kernel, TUNING, 4),
     "hmc": HMC,
-    "posterior": Sampler(
-        langevin.init, langevin.kernel, TUNING, K=0, start=ladder.start_from_posterior
-    ),
+    "ancestral": ANCESTRAL,
 }
 
 

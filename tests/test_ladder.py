@@ -1,4 +1,5 @@
 import collections
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from helpers.gaussian_ladder import (
 )
 from helpers.statistical import assert_mean, assert_variance
 
-from drl_jax import noise
+from drl_jax import diffusion, noise
 from drl_jax.data import mixtures
 from drl_jax.mcmc import hmc, langevin, mala
 from drl_jax.sampling import ladder
@@ -25,11 +26,11 @@ from drl_jax.sampling.ladder import Conditionals, Sampler
 KERNELS = [(mala.kernel, {}), (hmc.kernel, {"leapfrog": jnp.full(6, 3)})]
 
 
-def exact_moments(noise_scale=1.0):
+def exact_moments(noise_scale=1.0, start="x_tilde", K=K):
     """Returns the mean and variance of x_t at every level, for chains of K Langevin steps.
 
-    On a Gaussian each Langevin step is affine in (y, x_tilde), so y after K steps is
-    alpha x_tilde + beta + noise.
+    On a Gaussian each Langevin step is affine in (y, x_tilde), and so is the start from the
+    posterior in x_tilde. So y after K steps is alpha x_tilde + beta + noise.
     """
     mean, variance = 0.0, 1.0
     levels = []
@@ -38,6 +39,13 @@ def exact_moments(noise_scale=1.0):
         s2, sigma2 = float(S[t]) ** 2, float(SCHEDULE.sigma[t + 1]) ** 2
         noise_precision = 0.0 if t == 5 else 1 / sigma2
         alpha, beta, spread = 1.0, 0.0, 0.0
+        if start == "posterior" and t < 5:
+            above, of_x_tilde = mixtures.marginal(DATA, t + 1, SCHEDULE).mean_and_covariance()
+            shrinkage = sigma2 / float(of_x_tilde[0, 0])
+            alpha, beta = 1 - shrinkage, shrinkage * float(above[0])
+            a, _, _, sigma_bar = (float(x[t + 1]) for x in jax.tree.leaves(SCHEDULE))
+            posterior_variance = sigma2 * (float(SCHEDULE.sigma_bar[t]) / sigma_bar) ** 2
+            spread = noise_scale**2 * a**2 * posterior_variance
         r = 1 - s2 / 2 * (1 / v + noise_precision)
         for _ in range(K):
             alpha = r * alpha + s2 / 2 * noise_precision
@@ -73,16 +81,146 @@ def test_a_sample_depends_only_on_its_own_key():
     np.testing.assert_allclose(many[4:6], few, rtol=1e-6)
 
 
-def test_generation_with_half_the_noise_has_its_exact_moments():
-    """Fails if the noise scale is ignored at a single level."""
+@pytest.mark.parametrize(
+    ("start", "K", "noise_scale"),
+    [("x_tilde", K, 0.5), ("posterior", 0, 1.0), ("posterior", 2, 0.5)],
+)
+def test_generation_has_the_exact_moments_of_its_starts_steps_and_noise_scale(
+    start, K, noise_scale
+):
+    """Fails if the noise scale is ignored at a single level or by the starting points, the
+    starting points share their noise with a step, or use the score of another level."""
     n = 100_000
     keys = noise.example_keys(jax.random.key(0), jnp.arange(n))
-    tuning = {"step_size": S, "noise_scale": jnp.full(6, 0.5)}
-    conditionals = CONDITIONALS._replace(sampler=LANGEVIN._replace(tuning=tuning))
+    tuning = {"step_size": S, "noise_scale": jnp.full(6, noise_scale)}
+    sampler = LANGEVIN._replace(tuning=tuning, K=K, start=ladder.STARTS[start])
+    conditionals = CONDITIONALS._replace(sampler=sampler)
     x = jax.jit(lambda keys: ladder.generate(keys, conditionals, (1,)))(keys)
-    mean, variance = exact_moments(noise_scale=0.5)[0]
+    mean, variance = exact_moments(noise_scale, start, K)[0]
     assert_mean(x[:, 0], mean, variance, of=2)
     assert_variance(x[:, 0], mean, variance, of=2)
+
+
+@pytest.mark.parametrize(("T", "name"), [(6, "cosine"), (1000, "linear")])
+def test_starts_from_the_posterior_have_the_exact_mean_of_the_conditional(T, name):
+    """For data with two modes, however far apart the levels are; at the top they are x_tilde.
+
+    The mean and standard deviation are those of q(x_t | x_{t+1}, x_hat) with x_hat = E[x |
+    x_{t+1}], times a_{t+1}. Fails if F of level t is used, or F of level t + 1 at x_tilde that
+    is not scaled or is scaled at level T - 1.
+    """
+    data = mixtures.isotropic(np.array([[-0.9], [0.9]]), 0.2, np.array([0.4, 0.6]))
+    with jax.enable_x64(True):
+        schedule = diffusion.schedule(T, name)
+        t = jnp.unique(jnp.linspace(0, T - 1, 20).astype(int))
+        x_tilde = jnp.linspace(-1.5, 1.4, len(t))[:, None]
+        keys = noise.example_keys(jax.random.key(0), t)
+
+        @jax.jit
+        def draw(scale):
+            sampler = LANGEVIN._replace(tuning={"noise_scale": jnp.full(T, scale)})
+            conditionals = Conditionals(mixtures.exact_F(data, schedule), schedule, sampler)
+            return ladder.start_from_posterior(keys, conditionals, x_tilde, t)
+
+        starts = [draw(scale) for scale in (0.0, 1.0)]
+        mean, start = (np.asarray(y)[:-1] for y in starts)
+        np.testing.assert_array_equal(starts[1][-1], x_tilde[-1])
+        exact = mixtures.conditional(data, x_tilde, t, schedule)
+        expected = jnp.einsum("bk,bkd->bd", jnp.exp(exact.log_weights), exact.means)
+        np.testing.assert_allclose(mean, expected[:-1], rtol=1e-9, atol=1e-12)
+        # E[x | x_{t+1}], by conditioning the data on x_{t+1} / a_bar_{t+1}
+        a, a_bar, sigma_bar = (
+            schedule.a[t + 1],
+            schedule.a_bar[t + 1],
+            schedule.sigma_bar[t + 1],
+        )
+        given = data.posterior(x_tilde / a_bar[:, None], sigma_bar / a_bar)
+        x_hat = jnp.einsum("bk,bkd->bd", jnp.exp(given.log_weights), given.means)
+        posterior_mean, std = diffusion.posterior(x_hat, x_tilde, t, schedule)
+        np.testing.assert_allclose(mean, (a[:, None] * posterior_mean)[:-1], rtol=1e-9)
+        z = noise.normal(noise.fold(keys, ladder.START), (1,))
+        np.testing.assert_allclose(
+            start - mean, ((a * std)[:, None] * z)[:-1], rtol=1e-6, atol=1e-12
+        )
+
+
+# Three Gaussians in the plane: one long, one wide and one round, of different weights.
+WEIGHTS = np.array([0.2, 0.5, 0.3])
+PLANAR = mixtures.mixture(
+    WEIGHTS,
+    np.array([[-0.6, 0.4], [0.5, 0.1], [0.1, -0.7]]),
+    np.array([[[0.02, 0.01], [0.01, 0.03]], [[0.03, 0], [0, 0.01]], [[0.01, 0], [0, 0.01]]]),
+)
+
+
+def planar_statistics(x, exact):
+    """Returns [n, 7]: the coordinates, their products, and the components' probabilities.
+
+    The expected values of the latter are the weights of the components.
+    """
+    components = (jax.tree.map(lambda v, k=k: v[k : k + 1], exact) for k in range(2))
+    p = [jnp.exp(one.log_density(x) - exact.log_density(x)) for one in components]
+    return jnp.stack([*x.T, x[:, 0] ** 2, x[:, 0] * x[:, 1], x[:, 1] ** 2, *p], axis=1)
+
+
+@functools.cache
+def planar_moments(T, name):
+    """Returns the means and variances of `planar_statistics` at level 0.
+
+    The variances are estimated from 50,000 exact samples.
+    """
+    exact = mixtures.marginal(PLANAR, 0, diffusion.schedule(T, name))
+    keys = noise.example_keys(jax.random.key(1), jnp.arange(50_000))
+    draws = jax.jit(lambda keys: planar_statistics(exact.sample(keys), exact))(keys)
+    mean, covariance = (np.float64(v) for v in exact.mean_and_covariance())
+    second = covariance + np.outer(mean, mean)
+    means = [*mean, second[0, 0], second[0, 1], second[1, 1], *WEIGHTS[:2]]
+    return means, np.var(np.float64(draws), axis=0)
+
+
+def planar_samples(T, name, start, K, n=1000):
+    """Returns samples drawn with exact energies and MALA, and their `planar_statistics`.
+
+    The step sizes are the widths of the conditionals in their narrowest directions.
+    """
+    schedule = diffusion.schedule(T, name)
+    t = jnp.arange(T)
+    smallest = schedule.a_bar[:-1] ** 2 * 0.007 + schedule.sigma_bar[:-1] ** 2
+    noise_precision = (1 - schedule.is_marginal(t)) / schedule.sigma[1:] ** 2
+    step_size = 1 / jnp.sqrt(1 / (schedule.y_scale(t) ** 2 * smallest) + noise_precision)
+    sampler = Sampler(mala.init, mala.kernel, {"step_size": step_size}, K, ladder.STARTS[start])
+    conditionals = Conditionals(mixtures.exact_F(PLANAR, schedule), schedule, sampler)
+    keys = noise.example_keys(jax.random.key(0), jnp.arange(n))
+    exact = mixtures.marginal(PLANAR, 0, schedule)
+
+    @jax.jit
+    def draw(keys):
+        x = ladder.generate(keys, conditionals, (2,))
+        return x, planar_statistics(x, exact)
+
+    return draw(keys)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("T", "name", "K"),
+    [(1000, "linear", 0), (1000, "linear", 1), (1000, "linear", 10), (20, "cosine", 10)],
+)
+def test_starts_from_the_posterior_give_samples_of_the_data_for_any_number_of_steps(T, name, K):
+    """Compares means, second moments and weights, of 1000 chains at level 0.
+
+    Fails if the drift of the starting points is 10% too small, or their noise is left out.
+    """
+    _, statistics = planar_samples(T, name, "posterior", K)
+    assert_mean(statistics, *planar_moments(T, name))
+
+
+@pytest.mark.slow
+def test_a_thousand_short_chains_from_x_tilde_end_in_noise():
+    """One step per level leaves most of the noise of level T: why there are other starts."""
+    x, _ = planar_samples(1000, "linear", "x_tilde", K=1)
+    _, covariance = PLANAR.mean_and_covariance()
+    assert np.trace(np.cov(np.asarray(x).T)) > 2.5 * np.trace(covariance)
 
 
 @pytest.mark.slow
