@@ -9,13 +9,13 @@ Command:
 
     python -m drl_jax.main --config=configs/cifar10_t1k.py --workdir=DIR
 
-The paper's choices: 1000 levels, the normal approximation (section 3.3), from which one draw
-recovers a level, and as the objective the recovery likelihood. Our choices:
+The paper's choices: 1000 levels; one draw from the normal approximation (section 3.3) recovers
+a level; and the objective is the recovery likelihood. Our choices:
 
-- Training minimises the denoising loss, the negative log-likelihood of the normal approximation
-  with the same importance for every level. It has no negative samples, as the paper's objective
-  does (`--config.train.objective=recovery`). On digits, the samples are far better: see
-  `digits_t1k.py`, which has the same choices.
+- Training minimises the denoising loss, from which every level learns the same log-density. It
+  needs no negative samples.
+- The draw that recovers a level uses the energy of the level above (`start_from_posterior` in
+  `sampling/ladder.py`).
 - The parameterisation of F divides f by the noise of each level.
 - Settings that the paper does not state, such as the optimiser's, are those of T6.
 

@@ -9,9 +9,8 @@ Command:
 
     python -m drl_jax.main --config=configs/digits_t1k.py --workdir=DIR
 
-Training minimises the denoising loss, which needs no chain. `--config.train.objective=recovery`
-draws negative samples from the normal approximation instead; f(y+) - f(y-) is then noisier, and
-the distance after the same number of steps is 6.8 (24 November 2026).
+Training minimises the denoising loss, and a sample is one draw per level
+(`start_from_posterior` in `sampling/ladder.py`). Neither needs a chain.
 """
 
 from drl_jax import config as config_lib

@@ -9,6 +9,9 @@ x_tilde = x_{t+1}. Then
 (Gao et al. 2021, eqs. 3 and 11). At t = T - 1, x_tilde is white noise: there is no quadratic
 term, and y = x_t.
 
+F can be learned in two ways: from the recovery likelihood, with negative samples that Markov
+chains draw (`loss`), or from denoising, without them (`denoising_loss`).
+
 The gradient of F differs between levels by orders of magnitude. Dividing f by a temperature
 tau_t per level takes these factors out of the network. There are three parameterisations
 (`config.energy.parameterisation`):
@@ -22,7 +25,9 @@ tau_t per level takes these factors out of the network. There are three paramete
   which the levels approach, so f models only the difference from it. Since f grows no faster
   than linearly, exp(F) can be normalised and no chain diverges. For dequantised data, tau_t is
   the standard deviation of sigma_bar_t eps and the dequantisation noise together; with
-  sigma_bar_t alone, F would be too steep at the lowest levels.
+  sigma_bar_t alone, F would be too steep at the lowest levels. With few levels, y is smaller
+  than x_t by a factor a_{t+1} that is not close to 1, so its score is larger by 1 / a_{t+1};
+  f models this, too.
 - 'unit', for few dimensions: F = f - |x|² / 2. A density in the plane is smooth at the scale of
   the lowest noise levels: its logarithm is of order one at every level, and the lowest levels
   hardly differ. If f were divided by sigma_bar_t, it would have to be proportional to

@@ -165,7 +165,7 @@ class Programs:
         method = precision.method
 
         def sampler(name: str) -> Sampler:
-            mcmc.sampler, mcmc.K = name, K
+            mcmc.sampler, mcmc.start, mcmc.K = name, "x_tilde", K
             return method_lib.make_sampler(mcmc, method.schedule)
 
         with _x64(precision.dtype):
