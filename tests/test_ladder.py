@@ -209,7 +209,7 @@ def planar_samples(T, name, start, K, n=1000):
 def test_starts_from_the_posterior_give_samples_of_the_data_for_any_number_of_steps(T, name, K):
     """Compares means, second moments and weights, of 1000 chains at level 0.
 
-    Fails if the drift of the starting points is 10% too small, or their noise is left out.
+    Fails if the starting points have half the drift, or no noise.
     """
     _, statistics = planar_samples(T, name, "posterior", K)
     assert_mean(statistics, *planar_moments(T, name))

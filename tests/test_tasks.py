@@ -205,6 +205,7 @@ def test_fid_says_by_which_protocol_it_was_computed_and_if_it_compares_with_publ
         "name": "paper",
         "sampler": "langevin",
         "K": 30,
+        "start": "x_tilde",
         "noise_scale": 0.99,
         "data": source.identity,
         "pixels": "truncated",

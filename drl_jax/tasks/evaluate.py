@@ -281,7 +281,7 @@ def inception_metrics(
 
     The fields are those of `summary.compare`, and protocol, with the fields:
       name: the protocol.
-      sampler, K, noise_scale: how the samples were drawn (`config.mcmc`).
+      sampler, K, start, noise_scale: how the samples were drawn (`config.mcmc`).
       data: identity of the data.
       pixels: whether the samples' pixel values were rounded or truncated to bytes.
       network_input: how the network's input is computed from a pixel value x.
