@@ -1,0 +1,225 @@
+"""A small classifier of labelled images, and what it says about samples.
+
+FID needs the weights of a network that was trained on photographs. For small images with
+labels, a network that is trained on the data set itself in a few seconds takes its place.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int
+
+from drl_jax.metrics import frechet, neighbours
+from drl_jax.runtime.matmul_precision import full_precision
+
+VERSION = 1  # of the network and its training; part of the name of the file that caches it
+
+BATCH_SIZE = 64
+STEPS = 1000
+LEARNING_RATE = 3e-3  # at first; it falls to zero with a cosine
+SHIFT = 1  # largest random shift, in pixels, along each axis
+NOISE = 0.1  # standard deviation of the noise added to pixels in [-1, 1]
+
+SURE = 0.9  # class probability above which the classifier counts as confident
+ROWS = 500  # images that are classified at a time
+
+
+class Network(nn.Module):
+    """Two 3x3 convolutions with pooling, a layer of 64 features, and the logits.
+
+    Attributes:
+      classes: number of classes.
+    """
+
+    classes: int
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B H W C"]
+    ) -> tuple[Float[Array, "B 64"], Float[Array, "B classes"]]:
+        """Returns the features and the logits."""
+        stride = max(1, x.shape[1] // 16)  # at most 31 pixels remain per side
+        h = nn.swish(nn.Conv(32, (3, 3), stride, name="conv1")(x))
+        h = nn.avg_pool(h, (2, 2), (2, 2))
+        h = nn.swish(nn.Conv(64, (3, 3), name="conv2")(h))
+        h = nn.avg_pool(h, (2, 2), (2, 2))
+        features = nn.swish(nn.Dense(64, name="features")(h.reshape(len(h), -1)))
+        return features, nn.Dense(self.classes, name="logits")(features)
+
+
+class Classifier(NamedTuple):
+    """A trained network.
+
+    Attributes:
+      params: parameters of `Network`.
+      scale: factor of the features, with which their variances over the training data have the
+        mean 1. Distances then do not depend on the scale that training happened to find.
+    """
+
+    params: dict[str, Any]
+    scale: float
+
+    def __call__(
+        self, x: Float[np.ndarray, "n H W C"]
+    ) -> tuple[Float[np.ndarray, "n 64"], Float[np.ndarray, "n classes"]]:
+        """Returns the scaled features and the class probabilities of images in [-1, 1]."""
+        batches = [
+            _apply(self.params, x[start : start + ROWS]) for start in range(0, len(x), ROWS)
+        ]
+        features, probabilities = (
+            np.concatenate([np.asarray(array, np.float64) for array in arrays])
+            for arrays in zip(*batches, strict=True)
+        )
+        return self.scale * features, probabilities
+
+    def metrics(
+        self,
+        samples: Float[np.ndarray, "n H W C"],
+        train: Float[np.ndarray, "m H W C"],
+        test: Float[np.ndarray, "k H W C"],
+    ) -> dict[str, Any]:
+        """Compares samples with training images, and test images with the same training images.
+
+        Only the first min(n, k) samples and test images are used, so that a perfect model
+        reaches what the test images reach.
+
+        Args:
+          samples: images drawn from a model; clipped to [-1, 1].
+          train: images on which the classifier, and possibly the model, was trained.
+          test: images of the same data set on which the classifier was not trained.
+
+        Returns:
+          JSON values. Those that end in _of_test are the same for the test images:
+            num_samples, num_train: numbers of images that are compared.
+            feature_frechet, feature_frechet_of_test: squared Fréchet distance to the training
+              images in the scaled features.
+            confident, confident_of_test: share of images with a class of probability above
+              `SURE`.
+            classes, classes_of_test: share of images per most probable class.
+            precision, recall, precision_of_test, recall_of_test: see
+              `neighbours.precision_and_recall`, in the scaled features.
+            nearest: Euclidean distance to the nearest training image, in pixels in [-1, 1]:
+              median and percentile_5 over the images, the same of the test images, and the
+              ratios median_ratio and percentile_5_ratio of both.
+        """
+        n = min(len(samples), len(test))
+        samples, test = np.clip(samples[:n], -1, 1), test[:n]
+        train_features, _ = self(train)
+        of_samples = self._compare(samples, train_features)
+        of_test = self._compare(test, train_features)
+        flat = train.reshape(len(train), -1)
+        distances, test_distances = (
+            np.percentile(neighbours.nearest(x.reshape(n, -1), flat), [50, 5])
+            for x in (samples, test)
+        )
+        near = {}
+        for i, name in enumerate(("median", "percentile_5")):
+            near[name] = float(distances[i])
+            near[f"{name}_of_test"] = float(test_distances[i])
+            near[f"{name}_ratio"] = float(distances[i] / test_distances[i])
+        return {
+            "num_samples": n,
+            "num_train": len(train),
+            **of_samples,
+            **{f"{name}_of_test": value for name, value in of_test.items()},
+            "nearest": near,
+        }
+
+    def accuracy(self, x: Float[np.ndarray, "n H W C"], labels: Int[np.ndarray, "n"]) -> float:
+        """Returns the share of images whose most probable class is their label."""
+        _, probabilities = self(x)
+        return float(np.mean(probabilities.argmax(axis=1) == labels))
+
+    def _compare(
+        self, x: Float[np.ndarray, "n H W C"], train_features: Float[np.ndarray, "m 64"]
+    ) -> dict[str, Any]:
+        """Returns the metrics of one set of images, except for the nearest neighbours."""
+        features, probabilities = self(x)
+        counts = np.bincount(probabilities.argmax(axis=1), minlength=probabilities.shape[1])
+        precision, recall = neighbours.precision_and_recall(features, train_features)
+        return {
+            "feature_frechet": frechet.frechet_distance(
+                frechet.fit(features), frechet.fit(train_features)
+            ),
+            "confident": float(np.mean(probabilities.max(axis=1) > SURE)),
+            "classes": (counts / len(x)).tolist(),
+            "precision": precision,
+            "recall": recall,
+        }
+
+
+def train(
+    x: Float[np.ndarray, "n H W C"], labels: Int[np.ndarray, "n"], steps: int = STEPS
+) -> Classifier:
+    """Trains a classifier, always with the same random seed.
+
+    Args:
+      x: images in [-1, 1].
+      labels: their classes, from 0.
+      steps: number of training steps.
+    """
+    rng = np.random.default_rng(0)
+    network = Network(int(labels.max()) + 1)
+    optimiser = optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, steps))
+
+    @jax.jit
+    @full_precision
+    def step(params, state, x, labels):
+        def loss(params):
+            _, logits = network.apply(params, x)
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+            return losses.mean()
+
+        updates, state = optimiser.update(jax.grad(loss)(params), state)
+        return optax.apply_updates(params, updates), state
+
+    params = _initial_params(rng, network, x[:1])
+    state = optimiser.init(params)
+    for _ in range(steps):
+        i = rng.integers(len(x), size=BATCH_SIZE)
+        params, state = step(params, state, _augmented(rng, x[i]), labels[i])
+    classifier = Classifier(jax.tree.map(np.asarray, params), scale=1.0)
+    features, _ = classifier(x)
+    variance = features.var(axis=0, ddof=1).mean()
+    return classifier._replace(scale=1 / math.sqrt(variance))
+
+
+def _initial_params(
+    rng: np.random.Generator, network: Network, x: Float[np.ndarray, "B H W C"]
+) -> dict[str, Any]:
+    """Draws kernels with variance 1 / fan-in; biases are zero.
+
+    NumPy draws them, because JAX would compile for seconds to do so.
+    """
+
+    def draw(shape: jax.ShapeDtypeStruct) -> Float[np.ndarray, "*D"]:
+        fan_in = math.prod(shape.shape[:-1])
+        kernel = rng.standard_normal(shape.shape, np.float32) / np.float32(math.sqrt(fan_in))
+        return kernel * np.float32(len(shape.shape) > 1)
+
+    return jax.tree.map(draw, jax.eval_shape(network.init, jax.random.key(0), x))
+
+
+def _augmented(
+    rng: np.random.Generator, x: Float[np.ndarray, "B H W C"]
+) -> Float[np.ndarray, "B H W C"]:
+    """Shifts each image by up to `SHIFT` pixels, repeating its edge, and adds noise."""
+    B, H, W, _ = x.shape
+    rows, columns = rng.integers(-SHIFT, SHIFT + 1, (2, B, 1, 1))
+    rows = np.clip(np.arange(H)[:, None] + rows, 0, H - 1)
+    columns = np.clip(np.arange(W) + columns, 0, W - 1)
+    shifted = x[np.arange(B)[:, None, None], rows, columns]
+    return shifted + np.float32(NOISE) * rng.standard_normal(x.shape, np.float32)
+
+
+@jax.jit
+@full_precision
+def _apply(params, x):
+    """Returns the features and the class probabilities."""
+    classes = params["params"]["logits"]["bias"].size
+    features, logits = Network(classes).apply(params, x)
+    return features, jax.nn.softmax(logits)
