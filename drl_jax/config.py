@@ -26,10 +26,13 @@ def default() -> ConfigDict:
         {
             "seed": 0,
             "data": {
-                # 'digits', a TFDS name or 'folder:/path/to/images'; for points in the plane:
-                # 'moons', 'rings', 'checkerboard', 'blobs', 'spirals' or 'ellipse'.
+                # 'digits', 'mnist5k', a TFDS name or 'folder:/path/to/images'; for points in
+                # the plane: 'moons', 'rings', 'checkerboard', 'blobs', 'spirals' or 'ellipse'.
                 "name": "cifar10",
                 "split": "train",  # of a TFDS data set, to train on
+                # Of the digits, MNIST or a folder: share of the images that are not trained on.
+                # TFDS data sets and points have test data of their own.
+                "test_fraction": 0.0,
                 "data_dir": "",  # where TFDS data sets are stored; '': TFDS's default
                 "image_size": 32,  # height and width [pixels]; ignored for points
                 "channels": 3,  # per pixel; for points, the number of coordinates
@@ -181,6 +184,7 @@ CHOICES = {
 MINIMUM = {
     "seed": 0,
     "data.dequantise": 0,
+    "data.test_fraction": 0,
     "energy.ch": 4,  # the embedding of t has ch / 2 frequencies, at least two
     "mcmc.K": 0,
     "mcmc.noise_scale": 0,
@@ -197,6 +201,7 @@ MINIMUM = {
 # than 2^31, since JAX counts in 32 bits.
 BELOW = {
     "seed": 2**32,
+    "data.test_fraction": 1,
     "mcmc.target_acceptance": 1,
     "optim.beta1": 1,
     "optim.ema_decay": 1,

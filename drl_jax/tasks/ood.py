@@ -134,6 +134,7 @@ def open_other(config: ConfigDict, name: str) -> Source:
     """
     config = config.copy_and_resolve_references()
     config.data.name = name
+    config.data.test_fraction = 0.0  # training used none of its images
     try:
         return sources.open_held_out(config)
     except UserError as error:
