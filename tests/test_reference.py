@@ -8,7 +8,7 @@ from PIL import Image
 from drl_jax import config as config_lib
 from drl_jax.data import sources
 from drl_jax.errors import UserError
-from drl_jax.metrics import reference
+from drl_jax.metrics import cache, reference
 
 
 class CountingExtractor:
@@ -112,12 +112,12 @@ def test_a_damaged_file_is_replaced(config, workdir, tmp_path):
 def test_the_work_directory_is_used_if_the_datas_place_cannot_be_written_to(
     config, workdir, tmp_path, monkeypatch
 ):
-    def write(file, summary, write=reference.write):
+    def write(file, arrays, write=cache.write):
         if file.parent == epath.Path(tmp_path):
             raise UserError("cannot write here")
-        write(file, summary)
+        write(file, arrays)
 
-    monkeypatch.setattr(reference, "write", write)
+    monkeypatch.setattr(cache, "write", write)
     summary_of_data(config, workdir)
     assert not list(tmp_path.glob("*.npz"))
     assert len(list(workdir.glob("inception-*.npz"))) == 1

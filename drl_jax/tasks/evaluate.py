@@ -16,7 +16,16 @@ from drl_jax import noise
 from drl_jax.data import mixtures, pipeline, sources
 from drl_jax.data.sources import Source
 from drl_jax.errors import UserError
-from drl_jax.metrics import inception, levels, pixels, plane, reference, summary, weights
+from drl_jax.metrics import (
+    classifier,
+    inception,
+    levels,
+    pixels,
+    plane,
+    reference,
+    summary,
+    weights,
+)
 from drl_jax.metrics.weights import Weights
 from drl_jax.model import Model
 from drl_jax.plots import figures, images
@@ -29,6 +38,9 @@ log = logging.getLogger(__name__)
 
 LEVEL_IMAGES = 256  # images from which the statistics of the levels are computed
 MAX_IN_MEMORY = 10_000  # images, of samples and of data, that are held for the pixel metrics
+MIN_LABELLED = 500  # images with labels, to train a classifier that is worth its answers
+MIN_COMPARED = 50  # samples and test images that the classifier compares
+TEST_FRACTION = 0.2  # of the data, as test images for the classifier if none are held out
 MAX_TEST_POINTS = 2000  # points in the two-sample test, whose cost is quadratic
 MAX_PATH_LEVELS = 60  # levels at which the paths of points are recorded for the figure
 PUBLISHED_SAMPLES = 50_000  # samples from which published values of FID are computed
@@ -151,6 +163,8 @@ def measure_images(
         pixel_frechet, ..., num_data: see `pixels.pixel_metrics`; computed from at most
           `MAX_IN_MEMORY` samples and as many images of the data.
         levels: see `levels.level_statistics`.
+        classifier: what a classifier of the data says (`classifier_metrics`), if the data have
+          labels; computed from the same samples.
         inception: FID, KID and the inception score (`inception_metrics`), if there are
           weights; computed from all samples, of which few are in memory at a time.
 
@@ -183,6 +197,10 @@ def measure_images(
     metrics["levels"] = by_level
     if config.mcmc.sampler in common.METROPOLIS:
         levels.warn_of_rounding(by_level["level"], by_level["resolution"])
+    if source.labels is not None:
+        compared = classifier_metrics(config, source, samples[:num_pixel_samples], workdir)
+        if compared:
+            metrics["classifier"] = compared
     if inception_weights:
         all_batches = itertools.chain(in_memory, batches)
         metrics["inception"] = inception_metrics(
@@ -198,6 +216,70 @@ def measure_images(
         metrics["pixel_max"],
     )
     log.info("wrote samples.png and metrics.json to %s", workdir)
+
+
+def classifier_metrics(
+    config: ConfigDict,
+    source: Source,
+    samples: Float[np.ndarray, "n H W C"],
+    workdir: epath.Path,
+) -> dict[str, Any] | None:
+    """Compares samples with labelled data, by a classifier that was trained on the data.
+
+    If no data are held out, a fixed share of the data, `TEST_FRACTION`, takes the place of the
+    test images: the model was trained on them, but the classifier is not. At most
+    `MAX_IN_MEMORY` images of each set are used.
+
+    Returns:
+      The fields of `Classifier.metrics`, and
+        accuracy_of_test: share of the test images that are classified correctly.
+        held_out: whether the model is known not to have been trained on the test images.
+      None if there are fewer than `MIN_LABELLED` training images, or fewer than `MIN_COMPARED`
+      samples or test images.
+
+    Args:
+      config: uses `data` and `evaluation.num_data`.
+      source: the training data, with labels.
+      samples: images drawn from the model.
+      workdir: keeps the classifier if the folder of the data cannot (`classifier.of_data`).
+    """
+    test_source = sources.open_held_out(config)
+    held_out = test_source.held_out
+    if not held_out:
+        source, test_source = sources.split(source, TEST_FRACTION)
+    limit = min(config.evaluation.num_data, MAX_IN_MEMORY)
+    n, k = min(limit, len(source)), min(limit, len(test_source))
+    if n < MIN_LABELLED or min(len(samples), k) < MIN_COMPARED:
+        log.info(
+            "not comparing samples with a classifier of the data, which needs %d training "
+            "images (there are %d), %d test images (%d) and as many samples (%d)",
+            MIN_LABELLED,
+            n,
+            MIN_COMPARED,
+            k,
+            len(samples),
+        )
+        return None
+    (train, labels), (test, test_labels) = (
+        (np.stack(list(pipeline.all_examples(config, part, limit))), np.asarray(part.labels))
+        for part in (source, test_source)
+    )
+    trained = classifier.of_data(config, source, train, labels[:n], workdir)
+    metrics = trained.metrics(samples, train, test) | {
+        "accuracy_of_test": trained.accuracy(test, test_labels[:k]),
+        "held_out": held_out,
+    }
+    log.info(
+        "by a classifier of the data, %(num_samples)d samples (and as many test images) have "
+        "the feature Fréchet distance %(feature_frechet).3f (%(feature_frechet_of_test).3f), "
+        "precision %(precision).3f (%(precision_of_test).3f), recall %(recall).3f "
+        "(%(recall_of_test).3f), and a confident class in %(confident).3f "
+        "(%(confident_of_test).3f) of cases; their distance to the nearest training image is "
+        "%(median_ratio).2f (median) and %(percentile_5_ratio).2f (5th percentile) times that "
+        "of test images",
+        metrics | metrics["nearest"],
+    )
+    return metrics
 
 
 def measure_points(run: Run, workdir: epath.Path, key: Key[Array, ""]) -> None:
