@@ -4,6 +4,7 @@ FID needs the weights of a network that was trained on photographs. For small im
 labels, a network that is trained on the data set itself in a few seconds takes its place.
 """
 
+import functools
 import logging
 import math
 from typing import Any, NamedTuple, cast
@@ -208,29 +209,32 @@ def train(
       steps: number of training steps.
     """
     rng = np.random.default_rng(0)
-    network = Network(int(labels.max()) + 1)
-    optimiser = optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, steps))
-
-    @jax.jit
-    @full_precision
-    def step(params, state, x, labels):
-        def loss(params):
-            _, logits = network.apply(params, x)
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-            return losses.mean()
-
-        updates, state = optimiser.update(jax.grad(loss)(params), state)
-        return optax.apply_updates(params, updates), state
-
-    params = _initial_params(rng, network, x[:1])
-    state = optimiser.init(params)
+    params = _initial_params(rng, Network(int(labels.max()) + 1), x[:1])
+    state = _optimiser(steps).init(params)
     for _ in range(steps):
         i = rng.integers(len(x), size=BATCH_SIZE)
-        params, state = step(params, state, _augmented(rng, x[i]), labels[i])
+        params, state = _step(params, state, _augmented(rng, x[i]), labels[i], steps=steps)
     classifier = Classifier(jax.tree.map(np.asarray, params), scale=1.0)
     features, _ = classifier(x)
     variance = features.var(axis=0, ddof=1).mean()
     return classifier._replace(scale=1 / math.sqrt(variance))
+
+
+def _optimiser(steps: int) -> optax.GradientTransformation:
+    return optax.adam(optax.cosine_decay_schedule(LEARNING_RATE, steps))
+
+
+@functools.partial(jax.jit, static_argnames="steps")
+@full_precision
+def _step(params, state, x, labels, steps):
+    """Returns the parameters and the optimiser's state after one of `steps` training steps."""
+
+    def loss(params):
+        _, logits = _network(params, x)
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    updates, state = _optimiser(steps).update(jax.grad(loss)(params), state)
+    return optax.apply_updates(params, updates), state
 
 
 def _initial_params(
@@ -265,6 +269,11 @@ def _augmented(
 @full_precision
 def _apply(params, x):
     """Returns the features and the class probabilities."""
-    classes = params["params"]["logits"]["bias"].size
-    features, logits = cast(tuple[jax.Array, jax.Array], Network(classes).apply(params, x))
+    features, logits = _network(params, x)
     return features, jax.nn.softmax(logits)
+
+
+def _network(params, x):
+    """Returns the features and the logits."""
+    classes = params["params"]["logits"]["bias"].size
+    return cast(tuple[jax.Array, jax.Array], Network(classes).apply(params, x))
