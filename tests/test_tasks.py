@@ -19,7 +19,7 @@ from PIL import Image
 from drl_jax import config as config_lib
 from drl_jax.data import mixtures, pipeline, sources
 from drl_jax.errors import UserError
-from drl_jax.metrics import inception, weights
+from drl_jax.metrics import classifier, inception, weights
 from drl_jax.storage import runs
 from drl_jax.storage.runs import Run
 from drl_jax.tasks import common, evaluate, export, sample, table
@@ -161,6 +161,62 @@ def test_inception_sees_all_samples_although_few_are_in_memory(
     source = sources.open_source(run.config)
     x = np.stack(list(pipeline.all_examples(run.config, source, 200)))
     np.testing.assert_array_equal(data, pipeline.to_uint8(x))
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.3])
+def test_labelled_data_are_compared_by_a_classifier(tmp_path, monkeypatch, caplog, fraction):
+    """Fails if the classifier is trained on the test images, or other images are compared."""
+    run = runs.load("digits")
+    run.config.evaluation.update(num_samples=60, num_data=10**6)
+    run.config.data.test_fraction = fraction
+    samples = np.random.default_rng(0).uniform(-1, 1, (100, 8, 8, 1)).astype(np.float32)
+    monkeypatch.setattr(common, "draw", lambda *_: iter([samples]))
+    monkeypatch.setattr(evaluate.levels, "level_statistics", lambda *_: {})
+    seen = []
+
+    def train(x, labels, train=classifier.train):
+        seen.append(x)
+        return train(x, labels, steps=1)
+
+    monkeypatch.setattr(classifier, "train", train)
+    with caplog.at_level("INFO"):
+        for _ in range(2):  # the second time, the classifier is in a file
+            evaluate.measure(
+                run=run,
+                source=sources.open_source(run.config),
+                workdir=epath.Path(tmp_path),
+                inception_weights=None,
+            )
+    (x,) = seen
+    config = run.config.copy_and_resolve_references()
+    config.data.test_fraction = fraction or evaluate.TEST_FRACTION
+    test = np.stack(list(pipeline.all_examples(config, sources.open_held_out(config))))
+    assert not {image.tobytes() for image in x} & {image.tobytes() for image in test}
+    assert len(x) + len(test) == 1797
+
+    metrics = json.loads((tmp_path / "metrics.json").read_text())["classifier"]
+    assert (metrics["num_train"], metrics["num_samples"]) == (len(x), 60)
+    assert metrics["held_out"] == (fraction > 0)
+    assert 0 <= metrics["accuracy_of_test"] <= 1
+    distances = np.linalg.norm((samples[:60, None] - x).reshape(60, len(x), -1), axis=2)
+    median = np.median(distances.min(axis=1))
+    np.testing.assert_allclose(metrics["nearest"]["median"], median, rtol=1e-5)
+    (line, _) = [line for line in caplog.messages if line.startswith("by a classifier")]
+    for name in ("feature_frechet", "feature_frechet_of_test", "confident"):
+        assert f"{metrics[name]:.3f}" in line
+    assert len(list(tmp_path.glob("classifier-*.npz"))) == 1
+
+
+def test_few_samples_or_images_are_not_compared_by_a_classifier(tmp_path, caplog):
+    config, workdir = runs.load("digits").config, epath.Path(tmp_path)
+    source, samples = sources.open_source(config), np.zeros((60, 8, 8, 1), np.float32)
+    for num_samples, num_data in ((60, 400), (40, 1000)):
+        config.evaluation.num_data = num_data
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            few = samples[:num_samples]
+            assert evaluate.classifier_metrics(config, source, few, workdir) is None
+        assert caplog.text.count("not comparing samples with a classifier") == 1
 
 
 def compare_numbers_only(samples, data):

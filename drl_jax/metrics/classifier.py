@@ -75,11 +75,13 @@ class Classifier(NamedTuple):
         self, x: Float[np.ndarray, "n H W C"]
     ) -> tuple[Float[np.ndarray, "n 64"], Float[np.ndarray, "n classes"]]:
         """Returns the scaled features and the class probabilities of images in [-1, 1]."""
+        # The last batch is padded with the last image, so that all have the same size.
         batches = [
-            _apply(self.params, x[start : start + ROWS]) for start in range(0, len(x), ROWS)
+            _apply(self.params, x[np.minimum(np.arange(start, start + ROWS), len(x) - 1)])
+            for start in range(0, len(x), ROWS)
         ]
         features, probabilities = (
-            np.concatenate([np.asarray(array, np.float64) for array in arrays])
+            np.concatenate([np.asarray(array, np.float64) for array in arrays])[: len(x)]
             for arrays in zip(*batches, strict=True)
         )
         return self.scale * features, probabilities
