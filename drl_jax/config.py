@@ -48,12 +48,18 @@ def default() -> ConfigDict:
                 "schedule": "linear",
             },
             "energy": {
-                "network": "resnet",  # 'resnet' for images, 'mlp' for points
-                "ch": 128,  # channels at full resolution; for 'mlp', width of each layer
-                "mult": (1, 2, 2, 2),  # channels per resolution, in units of ch; not for 'mlp'
-                "N": 8,  # residual blocks per resolution; for 'mlp', residual layers
+                # 'resnet', the paper's, or 'image_mlp', for small images; 'mlp' for points
+                "network": "resnet",
+                "ch": 128,  # channels at full resolution; for MLPs, width of each layer
+                "mult": (1, 2, 2, 2),  # channels per resolution, in units of ch; not for MLPs
+                "N": 8,  # residual blocks per resolution; for MLPs, residual layers
+                # f from x and the network's output U, for 'image_mlp': 'inner_product' or
+                # 'squared_distance'
+                "form": "inner_product",
+                "dropout": 0.0,  # probability, in training; for 'image_mlp'
                 # F from f: 'step': f / s_t²; 'noise': f / sigma_bar_t - |x|² / 2;
-                # 'unit': f - |x|² / 2
+                # 'unit': f - |x|² / 2; 'uniform': f / sigma_bar_t + log-density of level t if
+                # pixels were uniform
                 "parameterisation": "step",
                 "dtype": "float32",  # of the products in f, in training; or 'bfloat16'
             },
@@ -168,8 +174,9 @@ EARLIER = {"optim.adam": "optax"}
 CHOICES = {
     "data.crop": ("centre", "none"),
     "diffusion.schedule": ("linear", "cosine"),
-    "energy.network": ("resnet", "mlp"),
-    "energy.parameterisation": ("step", "noise", "unit"),
+    "energy.network": ("resnet", "image_mlp", "mlp"),
+    "energy.form": ("inner_product", "squared_distance"),
+    "energy.parameterisation": ("step", "noise", "uniform", "unit"),
     "energy.dtype": ("float32", "bfloat16"),
     "evaluation.dtype": ("float32", "bfloat16"),
     "mcmc.sampler": ("langevin", "mala", "hmc"),
@@ -185,6 +192,7 @@ MINIMUM = {
     "seed": 0,
     "data.dequantise": 0,
     "data.test_fraction": 0,
+    "energy.dropout": 0,
     "energy.ch": 4,  # the embedding of t has ch / 2 frequencies, at least two
     "mcmc.K": 0,
     "mcmc.noise_scale": 0,
@@ -203,6 +211,7 @@ BELOW = {
     "seed": 2**32,
     "data.test_fraction": 1,
     "mcmc.target_acceptance": 1,
+    "energy.dropout": 1,
     "optim.beta1": 1,
     "optim.ema_decay": 1,
     "likelihood.target_acceptance": 1,
@@ -324,6 +333,16 @@ def validate(config: ConfigDict) -> None:
             "optim.decay_steps",
             f"it must exceed config.optim.warmup_steps, {config.optim.warmup_steps}, or be 0",
         )
+    if config.energy.dropout and config.energy.network != "image_mlp":
+        raise invalid("energy.dropout", "only config.energy.network 'image_mlp' has dropout")
+    if config.energy.dropout and config.train.objective != "denoising":
+        raise invalid(
+            "energy.dropout", "this needs config.train.objective 'denoising'; set it to 0"
+        )
+    if config.energy.network == "image_mlp":
+        for name in ("energy.dtype", "evaluation.dtype"):
+            if fields[name] != "float32":
+                raise invalid(name, "config.energy.network 'image_mlp' needs 'float32'")
     if config.energy.network == "mlp":
         for name, wanted in REQUIRED_FOR_POINTS.items():
             if fields[name] != wanted:

@@ -47,6 +47,15 @@ class NoiseSchedule:
         """Number of energies; the noise levels are 0..T."""
         return self.a.shape[0] - 1
 
+    @property
+    def conditioning(self) -> Float[Array, "levels"]:
+        """What networks other than the paper's are told about a level, in 0..1000.
+
+        This is the angle arctan(sigma_bar / a_bar), in units of a thousandth of a right angle
+        (Zhu et al. 2024). It does not depend on the number of levels.
+        """
+        return jnp.arctan2(self.sigma_bar, self.a_bar) * (2000 / jnp.pi)
+
     def is_marginal(self, t: Int[Array, "*B"]) -> Float[Array, "*B"]:
         """Returns 1 where t = T - 1, whose energy is learned as a marginal, and 0 below.
 

@@ -5,15 +5,15 @@ import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Shaped
+from jaxtyping import Array, Key, Shaped
 from ml_collections import ConfigDict
 
 from drl_jax import diffusion, recovery
 from drl_jax.diffusion import NoiseSchedule
 from drl_jax.errors import UserError
 from drl_jax.mcmc import hmc, langevin, mala
-from drl_jax.networks import mlp, resnet
-from drl_jax.networks.energy import Energy, Params, with_dtype
+from drl_jax.networks import image_mlp, mlp, resnet
+from drl_jax.networks.energy import FORMS, Energy, Params, with_dtype
 from drl_jax.recovery import LevelFn, Parameterisation
 from drl_jax.sampling.ladder import STARTS, Conditionals, Sampler
 
@@ -33,13 +33,16 @@ class Method(NamedTuple):
     parameterisation: Parameterisation
     sampler: Sampler
 
-    def F(self, params: Params) -> LevelFn:
-        """Returns the log-density of every level, up to a constant, as a function of (x, t).
+    def F(self, params: Params, keys: Key[Array, "B"] | None = None) -> LevelFn:
+        """Returns the log-density of every level, up to a constant, as a function of (y, t).
 
         Args:
           params: parameters of the network, spectrally normalised.
+          keys: one random key per example, for dropout in training; None: no dropout.
         """
         f = functools.partial(self.energy.f, params)
+        if keys is not None:
+            f = functools.partial(f, keys=keys)
         return recovery.log_density(f, self.parameterisation)
 
     def conditionals(
@@ -63,17 +66,24 @@ def from_config(config: ConfigDict) -> Method:
         often enough, or the leapfrog steps are given for another number of levels.
     """
     schedule = diffusion.schedule(config.diffusion.T, config.diffusion.schedule)
-    energy = make_energy(config, config.energy.dtype)
+    energy = make_energy(config, schedule, config.energy.dtype)
     if config.energy.parameterisation == "step":
         s = recovery.step_sizes(schedule, config.mcmc.b_squared)
-        parameterisation = Parameterisation(s**2, precision=0.0)
-    elif config.energy.parameterisation == "noise":
-        # Dequantised data contain uniform noise, of variance width² / 12.
-        uniform = schedule.a_bar[:-1] * config.data.dequantise / math.sqrt(12)
-        temperature = jnp.hypot(schedule.sigma_bar[:-1], uniform)
-        parameterisation = Parameterisation(temperature, precision=1.0)
+        parameterisation = Parameterisation(s**2, recovery.no_reference)
+    elif config.energy.parameterisation == "unit":
+        parameterisation = Parameterisation(jnp.ones(schedule.T), recovery.white_noise)
     else:
-        parameterisation = Parameterisation(jnp.ones(schedule.T), precision=1.0)
+        # Dequantised data contain uniform noise, of variance width² / 12.
+        width = config.data.dequantise
+        temperature = jnp.hypot(
+            schedule.sigma_bar[:-1], schedule.a_bar[:-1] * width / math.sqrt(12)
+        )
+        reference = (
+            recovery.white_noise
+            if config.energy.parameterisation == "noise"
+            else recovery.uniform_pixels(schedule, half_width=1 + width / 2)
+        )
+        parameterisation = Parameterisation(temperature, reference)
     return Method(energy, schedule, parameterisation, make_sampler(config.mcmc, schedule))
 
 
@@ -84,24 +94,36 @@ def for_generation(method: Method, config: ConfigDict) -> Method:
     `config.evaluation.dtype`. The parameterisation stays the one of training.
     """
     sampler = make_sampler(config.mcmc, method.schedule, config.mcmc.noise_scale)
-    return method._replace(energy=make_energy(config, config.evaluation.dtype), sampler=sampler)
+    energy = make_energy(config, method.schedule, config.evaluation.dtype)
+    return method._replace(energy=energy, sampler=sampler)
 
 
-def make_energy(config: ConfigDict, dtype: str) -> Energy:
+def make_energy(config: ConfigDict, schedule: NoiseSchedule, dtype: str) -> Energy:
     """Builds the network that `config.energy` describes.
 
     Args:
       config: configuration; `config.energy.dtype` is not used.
+      schedule: noise levels.
       dtype: name of the dtype in which the network multiplies.
 
     Raises:
       UserError: if the network cannot halve the images often enough.
     """
-    ch, N, channels = config.energy.ch, config.energy.N, config.data.channels
+    size, channels = config.data.image_size, config.data.channels
+    ch, N = config.energy.ch, config.energy.N
     if config.energy.network == "mlp":
         energy = mlp.energy(channels, ch, N, config.diffusion.T)
+    elif config.energy.network == "image_mlp":
+        energy = image_mlp.energy(
+            shape=(size, size, channels),
+            width=ch,
+            depth=N,
+            dropout=config.energy.dropout,
+            form=FORMS[config.energy.form],
+            levels=schedule.conditioning[:-1],
+        )
     else:
-        energy = resnet.energy(config.data.image_size, channels, ch, config.energy.mult, N)
+        energy = resnet.energy(size, channels, ch, config.energy.mult, N)
     return with_dtype(jnp.bfloat16, energy) if dtype == "bfloat16" else energy
 
 

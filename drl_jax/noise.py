@@ -34,6 +34,17 @@ def uniform(keys: Key[Array, "B"]) -> Float[Array, "B"]:
     return jax.vmap(lambda key: jax.random.uniform(key, (), jnp.float32))(keys)
 
 
+def dropout(
+    keys: Key[Array, "B"], h: Float[Array, "B *D"], rate: float
+) -> Float[Array, "B *D"]:
+    """Sets each feature to zero with probability `rate`, and divides the others by 1 - rate."""
+
+    def draw(key):
+        return jax.random.bernoulli(key, 1 - rate, h.shape[1:])
+
+    return jnp.where(jax.vmap(draw)(keys), h / (1 - rate), 0)
+
+
 def per_example(values: Shaped[Array, "B"], x: Float[Array, "B *D"]) -> Shaped[Array, "B ..."]:
     """Returns values [B] reshaped to [B, 1, ..., 1], to broadcast against x [B, ...]."""
     return jnp.reshape(values, values.shape + (1,) * (x.ndim - 1))

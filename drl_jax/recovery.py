@@ -13,7 +13,7 @@ F can be learned in two ways: from the recovery likelihood, with negative sample
 chains draw (`loss`), or from denoising, without them (`denoising_loss`).
 
 The gradient of F differs between levels by orders of magnitude. Dividing f by a temperature
-tau_t per level takes these factors out of the network. There are three parameterisations
+tau_t per level takes these factors out of the network. There are four parameterisations
 (`config.energy.parameterisation`):
 
 - 'step', for few levels (T6): F = f / s_t² with s_t the Langevin step size, as in the authors'
@@ -28,6 +28,12 @@ tau_t per level takes these factors out of the network. There are three paramete
   sigma_bar_t alone, F would be too steep at the lowest levels. With few levels, y is smaller
   than x_t by a factor a_{t+1} that is not close to 1, so its score is larger by 1 / a_{t+1};
   f models this, too.
+- 'uniform', for images and any number of levels: F = f / tau_t + the log-density of level t if
+  the data's pixels were independent and uniform in [-1, 1] (`uniform_pixels`), with tau_t as in
+  'noise'. This reference is white noise at high levels. At low levels it is flat between the
+  darkest and the lightest pixel value, and falls as that of Gaussian noise sigma_bar_t outside.
+  A network whose output grows no faster than linearly cannot outweigh it: pixels stay within a
+  few sigma_bar_t of the range of pixel values, however long the chains are.
 - 'unit', for few dimensions: F = f - |x|² / 2. A density in the plane is smooth at the scale of
   the lowest noise levels: its logarithm is of order one at every level, and the lowest levels
   hardly differ. If f were divided by sigma_bar_t, it would have to be proportional to
@@ -38,6 +44,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from jax.scipy.special import log_ndtr
 from jaxtyping import Array, Float, Int, Key
 
 from drl_jax import diffusion, noise
@@ -62,24 +69,64 @@ def step_sizes(schedule: NoiseSchedule, b_squared: float) -> Float[Array, "T"]:
 class Parameterisation(NamedTuple):
     """The log-density F as a function of the network's output f.
 
-        F(x, t) = f(x, t) / tau_t - rho |x|² / 2
+        F(y, t) = f(y, t) / tau_t + reference(y, t)
 
     Attributes:
       temperature: tau_t, one number per level.
-      precision: rho: 1 if f models the difference from white noise, 0 if it models all of F.
+      reference: log-density from which f models the difference, up to a constant [nats].
     """
 
     temperature: Float[Array, "T"]
-    precision: float
+    reference: LevelFn
+
+
+def no_reference(y: Float[Array, "B *D"], t: Int[Array, "B"]) -> Float[Array, "B"]:
+    """Returns 0: f models all of F."""
+    del t
+    return jnp.zeros_like(y, shape=len(y))
+
+
+def white_noise(y: Float[Array, "B *D"], t: Int[Array, "B"]) -> Float[Array, "B"]:
+    """Returns -|y|² / 2, the log-density of N(0, I) up to a constant."""
+    del t
+    return -jnp.sum(jnp.square(y), axis=range(1, y.ndim)) / 2
+
+
+def uniform_pixels(schedule: NoiseSchedule, half_width: float) -> LevelFn:
+    """Returns the log-density of y_t for independent uniform pixels, up to a constant.
+
+    If every pixel of the data is uniform in [-h, h], then that of x_t = y / y_scale is uniform
+    noise plus Gaussian noise, with the density
+
+        (Phi((a_bar_t h - x_t) / sigma_bar_t) - Phi((-a_bar_t h - x_t) / sigma_bar_t)) / (2 a_bar_t h)
+
+    where Phi is the normal distribution function.
+
+    Args:
+      schedule: noise levels.
+      half_width: h, 1 for pixels in [-1, 1].
+    """
+
+    def log_p(y: Float[Array, "B *D"], t: Int[Array, "B"]) -> Float[Array, "B"]:
+        sigma_bar = noise.per_example(schedule.sigma_bar[t], y)
+        edge = noise.per_example(schedule.a_bar[t], y) * half_width
+        # The density is even. At |x|, the first term is the larger one, and both keep their
+        # relative precision in the tail.
+        x = jnp.abs(y) / noise.per_example(schedule.y_scale(t), y)
+        upper = log_ndtr((edge - x) / sigma_bar)
+        lower = log_ndtr((-edge - x) / sigma_bar)
+        pixels = upper + jnp.log1p(-jnp.exp(lower - upper))
+        return jnp.sum(pixels, axis=range(1, y.ndim))
+
+    return log_p
 
 
 def log_density(f: LevelFn, parameterisation: Parameterisation) -> LevelFn:
-    """Returns the function F(x, t), the log-density of level t up to a constant [nats]."""
-    temperature, precision = parameterisation
+    """Returns the function F(y, t), the log-density of level t up to a constant [nats]."""
+    temperature, reference = parameterisation
 
-    def F(x: Float[Array, "B *D"], t: Int[Array, "B"]) -> Float[Array, "B"]:
-        reference = precision * jnp.sum(jnp.square(x), axis=range(1, x.ndim)) / 2
-        return f(x, t) / temperature[t] - reference
+    def F(y: Float[Array, "B *D"], t: Int[Array, "B"]) -> Float[Array, "B"]:
+        return f(y, t) / temperature[t] + reference(y, t)
 
     return F
 

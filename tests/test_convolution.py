@@ -233,7 +233,7 @@ def tiny_method():
     energy = resnet.energy(4, 3, ch=8, mult=(1,), N=1)
     s = recovery.step_sizes(schedule, 2e-4)
     sampler = Sampler(langevin.init, langevin.kernel, {"step_size": s}, K=2)
-    return Method(energy, schedule, Parameterisation(s**2, 0.0), sampler)
+    return Method(energy, schedule, Parameterisation(s**2, recovery.no_reference), sampler)
 
 
 @pytest.mark.slow

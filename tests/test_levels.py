@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from helpers.statistical import limit
 
-from drl_jax import diffusion, noise
+from drl_jax import diffusion, noise, recovery
 from drl_jax.method import Method
 from drl_jax.metrics import levels
 from drl_jax.model import Model
@@ -50,7 +50,7 @@ def model_of(T, batch_size=256, f=total, kernel=shift):
         tuning={"step_size": jnp.full(T, SHIFT)},
         K=K,
     )
-    parameterisation = Parameterisation(jnp.full(T, 2.0), precision=1.0)
+    parameterisation = Parameterisation(jnp.full(T, 2.0), recovery.white_noise)
     method = Method(energy, schedule, parameterisation, sampler)
     return Model.create(method, {}, sharding.make_mesh(), batch_size)
 

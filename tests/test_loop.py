@@ -382,7 +382,9 @@ def quadratic_run(size, precision, num_steps):
         shape=(size, size, 3),
     )
     sampler = Sampler(langevin.init, langevin.kernel, {"step_size": step_size}, 10)
-    method = Method(energy, schedule, Parameterisation(step_size**2, 0.0), sampler)
+    method = Method(
+        energy, schedule, Parameterisation(step_size**2, recovery.no_reference), sampler
+    )
     training = train_step.Training(
         objective=train_step.recovery_gradient,
         draw_levels=lambda keys, schedule: jnp.full(len(keys), schedule.T - 1),

@@ -9,7 +9,7 @@ import pytest
 from helpers import tiny
 
 from drl_jax import config as config_lib
-from drl_jax import diffusion
+from drl_jax import diffusion, recovery
 from drl_jax import method as method_lib
 from drl_jax.mcmc import hmc
 from drl_jax.method import Method
@@ -133,7 +133,7 @@ class Recorder:
             {"step_size": jnp.full(T, 0.1), "leapfrog": jnp.ones(T, jnp.int32)},
             1,
         )
-        parameterisation = Parameterisation(jnp.ones(T), precision=1.0)
+        parameterisation = Parameterisation(jnp.ones(T), recovery.white_noise)
         method = Method(energy, diffusion.schedule(T), parameterisation, sampler)
         self.model = Model.create(method, {}, sharding.make_mesh(), B)
 

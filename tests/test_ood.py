@@ -41,7 +41,7 @@ def model_of(f, shape, batch_size=256, schedule=SCHEDULE):
     """Returns a model whose network is f(x, t), with F = f / TEMPERATURE."""
     energy = Energy(None, None, lambda params, x, t: f(x, t), shape)
     temperature = jnp.asarray(np.resize(TEMPERATURE, schedule.T), jnp.float32)
-    parameterisation = recovery.Parameterisation(temperature, 0.0)
+    parameterisation = recovery.Parameterisation(temperature, recovery.no_reference)
     sampler = digits().model.method.sampler
     method = Method(energy, schedule, parameterisation, sampler)
     return Model.create(method, {}, sharding.make_mesh(), batch_size)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from helpers.statistical import limit
 
-from drl_jax import diffusion
+from drl_jax import diffusion, recovery
 from drl_jax.data import mixtures
 from drl_jax.mcmc import langevin
 from drl_jax.method import Method
@@ -24,7 +24,7 @@ def model_of(F):
     energy = Energy(None, None, lambda params, x, t: F(x, t), (2,))
     ones = jnp.ones(SCHEDULE.T)
     sampler = Sampler(langevin.init, langevin.kernel, {"step_size": ones}, K=1)
-    method = Method(energy, SCHEDULE, Parameterisation(ones, precision=0.0), sampler)
+    method = Method(energy, SCHEDULE, Parameterisation(ones, recovery.no_reference), sampler)
     return Model.create(method, {}, sharding.make_mesh())
 
 

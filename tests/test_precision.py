@@ -223,7 +223,8 @@ def test_the_conditional_log_density_is_accurate_in_float64():
         y, x_tilde = jnp.asarray(np.random.default_rng(0).normal(size=(2, T, 3)))
         t = jnp.arange(T)
         F = recovery.log_density(
-            lambda x, t: jnp.sum(jnp.sin(x), axis=1), Parameterisation(tau, 1.0)
+            lambda x, t: jnp.sum(jnp.sin(x), axis=1),
+            Parameterisation(tau, recovery.white_noise),
         )
         ours = recovery.conditional_log_density(F, jnp.asarray(y), x_tilde, t, schedule)
         quadratic = np.sum((x_tilde - y) ** 2, axis=1) / (2 * sigma[1:] ** 2)
@@ -257,7 +258,7 @@ def mlp_conditionals(module, params, dtype):
     schedule = diffusion.schedule(T)
     s = recovery.step_sizes(schedule, 1e-2)
     f = lambda x, t: mlp.energy(5, width=32).f(params, x, t)  # noqa: E731
-    F = recovery.log_density(f, Parameterisation(s**2 * 300, 1.0))
+    F = recovery.log_density(f, Parameterisation(s**2 * 300, recovery.white_noise))
     assert schedule.a.dtype == s.dtype == dtype
     return Conditionals(F, schedule, sampler_of(module, s, 30))
 

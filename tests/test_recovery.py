@@ -29,7 +29,7 @@ def test_step_sizes_are_those_of_the_paper():
 
 def test_conditional_is_F_plus_a_quadratic_and_the_marginal_at_the_top():
     y, x_tilde = jax.random.normal(jax.random.key(0), (2, 6, 3))
-    F = recovery.log_density(quadratic, Parameterisation(S**2, 0.0))
+    F = recovery.log_density(quadratic, Parameterisation(S**2, recovery.no_reference))
     log_p = recovery.conditional_log_density(F, y, x_tilde, LEVELS, SCHEDULE)
     expected = -(np.arange(6) + 1) * np.sum(np.square(y), axis=1) / np.square(S)
     gaussian = -np.sum(np.square(x_tilde - y), axis=1) / (2 * np.square(SCHEDULE.sigma[1:]))
@@ -87,7 +87,7 @@ def test_loss_is_signed_f_weighted_by_level(sign):
 def test_F_with_unit_precision_has_white_noise_as_its_reference_measure():
     x = jax.random.normal(jax.random.key(5), (6, 3))
     tau = jnp.arange(1.0, 7.0)
-    F = recovery.log_density(quadratic, Parameterisation(tau, 1.0))
+    F = recovery.log_density(quadratic, Parameterisation(tau, recovery.white_noise))
     expected = quadratic(x, LEVELS) / tau - np.sum(np.square(x), axis=1) / 2
     np.testing.assert_allclose(F(x, LEVELS), expected, rtol=1e-6)
 
@@ -109,11 +109,11 @@ def test_network_of_t1k_has_a_gradient_of_order_one_at_every_level():
         grad_F = -(x_t - schedule.a_bar[t] * 0.3) / schedule.sigma_bar[t] ** 2
         return np.sqrt(np.mean((tau * (grad_F + rho * x_t)) ** 2, axis=0))
 
-    of_t1k = gradient_norm(Parameterisation(schedule.sigma_bar[:-1], 1.0))
+    of_t1k = gradient_norm(Parameterisation(schedule.sigma_bar[:-1], recovery.white_noise))
     np.testing.assert_allclose(of_t1k[:900], (schedule.a_bar[:900]) ** 2, rtol=0.3, atol=0.05)
     assert np.max(of_t1k) < 1.2
     s = recovery.step_sizes(schedule, B_SQUARED)
-    of_t6 = gradient_norm(Parameterisation(s**2, 0.0))
+    of_t6 = gradient_norm(Parameterisation(s**2, recovery.no_reference))
     assert np.max(of_t6[:-1]) < 5e-4
     assert np.min(of_t6) < 5e-6
 

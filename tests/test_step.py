@@ -30,7 +30,7 @@ S = recovery.step_sizes(SCHEDULE, 2e-3)
 METHOD = Method(
     energy=resnet.energy(4, 1, ch=8, mult=(1, 2), N=1),
     schedule=SCHEDULE,
-    parameterisation=Parameterisation(S**2, 0.0),
+    parameterisation=Parameterisation(S**2, recovery.no_reference),
     sampler=Sampler(langevin.init, langevin.kernel, {"step_size": S}, K),
 )
 DECAY = 0.9
@@ -161,7 +161,7 @@ def test_a_denoising_step_descends_the_error_of_the_noise():
     No chain is run or reported. Fails if sigma_bar or y is that of level t + 1.
     """
     schedule = diffusion.schedule(20, "cosine")
-    parameterisation = Parameterisation(schedule.sigma_bar[:-1], 1.0)
+    parameterisation = Parameterisation(schedule.sigma_bar[:-1], recovery.white_noise)
     method = METHOD._replace(schedule=schedule, parameterisation=parameterisation)
     optimiser, mesh = optax.sgd(1.0), sharding.make_mesh()
     state = perturbed(train_state.create(jax.random.key(0), method.energy, optimiser))

@@ -69,7 +69,7 @@ def test_conditional_log_density_and_its_gradient(network, expected):
     x_tilde, t = jnp.asarray(expected["x_noisy"]), jnp.asarray(expected["t"])
 
     def log_p(y):
-        F = recovery.log_density(network, Parameterisation(S**2, 0.0))
+        F = recovery.log_density(network, Parameterisation(S**2, recovery.no_reference))
         return recovery.conditional_log_density(F, y, x_tilde, t, SCHEDULE)
 
     value, vjp = jax.vjp(log_p, jnp.asarray(expected["x"]))
@@ -82,7 +82,7 @@ def test_three_noiseless_langevin_steps(network, expected):
     keys = jax.random.split(jax.random.key(0), 6)
     tuning = {"step_size": S, "noise_scale": jnp.zeros(6)}
     conditionals = Conditionals(
-        F=recovery.log_density(network, Parameterisation(S**2, 0.0)),
+        F=recovery.log_density(network, Parameterisation(S**2, recovery.no_reference)),
         schedule=SCHEDULE,
         sampler=Sampler(langevin.init, langevin.kernel, tuning, K=3),
     )

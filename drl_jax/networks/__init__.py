@@ -1,5 +1,5 @@
-"""Networks f(x, t): `resnet` for images, `mlp` for vectors.
+"""Networks f(x, t): `resnet` and `image_mlp` for images, `mlp` for vectors.
 
-In both modules, the function `energy` returns an `energy.Energy`. `convolution` and `winograd`
+In these modules, the function `energy` returns an `energy.Energy`. `convolution` and `winograd`
 contain the convolutions, `spectral` the spectral normalisation.
 """

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, DTypeLike, Float, Int, Key
+from jaxtyping import Array, DTypeLike, Float, Key
 
 from drl_jax.networks import spectral
 
@@ -25,14 +25,41 @@ class Energy(NamedTuple):
       init: key -> (params, vectors): raw parameters, and the vectors of the power iterations.
       normalise: (params, vectors) -> (params, vectors): applies spectral normalisation, once
         per training step, to raw parameters.
-      f: (params, x [B, ...], t [B]) -> [B]: evaluates the network with normalised parameters.
+      f: (params, x [B, ...], t [B], keys [B] or None) -> [B]: evaluates the network with
+        normalised parameters. Training passes one random key per example, for dropout; without
+        keys there is no dropout.
       shape: shape of one example.
     """
 
     init: Callable[[Key[Array, ""]], tuple[Params, Vectors]]
     normalise: Callable[[Params, Vectors], tuple[Params, Vectors]]
-    f: Callable[[Params, Float[Array, "B *D"], Int[Array, "B"]], Float[Array, "B"]]
+    f: Callable[..., Float[Array, "B"]]
     shape: tuple[int, ...]
+
+
+# (x [B, ...], U(x) [B, ...]) -> f [B]
+Form = Callable[[Float[Array, "B *D"], Float[Array, "B *D"]], Float[Array, "B"]]
+
+
+def inner_product(x: Float[Array, "B *D"], u: Float[Array, "B *D"]) -> Float[Array, "B"]:
+    """Returns <x, U>."""
+    return jnp.sum(x * u, axis=range(1, x.ndim))
+
+
+def squared_distance(x: Float[Array, "B *D"], u: Float[Array, "B *D"]) -> Float[Array, "B"]:
+    """Returns (|x|² - |x - U|²) / 2 = <x, U> - |U|² / 2.
+
+    This is -|x - U|² / 2, except that the log-density's quadratic term is left to its reference
+    (`recovery.Parameterisation`).
+    """
+    return jnp.sum((x - u / 2) * u, axis=range(1, x.ndim))
+
+
+# The values of config.energy.form.
+FORMS: dict[str, Form] = {
+    "inner_product": inner_product,
+    "squared_distance": squared_distance,
+}
 
 
 def from_network(network: nn.Module, shape: tuple[int, ...], rule: spectral.Rule) -> Energy:
@@ -53,8 +80,39 @@ def from_network(network: nn.Module, shape: tuple[int, ...], rule: spectral.Rule
     def normalise(params, vectors):
         return spectral.normalise(params, vectors, rule)
 
-    def f(params, x, t):
+    def f(params, x, t, keys=None):
+        del keys  # no dropout
         return network.apply({"params": params}, x, t)
+
+    return Energy(init, normalise, f, shape)
+
+
+def from_image_to_image(
+    network: nn.Module, shape: tuple[int, ...], form: Form, levels: Float[Array, "T"]
+) -> Energy:
+    """Returns the energy of a network U that maps images to images.
+
+    f is a function of x and U(x, t), and its gradient is that of the whole expression, through
+    U. So the model stays an energy, unlike a denoiser (Salimans and Ho 2021; Du et al. 2023).
+    There is no spectral normalisation.
+
+    Args:
+      network: maps (x [B, ...], level [B], keys [B] or None) to an array of x's shape.
+      shape: shape of one example x.
+      form: how f follows from x and U.
+      levels: what the network is told about the levels t in 0..T-1.
+    """
+
+    def init(key):
+        x = jnp.zeros((1, *shape))
+        return network.init(key, x, levels[:1])["params"], {}
+
+    def normalise(params, vectors):
+        return params, vectors
+
+    def f(params, x, t, keys=None):
+        level = levels[t].astype(x.dtype)
+        return form(x, network.apply({"params": params}, x, level, keys))
 
     return Energy(init, normalise, f, shape)
 
@@ -68,7 +126,7 @@ def with_dtype(dtype: DTypeLike, energy: Energy) -> Energy:
     parameters.
     """
 
-    def f(params, x, t):
-        return energy.f(params, x.astype(dtype), t).astype(x.dtype)
+    def f(params, x, t, keys=None):
+        return energy.f(params, x.astype(dtype), t, keys).astype(x.dtype)
 
     return energy._replace(f=f)

@@ -225,17 +225,18 @@ def denoising_gradient(
 ) -> tuple[Params, Statistics]:
     """Returns the gradient of the denoising loss, which needs no chain.
 
-    The loss is `recovery.denoising_loss`. Arguments and results are those of
+    The loss is `recovery.denoising_loss`, with dropout if the network has it. Arguments and results are those of
     `recovery_gradient`.
     """
     schedule = method.schedule
     y, eps = recovery.positives_with_noise(noise.fold(keys, 1), x, t, schedule)
+    dropout_keys = noise.fold(keys, 2)
     no_chain = jnp.full_like(x, jnp.nan, shape=t.shape)
 
     def mean_loss(params):
-        loss = recovery.denoising_loss(method.F(params), y, eps, t, schedule)
+        loss = recovery.denoising_loss(method.F(params, dropout_keys), y, eps, t, schedule)
         # This costs nothing: the loss contains the same f, and XLA computes it only once.
-        return jnp.mean(loss), (loss, method.energy.f(params, y, t))
+        return jnp.mean(loss), (loss, method.energy.f(params, y, t, dropout_keys))
 
     grads, (loss, f_pos) = jax.grad(mean_loss, has_aux=True)(params)
     return grads, Statistics(t, loss, f_pos, no_chain, no_chain, no_chain)

@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 
-from drl_jax import diffusion
+from drl_jax import diffusion, recovery
 from drl_jax.data import mixtures
 from drl_jax.mcmc import langevin
 from drl_jax.method import Method
@@ -32,6 +32,6 @@ def model(data, T, log_Z=0.0, mesh=None, shape=None):
         shape=shape or data.means.shape[-1:],
     )
     sampler = Sampler(langevin.init, langevin.kernel, {"step_size": jnp.ones(T)}, 1)
-    parameterisation = Parameterisation(jnp.ones(T), 0.0)
+    parameterisation = Parameterisation(jnp.ones(T), recovery.no_reference)
     method = Method(energy, schedule, parameterisation, sampler)
     return Model.create(method, {}, mesh or sharding.make_mesh())
