@@ -241,5 +241,5 @@ def denoising_loss(
 def displacement(
     y_neg: Float[Array, "B *D"], x_tilde: Float[Array, "B *D"]
 ) -> Float[Array, "B"]:
-    """Returns the Euclidean distance |y_neg - x_tilde| from a chain's start to its end."""
+    """Returns the Euclidean distance |y_neg - x_tilde| from the condition to a chain's end."""
     return jnp.sqrt(jnp.sum(jnp.square(y_neg - x_tilde), axis=range(1, y_neg.ndim)))

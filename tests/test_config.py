@@ -274,7 +274,7 @@ def test_the_replacements_of_values_are_valid_and_the_values_are_not():
 
 
 def test_a_saved_normal_approximation_is_a_draw_from_the_posterior_without_a_chain():
-    """Fails if the saved K, which follows the sampler, is kept."""
+    """Fails if the saved K is kept."""
     values = config_lib.to_json(changed(diffusion__T=1000))
     values["mcmc"] = {"sampler": "normal_approximation", "b_squared": 2e-4, "K": 1}
     del values["diffusion"]["schedule"]

@@ -25,7 +25,7 @@ def level_statistics(
     """Returns the statistics of each level, as means over the data.
 
     Every example is diffused to a level t (y, `recovery.positives`) and to level t + 1
-    (x_tilde). A chain that starts at x_tilde samples p(y | x_tilde), as in training.
+    (x_tilde). A chain samples p(y | x_tilde), as in generation.
 
     With many levels, only the first of each of the `diffusion.level_groups` is evaluated.
 
@@ -39,7 +39,7 @@ def level_statistics(
         level: t.
         f_data: f(y, t).
         f_chain: f at the end of the chain; equal to f_data once the level has been learned.
-        displacement: Euclidean distance between the start and the end of the chain.
+        displacement: Euclidean distance between x_tilde and the end of the chain.
         acceptance: acceptance probability of the chain.
         resolution: resolution of F at y in float32 [nats], see `resolution`.
     """

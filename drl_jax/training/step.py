@@ -33,7 +33,7 @@ class Statistics(NamedTuple):
       loss: loss.
       f_pos: output of the network for the positive sample.
       f_neg: output of the network for the negative sample, the end of the chain.
-      displacement: Euclidean distance from the start of the chain to its end.
+      displacement: Euclidean distance from x_tilde to the end of the chain.
       acceptance: mean acceptance probability of the chain's steps.
     """
 
