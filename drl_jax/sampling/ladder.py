@@ -7,8 +7,8 @@ draw from an approximation of the conditional (`start_from_posterior`).
 
 A chain that starts at x_{t+1} and keeps a fraction r of its starting point after K steps makes
 only a fraction 1 - r of the step from level t + 1 to level t. With many levels and few steps,
-these errors add up, and the samples remain noise. Draws from the approximate posterior already
-have the mean that the energy of level t + 1 implies, for any K, so only its errors add up.
+the missing parts add up, and the samples remain noise. A draw from the approximate posterior
+has the mean that the energy of level t + 1 implies, for any K, so no part of it is missing.
 """
 
 from collections.abc import Callable
