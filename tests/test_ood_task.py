@@ -186,3 +186,11 @@ def test_images_with_another_number_of_channels_are_rejected():
     with pytest.raises(UserError, match=r"--against=digits .*channels is 3"):
         task.open_other(config, "digits")
     assert config.data.name == "cifar10"
+
+
+def test_all_images_of_another_set_are_used_since_training_used_none_of_them():
+    """Fails if the share that is held out of the model's own data is taken of the other set."""
+    config = runs.load("digits").config
+    config.data.test_fraction = 0.2
+    assert len(sources.open_held_out(config)) == 359
+    assert len(task.open_other(config, "digits")) == 1797
