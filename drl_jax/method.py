@@ -2,12 +2,13 @@
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Key, Shaped
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 
+from drl_jax import config as config_lib
 from drl_jax import diffusion, recovery
 from drl_jax.diffusion import NoiseSchedule
 from drl_jax.errors import UserError
@@ -16,6 +17,9 @@ from drl_jax.networks import image_mlp, mlp, resnet
 from drl_jax.networks.energy import FORMS, Energy, Params, with_dtype
 from drl_jax.recovery import LevelFn, Parameterisation
 from drl_jax.sampling.ladder import STARTS, Conditionals, Sampler
+
+# Values of config.mcmc.sampler that accept or reject, and whose step sizes are adapted.
+METROPOLIS = ("mala", "hmc")
 
 
 class Method(NamedTuple):
@@ -26,12 +30,14 @@ class Method(NamedTuple):
       schedule: noise levels.
       parameterisation: how the log-density F is computed from f.
       sampler: Markov chain Monte Carlo kernel for the conditionals, with its settings.
+      mcmc: the section `mcmc` of the configuration that describes the sampler.
     """
 
     energy: Energy
     schedule: NoiseSchedule
     parameterisation: Parameterisation
     sampler: Sampler
+    mcmc: FrozenConfigDict = FrozenConfigDict(config_lib.default().mcmc)
 
     def F(self, params: Params, keys: Key[Array, "B"] | None = None) -> LevelFn:
         """Returns the log-density of every level, up to a constant, as a function of (y, t).
@@ -84,7 +90,8 @@ def from_config(config: ConfigDict) -> Method:
             else recovery.uniform_pixels(schedule, half_width=1 + width / 2)
         )
         parameterisation = Parameterisation(temperature, reference)
-    return Method(energy, schedule, parameterisation, make_sampler(config.mcmc, schedule))
+    sampler = make_sampler(config.mcmc, schedule)
+    return Method(energy, schedule, parameterisation, sampler, FrozenConfigDict(config.mcmc))
 
 
 def for_generation(method: Method, config: ConfigDict) -> Method:
@@ -93,9 +100,28 @@ def for_generation(method: Method, config: ConfigDict) -> Method:
     The sampler and its noise scale are those of `config.mcmc`, and the network multiplies in
     `config.evaluation.dtype`. The parameterisation stays the one of training.
     """
-    sampler = make_sampler(config.mcmc, method.schedule, config.mcmc.noise_scale)
     energy = make_energy(config, method.schedule, config.evaluation.dtype)
-    return method._replace(energy=energy, sampler=sampler)
+    return _with_mcmc(method._replace(energy=energy), config.mcmc)
+
+
+def with_sampler(method: Method, **settings: Any) -> Method:
+    """Returns the method with other settings of its sampler, by their names in `config.mcmc`.
+
+    Raises:
+      UserError: if `config.validate` rejects the settings, or the leapfrog steps are given for
+        another number of levels.
+    """
+    config = config_lib.default()
+    config.diffusion.T = method.schedule.T
+    config.mcmc = ConfigDict({**method.mcmc, **settings})
+    config_lib.validate(config)
+    return _with_mcmc(method, config.mcmc)
+
+
+def _with_mcmc(method: Method, mcmc: ConfigDict) -> Method:
+    """Returns the method with the sampler of `config.mcmc` and its noise scale."""
+    sampler = make_sampler(mcmc, method.schedule, mcmc.noise_scale)
+    return method._replace(sampler=sampler, mcmc=FrozenConfigDict(mcmc))
 
 
 def make_energy(config: ConfigDict, schedule: NoiseSchedule, dtype: str) -> Energy:

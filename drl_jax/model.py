@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, ArrayLike, Float, Int, Key, Shaped
 
+from drl_jax import method as method_lib
 from drl_jax import noise
 from drl_jax.errors import UserError
 from drl_jax.method import Method
@@ -21,8 +23,12 @@ from drl_jax.runtime.matmul_precision import full_precision
 from drl_jax.sampling import chains as chains_lib
 from drl_jax.sampling import inpainting, interpolation, ladder, masks
 from drl_jax.sampling.chains import Chains, Observation
+from drl_jax.sampling.ladder import Adapted
+
+log = logging.getLogger(__name__)
 
 PIXEL_TOLERANCE = 1e-5  # by which pixels may lie outside [-1, 1], as resizing can cause
+MAX_CORRELATION = 0.5  # of the start and the end of a chain, without a warning
 
 _sample_strips = jax.jit(interpolation.sample_strips, static_argnames="frames")
 _image_strips = jax.jit(interpolation.image_strips, static_argnames="frames")
@@ -359,12 +365,52 @@ class Model:
             )
         )
 
+    def with_sampler(
+        self,
+        name: str,
+        K: int | None = None,
+        leapfrog: int | Sequence[int] | None = None,
+        noise_scale: float = 1.0,
+        key: Key[Array, ""] | None = None,
+        target: float | None = None,
+    ) -> "Model":
+        """Returns a model that draws its samples with another sampler. Compiles new programs.
+
+        The step sizes of MALA and HMC are adapted (`adapt`), those of Langevin dynamics follow
+        from b². Settings that are not given are those of the model's configuration.
+
+        Args:
+          name: 'langevin', 'mala' or 'hmc', or another value of `config.mcmc.sampler`.
+          K: number of steps per level.
+          leapfrog: number of leapfrog steps of HMC, the same for all levels or one per level.
+          noise_scale: factor of the noise of Langevin dynamics.
+          key: random key of the adaptation, by default `jax.random.key(0)`.
+          target: mean acceptance probability to reach in the adaptation.
+
+        Raises:
+          UserError: if there is no such sampler, or a setting cannot be used.
+        """
+        given: dict[str, Any] = {"K": K, "target_acceptance": target}
+        if leapfrog is not None:
+            given["leapfrog"] = (leapfrog,) if isinstance(leapfrog, int) else tuple(leapfrog)
+        settings = {name: value for name, value in given.items() if value is not None}
+        method = method_lib.with_sampler(
+            self.method, sampler=name, noise_scale=noise_scale, **settings
+        )
+        model = Model.create(method, self.params, self.mesh, self.engine.batch_size)
+        if name not in method_lib.METROPOLIS:
+            return model
+        key = jax.random.key(0) if key is None else key
+        mcmc = method.mcmc
+        return model.adapt(key, mcmc.warmup_steps, mcmc.target_acceptance)[0]
+
     def adapt(
         self, key: Key[Array, ""], num_steps: int = 100, target: float = 0.65, chains: int = 16
-    ) -> tuple["Model", Float[np.ndarray, "T"]]:
+    ) -> tuple["Model", Adapted]:
         """Adapts the step sizes of MALA or HMC, on chains that are then discarded.
 
         Every device runs the same chains, so the number of devices does not affect the result.
+        Warns if chains of K steps keep more than `MAX_CORRELATION` of their starting points.
 
         Args:
           key: random key.
@@ -373,8 +419,8 @@ class Model:
           chains: number of chains.
 
         Returns:
-          the model with adapted step sizes, and the mean acceptance probability at each level
-          (`ladder.warm_up`).
+          the model with adapted step sizes, and the step size, the mean acceptance probability
+          and the remaining correlation at each level, as numpy arrays (`ladder.warm_up`).
         """
 
         @functools.partial(jax.jit, out_shardings=sharding.replicated(self.mesh))
@@ -384,8 +430,17 @@ class Model:
             conditionals = self.method.conditionals(params)
             return ladder.warm_up(keys, conditionals, self.shape, num_steps, target)
 
-        step_size, acceptance = program(self.params, key)
-        return self.with_step_size(step_size), np.asarray(acceptance)
+        adapted = jax.tree.map(np.asarray, program(self.params, key))
+        worst = int(np.argmax(np.abs(adapted.correlation)))
+        if abs(adapted.correlation[worst]) > MAX_CORRELATION:
+            log.warning(
+                "K = %d steps per level are too few: a fraction %.2f of the starting point "
+                "remains at level %d, and such errors add up over the levels; increase K",
+                self.method.sampler.K,
+                adapted.correlation[worst],
+                worst,
+            )
+        return self.with_step_size(adapted.step_size), adapted
 
     def compile(self, program: Callable) -> Callable:
         """Compiles a program for the devices, to be passed to `run`.

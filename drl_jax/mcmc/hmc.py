@@ -6,6 +6,12 @@ Draws a momentum p ~ N(0, I) and makes L leapfrog steps of size ε,
 
 The end of the trajectory (y', p') is accepted with probability min(1, exp(H - H')), where
 H = |p|²/2 - log p(y). Leaves the density exactly invariant (Neal 2011, section 5.3).
+
+In a direction in which p is Gaussian with standard deviation s, a trajectory rotates (y, p) by
+an angle of L ε / s. After a whole turn, y is back where it was. So trajectories of two or more
+steps have random lengths: each has its own ε, the given step size times u ~ U(0.5, 1.5). As u
+does not depend on y, and each ε leaves p invariant, so does the mixture (ibid., section 5.4).
+Around a quarter turn, the correlation of y' and y is E cos(pi u / 2) = 0.
 """
 
 from typing import NamedTuple
@@ -66,13 +72,15 @@ def kernel(
       keys: one key per chain, different at every step.
       state: the chains.
       log_density_fn: log p up to a constant.
-      step_size: ε, one number per chain.
+      step_size: mean of ε, one number per chain. With one leapfrog step, ε itself.
       leapfrog: L, the number of leapfrog steps of each chain. Every chain costs as much as the
         one with the most.
     """
     y = state.position
     momentum = noise.normal(noise.fold(keys, 0), y.shape[1:]).astype(y.dtype)
-    epsilon = noise.per_example(step_size, momentum)
+    # With one step, HMC is MALA, which makes no turns.
+    u = jnp.where(leapfrog > 1, 0.5 + noise.uniform(noise.fold(keys, 2)), 1.0)
+    epsilon = noise.per_example(u * step_size, momentum)
 
     def leapfrog_step(i, carry):
         state, momentum = carry

@@ -1,4 +1,4 @@
-"""Convergence diagnostics of Markov chains: split R-hat and effective sample size.
+"""Convergence diagnostics of Markov chains: R-hat, effective sample size, autocorrelation.
 
 Split R-hat compares the variance between half-chains with the variance within them; it is close
 to 1 when all chains have forgotten their starting points (Gelman et al. 2013, section 11.4).
@@ -14,6 +14,7 @@ from arviz_stats.base import array_stats
 from jaxtyping import Float, Int
 
 MIN_DRAWS = 4  # minimum number of draws per chain for which ArviZ gives a result
+FORGOTTEN = 0.1  # autocorrelation below which a chain counts as independent of its start
 
 
 class Convergence(NamedTuple):
@@ -69,3 +70,31 @@ def convergence(
         effective_sample_size=float(np.sum(sizes)),
         draws=draws[..., 0].size,
     )
+
+
+def draws_to_forget(
+    draws: Float[np.ndarray, "B n S"], distribution: Int[np.ndarray, "B"]
+) -> int | None:
+    """Returns the smallest lag at which the autocorrelation is below `FORGOTTEN`.
+
+    The autocorrelation is that of all scalars together, each weighted by its variance. A scalar
+    is measured from its mean over all chains that sample the same distribution: so chains that
+    stay in different modes never forget where they started.
+
+    Args:
+      draws: S scalars of B chains at n equally spaced steps, warm-up excluded.
+      distribution: index of the distribution that each chain samples.
+
+    Returns:
+      The lag [draws], or None if there is none among the first n / 2, beyond which there are
+      too few pairs of draws.
+    """
+    x = np.array(draws, np.float64)
+    for index in np.unique(distribution):
+        x[distribution == index] -= np.mean(x[distribution == index], axis=(0, 1))
+    n = x.shape[1]
+    for lag in range(1, n // 2 + 1):
+        covariance = np.mean(x[:, lag:] * x[:, :-lag])
+        if covariance < FORGOTTEN * np.mean(np.square(x)):
+            return lag
+    return None

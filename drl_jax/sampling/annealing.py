@@ -280,7 +280,7 @@ def warm_up(
     Returns:
       the step size and the mean acceptance probability of every level.
     """
-    return ladder.adapt_step_sizes(
+    step_size, acceptance, _ = ladder.adapt_step_sizes(
         keys,
         sampler,
         lambda _, t: lambda x: level_log_density(F, x, t, schedule),
@@ -290,6 +290,7 @@ def warm_up(
         num_steps=num_steps,
         target=target,
     )
+    return step_size, acceptance
 
 
 def warm_up_tempered(
@@ -320,7 +321,7 @@ def warm_up_tempered(
       the step size and the mean acceptance probability of every version, hottest first.
     """
     last = len(tempering.beta) - 1  # `adapt_step_sizes` goes from the last index to the first
-    step_size, acceptance = ladder.adapt_step_sizes(
+    step_size, acceptance, _ = ladder.adapt_step_sizes(
         keys,
         sampler,
         lambda _, t: lambda x: tempering.log_density(F, x, last - t[0], schedule),

@@ -11,6 +11,7 @@ the missing parts add up, and the samples remain noise. A draw from the approxim
 has the mean that the energy of level t + 1 implies, for any K, so no part of it is missing.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -251,14 +252,33 @@ def generate(
     return descend(keys, conditionals, white_noise(keys, shape, schedule), schedule.T, 0)
 
 
+class Adapted(NamedTuple):
+    """Step sizes from a warm-up, and what chains with these step sizes do.
+
+    The arrays may be numpy arrays.
+
+    Attributes:
+      step_size: step size of every level.
+      acceptance: mean acceptance probability of every level.
+      correlation: fraction of its starting point that a chain keeps after the sampler's K steps
+        on every level (`remaining_correlation`).
+    """
+
+    step_size: Float[Array, "T"]
+    acceptance: Float[Array, "T"]
+    correlation: Float[Array, "T"]
+
+
 def warm_up(
     keys: Key[Array, "B"],
     conditionals: Conditionals,
     shape: tuple[int, ...],
     num_steps: int,
     target: float,
-) -> tuple[Float[Array, "T"], Float[Array, "T"]]:
+) -> Adapted:
     """Adapts the step size of every conditional, with B chains that are then discarded.
+
+    The acceptance exceeds the target where the step size is the largest, `quarter_turn`.
 
     Args:
       keys: one key per chain.
@@ -266,9 +286,6 @@ def warm_up(
       shape: shape of one example.
       num_steps: steps per level.
       target: mean acceptance probability to reach.
-
-    Returns:
-      the step size and the mean acceptance probability of every level.
     """
     schedule = conditionals.schedule
     return adapt_step_sizes(
@@ -280,7 +297,26 @@ def warm_up(
         step_size=conditionals.sampler.tuning["step_size"],
         num_steps=num_steps,
         target=target,
+        max_step_size=quarter_turn(conditionals.sampler, schedule),
     )
+
+
+def quarter_turn(sampler: Sampler, schedule: NoiseSchedule) -> Float[Array, "T"]:
+    """Returns the step size with which HMC makes a quarter turn on every conditional.
+
+    Where p(y | x_tilde) is Gaussian with standard deviation s in all directions, a trajectory
+    of L steps of size pi s / (2 L) ends at a position that is independent of its start. A longer
+    one only costs acceptance, and returns to its start if it is four times as long. If F is
+    log-concave, s is at most sigma_{t+1} in every direction, so a trajectory need not be longer
+    than for s = sigma_{t+1}. At t = T - 1, where nothing ties y to x_tilde, p is close to white
+    noise, whose standard deviation 1 is about sigma_T.
+
+    For kernels without trajectories of two or more steps, there is no such step size, and the
+    result is infinite.
+    """
+    leapfrog = sampler.tuning.get("leapfrog", jnp.ones(schedule.T))
+    step_size = math.pi / 2 * schedule.sigma[1:] / leapfrog
+    return jnp.where(leapfrog > 1, step_size, jnp.inf)
 
 
 def adapt_step_sizes(
@@ -292,7 +328,8 @@ def adapt_step_sizes(
     step_size: Float[Array, "T"],
     num_steps: int,
     target: float,
-) -> tuple[Float[Array, "T"], Float[Array, "T"]]:
+    max_step_size: float | Float[Array, "T"] = math.inf,
+) -> Adapted:
     """Adapts the step size of every level in turn, from T - 1 down to 0.
 
     A level starts from its own initial step size, multiplied by the factor by which the level
@@ -307,25 +344,36 @@ def adapt_step_sizes(
       step_size: initial step sizes.
       num_steps: steps per level.
       target: mean acceptance probability to reach.
-
-    Returns:
-      the step size and the mean acceptance probability of every level.
+      max_step_size: largest step sizes.
     """
+    largest = jnp.broadcast_to(max_step_size, step_size.shape)
 
     def adapt(carry, level):
         x, factor = carry
         t = jnp.full(keys.shape, level)
+        level_keys, log_density = noise.fold(keys, level), log_density_fn(x, t)
         adapted, acceptance, y = adapt_step_size(
-            noise.fold(keys, level),
+            level_keys,
             sampler,
-            log_density_fn(x, t),
+            log_density,
             position=x,
             t=level,
             step_size=step_size[level] * factor,
             num_steps=num_steps,
             target=target,
+            max_step_size=largest[level],
         )
-        return (to_next_level(y, t), adapted / step_size[level]), (adapted, acceptance)
+        tuning = sampler.tuning | {"step_size": jnp.full_like(step_size, adapted)}
+        correlation = remaining_correlation(
+            level_keys,
+            sampler._replace(tuning=tuning),
+            log_density,
+            starts=jnp.stack([x, y]),
+            t=t,
+            steps=num_steps + jnp.arange(sampler.K),
+        )
+        next_level = to_next_level(y, t), adapted / step_size[level]
+        return next_level, Adapted(adapted, acceptance, correlation)
 
     levels = jnp.arange(len(step_size))
     _, adapted = jax.lax.scan(adapt, (start, 1.0), levels, reverse=True)
@@ -341,12 +389,13 @@ def adapt_step_size(
     step_size: Float[Array, ""],
     num_steps: int,
     target: float,
+    max_step_size: float | Float[Array, ""] = math.inf,
 ) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, "B *D"]]:
     """Finds the step size at which the chains' mean acceptance probability is the target.
 
     Stochastic approximation (Robbins and Monro 1951): for step k = 1..num_steps,
 
-        log s <- log s + (acceptance - target) / k^0.6
+        log s <- min(log s + (acceptance - target) / k^0.6, log max_step_size)
 
     The result is exp of the mean of log s over the second half of the steps. A chain whose step
     size changes has no stationary distribution, so these chains are for adaptation only.
@@ -360,6 +409,7 @@ def adapt_step_size(
       step_size: initial step size.
       num_steps: number of steps.
       target: mean acceptance probability to reach.
+      max_step_size: largest step size, at which the acceptance may exceed the target.
 
     Returns:
       the step size, the mean acceptance probability over the second half of the steps, and
@@ -374,9 +424,52 @@ def adapt_step_size(
         state, info = sampler.kernel(noise.fold(keys, k), state, log_density_fn, **tuning)
         acceptance = jnp.mean(info.acceptance)
         sums += jnp.where(k >= half, jnp.stack([log_s, acceptance]), 0.0)
-        return (state, log_s + (acceptance - target) / (k + 1) ** 0.6, sums), None
+        log_s += (acceptance - target) / (k + 1) ** 0.6
+        return (state, jnp.minimum(log_s, jnp.log(max_step_size)), sums), None
 
-    start = sampler.init(position, log_density_fn), jnp.log(step_size), jnp.zeros(2)
+    log_s = jnp.log(jnp.minimum(step_size, max_step_size))
+    start = sampler.init(position, log_density_fn), log_s, jnp.zeros(2)
     (state, _, sums), _ = jax.lax.scan(step, start, jnp.arange(num_steps))
     log_s, acceptance = sums / (num_steps - half)
     return jnp.exp(log_s), acceptance, state.position
+
+
+def remaining_correlation(
+    keys: Key[Array, "B"],
+    sampler: Sampler,
+    log_density_fn: LogDensityFn,
+    starts: Float[Array, "2 B *D"],
+    t: Int[Array, "B"],
+    steps: Int[Array, "K"],
+) -> Float[Array, ""]:
+    """Estimates which fraction of its starting point a chain keeps after K steps.
+
+    Runs two chains on the same density from each pair of starting points. With d the difference
+    between these, and d' that between the ends, the estimate is a sum over chains and pixels,
+
+        r = sum(d d') / sum(d²)
+
+    If the expected end is an affine function of the start, as for a Gaussian density, then
+    E d' = rho d along each principal axis, where rho is the correlation of a stationary chain
+    with itself K steps earlier; and r is the mean of rho, weighted by d². The mean of the
+    density is not needed, and the starting points need not be samples. Both chains have the
+    same noise: this does not change E d', and makes r more precise.
+
+    A direction in which the starting points do not differ has no weight. If they do not differ
+    at all, r is 1.
+
+    Args:
+      keys: one key per pair.
+      sampler: kernel; each chain uses the tuning of its level.
+      log_density_fn: log-density to sample from, up to a constant.
+      starts: first and second starting points of the pairs.
+      t: level of each pair.
+      steps: numbers of the K steps, folded into the keys.
+    """
+
+    def end(start):
+        return run_chain(keys, sampler, log_density_fn, start, t, steps)[0]
+
+    before, after = (a - b for a, b in (starts, jax.lax.map(end, starts)))
+    squares = jnp.sum(before**2)
+    return jnp.where(squares > 0, jnp.sum(before * after) / squares, 1.0)

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from drl_jax import config as config_lib
 from drl_jax import diffusion
 from drl_jax.errors import UserError
+from drl_jax.method import METROPOLIS
 from drl_jax.model import Model
 from drl_jax.plots import images
 from drl_jax.runtime.progress import Progress
@@ -20,9 +21,6 @@ from drl_jax.storage.runs import Run
 log = logging.getLogger(__name__)
 
 COLUMNS = 10  # a grid of samples has at most 10 x 10 images
-
-# Values of config.mcmc.sampler that accept or reject, and whose step sizes are adapted.
-METROPOLIS = ("mala", "hmc")
 
 # Numbers that are folded into the key of a seed, one per task. Never change a number, and never
 # give a number that has been removed to another task: equal seeds would give other results.
@@ -75,6 +73,9 @@ def require_images(model: Model, task: str) -> None:
 def adapted(run: Run) -> Run:
     """Adapts the step sizes of MALA or HMC in a warm-up, and logs them.
 
+    Logs the acceptance with these step sizes, too, and the correlation that remains between
+    the start and the end of a chain (`ladder.Adapted`).
+
     Returns:
       a run whose model uses the adapted step sizes. For other samplers, whose step sizes are
       not adapted, `run` itself.
@@ -82,16 +83,21 @@ def adapted(run: Run) -> Run:
     mcmc = run.config.mcmc
     if mcmc.sampler not in METROPOLIS:
         return run
-    model, acceptance = run.model.adapt(
+    model, warm_up = run.model.adapt(
         key=task_key("adapt", run.config.seed),
         num_steps=mcmc.warmup_steps,
         target=mcmc.target_acceptance,
     )
-    step_size = model.step_size
     log.info("%s step sizes after the warm-up:", mcmc.sampler)
-    for group in diffusion.level_groups(len(step_size)):
+    for group in diffusion.level_groups(model.T):
         t = group[0]
-        log.info("  level %d: %.3g, acceptance %.2f", t, step_size[t], acceptance[t])
+        log.info(
+            "  level %d: %.3g, acceptance %.2f, correlation of start and end %.2f",
+            t,
+            warm_up.step_size[t],
+            warm_up.acceptance[t],
+            warm_up.correlation[t],
+        )
     return run._replace(model=model)
 
 

@@ -16,6 +16,7 @@ from drl_jax import noise
 from drl_jax.data import mixtures, pipeline, sources
 from drl_jax.data.sources import Source
 from drl_jax.errors import UserError
+from drl_jax.method import METROPOLIS
 from drl_jax.metrics import (
     classifier,
     inception,
@@ -195,7 +196,7 @@ def measure_images(
     metrics = {"step": run.step, **pixels.pixel_metrics(samples[:num_pixel_samples], data)}
     by_level = levels.level_statistics(model, levels_key, data[:LEVEL_IMAGES])
     metrics["levels"] = by_level
-    if config.mcmc.sampler in common.METROPOLIS:
+    if config.mcmc.sampler in METROPOLIS:
         levels.warn_of_rounding(by_level["level"], by_level["resolution"])
     if source.labels is not None:
         compared = classifier_metrics(config, source, samples[:num_pixel_samples], workdir)

@@ -226,6 +226,7 @@ class Programs:
                 step_size=self.step_size[t[0]],
                 num_steps=mcmc.warmup_steps,
                 target=mcmc.target_acceptance,
+                max_step_size=ladder.quarter_turn(hmc, method.schedule)[t[0]],
             )
             return step_size
 

@@ -8,6 +8,7 @@ from etils import epath
 
 from drl_jax import diffusion
 from drl_jax.data import pipeline, sources
+from drl_jax.method import METROPOLIS
 from drl_jax.metrics import levels as levels_lib
 from drl_jax.sampling import chains
 from drl_jax.storage.atomic import make_writable
@@ -65,7 +66,7 @@ def run(
     images = np.stack(list(pipeline.all_examples(config, source, limit=limit)))
     key, experiment_key = jax.random.split(common.task_key("long_run", seed))
     experiment = runner.prepare(model, experiment_key, images, sampled_levels, num_chains)
-    if config.mcmc.sampler in common.METROPOLIS:
+    if config.mcmc.sampler in METROPOLIS:
         levels_lib.warn_of_rounding(sampled_levels.tolist(), experiment.resolution)
     name = f"step_{run.step}_{config.mcmc.sampler}_seed_{seed}"
     folder = workdir / "long_run" / name

@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from drl_jax.metrics.diagnostics import FORGOTTEN
 from drl_jax.plots import figures, images
 from drl_jax.plots.figures import Panel
 from drl_jax.storage.atomic import write_json
-from drl_jax.tasks.long_run.runner import Experiment, State
+from drl_jax.tasks.long_run.runner import Experiment, State, steps_to_forget
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +30,8 @@ def write(folder: epath.Path, state: State, experiment: Experiment, T: int) -> N
         resolution: resolution of F at each level in float32 [nats] (`levels.resolution`).
         data: the statistics of data diffused to each level, with which those of the chains are
           to be compared, one value per level (`Experiment.data`).
+        steps_to_forget: for each level, the number of steps after which the autocorrelation of
+          the chains is below `diagnostics.FORGOTTEN`; null if the run is too short to tell.
         records: the statistics of the chains at each recorded step
           (`runner.chain_statistics`).
         ladder: samples, the number of samples per ladder; data.frechet, the Fréchet distance of
@@ -53,11 +56,13 @@ def write(folder: epath.Path, state: State, experiment: Experiment, T: int) -> N
     else:
         log.info("no samples were generated: use --num_steps=%d or more, one per level", T)
     figures.write_curves(folder / "curves.png", panels(state, experiment))
+    forgotten = steps_to_forget(state.chains, experiment)
     results = {
         "levels": experiment.levels.tolist(),
         "chains_per_level": len(experiment.t) // len(experiment.levels),
         "resolution": experiment.resolution,
         "data": experiment.data,
+        "steps_to_forget": forgotten,
         "records": state.records,
         "ladder": {
             "samples": len(experiment.t),
@@ -71,7 +76,8 @@ def write(folder: epath.Path, state: State, experiment: Experiment, T: int) -> N
     for i, level in enumerate(experiment.levels):
         log.info(
             "  level %d: F %.1f (%.1f), displacement %.2f (%.2f), acceptance %.2f, Fréchet "
-            "distance %.3f (%.3f), R-hat %.3f, effective sample size %.0f",
+            "distance %.3f (%.3f), R-hat %.3f, effective sample size %.0f, autocorrelation "
+            "below %g after %s steps",
             level,
             last["log_density"][i],
             data["log_density"][i],
@@ -82,6 +88,8 @@ def write(folder: epath.Path, state: State, experiment: Experiment, T: int) -> N
             data["frechet"][i],
             _or_nan(last["r_hat"][i]),
             _or_nan(last["effective_sample_size"][i]),
+            FORGOTTEN,
+            forgotten[i] or "more",
         )
     for ladder in state.ladders:
         log.info(

@@ -397,6 +397,26 @@ def chain_statistics(
     return statistics
 
 
+def steps_to_forget(chains: Chains, experiment: Experiment) -> list[int | None]:
+    """Returns, for each level, the number of steps after which a chain forgets its start.
+
+    It is a multiple of the distance between the points of the trace. The start is any step of
+    the second half of the run: the projections of the position are compared with those some
+    steps later (`diagnostics.draws_to_forget`). None if the run is too short to tell.
+    """
+    draws = chains_lib.draws_after_warm_up(chains)[..., 1:]  # without the log-density
+    lags = [
+        diagnostics.draws_to_forget(draws=level_draws, distribution=level_distribution)
+        for level_draws, level_distribution in zip(
+            _by_level(draws, experiment),
+            _by_level(experiment.distribution, experiment),
+            strict=True,
+        )
+    ]
+    every = int(chains_lib.thinning(max(1, int(chains.step[0])), chains.trace.shape[1]))
+    return [lag and lag * every for lag in lags]
+
+
 def distance(x: Float[np.ndarray, "n H W C"], reference: Normal) -> float:
     """Returns the squared Fréchet distance on pixels; NaN if a chain has diverged.
 
