@@ -305,11 +305,11 @@ def quarter_turn(sampler: Sampler, schedule: NoiseSchedule) -> Float[Array, "T"]
     """Returns the step size with which HMC makes a quarter turn on every conditional.
 
     Where p(y | x_tilde) is Gaussian with standard deviation s in all directions, a trajectory
-    of L steps of size pi s / (2 L) ends at a position that is independent of its start. A longer
-    one only costs acceptance, and returns to its start if it is four times as long. If F is
-    log-concave, s is at most sigma_{t+1} in every direction, so a trajectory need not be longer
-    than for s = sigma_{t+1}. At t = T - 1, where nothing ties y to x_tilde, p is close to white
-    noise, whose standard deviation 1 is about sigma_T.
+    of L steps of size pi s / (2 L) ends at a position that is independent of its start. A
+    longer one only costs acceptance, and returns to its start if it is four times as long. If F
+    is log-concave, s is at most sigma_{t+1} in every direction, so a trajectory need not be
+    longer than for s = sigma_{t+1}. At t = T - 1, where nothing ties y to x_tilde, p is close
+    to white noise, whose standard deviation 1 is about sigma_T.
 
     For kernels without trajectories of two or more steps, there is no such step size, and the
     result is infinite.
