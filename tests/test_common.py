@@ -15,6 +15,7 @@ from drl_jax.errors import UserError
 from drl_jax.metrics import levels
 from drl_jax.model import Model
 from drl_jax.runtime.batching import Engine
+from drl_jax.sampling.ladder import Adapted
 from drl_jax.storage.runs import Run
 from drl_jax.tasks import (
     common,
@@ -127,7 +128,7 @@ class FirstKeys:
 
         def recording_adapt(model, key, *_, **__):
             self.use(key)
-            return model, np.ones(model.T)
+            return model, Adapted(*np.ones((3, model.T)))
 
         monkeypatch.setattr(jax.random, "split", recording_children(split))
         monkeypatch.setattr(jax.random, "fold_in", recording_children(fold_in))
@@ -226,7 +227,8 @@ def test_tasks_whose_results_depend_on_differences_of_F_warn_of_its_resolution(
     monkeypatch.setattr(levels, "warn_of_rounding", warn_of_rounding)
     monkeypatch.setattr(levels, "level_statistics", lambda *args: statistics)
     monkeypatch.setattr(Model, "sample_batches", sample_batches)
-    monkeypatch.setattr(Model, "adapt", lambda model, **settings: (model, np.ones(model.T)))
+    adapted = Adapted(*np.ones((3, 6)))
+    monkeypatch.setattr(Model, "adapt", lambda model, **settings: (model, adapted))
     with pytest.raises(TakenError):
         PURPOSES[name](epath.Path(tmp_path), sampler)
 

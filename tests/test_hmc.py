@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.conditionals import DATA, assert_moments, masses
 from helpers.metropolis import (
     MEAN,
     VARIANCE,
@@ -11,6 +12,7 @@ from helpers.metropolis import (
     planar_conditional,
     run,
 )
+from helpers.statistical import assert_mean
 
 from drl_jax import noise
 from drl_jax.mcmc import hmc
@@ -40,8 +42,8 @@ def test_trajectories_are_reversible_and_satisfy_detailed_balance(monkeypatch):
     """(y, p) -> (y', p') follows the leapfrog's definition, and (y', -p') leads back to y.
 
     p(y) N(p) alpha is the same in both directions. Fails if the first momentum update is a full
-    step, one leapfrog step is missing, the acceptance counts half the kinetic energy, or the
-    gradient at the start is used throughout.
+    step, one leapfrog step is missing, the acceptance counts half the kinetic energy, the
+    gradient at the start is used throughout, or the step size depends on y.
     """
     n, e, L = 200, 0.35, 4
     with jax.enable_x64(True):
@@ -49,13 +51,13 @@ def test_trajectories_are_reversible_and_satisfy_detailed_balance(monkeypatch):
         rng = np.random.default_rng(0)
         y, p = rng.normal(size=(2, n, 2))
         keys = noise.example_keys(jax.random.key(0), jnp.arange(n))
-        # Accepts every proposal.
+        # Accepts every proposal, and makes steps of half the given size.
         monkeypatch.setattr(noise, "uniform", lambda keys: jnp.zeros(n))
 
         def propose(y, momentum):
             monkeypatch.setattr(noise, "normal", lambda keys, shape: jnp.asarray(momentum))
             start = hmc.init(jnp.asarray(y), log_p)
-            state, info = hmc.kernel(keys, start, log_p, jnp.full(n, e), jnp.full(n, L))
+            state, info = hmc.kernel(keys, start, log_p, jnp.full(n, 2 * e), jnp.full(n, L))
             return np.asarray(state.position), np.asarray(info.acceptance)
 
         end, p_end = y, p
@@ -82,7 +84,8 @@ def test_trajectory_follows_the_exact_hamiltonian_flow_of_a_gaussian():
     """The exact flow is a rotation; the leapfrog's error is of second order in the step."""
     y = jax.random.normal(jax.random.key(1), (5, 2))
     keys = noise.example_keys(jax.random.key(2), jnp.arange(5))
-    step, L = jnp.full(5, 0.1), jnp.full(5, 4)
+    u = 0.5 + noise.uniform(noise.fold(keys, 2))
+    step, L = 0.1 / u, jnp.full(5, 4)
     p = noise.normal(noise.fold(keys, 0), (2,))
     state, info = kernel(keys, hmc.init(y, gaussian), gaussian, step, L)
     assert np.all(info.accepted)
@@ -91,11 +94,56 @@ def test_trajectory_follows_the_exact_hamiltonian_flow_of_a_gaussian():
     np.testing.assert_allclose(state.position, exact, atol=0.01)
 
 
+@pytest.mark.parametrize("turn", [np.pi / 2, 6.0])
+def test_lengths_of_trajectories_vary_by_half_around_their_mean(turn):
+    """On N(0, 1), a trajectory rotates (y, p) by turn * u, with u ~ U(0.5, 1.5).
+
+    So the mean of y' given y is y E cos(turn u): 0 for a quarter turn, and for five steps of 1.2
+    standard deviations 0.05. Trajectories of the latter length without u return to their start,
+    with cos(6) = 0.96. The leapfrog steps of this test are so short that they change the mean
+    by less than a standard error. Fails without u, and for u ~ U(0.6, 1.4).
+    """
+    n, L = 100_000, 60
+    start = np.ones((n, 1))
+    y, info = run(
+        lambda y: -(y[:, 0] ** 2) / 2, start, hmc.kernel, 1, step_size=turn / L, leapfrog=L
+    )
+    assert np.mean(info.accepted) > 0.999
+    mean = (np.sin(1.5 * turn) - np.sin(0.5 * turn)) / turn
+    assert_mean(y[:, 0], mean, 1 - mean**2)
+
+
+def test_a_trajectory_of_one_step_is_not_random():
+    """It is a Langevin step, as for MALA."""
+    y = jax.random.normal(jax.random.key(1), (5, 2))
+    keys = noise.example_keys(jax.random.key(2), jnp.arange(5))
+    start = hmc.init(y, gaussian)
+    state, info = kernel(keys, start, gaussian, jnp.full(5, 0.3), jnp.full(5, 1))
+    assert np.all(info.accepted)
+    z = noise.normal(noise.fold(keys, 0), (2,))
+    proposal = y + 0.3**2 / 2 * start.gradient + 0.3 * z
+    np.testing.assert_allclose(state.position, proposal, rtol=1e-5)
+
+
+def test_trajectories_of_random_length_leave_a_mixture_invariant():
+    """Chains that start from exact samples keep the first four moments.
+
+    Fails if the step size is longer where the density is higher.
+    """
+    n = 100_000
+    data = DATA["bimodal"]()
+    start = data.sample(noise.example_keys(jax.random.key(9), jnp.arange(n)))
+    y, info = run(data.log_density, start, hmc.kernel, 5, step_size=0.25, leapfrog=3)
+    assert 0.5 < np.mean(info.acceptance) < 0.95
+    assert_moments(y[:, 0], masses(data))
+
+
 def test_each_chain_has_its_own_trajectory_length():
     y = jax.random.normal(jax.random.key(1), (3, 2))
     keys = noise.example_keys(jax.random.key(2), jnp.arange(3))
     start, step = hmc.init(y, gaussian), jnp.full(3, 0.2)
     mixed, _ = kernel(keys, start, gaussian, step, jnp.array([1, 4, 7]))
+    assert len(np.unique(noise.uniform(noise.fold(keys, 2)))) == 3
     for i, L in enumerate((1, 4, 7)):
         alone, _ = kernel(keys, start, gaussian, step, jnp.full(3, L))
         np.testing.assert_allclose(mixed.position[i], alone.position[i], rtol=1e-5)

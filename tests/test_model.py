@@ -1,5 +1,6 @@
 import dataclasses
 import inspect
+import re
 from pathlib import Path
 
 import jax
@@ -14,7 +15,7 @@ from drl_jax import method as method_lib
 from drl_jax import model as model_lib
 from drl_jax.data import mixtures
 from drl_jax.errors import UserError
-from drl_jax.mcmc import hmc, langevin
+from drl_jax.mcmc import hmc, langevin, mala
 from drl_jax.model import Model
 from drl_jax.sampling.ladder import Sampler
 
@@ -30,7 +31,7 @@ def model():
 def with_kernel(model, kernel, **tuning):
     """Returns a newly compiled model with another kernel."""
     tuning = {"step_size": jnp.full(6, 0.5)} | tuning
-    init = hmc.init if kernel is hmc.kernel else langevin.init
+    init = hmc.init if kernel in (hmc.kernel, mala.kernel) else langevin.init
     sampler = Sampler(init, kernel, tuning, K=2)
     method = model.method._replace(sampler=sampler)
     return Model.create(method, model.params, model.mesh)
@@ -66,11 +67,68 @@ def test_adapt_returns_a_new_model_and_does_not_change_the_old_one(model):
     leapfrog = jnp.full(6, 3)
     old = with_kernel(model, hmc.kernel, leapfrog=leapfrog)
     before = old.step_size.copy()
-    adapted, acceptance = old.adapt(jax.random.key(0), num_steps=60, target=0.8)
+    adapted, warm_up = old.adapt(jax.random.key(0), num_steps=60, target=0.9)
     np.testing.assert_array_equal(old.step_size, before)
     assert np.abs(adapted.step_size - before).min() > 0.01
-    np.testing.assert_allclose(acceptance, 0.8, atol=0.1)
+    np.testing.assert_array_equal(adapted.step_size, warm_up.step_size)
+    np.testing.assert_allclose(warm_up.acceptance, 0.9, atol=0.1)
+    assert np.max(np.abs(warm_up.correlation)) < 0.6
     np.testing.assert_array_equal(adapted.method.sampler.tuning["leapfrog"], leapfrog)
+
+
+def test_a_warm_up_warns_if_chains_of_K_steps_do_not_forget_their_start(model, caplog):
+    """A trajectory of a quarter turn forgets it, and a Langevin step of 0.05 does not."""
+    key = jax.random.key(0)
+    with_kernel(model, hmc.kernel, leapfrog=jnp.full(6, 5)).adapt(key)
+    assert not caplog.records
+    with_kernel(model, mala.kernel).with_step_size(np.full(6, 0.05)).adapt(key, num_steps=1)
+    (message,) = caplog.messages
+    assert re.fullmatch(r"K = 2 steps .* 0\.9\d .* level \d,.* increase K", message)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [("langevin", {"noise_scale": 0.9}), ("mala", {}), ("hmc", {"leapfrog": (3,)})],
+)
+def test_a_model_with_another_sampler_is_the_one_of_that_configuration(model, name, settings):
+    """Fails if a setting is lost, or the step sizes of MALA and HMC are not adapted."""
+    config = config_lib.default()
+    config.mcmc.update(sampler=name, K=3, warmup_steps=20, **settings)
+    method = method_lib.for_generation(model.method, config)
+    expected = Model.create(method, model.params, model.mesh, model.engine.batch_size)
+    assert len(np.unique(expected.step_size)) > 1
+    if name != "langevin":
+        expected, _ = expected.adapt(jax.random.key(0), num_steps=20, target=0.65)
+    configured = dataclasses.replace(model, method=method)
+    if name == "hmc":
+        settings = {"leapfrog": 3}
+    other = configured.with_sampler(name, K=3, **settings)
+    samplers = other.method.sampler, expected.method.sampler
+    jax.tree.map(np.testing.assert_array_equal, *(s.tuning for s in samplers))
+    assert len({(s.kernel, s.K) for s in samplers}) == 1
+    np.testing.assert_array_equal(
+        other.sample(jax.random.key(1), 4), expected.sample(jax.random.key(1), 4)
+    )
+    assert model.method.sampler.K == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "words"),
+    [
+        ("nuts", {}, "sampler is 'nuts': use 'langevin' or 'mala'"),
+        ("mala", {"K": 0}, "K is 0: "),
+        ("mala", {"K": 2.5}, "K is 2.5: "),
+        ("mala", {"noise_scale": 0.9}, "noise_scale is 0.9: "),
+        ("hmc", {"leapfrog": (1, 2)}, r"leapfrog is \(1, 2\): .* 6 "),
+        ("hmc", {"leapfrog": 0}, r"leapfrog is \(0,\): "),
+        ("hmc", {"target": 1.0}, "target_acceptance is 1.0: "),
+    ],
+)
+def test_samplers_and_settings_that_do_not_exist_are_errors_of_one_line(
+    model, name, settings, words
+):
+    with pytest.raises(UserError, match=rf"^[^\n]*{words}[^\n]*$"):
+        model.with_sampler(name, **settings)
 
 
 def test_other_step_sizes_and_parameters_compile_nothing(model):

@@ -10,6 +10,7 @@ from PIL import Image
 
 from drl_jax.model import Model
 from drl_jax.runtime import progress
+from drl_jax.sampling.ladder import Adapted
 from drl_jax.storage import runs
 from drl_jax.tasks import common
 
@@ -64,8 +65,10 @@ def test_a_trained_model_is_sampled_by_another_sampler_after_a_warm_up(
 ):
     changes = [f"--config.mcmc.sampler={sampler}", "--config.mcmc.warmup_steps=100"]
     assert tiny.main("--mode=sample", f"--workdir={workdir}", "--num_samples=8", *changes) == 0
-    acceptances = [float(a) for a in re.findall(r"level \d: .*, acceptance (.*)", caplog.text)]
-    np.testing.assert_allclose(acceptances, 6 * [0.65], atol=0.25)
+    found = re.findall(r"level \d: .*, acceptance (.*), correlation .* (.*)", caplog.text)
+    acceptance, correlation = np.float64(found).T
+    np.testing.assert_allclose(acceptance, 6 * [0.65], atol=0.25)
+    print(acceptance, correlation)
 
 
 def test_the_warm_up_has_the_configured_length_and_target(monkeypatch):
@@ -76,7 +79,7 @@ def test_the_warm_up_has_the_configured_length_and_target(monkeypatch):
 
     def adapt(self, **settings):
         calls.append(settings)
-        return self.with_step_size(step_size), np.zeros(6)
+        return self.with_step_size(step_size), Adapted(*np.zeros((3, 6)))
 
     monkeypatch.setattr(Model, "adapt", adapt)
     np.testing.assert_array_equal(common.adapted(run).model.step_size, step_size)
