@@ -74,3 +74,30 @@ def test_too_few_draws_give_no_result():
     draws = np.random.default_rng(0).normal(size=(4, 4, 2))
     assert diagnostics.convergence(draws[:, :3], np.zeros(4, int)) is None
     assert np.isfinite(diagnostics.convergence(draws, np.zeros(4, int)).r_hat)
+
+
+def ar1(r, chains, n):
+    """Returns draws [chains, n, 2] of stationary processes whose autocorrelation is r^lag."""
+    draws = np.random.default_rng(0).normal(size=(chains, n, 2))
+    for i in range(1, n):
+        draws[:, i] = r * draws[:, i - 1] + np.sqrt(1 - r**2) * draws[:, i]
+    return draws
+
+
+def test_draws_to_forget_are_the_lag_at_which_an_ar1_process_has_a_correlation_below_a_tenth():
+    """0.7^6 = 0.118 and 0.7^7 = 0.082. The means of the distributions do not matter.
+
+    Fails if the mean over all chains is subtracted, or the lag is off by one.
+    """
+    distribution = np.arange(400) % 100
+    draws = ar1(0.7, 400, 400) + 5 * distribution[:, None, None]
+    assert diagnostics.draws_to_forget(draws, distribution) == 7
+
+
+def test_chains_in_different_modes_or_that_hardly_move_never_forget():
+    distribution = np.arange(40) % 10
+    modes = ar1(0.7, 40, 100) + 5 * (np.arange(40) < 20)[:, None, None]
+    steps = np.random.default_rng(0).normal(size=(40, 200, 2))
+    random_walk = np.cumsum(steps, axis=1)[:, 100:]
+    for draws in (modes, random_walk, np.ones((40, 100, 2)), modes[:, :3]):
+        assert diagnostics.draws_to_forget(draws, distribution) is None

@@ -98,10 +98,11 @@ def test_trajectory_follows_the_exact_hamiltonian_flow_of_a_gaussian():
 def test_lengths_of_trajectories_vary_by_half_around_their_mean(turn):
     """On N(0, 1), a trajectory rotates (y, p) by turn * u, with u ~ U(0.5, 1.5).
 
-    So the mean of y' given y is y E cos(turn u): 0 for a quarter turn, and for five steps of 1.2
-    standard deviations 0.05. Trajectories of the latter length without u return to their start,
-    with cos(6) = 0.96. The leapfrog steps of this test are so short that they change the mean
-    by less than a standard error. Fails without u, and for u ~ U(0.6, 1.4).
+    So the mean of y' given y is y E cos(turn u). This is 0 for a quarter turn, and 0.05 for
+    the length of five steps of 1.2 standard deviations, with which trajectories without u
+    return to their start, with cos(6) = 0.96. The leapfrog steps of this test are so short
+    that they change the mean by less than a standard error. Fails without u, and for
+    u ~ U(0.6, 1.4).
     """
     n, L = 100_000, 60
     start = np.ones((n, 1))

@@ -310,7 +310,7 @@ def test_the_remaining_correlation_of_langevin_is_that_of_an_ar1_process():
 
 
 def test_the_remaining_correlation_of_mala_counts_rejected_steps_as_no_steps():
-    """With short steps it is that of Langevin, since hardly any is rejected; with long ones 1."""
+    """With short steps, hardly any is rejected; with long ones, all are."""
     np.testing.assert_allclose(
         correlation(mala, 1, 1.0, step_size=0.3)[0], 1 - 0.3**2 / 2, atol=0.005
     )

@@ -49,7 +49,7 @@ def record(step, **changes):
 
 @pytest.fixture
 def state():
-    chains = Chains(np.full(2 * C, 2), None, np.zeros(2 * C), np.zeros((2 * C, 0, 5)))
+    chains = Chains(np.full(2 * C, 2), None, np.zeros(2 * C), np.zeros((2 * C, 8, 5)))
     records = [
         record(0, acceptance=[None, None]),
         record(2, frechet=[np.nan, 4.0], r_hat=[np.inf, 1.1]),
@@ -76,6 +76,29 @@ def test_the_log_compares_the_last_record_of_each_level_with_exact_samples(
     assert "level 5: F 2.5 (2.0), displacement 6.00 (7.00), acceptance 0.50" in caplog.text
     assert "--num_steps=6" in caplog.text  # fewer steps make no ladder
     assert not (tmp_path / "ladder.png").exists()
+
+
+def test_the_steps_until_chains_forget_their_start_are_reported_for_each_level(
+    tmp_path, experiment, state, caplog
+):
+    """The trace holds every fourth step. Chains of the first level do not move.
+
+    Those of the second turn by 2 pi / 40 per point, and cos(2 pi 10 / 40) = 0. The log-density,
+    which is the first scalar, does not count.
+    """
+    trace = np.ones((2 * C, 500, 5))
+    angle = np.arange(500) / 40 + np.arange(C)[:, None] / C
+    trace[C:, :, 1:] = np.sin(2 * np.pi * angle)[:, :, None]
+    trace[..., 0] = np.random.default_rng(0).normal(size=(2 * C, 500))
+    state.chains = state.chains._replace(step=np.full(2 * C, 2000), trace=trace)
+    experiment = experiment._replace(distribution=np.repeat([0, 4], C))
+    with caplog.at_level(logging.INFO):
+        report.write(epath.Path(tmp_path), state, experiment, T)
+    results = json.loads((tmp_path / "long_run.json").read_text())
+    assert results["steps_to_forget"] == [None, 4 * 10]
+    assert "level 0: " in caplog.text
+    assert "below 0.1 after more steps" in caplog.text
+    assert "below 0.1 after 40 steps" in caplog.text
 
 
 def test_dotted_lines_are_the_values_of_exact_samples(experiment, state):

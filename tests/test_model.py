@@ -15,9 +15,10 @@ from drl_jax import method as method_lib
 from drl_jax import model as model_lib
 from drl_jax.data import mixtures
 from drl_jax.errors import UserError
-from drl_jax.mcmc import hmc, langevin, mala
+from drl_jax.mcmc import hmc, langevin
 from drl_jax.model import Model
-from drl_jax.sampling.ladder import Sampler
+from drl_jax.sampling import ladder
+from drl_jax.sampling.ladder import Adapted, Sampler
 
 PACKAGE = str(Path(drl_jax.__file__).parent)
 
@@ -31,7 +32,7 @@ def model():
 def with_kernel(model, kernel, **tuning):
     """Returns a newly compiled model with another kernel."""
     tuning = {"step_size": jnp.full(6, 0.5)} | tuning
-    init = hmc.init if kernel in (hmc.kernel, mala.kernel) else langevin.init
+    init = hmc.init if kernel is hmc.kernel else langevin.init
     sampler = Sampler(init, kernel, tuning, K=2)
     method = model.method._replace(sampler=sampler)
     return Model.create(method, model.params, model.mesh)
@@ -76,40 +77,59 @@ def test_adapt_returns_a_new_model_and_does_not_change_the_old_one(model):
     np.testing.assert_array_equal(adapted.method.sampler.tuning["leapfrog"], leapfrog)
 
 
-def test_a_warm_up_warns_if_chains_of_K_steps_do_not_forget_their_start(model, caplog):
-    """A trajectory of a quarter turn forgets it, and a Langevin step of 0.05 does not."""
-    key = jax.random.key(0)
-    with_kernel(model, hmc.kernel, leapfrog=jnp.full(6, 5)).adapt(key)
-    assert not caplog.records
-    with_kernel(model, mala.kernel).with_step_size(np.full(6, 0.05)).adapt(key, num_steps=1)
-    (message,) = caplog.messages
-    assert re.fullmatch(r"K = 2 steps .* 0\.9\d .* level \d,.* increase K", message)
+@pytest.mark.parametrize(
+    ("correlation", "warning"),
+    [
+        ([0.5, -0.5, 0.1, 0.0, 0.2, 0.3], None),
+        ([0.5, -0.7, 0.1, 0.0, 0.6, 0.3], "K = 1 steps .* -0.70 .* level 1, .*increase K"),
+    ],
+)
+def test_a_warm_up_warns_if_chains_of_K_steps_do_not_forget_their_start(
+    model, correlation, warning, monkeypatch, caplog
+):
+    found = Adapted(jnp.ones(6), jnp.full(6, 0.7), jnp.array(correlation))
+    monkeypatch.setattr(ladder, "warm_up", lambda *_: found)
+    model.adapt(jax.random.key(0))
+    assert len(caplog.messages) == (warning is not None)
+    assert all(re.fullmatch(warning, message) for message in caplog.messages)
 
 
 @pytest.mark.parametrize(
-    ("name", "settings"),
-    [("langevin", {"noise_scale": 0.9}), ("mala", {}), ("hmc", {"leapfrog": (3,)})],
+    ("name", "settings", "given"),
+    [
+        ("langevin", {"noise_scale": 0.9}, {"noise_scale": 0.9}),
+        ("mala", {"target_acceptance": 0.8}, {"target": 0.8}),
+        ("hmc", {"leapfrog": (3,)}, {"leapfrog": 3}),
+    ],
 )
-def test_a_model_with_another_sampler_is_the_one_of_that_configuration(model, name, settings):
-    """Fails if a setting is lost, or the step sizes of MALA and HMC are not adapted."""
+def test_a_model_with_another_sampler_is_the_one_of_that_configuration(
+    model, name, settings, given, monkeypatch
+):
+    """Other settings stay those of the model. Fails if one is lost, or nothing is adapted."""
+    adaptations = []
+
+    def adapt(model, key, num_steps, target):
+        adaptations.append((key, num_steps, target))
+        return model.with_step_size(2 * model.step_size), None
+
+    monkeypatch.setattr(Model, "adapt", adapt)
     config = config_lib.default()
-    config.mcmc.update(sampler=name, K=3, warmup_steps=20, **settings)
-    method = method_lib.for_generation(model.method, config)
-    expected = Model.create(method, model.params, model.mesh, model.engine.batch_size)
-    assert len(np.unique(expected.step_size)) > 1
-    if name != "langevin":
-        expected, _ = expected.adapt(jax.random.key(0), num_steps=20, target=0.65)
-    configured = dataclasses.replace(model, method=method)
-    if name == "hmc":
-        settings = {"leapfrog": 3}
-    other = configured.with_sampler(name, K=3, **settings)
-    samplers = other.method.sampler, expected.method.sampler
-    jax.tree.map(np.testing.assert_array_equal, *(s.tuning for s in samplers))
-    assert len({(s.kernel, s.K) for s in samplers}) == 1
-    np.testing.assert_array_equal(
-        other.sample(jax.random.key(1), 4), expected.sample(jax.random.key(1), 4)
-    )
-    assert model.method.sampler.K == 1
+    config.mcmc.update(b_squared=1e-3, warmup_steps=20)
+    trained_method = method_lib.with_sampler(model.method, b_squared=1e-3, warmup_steps=20)
+    trained = dataclasses.replace(model, method=trained_method)
+    config.mcmc.update(sampler=name, K=3, **settings)
+    expected = method_lib.for_generation(model.method, config).sampler
+    found = trained.with_sampler(name, K=3, **given)
+    sampler, tuning = found.method.sampler, dict(expected.tuning)
+    if name == "langevin":
+        assert adaptations == []
+        assert np.isfinite(found.sample(jax.random.key(1), 2)).all()
+    else:
+        tuning["step_size"] *= 2
+        target = settings.get("target_acceptance", config.mcmc.target_acceptance)
+        assert adaptations == [(jax.random.key(0), 20, target)]
+    assert (sampler.kernel, sampler.K) == (expected.kernel, 3)
+    jax.tree.map(np.testing.assert_array_equal, sampler.tuning, tuning)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +137,6 @@ def test_a_model_with_another_sampler_is_the_one_of_that_configuration(model, na
     [
         ("nuts", {}, "sampler is 'nuts': use 'langevin' or 'mala'"),
         ("mala", {"K": 0}, "K is 0: "),
-        ("mala", {"K": 2.5}, "K is 2.5: "),
         ("mala", {"noise_scale": 0.9}, "noise_scale is 0.9: "),
         ("hmc", {"leapfrog": (1, 2)}, r"leapfrog is \(1, 2\): .* 6 "),
         ("hmc", {"leapfrog": 0}, r"leapfrog is \(0,\): "),

@@ -68,7 +68,7 @@ def test_a_trained_model_is_sampled_by_another_sampler_after_a_warm_up(
     found = re.findall(r"level \d: .*, acceptance (.*), correlation .* (.*)", caplog.text)
     acceptance, correlation = np.float64(found).T
     np.testing.assert_allclose(acceptance, 6 * [0.65], atol=0.25)
-    print(acceptance, correlation)
+    assert np.all(np.abs(correlation) < 1)
 
 
 def test_the_warm_up_has_the_configured_length_and_target(monkeypatch):

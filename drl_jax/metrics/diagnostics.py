@@ -87,8 +87,10 @@ def draws_to_forget(
 
     Returns:
       The lag [draws], or None if there is none among the first n / 2, beyond which there are
-      too few pairs of draws.
+      too few pairs of draws, or there are fewer than `MIN_DRAWS` draws per chain.
     """
+    if draws.shape[1] < MIN_DRAWS:
+        return None
     x = np.array(draws, np.float64)
     for index in np.unique(distribution):
         x[distribution == index] -= np.mean(x[distribution == index], axis=(0, 1))
