@@ -253,15 +253,13 @@ def generate(
 
 
 class Adapted(NamedTuple):
-    """Step sizes from a warm-up, and what chains with these step sizes do.
-
-    The arrays may be numpy arrays.
+    """The result of a warm-up. The arrays may be numpy arrays.
 
     Attributes:
-      step_size: step size of every level.
-      acceptance: mean acceptance probability of every level.
+      step_size: adapted step size of every level.
+      acceptance: mean acceptance probability over the second half of the warm-up.
       correlation: fraction of its starting point that a chain keeps after the sampler's K steps
-        on every level (`remaining_correlation`).
+        with the adapted step size (`remaining_correlation`).
     """
 
     step_size: Float[Array, "T"]

@@ -73,8 +73,7 @@ def require_images(model: Model, task: str) -> None:
 def adapted(run: Run) -> Run:
     """Adapts the step sizes of MALA or HMC in a warm-up, and logs them.
 
-    Logs the acceptance with these step sizes, too, and the correlation that remains between
-    the start and the end of a chain (`ladder.Adapted`).
+    Logs the acceptance and the remaining correlation of each level, too (`ladder.Adapted`).
 
     Returns:
       a run whose model uses the adapted step sizes. For other samplers, whose step sizes are
