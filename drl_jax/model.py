@@ -432,7 +432,8 @@ class Model:
 
         adapted = jax.tree.map(np.asarray, program(self.params, key))
         worst = int(np.argmax(np.abs(adapted.correlation)))
-        if abs(adapted.correlation[worst]) > MAX_CORRELATION:
+        from_x_tilde = self.method.sampler.start is ladder.start_at_x_tilde
+        if from_x_tilde and abs(adapted.correlation[worst]) > MAX_CORRELATION:
             log.warning(
                 "K = %d steps per level are too few: a fraction %.2f of the starting point "
                 "remains at level %d, and such errors add up over the levels; increase K",

@@ -98,7 +98,7 @@ def uniform_pixels(schedule: NoiseSchedule, half_width: float) -> LevelFn:
     If every pixel of the data is uniform in [-h, h], then that of x_t = y / y_scale is uniform
     noise plus Gaussian noise, with the density
 
-        (Phi((a_bar_t h - x_t) / sigma_bar_t) - Phi((-a_bar_t h - x_t) / sigma_bar_t)) / (2 a_bar_t h)
+        (Phi((e - x_t) / sigma_bar_t) - Phi((-e - x_t) / sigma_bar_t)) / (2 e),   e = a_bar_t h
 
     where Phi is the normal distribution function.
 

@@ -158,3 +158,12 @@ def test_levels_form_at_most_ten_groups_of_neighbours(T, groups):
     assert len(found) == groups
     for g, levels in enumerate(found):  # as the training step computes the group of a level
         assert {t * groups // T for t in levels} == {g}
+
+
+@pytest.mark.parametrize(("T", "name"), [(6, "cosine"), (100, "cosine"), (1000, "linear")])
+def test_conditioning_is_the_angle_between_signal_and_noise(T, name):
+    """Zero for the data, 1000 for white noise, whatever the number of levels."""
+    schedule = diffusion.schedule(T, name)
+    angle = np.asarray(schedule.conditioning) * np.pi / 2000
+    np.testing.assert_allclose(np.sin(angle), schedule.sigma_bar, atol=1e-5)
+    np.testing.assert_allclose(np.cos(angle), schedule.a_bar, atol=1e-5)

@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from helpers.statistical import assert_mean, assert_variance
 
 from drl_jax import noise
@@ -29,3 +30,23 @@ def test_per_example_broadcasts_one_value_to_each_example():
     x = jnp.ones((2, 3, 3, 1))
     scaled = noise.per_example(jnp.array([2.0, 5.0]), x) * x
     np.testing.assert_array_equal(scaled.sum((1, 2, 3)), [18, 45])
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.4])
+def test_dropout_keeps_the_mean_and_drops_the_given_share(rate):
+    keys = noise.example_keys(jax.random.key(2), jnp.arange(100_000))
+    dropped = noise.dropout(keys, jnp.full((100_000, 2), 3.0), rate)
+    kept = np.asarray(dropped) != 0
+    assert_mean(kept, 1 - rate, rate * (1 - rate), of=4)
+    np.testing.assert_allclose(dropped[kept], 3 / (1 - rate), rtol=1e-6)
+
+
+def test_dropout_of_an_example_depends_only_on_its_key():
+    keys = noise.example_keys(jax.random.key(2), jnp.arange(6))
+    h = jnp.ones((6, 50))
+    together = noise.dropout(keys, h, 0.5)
+    apart = jnp.concatenate(
+        [noise.dropout(keys[:2], h[:2], 0.5), noise.dropout(keys[2:], h[2:], 0.5)]
+    )
+    np.testing.assert_array_equal(together, apart)
+    assert len(np.unique(together, axis=0)) == 6

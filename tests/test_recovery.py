@@ -2,8 +2,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy
 from helpers.statistical import assert_counts, assert_mean
 from scipy import stats
+from scipy.stats import norm
 
 from drl_jax import diffusion, noise, recovery
 from drl_jax.data import mixtures
@@ -104,18 +106,48 @@ def test_network_of_t1k_has_a_gradient_of_order_one_at_every_level():
         jax.random.key(0), (500, 1000)
     )
 
-    def gradient_norm(parameterisation):
-        tau, rho = parameterisation
+    def gradient_norm(tau, rho):
         grad_F = -(x_t - schedule.a_bar[t] * 0.3) / schedule.sigma_bar[t] ** 2
         return np.sqrt(np.mean((tau * (grad_F + rho * x_t)) ** 2, axis=0))
 
-    of_t1k = gradient_norm(Parameterisation(schedule.sigma_bar[:-1], recovery.white_noise))
+    of_t1k = gradient_norm(schedule.sigma_bar[:-1], rho=1)
     np.testing.assert_allclose(of_t1k[:900], (schedule.a_bar[:900]) ** 2, rtol=0.3, atol=0.05)
     assert np.max(of_t1k) < 1.2
     s = recovery.step_sizes(schedule, B_SQUARED)
-    of_t6 = gradient_norm(Parameterisation(s**2, recovery.no_reference))
+    of_t6 = gradient_norm(s**2, rho=0)
     assert np.max(of_t6[:-1]) < 5e-4
     assert np.min(of_t6) < 5e-6
+
+
+@pytest.mark.parametrize("half_width", [1.0, 1 + 1 / 16])
+def test_uniform_pixels_have_the_density_of_uniform_noise_that_was_diffused(half_width):
+    """Compares with SciPy in float64, also 30 standard deviations out in the tail."""
+    schedule = diffusion.schedule(6, "cosine")
+    x_t = np.concatenate([np.linspace(-1.5, 1.5, 61), [-30.0, 30.0]])
+    for t in range(6):
+        y = x_t * np.asarray(schedule.y_scale(t))
+        log_p = recovery.uniform_pixels(schedule, half_width)
+        found = log_p(jnp.asarray(y, jnp.float32)[:, None], jnp.full(len(y), t))
+        edge, sigma = float(schedule.a_bar[t]) * half_width, float(schedule.sigma_bar[t])
+        u = np.abs(x_t)
+        expected = scipy.special.logsumexp(
+            [norm.logcdf((edge - u) / sigma), norm.logcdf((-edge - u) / sigma)],
+            b=[[1], [-1]],
+            axis=0,
+        )
+        np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
+
+
+def test_log_density_of_uniform_pixels_is_a_sum_over_pixels_with_a_finite_gradient():
+    schedule = diffusion.schedule(100, "cosine")
+    log_p = recovery.uniform_pixels(schedule, 1.0)
+    t = jnp.array([0, 50, 99])
+    y = jnp.array([[0.3, -1.2], [1e3, 0.0], [-1e3, 2.0]])
+    by_pixel = sum(log_p(y[:, i : i + 1], t) for i in range(2))
+    np.testing.assert_allclose(log_p(y, t), by_pixel, rtol=1e-6)
+    gradient = jax.grad(lambda y: log_p(y, t).sum())(y)
+    assert np.all(np.isfinite(gradient))
+    assert gradient[1, 0] < 0 < gradient[2, 0]
 
 
 def test_denoising_loss_of_a_quadratic_energy_has_its_closed_form():

@@ -285,17 +285,18 @@ def warm_up(
       num_steps: steps per level.
       target: mean acceptance probability to reach.
     """
-    schedule = conditionals.schedule
+    schedule, sampler = conditionals.schedule, conditionals.sampler
     return adapt_step_sizes(
         keys,
-        conditionals.sampler,
+        sampler,
         conditionals.log_density_fn,
         start=white_noise(keys, shape, schedule),
         to_next_level=lambda y, t: y / noise.per_example(schedule.y_scale(t), y),
-        step_size=conditionals.sampler.tuning["step_size"],
+        step_size=sampler.tuning["step_size"],
         num_steps=num_steps,
         target=target,
-        max_step_size=quarter_turn(conditionals.sampler, schedule),
+        max_step_size=quarter_turn(sampler, schedule),
+        begin=lambda keys, x, t: sampler.start(keys, conditionals, x, t),
     )
 
 
@@ -327,6 +328,9 @@ def adapt_step_sizes(
     num_steps: int,
     target: float,
     max_step_size: float | Float[Array, "T"] = math.inf,
+    begin: Callable[[Key[Array, "B"], Float[Array, "B *D"], Int[Array, "B"]], Any] = (
+        lambda keys, x, t: x
+    ),
 ) -> Adapted:
     """Adapts the step size of every level in turn, from T - 1 down to 0.
 
@@ -343,6 +347,8 @@ def adapt_step_sizes(
       num_steps: steps per level.
       target: mean acceptance probability to reach.
       max_step_size: largest step sizes.
+      begin: (keys of level t, starting points, t) -> where the chains of level t begin; by
+        default at the starting points.
     """
     largest = jnp.broadcast_to(max_step_size, step_size.shape)
 
@@ -350,6 +356,7 @@ def adapt_step_sizes(
         x, factor = carry
         t = jnp.full(keys.shape, level)
         level_keys, log_density = noise.fold(keys, level), log_density_fn(x, t)
+        x = begin(level_keys, x, t)
         adapted, acceptance, y = adapt_step_size(
             level_keys,
             sampler,

@@ -225,8 +225,8 @@ def denoising_gradient(
 ) -> tuple[Params, Statistics]:
     """Returns the gradient of the denoising loss, which needs no chain.
 
-    The loss is `recovery.denoising_loss`, with dropout if the network has it. Arguments and results are those of
-    `recovery_gradient`.
+    The loss is `recovery.denoising_loss`, with dropout if the network has it. Arguments and
+    results are those of `recovery_gradient`.
     """
     schedule = method.schedule
     y, eps = recovery.positives_with_noise(noise.fold(keys, 1), x, t, schedule)

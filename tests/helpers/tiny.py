@@ -17,7 +17,7 @@ from drl_jax import main as main_lib
 from drl_jax.runtime import cpu_devices
 
 ROOT = Path(__file__).parents[2]
-DIGITS = ROOT / "configs" / "digits.py"
+DIGITS = ROOT / "configs" / "digits_t6.py"
 
 # A test session has its own compilation cache, so that results do not depend on earlier ones.
 _SCRATCH = Path(tempfile.mkdtemp(prefix="drl_jax_tests_"))
