@@ -16,19 +16,19 @@ def get_config():
     config.energy.network = "image_mlp"
     config.energy.ch = 256
     config.energy.N = 4
-    config.energy.dropout = 0.2
+    config.energy.dropout = 0.4
     config.energy.parameterisation = "uniform"
     config.mcmc.start = "posterior"
     config.mcmc.K = 0
     config.optim.learning_rate = 1e-3
     config.optim.warmup_steps = 200
-    config.optim.decay_steps = 20_000
+    config.optim.decay_steps = 5000
     config.optim.ema_decay = 0.995
     config.train.objective = "denoising"
     config.train.batch_size = 128
-    config.train.num_steps = 20_000
+    config.train.num_steps = 5000
     config.log.every_steps = 500
     config.log.sample_every_steps = 5000
     config.checkpoint.every_steps = 5000
-    config.checkpoint.keep_every_steps = 20_000
+    config.checkpoint.keep_every_steps = 5000
     return config

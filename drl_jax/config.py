@@ -344,6 +344,8 @@ def validate(config: ConfigDict) -> None:
             if fields[name] != "float32":
                 raise invalid(name, "config.energy.network 'image_mlp' needs 'float32'")
     if config.energy.network == "mlp":
+        if config.energy.parameterisation == "uniform":
+            raise invalid("energy.parameterisation", "points have no pixels; use 'unit'")
         for name, wanted in REQUIRED_FOR_POINTS.items():
             if fields[name] != wanted:
                 raise invalid(

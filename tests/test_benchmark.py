@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 def test_the_command_prints_a_table_and_writes_json(tmp_path):
     path = tmp_path / "benchmark.json"
     command = [sys.executable, "-m", "drl_jax.tools.benchmark", "--quick", "--repeats=1"]
-    command += ["--config=configs/digits.py", "--K=1", "--samples=3"]
+    command += ["--config=configs/digits_t6.py", "--K=1", "--samples=3"]
     done = subprocess.run(
         [*command, f"--json={path}"],
         cwd=ROOT,
@@ -112,7 +112,7 @@ def test_the_flops_of_generation_are_those_of_the_steps_that_run(
         return 0 * x + (top - bottom) * gradients
 
     monkeypatch.setattr(benchmark.ladder, "descend", count_steps)
-    config = benchmark.with_changes(config_lib.load("configs/digits.py"), changes)
+    config = benchmark.with_changes(config_lib.load("configs/digits_t6.py"), changes)
     program = benchmark.Workload(config).generation(3)
     x = np.asarray(program.call())
     np.testing.assert_array_equal(x, np.full_like(x, levels * gradients))

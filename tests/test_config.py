@@ -128,6 +128,19 @@ def test_the_tables_of_checks_name_fields(names):
             {"mcmc__sampler": "mala", "evaluation__dtype": "bfloat16"},
             "evaluation.dtype is 'bfloat16': .*'mala' .*'float32'",
         ),
+        ({"energy__dropout": 0.1}, "dropout is 0.1: .*network 'image_mlp'"),
+        (
+            {"energy__dropout": 0.1, "energy__network": "image_mlp"},
+            "dropout is 0.1: .*objective 'denoising'",
+        ),
+        (
+            {"energy__network": "image_mlp", "energy__dtype": "bfloat16"},
+            "energy.dtype is 'bfloat16': .*'image_mlp' needs 'float32'",
+        ),
+        (
+            {"energy__network": "mlp", "energy__parameterisation": "uniform"},
+            "parameterisation is 'uniform': .*use 'unit'",
+        ),
         ({"optim__decay_steps": 500}, "decay_steps is 500: .*warmup_steps, 1000"),
     ],
 )

@@ -78,6 +78,15 @@ def test_starting_from_the_posterior_costs_one_gradient_per_level(
     assert passes(config, flops.training_step) == 2 * gradients + 6
 
 
+def test_an_image_mlp_costs_two_flops_per_weight(config):
+    config.energy.network, config.data.image_size, config.data.channels = "image_mlp", 8, 1
+    config.energy.ch, config.energy.N = 32, 3
+    energy = method.from_config(config).energy
+    params, _ = jax.eval_shape(energy.init, jax.random.key(0))
+    weights = sum(leaf.size for leaf in jax.tree.leaves(params) if leaf.ndim == 2)
+    assert flops.forward(config) == 2 * weights
+
+
 def test_an_mlp_costs_two_flops_per_weight(config):
     config.energy.network, config.data.channels, config.energy.N = "mlp", 2, 3
     energy = method.from_config(config).energy

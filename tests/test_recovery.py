@@ -125,7 +125,7 @@ def test_uniform_pixels_have_the_density_of_uniform_noise_that_was_diffused(half
     schedule = diffusion.schedule(6, "cosine")
     x_t = np.concatenate([np.linspace(-1.5, 1.5, 61), [-30.0, 30.0]])
     for t in range(6):
-        y = x_t * np.asarray(schedule.y_scale(t))
+        y = x_t * float(schedule.y_scale(jnp.asarray(t)))
         log_p = recovery.uniform_pixels(schedule, half_width)
         found = log_p(jnp.asarray(y, jnp.float32)[:, None], jnp.full(len(y), t))
         edge, sigma = float(schedule.a_bar[t]) * half_width, float(schedule.sigma_bar[t])

@@ -2,7 +2,7 @@
 
     python -m drl_jax.tools.benchmark [--config=configs/cifar10.py] [--batch_size=16]
     python -m drl_jax.tools.benchmark --input --config=configs/cifar10.py
-    python -m drl_jax.tools.benchmark --startup --config=configs/digits.py
+    python -m drl_jax.tools.benchmark --startup --config=configs/digits_t6.py
 
 By default it times the network's forward pass, one step of the Markov chain, one training
 step and the generation of samples. The efficiency of a program is t_ideal / t, where t is the
@@ -591,7 +591,7 @@ def main(argv: Sequence[str]) -> None:
         config = load_config()
         if _STARTUP.value:
             if not _CONFIG.value:
-                raise UserError("--startup requires --config, for example configs/digits.py")
+                raise UserError("--startup requires --config, for example configs/digits_t6.py")
             result = measure_startup(_CONFIG.value)
             print(startup_table(result))
         elif _INPUT.value:

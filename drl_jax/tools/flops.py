@@ -10,12 +10,16 @@ from collections.abc import Sequence
 import numpy as np
 from ml_collections import ConfigDict
 
+from drl_jax.networks.image_mlp import EMBEDDING
+
 
 def forward(config: ConfigDict) -> float:
     """Returns the FLOPs of f for one example: its convolutions and dense layers."""
     energy, data = config.energy, config.data
     if energy.network == "mlp":
         return mlp(data.channels, energy.ch, energy.N)
+    if energy.network == "image_mlp":
+        return image_mlp(data.image_size**2 * data.channels, energy.ch, energy.N)
     return resnet(data.image_size, data.channels, energy.ch, energy.mult, energy.N)
 
 
@@ -25,6 +29,13 @@ def mlp(dimension: int, width: int, depth: int) -> float:
     # features, of the input and of the head. Each residual layer has two dense layers.
     embedding, ends = 2 * width**2, dimension * width + (width + dimension) * width + width**2
     return 2.0 * (embedding + ends + depth * 2 * width**2)
+
+
+def image_mlp(dimension: int, width: int, depth: int) -> float:
+    """Returns the FLOPs of `networks.image_mlp` for one image of `dimension` pixel values."""
+    E = 2 * EMBEDDING  # width of the level's embedding
+    embedding, ends = EMBEDDING * E + E * E, 2 * dimension * width
+    return 2.0 * (embedding + ends + depth * (2 * width**2 + 2 * E * width))
 
 
 def resnet(image_size: int, channels: int, ch: int, mult: Sequence[int], N: int) -> float:
