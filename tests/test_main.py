@@ -202,7 +202,7 @@ def test_a_workdir_is_chosen_and_reported_if_none_is_given(
     monkeypatch.chdir(tmp_path)
     assert tiny.main(CONFIG) == 0
     (arguments,) = called
-    assert re.fullmatch(r"runs/digits-\d{8}-\d{6}", str(arguments["workdir"]))
+    assert re.fullmatch(r"runs/digits_t6-\d{8}-\d{6}", str(arguments["workdir"]))
     assert f"using {arguments['workdir']}" in caplog.text
 
 

@@ -112,7 +112,8 @@ def from_image_to_image(
 
     def f(params, x, t, keys=None):
         level = levels[t].astype(x.dtype)
-        return form(x, network.apply({"params": params}, x, level, keys))
+        u: Any = network.apply({"params": params}, x, level, keys)
+        return form(x, u)
 
     return Energy(init, normalise, f, shape)
 
