@@ -422,8 +422,8 @@ class Partition(NamedTuple):
     def lower(self) -> Bound:
         """The better lower bound; NaN if one of them is.
 
-        It is the one whose log_Z minus two standard errors is larger. Without this margin, it
-        would often be the one with the larger error.
+        This is the bound that is larger after subtracting two standard errors. The larger
+        log_Z alone would often belong to the noisier bound.
         """
         return max(
             self.levels,
