@@ -8,6 +8,7 @@ import termios
 import threading
 import time
 from typing import NamedTuple
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -130,6 +131,11 @@ def stop_on_a_terminal(args, condition):
 @pytest.fixture(scope="module")
 def record(tmp_path_factory):
     folder = tmp_path_factory.mktemp("record")
+    with mock.patch.object(tiny, "COMPILED", folder / "compiled"):  # counted below
+        return make_record(folder)
+
+
+def make_record(folder):
     # Compiles every program, in a process of its own: earlier tests affect what JAX traces in
     # this one, and with it the names of the programs in the cache.
     assert tiny.start(*tiny.training(folder / "first", train__num_steps=2)).wait() == 0

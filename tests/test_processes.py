@@ -6,6 +6,7 @@ import importlib.machinery
 import importlib.util
 import json
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -98,12 +99,11 @@ def pair(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("devices", [1, 8])
-def test_two_processes_learn_what_one_learns(pair, tmp_path, devices):
-    """On 2 x 4 devices, 8 devices and 1 device."""
+def test_two_processes_learn_what_one_learns(pair, tmp_path):
+    """On 2 x 4 devices and on one."""
     workdir, _ = pair
     alone = epath.Path(tmp_path) / "run"
-    (status,), (output,) = ended(start(*tiny.training(alone, **SHORT), devices=devices))
+    (status,), (output,) = ended(start(*tiny.training(alone, **SHORT)))
     assert status == 0, output
     state, wanted = state_of(workdir), state_of(alone)
     assert state.step == wanted.step == 5
@@ -151,73 +151,60 @@ def test_one_process_or_two_draw_the_same_samples(pair):
     np.testing.assert_allclose(*found, atol=1e-4)
 
 
-LONGER = SHORT | {"train__num_steps": 60, "log__sample_every_steps": 1000}
-
-
-@pytest.fixture(scope="module")
-def unstopped(tmp_path_factory):
-    """The final state of two processes that are not interrupted."""
-    workdir = epath.Path(tmp_path_factory.mktemp("unstopped") / "run")
-    statuses, outputs = ended(*start_pair(tiny.training(workdir, **LONGER)))
-    assert statuses == [0, 0], outputs
-    return state_of(workdir)
+LONG = SHORT | {"train__num_steps": 100_000, "log__sample_every_steps": 100_000}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("signalled", [0, 1])
-def test_a_signal_to_one_process_saves_a_checkpoint_and_both_resume(
-    tmp_path, unstopped, signalled
-):
-    """The final state is bit-identical to that of an uninterrupted run."""
+def test_a_resumed_pair_ends_in_the_state_of_an_uninterrupted_one(pair, tmp_path):
     workdir = epath.Path(tmp_path) / "run"
-    args = tiny.training(workdir, **LONGER)
-    pair = start_pair(args)
+    shutil.copytree(pair[0], workdir)
+    for step in (4, 5):
+        (workdir / "checkpoints" / str(step)).rmtree()
+    statuses, outputs = ended(*start_pair(tiny.training(workdir, **SHORT)))
+    assert statuses == [0, 0], outputs
+    assert "step 2 of 5" in outputs[0]
+    assert_same(state_of(workdir), state_of(pair[0]))
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_second_process_saves_a_checkpoint_and_stops_both(tmp_path):
+    workdir = epath.Path(tmp_path) / "run"
+    pair = start_pair(tiny.training(workdir, **LONG))
     wait_until(lambda: (workdir / "checkpoints" / "2").exists(), pair[0])
-    pair[signalled].send_signal(signal.SIGTERM)
+    pair[1].send_signal(signal.SIGTERM)
     statuses, outputs = ended(*pair)
     assert statuses == [143, 143], outputs
     *_, newest = steps(workdir)
-    assert 2 <= newest < 60
+    assert newest >= 2
     assert f"step {newest} is saved" in outputs[0]
-    statuses, outputs = ended(*start_pair(args))
-    assert statuses == [0, 0], outputs
-    assert_same(state_of(workdir), unstopped)
 
 
 @pytest.mark.slow
-def test_a_run_of_eight_devices_can_be_finished_on_four(tmp_path):
+def test_a_run_can_be_finished_on_four_devices_or_on_eight(tmp_path):
     """Batches and noise are the same: equal to 1e-5 of the largest entry of each array."""
-    stopped, whole = (tiny.trained(tmp_path / name) for name in ("stopped", "whole"))
-    changes = SHORT | {"log__sample_every_steps": 100_000, "checkpoint__every_steps": 5}
-
-    def resume(workdir, num_steps, devices):
-        return start(
-            *tiny.training(workdir, **changes | {"train__num_steps": num_steps}),
-            devices=devices,
-        )
-
-    interrupted = resume(stopped, 100_000, 8)
-    wait_until((stopped / "checkpoints" / str(tiny.STEPS + 5)).exists, interrupted)
-    interrupted.send_signal(signal.SIGTERM)
-    statuses, outputs = ended(interrupted)
-    assert statuses == [143], outputs
-    *_, newest = steps(stopped)
-    for workdir, devices in ((stopped, 4), (whole, 8)):
-        statuses, outputs = ended(resume(workdir, newest + 5, devices))
+    changes = SHORT | {
+        "train__num_steps": tiny.STEPS + 5,
+        "log__sample_every_steps": 1000,
+        "checkpoint__every_steps": 1000,
+    }
+    states = []
+    for devices in (4, 8):
+        workdir = tiny.trained(tmp_path / str(devices))
+        statuses, outputs = ended(start(*tiny.training(workdir, **changes), devices=devices))
         assert statuses == [0], outputs
-    state, wanted = state_of(stopped), state_of(whole)
-    assert state.step == wanted.step == newest + 5
-    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(wanted), strict=True):
+        states.append(state_of(workdir))
+    assert states[0].step == states[1].step == tiny.STEPS + 5
+    for a, b in zip(*map(jax.tree.leaves, states), strict=True):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lost", [0, 1])
-@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize(
+    ("lost", "signum"), [(0, signal.SIGKILL), (1, signal.SIGKILL), (1, signal.SIGSTOP)]
+)
 def test_a_lost_process_ends_the_other_and_the_same_command_resumes(tmp_path, lost, signum):
     workdir = epath.Path(tmp_path) / "run"
-    changes = SHORT | {"train__num_steps": 100_000, "log__sample_every_steps": 1000}
-    pair = start_pair(tiny.training(workdir, **changes))
+    pair = start_pair(tiny.training(workdir, **LONG))
     wait_until(lambda: (workdir / "checkpoints" / "2").exists(), pair[0])
     pair[lost].send_signal(signum)
     before = time.monotonic()
@@ -230,11 +217,11 @@ def test_a_lost_process_ends_the_other_and_the_same_command_resumes(tmp_path, lo
     # JAX's runtime aborts the process, unless a collective operation fails in Python first.
     assert "another task died" in output or "JAX failed" in output
     assert "the same command resumes" in output
-    if signum == signal.SIGSTOP:  # resuming is the same, and slow to test
+    if lost == 1:  # the first process writes the checkpoints
         return
     *_, newest = steps(workdir)
     num_steps = newest + 2
-    args = tiny.training(workdir, **changes | {"train__num_steps": num_steps})
+    args = tiny.training(workdir, **LONG | {"train__num_steps": num_steps})
     statuses, outputs = ended(*start_pair(args))
     assert statuses == [0, 0], outputs
     assert f"step {newest} of {num_steps}" in outputs[0]

@@ -33,7 +33,7 @@ def test_training_ends_with_figures_and_finite_metrics(trained_toy):
     assert (metrics["step"], metrics["num_samples"]) == (30, 100)
     assert 0 < metrics["two_sample_p_value"] <= 1
     levels = metrics["levels"]
-    assert (levels["level"][0], levels["level"][-1]) == (999, 0)
+    assert (levels["level"][0], levels["level"][-1]) == (99, 0)
     assert levels.keys() == {"level", "log_Z", "kl", "edge_mass"}
     assert all(len(values) == 6 and np.all(np.isfinite(values)) for values in levels.values())
     assert png(trained_toy / "toy2d.png").shape[1] > 1000

@@ -22,14 +22,14 @@ class MetricWriter:
     written, so that the first training step does not have to wait.
     """
 
-    def __init__(self, workdir: epath.Path, just_logging: bool = False):
+    def __init__(self, workdir: epath.Path | None):
         """Prepares a writer; no file is created until something is written.
 
         Args:
-          workdir: folder of the event file.
-          just_logging: whether to write to the log only, as all processes but the first must.
+          workdir: folder of the event file; None: nothing is written. Of several processes,
+            only the first may write.
         """
-        self._workdir, self._just_logging = workdir, just_logging
+        self._workdir = workdir
         # A single worker, so that everything is written in order.
         self._pool = asynclib.Pool("metric_writer", max_workers=1)
 
@@ -55,6 +55,8 @@ class MetricWriter:
         self._submit(lambda writer: writer.write_images(step, images))
 
     def _submit(self, write: "Callable[[metric_writers.MetricWriter], None]") -> None:
+        if self._workdir is None:
+            return
         with self._writing():
             self._pool(lambda: write(self._writer))()
 
@@ -71,6 +73,4 @@ class MetricWriter:
     def _writer(self) -> "metric_writers.MetricWriter":
         from clu import metric_writers
 
-        return metric_writers.create_default_writer(
-            str(self._workdir), just_logging=self._just_logging, asynchronous=False
-        )
+        return metric_writers.create_default_writer(str(self._workdir), asynchronous=False)

@@ -48,8 +48,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy
 from jaxtyping import Array, Float, Int, Key
-from scipy import stats
 
 from drl_jax import diffusion, noise
 from drl_jax.diffusion import NoiseSchedule
@@ -452,7 +452,7 @@ class Partition(NamedTuple):
         """
         upper = min(self.from_data, self.from_model, key=_nan_last)
         error = math.hypot(upper.std_error, self.tempered.std_error)
-        deviations = float(stats.norm.isf(SIGNIFICANCE / 4))
+        deviations = float(scipy.stats.norm.isf(SIGNIFICANCE / 4))
         return upper.log_Z - self.tempered.log_Z + deviations * error + ROUNDING
 
 
@@ -486,9 +486,9 @@ def partition(
         for upper in (data, own)
     ]
     agreement = Agreement(
-        order=float(np.minimum(1.0, len(z) * stats.norm.sf(np.max(z)))),  # NaN stays NaN
-        log_density=float(stats.ks_2samp(*log_density).pvalue),
-        log_weight=float(stats.ks_2samp(from_data, from_model).pvalue),
+        order=float(np.minimum(1.0, len(z) * scipy.stats.norm.sf(np.max(z)))),  # NaN stays NaN
+        log_density=float(scipy.stats.ks_2samp(*log_density).pvalue),
+        log_weight=float(scipy.stats.ks_2samp(from_data, from_model).pvalue),
     )
     return Partition(down, hot, data, own, agreement)
 

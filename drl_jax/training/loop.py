@@ -205,7 +205,7 @@ def fit(state: TrainState, context: Context, source: Source) -> TrainState:
 
     with contextlib.ExitStack() as stack:
         writer = stack.enter_context(
-            MetricWriter(context.workdir, just_logging=jax.process_index() > 0)
+            MetricWriter(None if jax.process_index() else context.workdir)
         )
         T, every = context.method.schedule.T, config.log.every_steps
         progress = stack.enter_context(Progress(start, end, every, T, writer))

@@ -1,6 +1,7 @@
 """The smallest complete run, in this process or in a process of its own."""
 
 import atexit
+import fcntl
 import functools
 import os
 import shutil
@@ -19,10 +20,19 @@ from drl_jax.runtime import cpu_devices
 ROOT = Path(__file__).parents[2]
 DIGITS = ROOT / "configs" / "digits_t6.py"
 
+
+def _session_folder():
+    """Returns a folder that the processes of a test session share; the first one deletes it."""
+    if "DRL_JAX_TEST_SESSION" not in os.environ:
+        folder = tempfile.mkdtemp(prefix="drl_jax_tests_")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        os.environ["DRL_JAX_TEST_SESSION"] = folder
+    return Path(os.environ["DRL_JAX_TEST_SESSION"])
+
+
 # A test session has its own compilation cache, so that results do not depend on earlier ones.
-_SCRATCH = Path(tempfile.mkdtemp(prefix="drl_jax_tests_"))
-atexit.register(shutil.rmtree, _SCRATCH, ignore_errors=True)
-COMPILED = _SCRATCH / "compiled"
+_SESSION = _session_folder()
+COMPILED = _SESSION / "compiled"
 jax.config.update("jax_compilation_cache_dir", str(COMPILED))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
@@ -79,8 +89,11 @@ def environment():
 
 @functools.cache
 def _trained():
-    workdir = epath.Path(_SCRATCH / "trained")
-    assert main(*training(workdir)) == 0
+    workdir = epath.Path(_SESSION / "trained")
+    with (_SESSION / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process of the session may be training it
+        if not (workdir / "metrics.json").exists():
+            assert main(*training(workdir)) == 0
     return workdir
 
 

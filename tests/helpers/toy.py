@@ -1,4 +1,4 @@
-"""Small runs of configs/toy2d.py: points in the plane."""
+"""Small runs of configs/toy2d.py, with fewer levels: points in the plane."""
 
 import pytest
 from etils import epath
@@ -10,6 +10,8 @@ TOY = tiny.ROOT / "configs" / "toy2d.py"
 
 SMALL = {
     "data.name": "ellipse",
+    "diffusion.T": 100,
+    "diffusion.schedule": "cosine",
     "energy.ch": 8,
     "energy.N": 1,
     "train.batch_size": 16,
