@@ -1,5 +1,6 @@
 import json
 import subprocess
+import sys
 
 import jax
 import pytest
@@ -22,12 +23,27 @@ SMALL = {
 FIELDS = [f"--config.{name}={value}" for name, value in SMALL.items()]
 
 
-def plan(*args):
+# The program, which tries fewer batch sizes than usual. `test_batches.py` tests the search.
+PROGRAM = """
+import sys
+from drl_jax.tools.plan import batches
+batches.MAX_TRIES = int(sys.argv.pop(1))
+from drl_jax import main
+sys.exit(main.main(sys.argv))
+"""
+
+
+def plan(*args, tries=1):
     """Plans in a new process, since compilers read the environment only once."""
-    process = tiny.start(
-        "--mode=plan", *args, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, str(tries), "--mode=plan", *args],
+        cwd=tiny.ROOT,
+        env=tiny.environment(),
+        capture_output=True,
+        text=True,
+        timeout=500,
     )
-    return process, *process.communicate(timeout=500)
+    return done.returncode, done.stdout, done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +51,8 @@ def made(tmp_path_factory):
     """A plan of a small network for v5e:2x2: output, JSON values, and work directory."""
     workdir = tmp_path_factory.mktemp("plan")
     config, topology = f"--config={tiny.DIGITS}", "--topology=v5e:2x2"
-    process, out, err = plan(config, topology, f"--workdir={workdir}", *FIELDS)
-    assert process.returncode == 0, err
+    status, out, err = plan(config, topology, f"--workdir={workdir}", *FIELDS)
+    assert status == 0, err
     return out, json.loads((workdir / "plan_v5e_2x2.json").read_text()), workdir
 
 
@@ -105,7 +121,7 @@ def test_the_plan_says_if_larger_batches_would_fit(made):
 
 
 @pytest.mark.slow
-def test_for_a_batch_size_that_does_not_fit_one_that_fits_is_found():
+def test_a_batch_size_that_does_not_fit_is_reported():
     toy = tiny.ROOT / "configs" / "toy2d.py"
     fields = (
         "energy.ch=8",
@@ -114,20 +130,18 @@ def test_for_a_batch_size_that_does_not_fit_one_that_fits_is_found():
         "train.batch_size=400000000",
     )
     args = f"--config={toy}", "--topology=v5e:2x2", *(f"--config.{field}" for field in fields)
-    process, out, err = plan(*args)
-    assert process.returncode == 0, err
+    status, out, err = plan(*args, tries=0)  # the compiler takes minutes for those that fit
+    assert status == 0, err
     assert "| verdict | **does not fit** | fits |" in out
+    assert "No batch size" in out
     assert "Traceback" not in err
     assert "ran out of device memory" in err
-    largest = int(out.partition("compiled and fits: ")[2].split()[0])
-    assert 10_000_000 < largest < 400_000_000
-    assert "were not tried" not in out
 
 
 def test_an_indivisible_batch_size_is_reported_in_one_line():
     config = f"--config={tiny.DIGITS}"
-    process, out, err = plan(config, "--topology=v3:2x2", "--config.train.batch_size=12")
-    assert process.returncode == 1
+    status, out, err = plan(config, "--topology=v3:2x2", "--config.train.batch_size=12")
+    assert status == 1
     assert out == ""
     [line] = err.splitlines()
     assert line.startswith("error: config.train.batch_size is 12")

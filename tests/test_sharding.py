@@ -51,8 +51,6 @@ def main(workdir):
     states = [
         trained(config, one, start, first=20, steps=5),
         trained(config, eight, start, first=20, steps=5),
-        trained(config, fsdp, start, first=20, steps=5),
-        trained(config, eight, start, first=20, steps=5, accumulate=2),
         trained(config, fsdp, start, first=20, steps=5, accumulate=2),
     ]
     result["fractions"] = [fraction_on_first_device(state) for state in states]
@@ -69,8 +67,7 @@ def main(workdir):
     result["accumulate 3"] = run("refused", train__accumulate=3)
     result["fsdp of 3"] = run("refused", mesh__fsdp=3)
     result["data of 2"] = run("refused", mesh__data=2, mesh__fsdp=2)
-    result["width of 12"] = run("wide", energy__ch=12, mesh__fsdp=8, train__accumulate=2)
-    result["batch of 16"] = run("trained", train__batch_size=16)
+    result["width of 12"] = run("trained", energy__ch=12, mesh__fsdp=8, train__accumulate=2)
     sys.stdout.buffer.write(pickle.dumps(result))
 
 
@@ -243,13 +240,13 @@ def test_bounds_of_log_Z_do_not_depend_on_the_number_of_devices(eight):
 def test_training_does_not_depend_on_the_mesh_or_on_gradient_accumulation(eight):
     """Five steps end in states equal to 1e-5 of the largest entry of each array.
 
-    The meshes are 1 x 1, 8 x 1 and 2 x 4 (data x fsdp), the last two with and without gradient
+    The meshes are 1 x 1, 8 x 1 and 2 x 4 (data x fsdp), the last one with gradient
     accumulation. The five steps do not start at initialisation, where the gradients of weights
     of 1e-10 are only rounding errors, which Adam turns into steps of full length (errors of up
     to 9e-6).
     """
     on_one, *others = eight["states"]
-    assert len(others) == 4
+    assert len(others) == 2
     for other in others:
         assert on_one.step == other.step == 25
         for a, b in zip(jax.tree.leaves(on_one), jax.tree.leaves(other), strict=True):
@@ -259,7 +256,7 @@ def test_training_does_not_depend_on_the_mesh_or_on_gradient_accumulation(eight)
 @pytest.mark.slow
 def test_fsdp_divides_the_training_state_of_kernels(eight):
     """Parameters, average and Adam's moments; with ch = 8 every kernel is divisible by 4."""
-    assert eight["fractions"] == [1, 1, 0.25, 1, 0.25]
+    assert eight["fractions"] == [1, 1, 0.25]
 
 
 @pytest.mark.slow
@@ -318,14 +315,13 @@ def test_a_batch_or_mesh_that_does_not_divide_is_an_error(eight, run, words):
 
 @pytest.mark.slow
 def test_kernels_that_do_not_divide_are_named_and_replicated(eight):
-    status, stderr = eight["width of 12"]
-    assert status == 0, stderr
+    _, stderr = eight["width of 12"]
     assert re.search(r"fsdp = 8 .* conv_in/kernel", stderr)
 
 
 @pytest.mark.slow
 def test_one_device_loads_what_eight_devices_trained(eight):
-    status, stderr = eight["batch of 16"]
+    status, stderr = eight["width of 12"]
     assert status == 0, stderr
     assert (eight["folder"] / "trained" / "samples.png").exists()
     run = runs.load(eight["folder"] / "trained")
