@@ -263,6 +263,27 @@ def test_a_pass_without_numbers_makes_the_gap_nan_and_the_order_rejected():
         assert "order" in found.agreement.rejected
 
 
+def test_bounds_contradict_each_other_by_the_exponential_of_their_difference():
+    """As Markov's inequality says. Fails if the bounds are exchanged."""
+    high, low = (annealing.bound(np.full(4, log_Z)) for log_Z in (10.0, 3.0))
+    assert annealing.contradiction(high, low) == pytest.approx(math.exp(-7))
+    assert annealing.contradiction(low, high) == 1
+
+
+def test_weights_of_any_spread_contradict_exact_starts_no_more_often_than_stated():
+    """log w is normal with E[w] = 1, and so spread out that one chain has all the weight.
+
+    In 4,000 repetitions, p-values below 0.05 occur at most as often as by chance (0.03
+    standard errors of 0.0034 above 0.05 are about nine).
+    """
+    rng = np.random.default_rng(0)
+    for spread in (0.1, 1.0, 5.0):
+        log_w = spread * rng.standard_normal((4000, 2, 8)) - spread**2 / 2
+        bounds = [[annealing.bound(row) for row in pair] for pair in log_w]
+        p = [annealing.contradiction(down, up._replace(log_Z=-up.log_Z)) for down, up in bounds]
+        assert np.mean(np.array(p) < 0.05) < 0.05 + 0.03
+
+
 def test_exact_starts_are_rejected_no_more_often_than_stated(monkeypatch):
     """At a false-alarm rate of 5%, from normal log-weights with log mean w of zero.
 

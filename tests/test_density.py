@@ -133,6 +133,49 @@ def test_a_mode_that_only_level_0_has_is_found_and_refutes_the_upper_bound():
         likelihood.require_usable(found, budget, D=2, T=1000)
 
 
+@pytest.fixture(scope="module")
+def pilot():
+    """Returns a function: data -> the pilot's bounds of log Z.
+
+    The model is a mixture of a common and a rare mode. The chains are few and short.
+    """
+    common = mixtures.gaussian(np.zeros(2), 0.01 * np.eye(2))
+    both = mixtures.isotropic(
+        np.array([[0.0, 0.0], [1.2, 1.2]]), 0.1, np.array([1 - 1e-14, 1e-14])
+    )
+    rare = mixtures.gaussian(np.array([1.2, 1.2]), 0.01 * np.eye(2))
+    model, key = exact.model(both, 6, LOG_Z), jax.random.key(8)
+    budget = density.DEFAULT._replace(distributions=100, transitions=2, burn_in=10, chains=16)
+
+    def bounds(data):
+        begun = density.begin(model, key, points(data, 16), budget)
+        return density.pilot(model, key, begun, budget), budget
+
+    return {"common": bounds(common), "rare": bounds(rare)}
+
+
+def test_the_pilot_accepts_data_from_where_the_probability_is(pilot):
+    """Both bounds are close to log Z, which is known."""
+    (lower, upper), budget = pilot["common"]
+    for bound in (lower, upper):
+        assert abs(bound.log_Z - LOG_Z) < 0.5
+        assert bound.chains == 16
+    likelihood.require_consistent(lower, upper, budget)
+
+
+def test_the_pilot_refuses_data_from_a_region_of_hardly_any_probability(pilot):
+    """The chains from data start in a region of probability 1e-14, and miss all others.
+
+    Fails if the pilot's upper bound has the wrong sign, or if both passes start alike.
+    """
+    (lower, upper), budget = pilot["rare"]
+    assert abs(lower.log_Z - LOG_Z) < 0.5
+    assert LOG_Z + np.log(1e-14) - 1 < upper.log_Z < LOG_Z - 15
+    pattern = r"at least 7\.\d nats, but chains from data give -1\d\.\d .*burn_in \(now 10\)"
+    with pytest.raises(UserError, match=f"^[^\n]*{pattern}[^\n]*$"):
+        likelihood.require_consistent(lower, upper, budget)
+
+
 @pytest.mark.slow
 def test_weights_are_unbiased_and_their_logarithms_are_bounds():
     """E[w] is Z down and 1 / Z up, although E[log w] is off by more than ten standard errors.

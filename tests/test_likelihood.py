@@ -180,6 +180,23 @@ def test_upper_bounds_below_a_lower_bound_are_rejected_in_one_line():
         likelihood.require_usable(bounds, density.DEFAULT, D=2, T=1000)
 
 
+def test_a_contradiction_of_the_pilot_ends_the_task_before_the_annealing(
+    trained_toy, tmp_path, monkeypatch, capsys
+):
+    """In one line. Fails if the pilot runs after the annealing, or not at all."""
+    monkeypatch.setattr(density, "begin", lambda *args: None)
+    monkeypatch.setattr(density, "pilot", lambda *args: (bound(20.0), bound(0.0)))
+    monkeypatch.setattr(density, "annealed", None)
+    assert start(trained_toy, tmp_path) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert re.fullmatch(r"error: log Z is at least 20.0 nats, but .* give 0.0 .*", error)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_bounds_of_the_pilot_in_the_wrong_order_by_chance_are_accepted():
+    likelihood.require_consistent(bound(12.0), bound(0.0), density.DEFAULT)
+
+
 @pytest.mark.parametrize("name", ["log_density", "log_weight"])
 def test_chains_from_data_and_from_samples_that_differ_are_rejected_in_one_line(name):
     bounds = partition(bound(10.0), bound(10.05), from_model=bound(10.01), **{name: 2e-7})

@@ -4,7 +4,7 @@
 module runs it on a `Model`, in segments that can be saved and continued.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,12 +20,13 @@ from drl_jax.model import Model, as_images
 from drl_jax.runtime.matmul_precision import full_precision
 from drl_jax.sampling import annealing as annealing_lib
 from drl_jax.sampling import ladder
-from drl_jax.sampling.annealing import PASSES, Partition, Path, Tempering
+from drl_jax.sampling.annealing import PASSES, Bound, Partition, Path, Tempering
 from drl_jax.sampling.ladder import Sampler
 
 SEGMENTS = 100  # per pass; work can be saved or interrupted between two segments
 WARM_UP_CHAINS = 16
 TEMPERATURES = 50  # hotter versions of level 0 at which the step size is adapted
+PILOT_CHAINS, PILOT_DISTRIBUTIONS = 32, 200  # at most
 
 
 class Budget(NamedTuple):
@@ -192,15 +193,50 @@ def unmoved(x: Float[ArrayLike, "n *D"]) -> Pass:
 
 
 def pass_keys(key: Key[Array, ""]) -> dict[str, Key[Array, ""]]:
-    """Returns a random key per purpose: the warm-up, starting points, and the passes."""
-    names = ("warm_up", "start", *PASSES, "resample")
+    """Returns a random key per purpose: warm-up, starting points, passes, and the pilot."""
+    names = ("warm_up", "start", *PASSES, "resample", "pilot")
     return dict(zip(names, jax.random.split(key, len(names)), strict=True))
 
 
+def pilot(
+    model: Model, key: Key[Array, ""], begun: Annealing, budget: Budget
+) -> tuple[Bound, Bound]:
+    """Bounds log Z at a small part of the cost, to find out early if the bounds contradict.
+
+    Fewer chains and intermediate distributions make the bounds looser, but they hold on the
+    same conditions. So do the chains from data, which make as many moves on level 0 as in the
+    whole run. If the bounds contradict each other (`annealing.contradiction`), those of the
+    whole run do, too.
+
+    Args:
+      model: the model passed to `begin`.
+      key: the key passed to `begin`.
+      begun: the result of `begin`.
+      budget: the budget passed to `begin`.
+
+    Returns:
+      the lower bound `levels` and the upper bound `from_data` (see `annealing.Partition`).
+    """
+    small = budget._replace(
+        chains=min(budget.chains, PILOT_CHAINS),
+        distributions=min(budget.distributions, PILOT_DISTRIBUTIONS),
+    )
+    passes = {name: unmoved(state.x[: small.chains]) for name, state in begun.passes.items()}
+    small_run, names = begun._replace(passes=passes), ("levels", "from_data")
+    for state in annealed(model, pass_keys(key)["pilot"], small_run, small, names):
+        small_run = state
+    lower, upper = (annealing_lib.bound(small_run.passes[name].log_weight) for name in names)
+    return lower, upper._replace(log_Z=-upper.log_Z)
+
+
 def annealed(
-    model: Model, key: Key[Array, ""], annealing: Annealing, budget: Budget
+    model: Model,
+    key: Key[Array, ""],
+    annealing: Annealing,
+    budget: Budget,
+    passes: Sequence[str] = PASSES,
 ) -> Iterator[Annealing]:
-    """Continues all passes to their ends, and yields the state after every segment.
+    """Continues passes to their ends, and yields the state after every segment.
 
     An annealing that is interrupted after a segment and continued later gives the same
     result to the bit.
@@ -210,6 +246,7 @@ def annealed(
       key: the key passed to `begin`.
       annealing: state to continue from.
       budget: the budget passed to `begin`.
+      passes: names of the passes to complete, in the order of `PASSES`.
     """
     schedule = model.method.schedule
     keys = pass_keys(key)
@@ -221,7 +258,7 @@ def annealed(
     tempered = compile_pass(
         model, tempering, annealing.tempered_step_size, at_temperatures, budget
     )
-    for name in PASSES:
+    for name in passes:
         compiled, settings = tempered if name == "tempered" else through_levels
         indices = path_indices(name, schedule, budget)
         total = len(indices) - 1

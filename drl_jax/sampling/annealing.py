@@ -59,6 +59,7 @@ from drl_jax.sampling.ladder import Sampler
 
 FALSE_ALARM = 1e-4  # probability that `Agreement` rejects exact starting points
 SIGNIFICANCE = FALSE_ALARM / 3  # of each of its three tests
+PILOT_FALSE_ALARM = 1e-6  # the same of `contradiction`, with fewer chains
 PASSES = ("levels", "tempered", "from_data", "from_model")  # see `Partition`
 ROUNDING = 0.01  # differences of log Z that rounding in float32 can cause [nats]
 
@@ -370,6 +371,19 @@ def bound(log_w: Float[np.ndarray, "n"]) -> Bound:
         chains=n,
         spread=float(np.std(log_w)),
     )
+
+
+def contradiction(lower: Bound, upper: Bound) -> float:
+    """Returns a p-value of the hypothesis that the upper bound's chains start from level 0.
+
+    The mean weight of the lower bound's chains has the expectation Z. That of the upper bound's
+    has the expectation 1 / Z if they start from exact samples of level 0. Both are independent,
+    so their product has the expectation 1, and exceeds exp(c) with probability at most exp(-c)
+    (Markov's inequality). Its logarithm is lower.log_Z - upper.log_Z. This holds for any number
+    of chains, even if one of them carries all the weight; `Agreement.order` is more sensitive,
+    but needs standard errors.
+    """
+    return math.exp(min(0.0, upper.log_Z - lower.log_Z))
 
 
 class Agreement(NamedTuple):

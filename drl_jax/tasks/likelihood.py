@@ -17,6 +17,7 @@ from drl_jax.metrics.density import Annealing, Budget
 from drl_jax.model import Model
 from drl_jax.plots import figures
 from drl_jax.runtime.progress import Progress
+from drl_jax.sampling import annealing as annealing_lib
 from drl_jax.sampling.annealing import Bound, Partition
 from drl_jax.storage.atomic import make_writable, remove, write_json
 from drl_jax.storage.runs import Run
@@ -52,7 +53,8 @@ def run(run: Run, workdir: epath.Path, model: str | None, seed: int) -> None:
 
     The data are the first `config.evaluation.num_data` examples that are held out from
     training, where there are such examples (`sources.open_held_out`); the cost is set by
-    `config.likelihood` (`density.Budget`). An interrupted run is resumed by the same command.
+    `config.likelihood` (`density.Budget`). A pilot with few chains first finds out whether the
+    bounds contradict each other. An interrupted run is resumed by the same command.
 
     Writes to `workdir`/likelihood/step_STEP_seed_SEED:
       annealing.snapshot: unfinished work; removed at the end.
@@ -200,6 +202,8 @@ def anneal(
 ) -> Annealing:
     """Anneals the chains of all passes (`density.annealed`), resuming saved work.
 
+    A new annealing begins with a pilot (`density.pilot`).
+
     Args:
       model: model whose level 0 is normalised.
       key: random key.
@@ -208,7 +212,8 @@ def anneal(
       autosave: saves the work; its file is removed at the end.
 
     Raises:
-      UserError: if unfinished work is damaged, or has other settings.
+      UserError: if unfinished work is damaged, or has other settings; or if the bounds of the
+        pilot contradict each other.
       Interrupted: if a signal stopped the annealing; the work is saved.
     """
     moves = density.moves(model.method.schedule, budget)
@@ -217,6 +222,7 @@ def anneal(
         log.info("resuming after move %d of %d", annealing.moves_done, moves)
     else:
         annealing = density.begin(model, key, x, budget)
+        require_consistent(*density.pilot(model, key, annealing, budget), budget)
     with autosave, Progress(moves, "move") as progress:
         progress.add(annealing.moves_done)
         for state in density.annealed(model, key, annealing, budget):
@@ -225,6 +231,35 @@ def anneal(
             autosave.step(annealing.moves_done, functools.partial(to_snapshot, annealing))
     remove(autosave.path)
     return annealing
+
+
+def require_consistent(lower: Bound, upper: Bound, budget: Budget) -> None:
+    """Raises if the bounds of the pilot contradict each other.
+
+    Args:
+      lower: from chains through the levels.
+      upper: from chains from data.
+      budget: uses burn_in.
+
+    Raises:
+      UserError: with the bounds, what they mean, and what can be done.
+    """
+    p = annealing_lib.contradiction(lower, upper)
+    log.info(
+        "pilot with %d chains per pass: log Z is at least %.1f nats, and at most %.1f if those "
+        "from data start from level 0",
+        lower.chains,
+        lower.log_Z,
+        upper.log_Z,
+    )
+    if p < annealing_lib.PILOT_FALSE_ALARM:
+        raise UserError(
+            f"log Z is at least {lower.log_Z:.1f} nats, but chains from data give "
+            f"{upper.log_Z:.1f} (p-value at most {p:.1g}): they miss regions that are probable "
+            "at level 0 and contain no data, so the density that this model has learned is not "
+            "that of its data; train it further, or raise --config.likelihood.burn_in (now "
+            f"{budget.burn_in})"
+        )
 
 
 def to_snapshot(annealing: Annealing) -> Snapshot:
