@@ -154,6 +154,7 @@ def pilot():
     return {"common": bounds(common), "rare": bounds(rare)}
 
 
+@pytest.mark.slow
 def test_the_pilot_accepts_data_from_where_the_probability_is(pilot):
     """Both bounds are close to log Z, which is known."""
     (lower, upper), budget = pilot["common"]
@@ -163,6 +164,7 @@ def test_the_pilot_accepts_data_from_where_the_probability_is(pilot):
     likelihood.require_consistent(lower, upper, budget)
 
 
+@pytest.mark.slow
 def test_the_pilot_refuses_data_from_a_region_of_hardly_any_probability(pilot):
     """The chains from data start in a region of probability 1e-14, and miss all others.
 
