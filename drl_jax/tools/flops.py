@@ -61,6 +61,60 @@ def resnet(image_size: int, channels: int, ch: int, mult: Sequence[int], N: int)
     return float(total + 2 * E * width)
 
 
+def unet(
+    image_size: int,
+    channels: int,
+    ch: int,
+    mult: Sequence[int],
+    N: int,
+    attention: Sequence[int] = (),
+) -> float:
+    """Returns the FLOPs of `networks.unet` for one image.
+
+    Like `resnet`, it includes products with the padding. Halving or doubling the resolution and
+    the normalisations are not counted.
+    """
+    E = 4 * ch  # width of the time embedding
+
+    def conv(size: int, inputs: int, outputs: int, taps: int = 9) -> int:
+        return 2 * taps * size**2 * inputs * outputs
+
+    def block(size: int, inputs: int, outputs: int) -> int:
+        skip = conv(size, inputs, outputs, taps=1) if inputs != outputs else 0
+        return (
+            conv(size, inputs, outputs) + conv(size, outputs, outputs) + skip + 4 * E * outputs
+        )
+
+    def attend(size: int, width: int) -> int:
+        pairs = size**4  # of pixels
+        return conv(size, width, 4 * width, taps=1) + 2 * 2 * pairs * width
+
+    def block_and_attention(size: int, inputs: int, outputs: int) -> int:
+        return block(size, inputs, outputs) + (size in attention) * attend(size, outputs)
+
+    total = 2 * ch * E + 2 * E * E + 2 * conv(image_size, channels, ch)
+    width, skips = ch, [ch]
+    for resolution, m in enumerate(mult):
+        if resolution:
+            total += block(image_size >> resolution, width, width)
+            skips.append(width)
+        for _ in range(N):
+            total += block_and_attention(image_size >> resolution, width, m * ch)
+            width = m * ch
+            skips.append(width)
+    size = image_size >> (len(mult) - 1)
+    total += 2 * block(size, width, width) + bool(attention) * attend(size, width)
+    for resolution, m in reversed(list(enumerate(mult))):
+        size = image_size >> resolution
+        for _ in range(N + 1):
+            total += block_and_attention(size, width + skips.pop(), m * ch)
+            width = m * ch
+        if resolution:
+            total += block(2 * size, width, width)
+    # `width` is that of the first resolution again; `conv_out` reads it.
+    return float(total + conv(image_size, width, channels) - conv(image_size, ch, channels))
+
+
 def training_step(config: ConfigDict) -> float:
     """Returns the FLOPs of one training step per example of its batch.
 

@@ -1,0 +1,282 @@
+"""A U-Net for images: the base of a conservative energy, and a predictor of images.
+
+Its blocks are those of Ho et al. (2020), conditioned on time by scale and shift (Dhariwal and
+Nichol 2021), as Zhu et al. (2024) use them. The result U(x, level) has x's shape. Two functions
+of it are energies whose gradient is close to U (Salimans and Ho 2021; Du et al. 2023):
+
+    f = <x, U(x)>,   f = (|x|² - |x - U(x)|²) / 2
+
+All operations are smooth, because training differentiates the gradient of f. U is bounded: its
+last convolution reads normalised features. So f grows no faster than linearly in x, and exp(F)
+can be normalised where F contains -|x|² / 2.
+"""
+
+import functools
+import itertools
+import math
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, DTypeLike, Float, Key
+
+from drl_jax import noise
+from drl_jax.errors import UserError
+from drl_jax.networks.convolution import materialise_gradient
+from drl_jax.networks.resnet import (
+    Conv,
+    fan_avg,
+    mean_pool,
+    require_divisible,
+    time_embedding,
+)
+
+zeros = nn.initializers.zeros
+
+EPSILON = 1e-6  # added to the variance in `Normalisation`
+
+
+class Pointwise(nn.Module):
+    """1x1 convolution with bias; the result has the parameters' dtype.
+
+    Attributes:
+      features: number of output channels O.
+      kernel_init: initialiser of the kernel [I, O].
+    """
+
+    features: int
+    kernel_init: nn.initializers.Initializer = fan_avg
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W I"]) -> Float[Array, "B H W O"]:
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
+        bias = self.param("bias", zeros, (self.features,))
+        return product("bhwi,io->bhwo", x, kernel, kernel.dtype) + bias
+
+
+def product(subscripts: str, x: Array, other: Array, dtype: DTypeLike) -> Array:
+    """Returns an `einsum` that multiplies in x's dtype and accumulates in `dtype`."""
+    return jnp.einsum(subscripts, x, other.astype(x.dtype), preferred_element_type=dtype)
+
+
+class Normalisation(nn.Module):
+    """Group normalisation (Wu and He 2018) as an affine function of each channel.
+
+    Returns (A, B) such that the normalised x is A x + B. The statistics and the result have the
+    parameters' dtype.
+
+    Attributes:
+      groups: maximum number of groups; `gcd(groups, C)` are used, so that they are equal.
+    """
+
+    groups: int
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B H W C"]
+    ) -> tuple[Float[Array, "B 1 1 C"], Float[Array, "B 1 1 C"]]:
+        C = x.shape[-1]
+        scale = self.param("scale", nn.initializers.ones, (C,))
+        bias = self.param("bias", zeros, (C,))
+        x = x.astype(scale.dtype)
+
+        def group_mean(channels):
+            split = channels.reshape(len(x), math.gcd(self.groups, C), -1)
+            mean = jnp.broadcast_to(jnp.mean(split, axis=2, keepdims=True), split.shape)
+            return mean.reshape(len(x), 1, 1, C)
+
+        # Sums over pixels first: they run along vectors of channels, and read x once.
+        mean = group_mean(jnp.mean(x, axis=(1, 2)))
+        variance = group_mean(jnp.mean(jnp.square(x), axis=(1, 2))) - jnp.square(mean)
+        A = scale * jax.lax.rsqrt(jnp.maximum(variance, 0) + EPSILON)
+        return A, bias - mean * A
+
+
+class Block(nn.Module):
+    """Residual block conditioned on time.
+
+        h = conv1(resample(silu(norm1(x))))
+        h = conv2(dropout(silu((1 + scale) norm2(h) + shift)))
+        block(x, temb) = skip(resample(x)) + h
+
+    (scale, shift) = dense(silu(temb)), per channel. skip is a 1x1 convolution where the width
+    changes and the identity elsewhere. conv2 is initialised to zero.
+
+    Attributes:
+      features: number of output channels O.
+      groups: maximum number of groups of a normalisation.
+      dropout: probability with which an activation is set to zero.
+      resample: halves or doubles the height and width, if given.
+    """
+
+    features: int
+    groups: int
+    dropout: float
+    resample: Callable[[Array], Array] | None = None
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B H W I"],
+        temb: Float[Array, "B E"],
+        keys: Key[Array, "B"] | None,
+    ) -> Float[Array, "B H2 W2 O"]:
+        A, B = Normalisation(self.groups, name="norm1")(x)
+        resample = self.resample or (lambda x: x)
+        h = resample(nn.silu(A * x + B).astype(x.dtype))
+        h = Conv(self.features, name="conv1")(h)
+        h = materialise_gradient(h.astype(x.dtype))
+        dense = nn.Dense(2 * self.features, kernel_init=fan_avg, name="dense")
+        scale, shift = jnp.split(dense(nn.silu(temb))[:, None, None, :], 2, axis=3)
+        A, B = Normalisation(self.groups, name="norm2")(h)
+        h = nn.silu((1 + scale) * A * h + ((1 + scale) * B + shift)).astype(x.dtype)
+        if keys is not None and self.dropout:
+            h = noise.dropout(keys, h, self.dropout)
+        h = Conv(self.features, zeros, name="conv2")(h)
+        skip = resample(x)
+        if x.shape[-1] != self.features:
+            skip = Pointwise(self.features, name="skip")(skip)
+        return materialise_gradient((h + skip).astype(x.dtype))
+
+
+class Attention(nn.Module):
+    """Single-head attention between all pixels of an image, added to its input.
+
+        q, k, v = qkv(norm(x));   x + out(softmax(q kᵀ / sqrt(C)) v)
+
+    out is initialised to zero.
+
+    Attributes:
+      groups: maximum number of groups of the normalisation.
+    """
+
+    groups: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+        C = x.shape[-1]
+        A, B = Normalisation(self.groups, name="norm")(x)
+        qkv = Pointwise(3 * C, name="qkv")((A * x + B).astype(x.dtype))
+        q, k, v = jnp.split(qkv.astype(x.dtype).reshape(len(x), -1, 3 * C), 3, axis=2)
+        weights = nn.softmax(product("bqc,bkc->bqk", q, k, qkv.dtype) / C**0.5)
+        h = product("bqk,bkc->bqc", weights.astype(x.dtype), v, qkv.dtype).astype(x.dtype)
+        h = Pointwise(C, zeros, name="out")(h.reshape(x.shape))
+        return materialise_gradient((x + h).astype(x.dtype))
+
+
+class UNet(nn.Module):
+    """U(x, level) for images x [B, H, W, C], an array of the same shape.
+
+    The way down has N blocks per resolution, and one that halves the resolution. The way up has
+    N + 1 blocks per resolution, each of which also reads the result of a block of the way down
+    (or of the first convolution), and one that doubles the resolution. The last convolution is
+    initialised to zero. dtypes are those of `resnet.ResNet`.
+
+    Attributes:
+      ch: number of channels at the first resolution.
+      mult: number of channels at each resolution, in units of ch.
+      N: number of blocks per resolution on the way down.
+      attention: sizes of the images, in pixels, that `Attention` follows each block at; it is
+        then also used in the middle.
+      dropout: probability with which a block sets an activation to zero, if there are keys.
+      groups: maximum number of groups of a normalisation.
+    """
+
+    ch: int
+    mult: tuple[int, ...]
+    N: int
+    attention: tuple[int, ...] = ()
+    dropout: float = 0.0
+    groups: int = 8
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "B H W C"],
+        level: Float[Array, "B"],
+        keys: Key[Array, "B"] | None = None,
+    ) -> Float[Array, "B H W C"]:
+        dense = functools.partial(nn.Dense, 4 * self.ch, kernel_init=fan_avg)
+        temb = dense(name="temb_0")(time_embedding(level, self.ch))
+        temb = dense(name="temb_1")(nn.silu(temb))
+        count = itertools.count()
+
+        def block(h, m, name, resample=None):
+            block_keys = None if keys is None else noise.fold(keys, next(count))
+            module = Block(m * self.ch, self.groups, self.dropout, resample, name=name)
+            return module(h, temb, block_keys)
+
+        def block_and_attention(h, m, name):
+            h = block(h, m, name)
+            if h.shape[1] in self.attention:
+                h = Attention(self.groups, name=f"{name}_attention")(h)
+            return h
+
+        h = materialise_gradient(Conv(self.ch, name="conv_in")(x).astype(x.dtype))
+        skips = [h]
+        for resolution, m in enumerate(self.mult):
+            if resolution:
+                last = self.mult[resolution - 1]
+                h = block(h, last, f"down_{resolution - 1}_pool", mean_pool)
+                skips.append(h)
+            for i in range(self.N):
+                h = block_and_attention(h, m, f"down_{resolution}_block_{i}")
+                skips.append(h)
+
+        h = block(h, self.mult[-1], "middle_0")
+        if self.attention:
+            h = Attention(self.groups, name="middle_attention")(h)
+        h = block(h, self.mult[-1], "middle_1")
+
+        for resolution, m in reversed(list(enumerate(self.mult))):
+            for i in range(self.N + 1):
+                h = jnp.concatenate([h, skips.pop()], axis=3)
+                h = block_and_attention(h, m, f"up_{resolution}_block_{i}")
+            if resolution:
+                h = block(h, m, f"up_{resolution}_double", double)
+
+        A, B = Normalisation(self.groups, name="norm_out")(h)
+        h = nn.silu(A * h + B).astype(x.dtype)
+        return Conv(x.shape[-1], zeros, name="conv_out")(h).astype(x.dtype)
+
+
+def double(x: Float[Array, "B H W C"]) -> Float[Array, "B 2H 2W C"]:
+    """Doubles the height and width: repeats each pixel in a 2x2 square."""
+    B, H, W, C = x.shape
+    x = jnp.broadcast_to(x[:, :, None, :, None], (B, H, 2, W, 2, C))
+    return x.reshape(B, 2 * H, 2 * W, C)
+
+
+def network(
+    image_size: int,
+    ch: int,
+    mult: tuple[int, ...],
+    N: int,
+    attention: tuple[int, ...] = (),
+    dropout: float = 0.0,
+    groups: int = 8,
+) -> UNet:
+    """Returns the U-Net for square images.
+
+    Args:
+      image_size: height and width of the images [pixels].
+      ch: number of channels at the first resolution.
+      mult: number of channels at each resolution, in units of ch.
+      N: number of blocks per resolution on the way down.
+      attention: sizes of the images at which attention is used.
+      dropout: probability with which a block sets an activation to zero, if there are keys.
+      groups: maximum number of groups of a normalisation.
+
+    Raises:
+      UserError: if image_size is not a multiple of 2^(len(mult) - 1), or attention names a size
+        that no resolution has.
+    """
+    require_divisible(image_size, mult)
+    sizes = [image_size >> resolution for resolution in range(len(mult))]
+    if not set(attention) <= set(sizes):
+        raise UserError(
+            f"attention at {tuple(attention)}: images of {image_size}x{image_size} have the "
+            f"sizes {sizes} in this network; choose among these"
+        )
+    return UNet(ch, tuple(mult), N, tuple(attention), dropout, groups)
