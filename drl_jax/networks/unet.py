@@ -241,7 +241,7 @@ class UNet(nn.Module):
         return Conv(x.shape[-1], zeros, name="conv_out")(h).astype(x.dtype)
 
 
-def double(x: Float[Array, "B H W C"]) -> Float[Array, "B 2H 2W C"]:
+def double(x: Float[Array, "B H W C"]) -> Float[Array, "B 2*H 2*W C"]:
     """Doubles the height and width: repeats each pixel in a 2x2 square."""
     B, H, W, C = x.shape
     x = jnp.broadcast_to(x[:, :, None, :, None], (B, H, 2, W, 2, C))
