@@ -6,7 +6,7 @@ import pytest
 
 from drl_jax import config as config_lib
 from drl_jax import method
-from drl_jax.networks import resnet
+from drl_jax.networks import resnet, unet
 from drl_jax.tools import flops
 
 
@@ -28,6 +28,30 @@ def test_forward_flops_agree_with_xlas_count():
     counted = lowered.cost_analysis()["flops"]
     # XLA omits products with padding and counts elementwise operations: a few percent.
     assert flops.resnet(size, 3, ch, mult, N) == pytest.approx(counted, rel=0.05)
+
+
+def test_forward_flops_of_a_u_net_counted_by_hand():
+    # Embedding 2 -> 8 -> 8. At 4x4 there is a block and one that halves; at 2x2 a block from 2
+    # to 4 channels, with attention. The middle has two blocks and attention. On the way up,
+    # blocks read 4 + 4 and 4 + 2 channels at 2x2, with attention; one doubles; then 4 + 2 and
+    # 2 + 2 channels at 4x4. A block's time embedding goes to two numbers per channel.
+    dense = 2 * 8 + 8 * 8 + 8 * (2 * 2 + 2 * 2 + 2 * 4 + 4 * 4 * 2 + 2 * 4 + 2 * 2 * 2)
+    small = 9 * (2 * 4 + 4 * 4 + 4 * 4 * 4 + 8 * 4 + 4 * 4 + 6 * 4 + 4 * 4)
+    large = 9 * (2 * 2 * 2 + 6 * 2 + 2 * 2 + 4 * 2 + 2 * 2)
+    ends, halved, doubled = 9 * 16 * 2 * 1 * 2, 9 * 4 * 2 * 2 * 2, 9 * 16 * 4 * 4 * 2
+    skips = 4 * (2 * 4 + 8 * 4 + 6 * 4) + 16 * (6 * 2 + 4 * 2)
+    attention = 4 * (4 * 4 * 4 * 4 + 2 * 4 * 4 * 4)
+    total = dense + 4 * small + 16 * large + ends + halved + doubled + skips + attention
+    assert flops.unet(4, 1, ch=2, mult=(1, 2), N=1, attention=(2,)) == 2 * total
+
+
+def test_forward_flops_of_a_u_net_agree_with_xlas_count():
+    network = unet.network(32, ch=32, mult=(1, 2), N=1, attention=(16,))
+    x, level = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32), jnp.zeros(1)
+    params = jax.eval_shape(network.init, jax.eval_shape(lambda: jax.random.key(0)), x, level)
+    lowered = jax.jit(network.apply).trace(params, x, level).lower(lowering_platforms=("cuda",))
+    counted = lowered.cost_analysis()["flops"]
+    assert flops.unet(32, 3, 32, (1, 2), 1, (16,)) == pytest.approx(counted, rel=0.05)
 
 
 @pytest.fixture
