@@ -48,15 +48,19 @@ def default() -> ConfigDict:
                 "schedule": "linear",
             },
             "energy": {
-                # 'resnet', the paper's, or 'image_mlp', for small images; 'mlp' for points
+                # 'resnet', the paper's; 'unet', for images of any size; 'image_mlp', for small
+                # images; 'mlp' for points
                 "network": "resnet",
                 "ch": 128,  # channels at full resolution; for MLPs, width of each layer
                 "mult": (1, 2, 2, 2),  # channels per resolution, in units of ch; not for MLPs
                 "N": 8,  # residual blocks per resolution; for MLPs, residual layers
-                # f from x and the network's output U, for 'image_mlp': 'inner_product' or
-                # 'squared_distance'
+                # Sizes [pixels] at which the U-Net has attention, such as (8,), for images of
+                # 32x32 that are halved twice; (): none
+                "attention": (),
+                # f from x and the network's output U, for 'unet' and 'image_mlp':
+                # 'inner_product' or 'squared_distance'
                 "form": "inner_product",
-                "dropout": 0.0,  # probability, in training; for 'image_mlp'
+                "dropout": 0.0,  # probability, in training; for 'unet' and 'image_mlp'
                 # F from f: 'step': f / s_t²; 'noise': f / sigma_bar_t - |x|² / 2;
                 # 'unit': f - |x|² / 2; 'uniform': f / sigma_bar_t + log-density of level t if
                 # pixels were uniform
@@ -174,7 +178,7 @@ EARLIER = {"optim.adam": "optax"}
 CHOICES = {
     "data.crop": ("centre", "none"),
     "diffusion.schedule": ("linear", "cosine"),
-    "energy.network": ("resnet", "image_mlp", "mlp"),
+    "energy.network": ("resnet", "unet", "image_mlp", "mlp"),
     "energy.form": ("inner_product", "squared_distance"),
     "energy.parameterisation": ("step", "noise", "uniform", "unit"),
     "energy.dtype": ("float32", "bfloat16"),
@@ -315,8 +319,8 @@ def validate(config: ConfigDict) -> None:
         if name in CHOICES and value not in CHOICES[name]:
             raise invalid(name, f"use {' or '.join(map(repr, CHOICES[name]))}")
         if isinstance(example, tuple):
-            if not value or not all(isinstance(n, int) and n > 0 for n in value):
-                raise invalid(name, f"give positive whole numbers, such as {example!r}")
+            if (example and not value) or not all(isinstance(n, int) and n > 0 for n in value):
+                raise invalid(name, f"give positive whole numbers, such as {example or (8,)!r}")
         elif isinstance(example, int | float) and not isinstance(example, bool):
             _require_in_range(name, value)
     if config.mesh.data == 0:
@@ -333,8 +337,12 @@ def validate(config: ConfigDict) -> None:
             "optim.decay_steps",
             f"it must exceed config.optim.warmup_steps, {config.optim.warmup_steps}, or be 0",
         )
-    if config.energy.dropout and config.energy.network != "image_mlp":
-        raise invalid("energy.dropout", "only config.energy.network 'image_mlp' has dropout")
+    if config.energy.attention and config.energy.network != "unet":
+        raise invalid("energy.attention", "only config.energy.network 'unet' has attention")
+    if config.energy.dropout and config.energy.network not in ("unet", "image_mlp"):
+        raise invalid(
+            "energy.dropout", "only config.energy.network 'unet' or 'image_mlp' has dropout"
+        )
     if config.energy.dropout and config.train.objective != "denoising":
         raise invalid(
             "energy.dropout", "this needs config.train.objective 'denoising'; set it to 0"

@@ -13,8 +13,8 @@ from drl_jax import diffusion, recovery
 from drl_jax.diffusion import NoiseSchedule
 from drl_jax.errors import UserError
 from drl_jax.mcmc import hmc, langevin, mala
-from drl_jax.networks import image_mlp, mlp, resnet
-from drl_jax.networks.energy import FORMS, Energy, Params, with_dtype
+from drl_jax.networks import image_mlp, mlp, resnet, unet
+from drl_jax.networks.energy import FORMS, Energy, Params, from_image_to_image, with_dtype
 from drl_jax.recovery import LevelFn, Parameterisation
 from drl_jax.sampling.ladder import STARTS, Conditionals, Sampler
 
@@ -69,7 +69,8 @@ def from_config(config: ConfigDict) -> Method:
 
     Raises:
       UserError: if the noise schedule does not support T, the network cannot halve the images
-        often enough, or the leapfrog steps are given for another number of levels.
+        often enough or has no such sizes for attention, or the leapfrog steps are given for
+        another number of levels.
     """
     schedule = diffusion.schedule(config.diffusion.T, config.diffusion.schedule)
     energy = make_energy(config, schedule, config.energy.dtype)
@@ -133,10 +134,13 @@ def make_energy(config: ConfigDict, schedule: NoiseSchedule, dtype: str) -> Ener
       dtype: name of the dtype in which the network multiplies.
 
     Raises:
-      UserError: if the network cannot halve the images often enough.
+      UserError: if the network cannot halve the images often enough, or has no such sizes for
+        attention.
     """
     size, channels = config.data.image_size, config.data.channels
-    ch, N = config.energy.ch, config.energy.N
+    ch, mult, N = config.energy.ch, config.energy.mult, config.energy.N
+    attention, dropout = config.energy.attention, config.energy.dropout
+    form, levels = FORMS[config.energy.form], schedule.conditioning[:-1]
     if config.energy.network == "mlp":
         energy = mlp.energy(channels, ch, N, config.diffusion.T)
     elif config.energy.network == "image_mlp":
@@ -144,12 +148,15 @@ def make_energy(config: ConfigDict, schedule: NoiseSchedule, dtype: str) -> Ener
             shape=(size, size, channels),
             width=ch,
             depth=N,
-            dropout=config.energy.dropout,
-            form=FORMS[config.energy.form],
-            levels=schedule.conditioning[:-1],
+            dropout=dropout,
+            form=form,
+            levels=levels,
         )
+    elif config.energy.network == "unet":
+        network = unet.network(size, ch, mult, N, attention, dropout)
+        energy = from_image_to_image(network, (size, size, channels), form, levels)
     else:
-        energy = resnet.energy(size, channels, ch, config.energy.mult, N)
+        energy = resnet.energy(size, channels, ch, mult, N)
     return with_dtype(jnp.bfloat16, energy) if dtype == "bfloat16" else energy
 
 

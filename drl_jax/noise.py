@@ -40,7 +40,7 @@ def dropout(
     """Sets each feature to zero with probability `rate`, and divides the others by 1 - rate."""
 
     def draw(key):
-        return jax.random.bernoulli(key, 1 - rate, h.shape[1:])
+        return jax.random.bernoulli(key, jnp.float32(1 - rate), h.shape[1:])
 
     return jnp.where(jax.vmap(draw)(keys), h / (1 - rate), 0)
 

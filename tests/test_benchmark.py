@@ -121,6 +121,15 @@ def test_the_flops_of_generation_are_those_of_the_steps_that_run(
     )
 
 
+@pytest.mark.parametrize("file", ["digits", "cifar10"])
+def test_a_training_step_of_the_u_net_costs_six_forward_passes(file):
+    config = config_lib.load(f"configs/{file}.py")
+    size, channels = config.data.image_size, config.data.channels
+    config = benchmark.with_changes(config, benchmark.UNET)
+    forward = flops.unet(size, channels, ch=32, mult=(1, 2), N=1)
+    assert flops.training_step(config) == 6 * forward
+
+
 def test_a_program_is_compiled_and_then_read_from_the_cache():
     """Afterwards JAX uses the same cache as before."""
     events = []

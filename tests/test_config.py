@@ -128,7 +128,8 @@ def test_the_tables_of_checks_name_fields(names):
             {"mcmc__sampler": "mala", "evaluation__dtype": "bfloat16"},
             "evaluation.dtype is 'bfloat16': .*'mala' .*'float32'",
         ),
-        ({"energy__dropout": 0.1}, "dropout is 0.1: .*network 'image_mlp'"),
+        ({"energy__attention": (8,)}, r"attention is \(8,\): .*network 'unet' has"),
+        ({"energy__dropout": 0.1}, "dropout is 0.1: .*network 'unet' or 'image_mlp'"),
         (
             {"energy__dropout": 0.1, "energy__network": "image_mlp"},
             "dropout is 0.1: .*objective 'denoising'",

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from drl_jax.networks.energy import from_network, with_dtype
+from drl_jax.networks.energy import from_image_to_image, from_network, inner_product, with_dtype
 
 
 class Linear(nn.Module):
@@ -40,3 +40,20 @@ def test_computed_in_rounds_images_to_a_dtype_and_returns_results_in_theirs(ener
     exact = energy.f(params, x.astype(jnp.bfloat16), t).astype(jnp.float32)
     np.testing.assert_array_equal(f, exact)
     assert np.any(f != energy.f(params, x, t))
+
+
+class Level(nn.Module):
+    """U(x, level) = level x."""
+
+    @nn.compact
+    def __call__(self, x, level, keys):
+        return level[:, None] * x
+
+
+def test_levels_are_not_rounded_to_the_dtype_of_the_images():
+    """Fails if the levels become bfloat16, in which 998 and 999 are 1000."""
+    levels = jnp.array([998.0, 999.0, 1000.0])
+    energy = from_image_to_image(Level(), (1,), inner_product, levels)
+    half = with_dtype(jnp.bfloat16, energy)
+    f = half.f({}, jnp.ones((3, 1)), jnp.arange(3))
+    np.testing.assert_array_equal(f, levels)

@@ -6,7 +6,7 @@ import pytest
 
 from drl_jax import config as config_lib
 from drl_jax import method
-from drl_jax.networks import resnet, unet
+from drl_jax.networks import resnet
 from drl_jax.tools import flops
 
 
@@ -45,21 +45,21 @@ def test_forward_flops_of_a_u_net_counted_by_hand():
     assert flops.unet(4, 1, ch=2, mult=(1, 2), N=1, attention=(2,)) == 2 * total
 
 
-def test_forward_flops_of_a_u_net_agree_with_xlas_count():
-    network = unet.network(32, ch=32, mult=(1, 2), N=1, attention=(16,))
-    x, level = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32), jnp.zeros(1)
-    params = jax.eval_shape(network.init, jax.eval_shape(lambda: jax.random.key(0)), x, level)
-    lowered = jax.jit(network.apply).trace(params, x, level).lower(lowering_platforms=("cuda",))
-    counted = lowered.cost_analysis()["flops"]
-    assert flops.unet(32, 3, 32, (1, 2), 1, (16,)) == pytest.approx(counted, rel=0.05)
-
-
 @pytest.fixture
 def config():
     config = config_lib.default()
     config.energy.N = 1
     config.mcmc.K = 10
     return config
+
+
+def test_forward_flops_of_a_u_net_agree_with_xlas_count(config):
+    config.energy.update(network="unet", ch=32, mult=(1, 2), attention=(16,))
+    energy = method.from_config(config).energy
+    params, _ = jax.eval_shape(energy.init, jax.eval_shape(lambda: jax.random.key(0)))
+    x, t = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32), jnp.zeros((1,), jnp.int32)
+    lowered = jax.jit(energy.f).trace(params, x, t).lower(lowering_platforms=("cuda",))
+    assert flops.forward(config) == pytest.approx(lowered.cost_analysis()["flops"], rel=0.05)
 
 
 def passes(config, program):

@@ -50,3 +50,12 @@ def test_dropout_of_an_example_depends_only_on_its_key():
     )
     np.testing.assert_array_equal(together, apart)
     assert len(np.unique(together, axis=0)) == 6
+
+
+def test_dropout_is_the_same_in_float64():
+    """Fails if the probability has the default dtype of floats, and with it the draws."""
+    keys = noise.example_keys(jax.random.key(2), jnp.arange(6))
+    expected = noise.dropout(keys, jnp.ones((6, 50)), 0.5)
+    with jax.enable_x64(True):
+        actual = noise.dropout(keys, jnp.ones((6, 50), jnp.float64), 0.5)
+    np.testing.assert_array_equal(actual, expected)

@@ -97,7 +97,8 @@ def from_image_to_image(
     There is no spectral normalisation.
 
     Args:
-      network: maps (x [B, ...], level [B], keys [B] or None) to an array of x's shape.
+      network: maps (x [B, ...], level [B], keys [B] or None) to an array of x's shape, in the
+        dtype in which f is summed.
       shape: shape of one example x.
       form: how f follows from x and U.
       levels: what the network is told about the levels t in 0..T-1.
@@ -111,7 +112,7 @@ def from_image_to_image(
         return params, vectors
 
     def f(params, x, t, keys=None):
-        level = levels[t].astype(x.dtype)
+        level = levels[t].astype(jnp.promote_types(levels.dtype, x.dtype))
         u: Any = network.apply({"params": params}, x, level, keys)
         return form(x, u)
 

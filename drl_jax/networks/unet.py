@@ -171,7 +171,7 @@ class UNet(nn.Module):
     The way down has N blocks per resolution, and one that halves the resolution. The way up has
     N + 1 blocks per resolution, each of which also reads the result of a block of the way down
     (or of the first convolution), and one that doubles the resolution. The last convolution is
-    initialised to zero. dtypes are those of `resnet.ResNet`.
+    initialised to zero. dtypes are those of `resnet.ResNet`: the result has the parameters'.
 
     Attributes:
       ch: number of channels at the first resolution.
@@ -238,7 +238,7 @@ class UNet(nn.Module):
 
         A, B = Normalisation(self.groups, name="norm_out")(h)
         h = nn.silu(A * h + B).astype(x.dtype)
-        return Conv(x.shape[-1], zeros, name="conv_out")(h).astype(x.dtype)
+        return Conv(x.shape[-1], zeros, name="conv_out")(h)
 
 
 def double(x: Float[Array, "B H W C"]) -> Float[Array, "B 2*H 2*W C"]:

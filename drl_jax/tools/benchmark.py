@@ -1,6 +1,7 @@
 """Measures the speed of training and sampling relative to the hardware's matrix products.
 
     python -m drl_jax.tools.benchmark [--config=configs/cifar10.py] [--batch_size=16]
+    python -m drl_jax.tools.benchmark --unet [--config=configs/digits.py] [--batch_size=64]
     python -m drl_jax.tools.benchmark --input --config=configs/cifar10.py
     python -m drl_jax.tools.benchmark --startup --config=configs/digits_t6.py
 
@@ -17,6 +18,10 @@ Without --config it measures the paper's 32x32 network with N = 2 blocks per res
 million parameters) at batch size 16, which fits on a small computer. Generation is measured
 for the configured method and for T1k; in either case at most 5 chain steps per sample are
 timed.
+
+With --unet, the network is replaced by a small U-Net with 1000 levels, trained by denoising
+(`UNET`), for images of the configuration's size. A training step then costs as much as 6
+forward passes: it is the gradient of a gradient, without a chain.
 
 With --input, it instead measures how many batches per second the data pipeline delivers. The
 images are random PNG images in a TFDS data set, stored as ArrayRecord; their size and the batch
@@ -77,6 +82,16 @@ T1K = {
     "train.objective": "denoising",
 }
 
+# Changes that turn any configuration for images into a small U-Net, trained by denoising.
+UNET = T1K | {
+    "energy.network": "unet",
+    "energy.ch": 32,
+    "energy.mult": (1, 2),
+    "energy.N": 1,
+    "energy.dropout": 0.1,
+    "energy.dtype": "float32",
+}
+
 _CONFIG = flags.DEFINE_string("config", None, "Configuration file, such as configs/cifar10.py.")
 _BATCH_SIZE = flags.DEFINE_integer(
     "batch_size", None, "Batch size of training (default: the configuration's).", 1
@@ -89,7 +104,8 @@ _SAMPLES = flags.DEFINE_integer(
 )
 _STARTUP = flags.DEFINE_bool("startup", False, "Measure the startup of new processes instead.")
 _INPUT = flags.DEFINE_bool("input", False, "Measure the data pipeline instead.")
-flags.mark_bool_flags_as_mutual_exclusive(["startup", "input"])
+_UNET = flags.DEFINE_bool("unet", False, "Measure a small U-Net, trained by denoising.")
+flags.mark_bool_flags_as_mutual_exclusive(["startup", "input", "unet"])
 _JSON = flags.DEFINE_string("json", None, "File to write the results to, as JSON.")
 
 
@@ -570,6 +586,8 @@ def load_config() -> ConfigDict:
       UserError: if it cannot be read or is invalid.
     """
     config = config_lib.load(_CONFIG.value) if _CONFIG.value else default_config()
+    if _UNET.value:
+        config = with_changes(config, UNET)
     config.train.batch_size = _BATCH_SIZE.value or config.train.batch_size
     config.mcmc.K = _K.value or config.mcmc.K
     if _QUICK.value:

@@ -14,10 +14,14 @@ from drl_jax.networks.image_mlp import EMBEDDING
 
 
 def forward(config: ConfigDict) -> float:
-    """Returns the FLOPs of f for one example: its convolutions and dense layers."""
+    """Returns the FLOPs of f for one example: its convolutions, dense layers and attention."""
     energy, data = config.energy, config.data
     if energy.network == "mlp":
         return mlp(data.channels, energy.ch, energy.N)
+    if energy.network == "unet":
+        return unet(
+            data.image_size, data.channels, energy.ch, energy.mult, energy.N, energy.attention
+        )
     if energy.network == "image_mlp":
         return image_mlp(data.image_size**2 * data.channels, energy.ch, energy.N)
     return resnet(data.image_size, data.channels, energy.ch, energy.mult, energy.N)
@@ -92,7 +96,7 @@ def unet(
     def block_and_attention(size: int, inputs: int, outputs: int) -> int:
         return block(size, inputs, outputs) + (size in attention) * attend(size, outputs)
 
-    total = 2 * ch * E + 2 * E * E + 2 * conv(image_size, channels, ch)
+    total = 2 * ch * E + 2 * E * E + conv(image_size, channels, ch)
     width, skips = ch, [ch]
     for resolution, m in enumerate(mult):
         if resolution:
@@ -111,8 +115,7 @@ def unet(
             width = m * ch
         if resolution:
             total += block(2 * size, width, width)
-    # `width` is that of the first resolution again; `conv_out` reads it.
-    return float(total + conv(image_size, width, channels) - conv(image_size, ch, channels))
+    return float(total + conv(image_size, width, channels))
 
 
 def training_step(config: ConfigDict) -> float:
