@@ -22,6 +22,7 @@ def write_curves(path):
         Panel(f"curve {i}", scale, curves, {"level 0": 1.5}, [0, 10, 1000])
         for i, scale in enumerate(("linear", "log", "symlog", "linear"))
     ]
+    panels[1] = panels[1]._replace(x_label="seconds")
     figures.write_curves(path, panels)
 
 
@@ -50,7 +51,7 @@ def write_histograms(path):
 
 
 TEXTS = {
-    write_curves: {"curve 0", "curve 3", "level 0", "level 1", "steps"},
+    write_curves: {"curve 0", "curve 3", "level 0", "level 1", "steps", "seconds"},
     write_annealing: {
         "log Z of the intermediate distribution [nats]",
         "acceptance probability",

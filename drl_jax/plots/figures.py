@@ -49,7 +49,8 @@ class Panel(NamedTuple):
       scale: scale of the y axis: 'linear', 'log' or 'symlog'.
       curves: for the name of each curve, its y values; NaN where there is none.
       marks: for the names of some curves, the y value of a dotted line in the same colour.
-      x: x values of all curves [steps].
+      x: x values of all curves.
+      x_label: what these are.
     """
 
     title: str
@@ -57,10 +58,11 @@ class Panel(NamedTuple):
     curves: Mapping[str, Sequence[float]]
     marks: Mapping[str, float]
     x: Sequence[float]
+    x_label: str = "steps"
 
 
 def write_curves(path: epath.Path, panels: Sequence[Panel]) -> None:
-    """Writes a figure of panels of curves against steps, on a logarithmic axis that includes 0.
+    """Writes a figure of panels of curves, with a logarithmic x axis that includes 0.
 
     Args:
       path: path of the PNG file.
@@ -85,7 +87,7 @@ def write_curves(path: epath.Path, panels: Sequence[Panel]) -> None:
         axes.set_yscale(panel.scale)
         axes.set_xlim(left=0)
         axes.set_title(panel.title, fontsize="medium")
-        axes.set_xlabel("steps")
+        axes.set_xlabel(panel.x_label)
         axes.grid(alpha=0.3)
         axes.legend(fontsize="x-small")
     _write(path, figure)

@@ -1,0 +1,497 @@
+"""Trains several models for the same time on the same data, and compares their samples.
+
+    python -m drl_jax.tools.race [--racers=t6,t100,t1k,diffusion] [--seconds=150]
+        [--data=digits] [--workdir=runs/race] [--seed=0]
+
+The models are those of three files in `configs/`, and one that is not an energy:
+
+- t6: the paper's T6, trained by recovery likelihood (digits_t6.py).
+- t100: 100 levels, trained by denoising (digits.py).
+- t1k: the paper's T1k, trained by denoising (digits_t1k.py).
+- diffusion: a plain denoising diffusion model (Ho et al. 2020). It is t100, except that the
+  output of the network, of the same size, is the predicted noise. In t100 the gradient of an
+  energy takes its place, so that a training step needs the gradient of a gradient. Noise
+  levels, optimiser, moving average, dropout, batches and the draws of a sample are the same.
+
+Each model trains for the given time: CPU time of this process, the sum over its threads, or
+wall-clock time on accelerators. Compilation, evaluation and reading the data do not count. The
+learning rate decays to zero at the end, for which a few uncounted steps show the speed.
+
+At five times, each twice the one before, the averaged parameters draw as many samples as there
+are test images. These are a fifth of the data, on which neither the models nor the classifier
+are trained. The columns of the table:
+
+- features: squared Fréchet distance to the training images, in the features of a classifier of
+  the data (`metrics.classifier`).
+- confident: share of samples with a class of probability above 0.9.
+- pixels: squared Fréchet distance to the training images, in pixels.
+- nearest: median distance of a sample to the nearest training image, divided by that of a test
+  image. Values below 1 are a sign of memorisation.
+
+After each evaluation, the results are written to race.json in the work directory, and the
+curves to race.png. If the program is stopped, the same command runs the models that have not
+finished, from their beginning; other models can be added with --racers. Run it from the root of
+the repository, whose `configs/` it reads.
+"""
+
+import json
+import logging
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from etils import epath
+from jax.sharding import Mesh
+from jaxtyping import Array, Float
+from ml_collections import ConfigDict
+
+from drl_jax import config as config_lib
+from drl_jax import method as method_lib
+from drl_jax.data import pipeline, sources
+from drl_jax.diffusion import NoiseSchedule
+from drl_jax.errors import UserError, as_user_error
+from drl_jax.method import Method
+from drl_jax.metrics import classifier, pixels
+from drl_jax.metrics.classifier import Classifier
+from drl_jax.model import Model
+from drl_jax.networks.energy import Energy, Params, from_image_to_image, inner_product
+from drl_jax.networks.image_mlp import ImageMLP
+from drl_jax.plots import figures
+from drl_jax.plots.figures import Panel
+from drl_jax.recovery import Parameterisation, no_reference
+from drl_jax.runtime import cpu_devices, sharding
+from drl_jax.storage.atomic import make_writable, write_json
+from drl_jax.training import loop
+from drl_jax.training import state as train_state
+from drl_jax.training import step as train_step
+
+log = logging.getLogger("drl_jax.tools.race")  # __name__ is __main__
+
+CONFIGS = {  # by the name of the model
+    "t6": "configs/digits_t6.py",
+    "t100": "configs/digits.py",
+    "t1k": "configs/digits_t1k.py",
+    "diffusion": "configs/digits.py",
+}
+# Height and width of the images, and the distance between neighbouring pixel values in [-1, 1],
+# by the value of --data.
+DATA = {"digits": (8, 2 / 16), "mnist5k": (32, 2 / 255)}
+TEST_FRACTION = 0.2  # of the data, as test images
+EVALUATIONS = 5  # of each model
+SPEED_STEPS = 20  # training steps that show the speed
+
+# Format of each column of the table, by its name.
+COLUMNS = (
+    ("parameters", "{:,}"),
+    ("seconds", "{:.1f}"),
+    ("steps", "{:,}"),
+    ("features", "{:.3f}"),
+    ("confident", "{:.1%}"),
+    ("pixels", "{:.3f}"),
+    ("nearest", "{:.2f}"),
+)
+# Title, scale and column of each panel of the figure.
+PANELS = (
+    ("Fréchet distance, features of a classifier", "log", "features"),
+    ("share of samples with a confident class", "linear", "confident"),
+    ("Fréchet distance, pixels", "log", "pixels"),
+)
+TEST = "test images"  # name of their row
+RESULTS, FIGURE = "race.json", "race.png"
+
+
+def noise_predictor(
+    network: nn.Module, shape: tuple[int, ...], schedule: NoiseSchedule
+) -> tuple[Energy, Parameterisation]:
+    """Returns a denoising diffusion model in the form of a log-density that is always 0.
+
+        f(y, t) = <y - y', U(y', t)>,   F = f / (a sigma_bar_t),   y' = y, treated as constant
+
+    a is a_{t+1}, but 1 at t = T - 1. The gradient of F is U / (a sigma_bar_t), a score that is
+    the gradient of no density. `recovery.denoising_loss` is then |eps + U|² / (2 D), so -U
+    predicts the noise of y (Ho et al. 2020, eq. 14), and its gradient is one of first order.
+    `ladder.start_from_posterior` uses the gradient of F only, and becomes ancestral sampling
+    (Ho et al. 2020, algorithm 2).
+
+    Args:
+      network: U, maps (y [B, ...], level [B], keys [B] or None) to an array of y's shape.
+      shape: shape of one example.
+      schedule: noise levels.
+    """
+    levels = schedule.conditioning[:-1]
+
+    def f(params, y, t, keys=None):
+        constant = jax.lax.stop_gradient(y)
+        u: Any = network.apply({"params": params}, constant, levels[t], keys)
+        return inner_product(y - constant, u)
+
+    energy = from_image_to_image(network, shape, inner_product, levels)._replace(f=f)
+    std = schedule.y_scale(jnp.arange(schedule.T)) * schedule.sigma_bar[:-1]
+    return energy, Parameterisation(std, no_reference)
+
+
+def configuration(name: str, data: str, seed: int) -> ConfigDict:
+    """Returns the configuration of a model.
+
+    Args:
+      name: name of the model, one of `CONFIGS`.
+      data: one of `DATA`.
+      seed: random seed.
+
+    Raises:
+      UserError: if there is no such model, or its file cannot be read.
+    """
+    if name not in CONFIGS:
+        raise UserError(f"--racers contains {name!r}: use some of {', '.join(CONFIGS)}")
+    if not epath.Path(CONFIGS[name]).exists():
+        raise UserError(
+            f"there is no {CONFIGS[name]}: run this program from the root of the repository"
+        )
+    config = config_lib.load(CONFIGS[name])
+    size, width = DATA[data]
+    config.seed = seed
+    config.data.name, config.data.image_size = data, size
+    config.data.test_fraction = TEST_FRACTION
+    config.data.dequantise = width if config.data.dequantise else 0.0
+    config_lib.validate(config)
+    return config
+
+
+def make_method(name: str, config: ConfigDict) -> Method:
+    """Returns the method of a model of `CONFIGS`, with its configuration."""
+    method = method_lib.from_config(config)
+    if name != "diffusion":
+        return method
+    network = ImageMLP(
+        width=config.energy.ch, depth=config.energy.N, dropout=config.energy.dropout
+    )
+    energy, parameterisation = noise_predictor(network, method.energy.shape, method.schedule)
+    return method._replace(energy=energy, parameterisation=parameterisation)
+
+
+class Judge(NamedTuple):
+    """What samples are compared with.
+
+    Attributes:
+      classifier: a classifier of the training images.
+      train: training images, without dequantisation.
+      test: test images.
+    """
+
+    classifier: Classifier
+    train: Float[np.ndarray, "n H W C"]
+    test: Float[np.ndarray, "k H W C"]
+
+    def __call__(self, samples: Float[np.ndarray, "n H W C"]) -> dict[str, float]:
+        """Returns the last four columns of the table."""
+        compared = self.classifier.metrics(samples, self.train, self.test)
+        return {
+            "features": compared["feature_frechet"],
+            "confident": compared["confident"],
+            "pixels": pixels.pixel_metrics(samples, self.train)["pixel_frechet"],
+            "nearest": compared["nearest"]["median_ratio"],
+        }
+
+
+def open_judge(config: ConfigDict, workdir: epath.Path) -> Judge:
+    """Reads the data and returns their judge, whose classifier is kept in the work directory.
+
+    Raises:
+      UserError: if the data cannot be read.
+    """
+    source = sources.open_source(config)
+    train, test = (
+        np.stack(list(pipeline.all_examples(config, part)))
+        for part in (source, sources.open_held_out(config))
+    )
+    labels = np.asarray(source.labels)
+    return Judge(classifier.of_data(config, source, train, labels, workdir), train, test)
+
+
+def clock() -> float:
+    """Returns the time that training is measured in [s]; only differences have a meaning."""
+    on_cpu = jax.devices()[0].platform == "cpu"
+    return time.process_time() if on_cpu else time.perf_counter()
+
+
+def evaluation_times(seconds: float) -> list[float]:
+    """Returns the training times of the evaluations [s]. Each is twice the one before."""
+    return [seconds / 2**i for i in reversed(range(EVALUATIONS))]
+
+
+def batches(
+    x: Float[np.ndarray, "n *D"], config: ConfigDict
+) -> Iterator[Float[np.ndarray, "B *D"]]:
+    """Yields random batches with dequantisation noise, as far as configured.
+
+    `pipeline.training_batches` would do the same, but its threads would take as much of the
+    measured time as a training step of the fastest model.
+    """
+    rng = np.random.default_rng(config.seed)
+    while True:
+        batch = x[rng.integers(len(x), size=config.train.batch_size)]
+        noise = rng.random(batch.shape, np.float32) - np.float32(0.5)
+        yield batch + np.float32(config.data.dequantise) * noise
+
+
+class Trainer:
+    """Trains a model and measures the time.
+
+    Attributes:
+      seconds: training time so far, without compilation [s].
+      steps: number of training steps made.
+    """
+
+    def __init__(
+        self, config: ConfigDict, method: Method, mesh: Mesh, x: Float[np.ndarray, "n *D"]
+    ):
+        """Compiles the training step.
+
+        Args:
+          config: configuration.
+          method: the model.
+          mesh: devices.
+          x: training images.
+
+        Raises:
+          UserError: if the batch cannot be divided by the number of devices.
+        """
+        sharding.require_divisible(config.train.batch_size, mesh, "train.batch_size")
+        training = train_step.from_config(config)
+        init_key, self._key, _ = loop.run_keys(config.seed)
+        self._method, self._mesh = method, mesh
+        self._limits = loop.divergence_limits(config, x[0].size)
+        self._state = train_state.create_on(mesh, init_key, method.energy, training.optimiser)
+        self._batches = batches(x, config)
+        step: Any = train_step.compile_step(mesh, method, training)
+        self._step = step.lower(self._state, self._next_batch(), self._key).compile()
+        self.seconds, self.steps = 0.0, 0
+
+    def advance(self) -> None:
+        """Makes one step.
+
+        Raises:
+          UserError: if training diverged.
+        """
+        start = clock()
+        self._state, metrics = jax.block_until_ready(
+            self._step(self._state, self._next_batch(), self._key)
+        )
+        self.seconds += clock() - start
+        loop.raise_if_diverged(self.steps, jax.tree.map(np.asarray, metrics), self._limits)
+        self.steps += 1
+
+    def averaged(self) -> Params:
+        """Returns the averaged parameters."""
+        return loop.generation_params(self._method, self._state, self._mesh)
+
+    def _next_batch(self) -> Array:
+        return sharding.place(next(self._batches), sharding.by_example(self._mesh))
+
+
+def train(
+    config: ConfigDict,
+    method: Method,
+    mesh: Mesh,
+    x: Float[np.ndarray, "n *D"],
+    times: Sequence[float],
+) -> Iterator[Trainer]:
+    """Trains a model and yields it at the end of the first step after each of several times.
+
+    The arguments are those of `Trainer`, and the times in increasing order [s]. The learning
+    rate decays to zero at the last one, whatever `config.optim.decay_steps` is.
+
+    Raises:
+      UserError: as `Trainer` does.
+    """
+    config = config.copy_and_resolve_references()
+    rehearsal = Trainer(config, method, mesh, x)
+    for _ in range(SPEED_STEPS):
+        rehearsal.advance()
+    steps = round(times[-1] / rehearsal.seconds * SPEED_STEPS)
+    config.optim.decay_steps = max(steps, config.optim.warmup_steps + 1)
+    log.info("about %d steps in %.0f s", steps, times[-1])
+    trainer = Trainer(config, method, mesh, x)
+    for seconds in times:
+        while trainer.seconds < seconds:
+            trainer.advance()
+        yield trainer
+
+
+def race(
+    names: Sequence[str], seconds: float, data: str, seed: int, workdir: epath.Path
+) -> list[dict[str, Any]]:
+    """Runs the models that have not finished, and writes race.json and race.png.
+
+    Args:
+      names: models, of `CONFIGS`.
+      seconds: training time of each model [s].
+      data: one of `DATA`.
+      seed: random seed.
+      workdir: folder of the results; if it has results, they are kept.
+
+    Returns:
+      the rows of the table as JSON values: `model`, and the fields of `COLUMNS`. The first is
+      that of the test images, without parameters and training.
+
+    Raises:
+      UserError: if a name is unknown, the work directory cannot be used or has other results,
+        or training diverged.
+    """
+    settings = {"seconds": seconds, "data": data, "seed": seed}
+    configs = {name: configuration(name, data, seed) for name in names}
+    rows = read(workdir / RESULTS, settings)
+    make_writable(workdir)
+    judge = open_judge(configs[names[0]], workdir)
+    _, _, sample_key = loop.run_keys(seed)
+    mesh, times = sharding.make_mesh(), evaluation_times(seconds)
+    if not rows:
+        rows = [{"model": TEST, **judge(judge.test)}]
+    for name, config in configs.items():
+        if len(of_model(rows, name)) == EVALUATIONS:
+            log.info("%s: has finished already", name)
+            continue
+        rows = [row for row in rows if row["model"] != name]
+        method, model = make_method(name, config), None
+        log.info("%s: compiling", name)
+        for trainer in train(config, method, mesh, judge.train, times):
+            params = trainer.averaged()
+            model = model or Model.create(method, params, mesh, batch_size=len(judge.test))
+            samples = model.with_params(params).sample(sample_key, len(judge.test))
+            row = {
+                "model": name,
+                "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+                "seconds": trainer.seconds,
+                "steps": trainer.steps,
+                **judge(samples),
+            }
+            rows.append(row)
+            write_json(workdir / RESULTS, {"settings": settings, "rows": rows})
+            write_figure(workdir / FIGURE, rows, times)
+            log.info("%s: %s", name, ", ".join(f"{k} {v}" for k, v in cells(row).items()))
+    return rows
+
+
+def read(file: epath.Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns the rows in a file of results, and none if there is no such file.
+
+    Raises:
+      UserError: if the file cannot be read, or is that of other settings.
+    """
+    with as_user_error(f"cannot read {file}"):
+        if not file.exists():
+            return []
+        results = json.loads(file.read_text())
+        found, rows = results["settings"], results["rows"]
+    if found != settings:
+        raise UserError(
+            f"{file} has results with the settings {found}, not {settings}: give those, or "
+            "another --workdir"
+        )
+    return rows
+
+
+def of_model(rows: Sequence[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    """Returns the rows of one model."""
+    return [row for row in rows if row["model"] == name]
+
+
+def cells(row: dict[str, Any]) -> dict[str, str]:
+    """Returns the columns of a row of the table, formatted; empty where it has no value."""
+    return {name: form.format(row[name]) if name in row else "" for name, form in COLUMNS}
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Formats the results, one line per evaluation."""
+    lines = [f"{'':12}" + "".join(f"{name:>12}" for name, _ in COLUMNS)]
+    for row in rows:
+        columns = cells(row).values()
+        lines.append(f"{row['model']:12}" + "".join(f"{cell:>12}" for cell in columns))
+    return "\n".join(lines)
+
+
+def write_figure(
+    path: epath.Path, rows: Sequence[dict[str, Any]], times: Sequence[float]
+) -> None:
+    """Writes the curves of all models against training time.
+
+    Raises:
+      UserError: if the file cannot be written.
+    """
+    panels = []
+    for title, scale, field in PANELS:
+        curves: dict[str, list[float]] = {}
+        for name in dict.fromkeys(row["model"] for row in rows):
+            values = [row[field] for row in of_model(rows, name)]
+            missing = math.nan if name != TEST else values[0]
+            curves[name] = values + [missing] * (len(times) - len(values))
+        panels.append(Panel(title, scale, curves, {}, times, x_label="training time [s]"))
+    figures.write_curves(path, panels)
+
+
+def define_flags() -> flags.FlagValues:
+    """Returns this program's flags, unparsed and separate from those of `drl_jax.main`."""
+    values = flags.FlagValues()
+    flags.DEFINE_list(
+        "racers",
+        list(CONFIGS),
+        f"Models to train, separated by commas (default: {','.join(CONFIGS)}).",
+        flag_values=values,
+    )
+    flags.DEFINE_float(
+        "seconds",
+        150.0,
+        "Training time of each model [s] (default: 150).",
+        1,
+        flag_values=values,
+    )
+    flags.DEFINE_enum(
+        "data", "digits", list(DATA), "digits or mnist5k (default: digits).", flag_values=values
+    )
+    flags.DEFINE_string(
+        "workdir",
+        "runs/race",
+        "Folder of the results (default: runs/race).",
+        flag_values=values,
+    )
+    flags.DEFINE_integer("seed", 0, "Random seed (default: 0).", 0, flag_values=values)
+    return values
+
+
+def main(argv: Sequence[str]) -> int:
+    """Prints the table and returns the exit status."""
+    logging.basicConfig(format="%(message)s", level=logging.ERROR)
+    logging.getLogger("drl_jax").setLevel(logging.INFO)
+    try:
+        values = define_flags()
+        if {"--help", "-help", "-h"}.intersection(argv):
+            print(__doc__, *(f"--{name:8} {values[name].help}" for name in values), sep="\n")
+            return 0
+        try:
+            rest = values(list(argv))
+        except flags.Error as error:
+            raise UserError(" ".join(str(error).split())) from error
+        if len(rest) > 1:
+            raise UserError(f"unexpected argument {rest[1]!r}: options are --name=value")
+        workdir = epath.Path(values.workdir).expanduser()
+        rows = race(values.racers, values.seconds, values.data, values.seed, workdir)
+        print(table(rows))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:  # the results so far have been written
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    if not cpu_devices.set_by_user():
+        jax.config.update("jax_num_cpu_devices", cpu_devices.count())
+    sys.exit(main(sys.argv))

@@ -1,0 +1,331 @@
+"""Models that train for the same time: the diffusion model among them, and the race itself.
+
+"Fails" in a docstring names bugs that were introduced on purpose to see the test fail.
+"""
+
+import functools
+import itertools
+import json
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.statistical import assert_mean, assert_variance
+from helpers.tiny import ROOT
+
+from drl_jax import config as config_lib
+from drl_jax import diffusion, noise, recovery
+from drl_jax.mcmc import langevin
+from drl_jax.model import Model
+from drl_jax.networks import image_mlp
+from drl_jax.networks.energy import inner_product
+from drl_jax.networks.image_mlp import ImageMLP
+from drl_jax.recovery import Parameterisation, no_reference
+from drl_jax.runtime import sharding
+from drl_jax.sampling import ladder
+from drl_jax.sampling.ladder import Conditionals, Sampler
+from drl_jax.tools import race
+
+B, T, SHAPE = 12, 6, (4, 4, 1)
+SCHEDULE = diffusion.schedule(T, "cosine")
+NETWORK = ImageMLP(width=32, depth=2)
+STEPS = 400  # of training
+MEAN, VARIANCE = 0.4, 0.25  # of a pixel, where the data are normal
+
+
+@pytest.fixture(scope="module")
+def examples():
+    """Random y, noise and levels."""
+    rng = np.random.default_rng(0)
+    y, eps = rng.normal(size=(2, B, *SHAPE)).astype(np.float32)
+    return y, eps, np.arange(B, dtype=np.int32) % T
+
+
+@pytest.fixture(scope="module")
+def params(examples):
+    """Random parameters; U is almost zero with initial ones."""
+    y, _, t = examples
+    shapes = jax.eval_shape(NETWORK.init, jax.random.key(0), y, SCHEDULE.conditioning[t])
+    rng = np.random.default_rng(0)
+    return jax.tree.map(
+        lambda p: rng.normal(scale=0.2, size=p.shape).astype(np.float32), shapes["params"]
+    )
+
+
+def gradient(energy, parameterisation):
+    """Returns a function of parameters and examples: the mean denoising loss, its gradient."""
+
+    def loss(params, y, eps, t):
+        F = recovery.log_density(functools.partial(energy.f, params), parameterisation)
+        return jnp.mean(recovery.denoising_loss(F, y, eps, t, SCHEDULE))
+
+    return jax.jit(jax.value_and_grad(loss))
+
+
+def test_the_diffusion_model_minimises_the_squared_error_of_its_predicted_noise(
+    params, examples
+):
+    """Fails if the score lacks the factor of y, or the gradient flows through y only."""
+
+    def squared_error(params, y, eps, t):
+        predicted = -NETWORK.apply({"params": params}, y, SCHEDULE.conditioning[t])
+        return jnp.mean(jnp.square(eps - predicted)) / 2
+
+    loss, grads = gradient(*race.noise_predictor(NETWORK, SHAPE, SCHEDULE))(params, *examples)
+    expected, expected_grads = jax.jit(jax.value_and_grad(squared_error))(params, *examples)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    jax.tree.map(
+        lambda g, e: np.testing.assert_allclose(g, e, rtol=1e-3, atol=1e-5),
+        grads,
+        expected_grads,
+    )
+
+
+def test_a_training_step_of_the_diffusion_model_needs_no_gradient_of_a_gradient(examples):
+    """It costs 3 forward passes, and the energy's at least 5. Fails without stop_gradient."""
+    network = ImageMLP(width=1024, depth=1)
+    energy = image_mlp.energy(
+        SHAPE, network.width, network.depth, 0.0, inner_product, SCHEDULE.conditioning[:-1]
+    )
+    parameterisation = Parameterisation(SCHEDULE.sigma_bar[:-1], no_reference)
+    params, _ = jax.eval_shape(energy.init, jax.random.key(0))
+    flops, flops_of_energy = (
+        gradient(*model).lower(params, *examples).compile().cost_analysis()["flops"]
+        for model in (
+            race.noise_predictor(network, SHAPE, SCHEDULE),
+            (energy, parameterisation),
+        )
+    )
+    assert flops < 0.6 * flops_of_energy
+
+
+class ExactPredictor(nn.Module):
+    """-E[eps | y] at every level, for normal pixels."""
+
+    def __call__(self, y, level, keys=None):
+        t = jnp.argmin(jnp.abs(level[:, None] - SCHEDULE.conditioning[:-1]), axis=1)
+        scale, a_bar, sigma_bar = (
+            noise.per_example(values, y)
+            for values in (SCHEDULE.y_scale(t), SCHEDULE.a_bar[t], SCHEDULE.sigma_bar[t])
+        )
+        variance = a_bar**2 * VARIANCE + sigma_bar**2
+        return -sigma_bar * (y / scale - a_bar * MEAN) / variance
+
+
+def test_draws_of_the_diffusion_model_have_the_moments_of_ancestral_sampling():
+    """Fails if the score is that of y and not of x_t, or with the noise of another level.
+
+    With the exact noise, every draw is a linear function of the one above, plus noise
+    (Ho et al. 2020, algorithm 2), so its moments follow from those of white noise.
+    """
+    a_bar, sigma_bar = np.float64(SCHEDULE.a_bar), np.float64(SCHEDULE.sigma_bar)
+    mean, variance = 0.0, 1.0
+    for t in reversed(range(T - 1)):
+        above = a_bar[t + 1] ** 2 * VARIANCE + sigma_bar[t + 1] ** 2
+        # E[x | x_{t+1}] = MEAN + gain (x_{t+1} - a_bar MEAN)
+        gain = a_bar[t + 1] * VARIANCE / above
+        a = a_bar[t + 1] / a_bar[t]
+        of_data = a_bar[t] * (1 - a**2) / sigma_bar[t + 1] ** 2
+        of_next = a * sigma_bar[t] ** 2 / sigma_bar[t + 1] ** 2
+        slope = of_data * gain + of_next
+        mean = of_data * (1 - gain * a_bar[t + 1]) * MEAN + slope * mean
+        noise_variance = (1 - a**2) * sigma_bar[t] ** 2 / sigma_bar[t + 1] ** 2
+        variance = slope**2 * variance + noise_variance
+    energy, parameterisation = race.noise_predictor(ExactPredictor(), (2,), SCHEDULE)
+    F = recovery.log_density(functools.partial(energy.f, {}), parameterisation)
+    tuning = {"step_size": jnp.ones(T)}
+    sampler = Sampler(langevin.init, langevin.kernel, tuning, 0, ladder.STARTS["posterior"])
+    keys = noise.example_keys(jax.random.key(0), jnp.arange(100_000))
+    draw = jax.jit(lambda keys: ladder.generate(keys, Conditionals(F, SCHEDULE, sampler), (2,)))
+    x = draw(keys)
+    assert_mean(x, mean, variance, of=2)
+    assert_variance(x, mean, variance, of=2)
+
+
+def test_all_models_train_on_the_same_images_and_none_on_the_test_images(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for data, (size, width) in race.DATA.items():
+        configs = {name: race.configuration(name, data, seed=3) for name in race.CONFIGS}
+        for config in configs.values():
+            assert config.data.name == data
+            assert config.data.image_size == size
+            assert config.data.test_fraction == race.TEST_FRACTION
+            assert config.data.dequantise in (0, width)
+            assert config.seed == 3
+        assert configs["diffusion"] == configs["t100"]
+
+
+def test_the_diffusion_model_has_the_size_of_the_energy(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config = race.configuration("diffusion", "digits", 0)
+    shapes = [
+        jax.eval_shape(race.make_method(name, config).energy.init, jax.random.key(0))
+        for name in ("t100", "diffusion")
+    ]
+    assert shapes[0] == shapes[1]
+
+
+class FakeTrainer:
+    """A model whose training steps take half a second each."""
+
+    def __init__(self, config, method, mesh, x):
+        self.config, self.seconds, self.steps = config, 0.0, 0
+
+    def advance(self):
+        self.seconds += 0.5
+        self.steps += 1
+
+    def averaged(self):
+        return {"kernel": np.zeros((3, 4))}
+
+
+def test_the_learning_rate_reaches_zero_at_the_end_of_the_time(monkeypatch):
+    made = []
+
+    def make(*args):
+        made.append(FakeTrainer(*args))
+        return made[-1]
+
+    monkeypatch.setattr(race, "Trainer", make)
+    config = config_lib.load(str(ROOT / "configs" / "digits.py"))
+    method, x = race.make_method("t100", config), np.zeros((1, 8, 8, 1))
+    trained = race.train(config, method, sharding.make_mesh(), x, [10.2, 1000.0])
+    assert [(t.seconds, t.steps) for t in trained] == [(10.5, 21), (1000, 2000)]
+    rehearsal, final = made
+    assert rehearsal.steps == race.SPEED_STEPS
+    assert final.config.optim.decay_steps == 2000
+
+
+class FakeModel:
+    """A model whose samples are black."""
+
+    @classmethod
+    def create(cls, method, params, mesh, batch_size):
+        return cls()
+
+    def with_params(self, params):
+        return self
+
+    def sample(self, key, n):
+        return -np.ones((n, 8, 8, 1), np.float32)
+
+
+@pytest.fixture
+def fakes(monkeypatch):
+    """Replaces what takes time: models, and their judge, who likes white images."""
+
+    class Judge:
+        train, test = np.ones((2, 3, 8, 8, 1), np.float32)
+
+        def __call__(self, samples):
+            fields = ("features", "confident", "pixels", "nearest")
+            return dict.fromkeys(fields, float(samples.mean()))
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(race, "Trainer", FakeTrainer)
+    monkeypatch.setattr(race, "Model", FakeModel)
+    monkeypatch.setattr(race, "open_judge", lambda config, workdir: Judge())
+
+
+def test_all_models_train_for_the_same_time_and_finished_ones_are_kept(
+    fakes, tmp_path, monkeypatch, capsys
+):
+    """The first run is stopped after three evaluations.
+
+    Fails if results are written only at the end, if those of an unfinished model are kept, or if
+    a model is evaluated once too few.
+    """
+    arguments = ["race", "--seconds=16", f"--workdir={tmp_path}"]
+    figures = []
+
+    def rows():
+        return json.loads((tmp_path / "race.json").read_text())["rows"]
+
+    def stop_after_three(path, panels):
+        if len(rows()) == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(race.figures, "write_curves", stop_after_three)
+    assert race.main([*arguments, "--racers=diffusion"]) == 130
+    assert [row["model"] for row in rows()] == [race.TEST, *["diffusion"] * 3]
+    monkeypatch.setattr(
+        race.figures, "write_curves", lambda path, panels: figures.append(panels)
+    )
+    assert race.main([*arguments, "--racers=t6,diffusion"]) == 0
+    finished = rows()
+    assert [row["model"] for row in finished] == [race.TEST, *["t6"] * 5, *["diffusion"] * 5]
+    assert [row["seconds"] for row in finished[1:]] == [1, 2, 4, 8, 16] * 2
+    assert [row["steps"] for row in finished[1:]] == [2, 4, 8, 16, 32] * 2
+    assert [row["features"] for row in finished] == [1, *[-1] * 10]
+    table = capsys.readouterr().out.splitlines()
+    assert table[0].split() == [name for name, _ in race.COLUMNS]
+    assert [line.split()[2] for line in table[2:]] == ["1.0", "2.0", "4.0", "8.0", "16.0"] * 2
+    first, last = figures[0][0], figures[-1][0]
+    assert first.x == last.x == [1, 2, 4, 8, 16]
+    np.testing.assert_equal(first.curves["t6"], [-1, *[np.nan] * 4])
+    assert last.curves == {race.TEST: [1] * 5, "t6": [-1] * 5, "diffusion": [-1] * 5}
+    monkeypatch.setattr(race, "Trainer", None)  # nothing is trained again
+    assert race.main([*arguments, "--racers=diffusion"]) == 0
+    assert rows() == finished
+    assert race.main([*arguments, "--seed=1"]) == 1
+    assert "give those, or another --workdir" in capsys.readouterr().err
+
+
+def test_a_diffusion_model_learns_a_constant_image_and_only_its_steps_are_timed(monkeypatch):
+    """The clock advances by one whenever it is read."""
+    ticks = itertools.count()
+    monkeypatch.setattr(race, "clock", lambda: float(next(ticks)))
+    config = config_lib.load(str(ROOT / "configs" / "digits.py"))
+    config.energy.ch, config.energy.N, config.diffusion.T = 32, 1, 4
+    config.energy.dropout, config.data.dequantise, config.optim.warmup_steps = 0.0, 0.0, 10
+    config.train.batch_size = 64
+    method, mesh = race.make_method("diffusion", config), sharding.make_mesh()
+    trainer = race.Trainer(config, method, mesh, np.full((5, 8, 8, 1), 0.5, np.float32))
+    for _ in range(STEPS):
+        trainer.advance()
+    assert (trainer.seconds, trainer.steps) == (STEPS, STEPS)
+    samples = Model.create(method, trainer.averaged(), mesh, 64).sample(jax.random.key(0), 64)
+    assert np.abs(samples - 0.5).mean() < 0.1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seconds=0"], "flag --seconds=0"),
+        (["--data=faces"], "value should be one of <digits|mnist5k>"),
+        (["--racers=t6,t7"], "--racers contains 't7': use some of t6, t100, t1k, diffusion"),
+        (["digits"], "unexpected argument 'digits'"),
+        (["--laps=3"], "Unknown command line flag 'laps'"),
+    ],
+)
+def test_a_mistake_in_the_command_is_one_line(arguments, message, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    assert race.main(["race", *arguments]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_outside_the_repository_the_error_says_where_to_run(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert race.main(["race"]) == 1
+    assert "run this program from the root of the repository" in capsys.readouterr().err
+
+
+def test_a_damaged_file_of_results_is_one_line(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "race.json").write_text("{")
+    assert race.main(["race", f"--workdir={tmp_path}"]) == 1
+    assert capsys.readouterr().err.startswith(f"error: cannot read {tmp_path}/race.json: ")
+
+
+def test_help_explains_the_columns_and_lists_the_options(capsys):
+    assert race.main(["race", "--help"]) == 0
+    text = capsys.readouterr().out
+    for name, _ in race.COLUMNS[3:]:
+        assert f"- {name}: " in text
+    for name in ("racers", "seconds", "data", "workdir", "seed"):
+        assert f"--{name} " in text
