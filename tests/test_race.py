@@ -234,8 +234,8 @@ def test_all_models_train_for_the_same_time_and_finished_ones_are_kept(
 ):
     """The first run is stopped after three evaluations.
 
-    Fails if results are written only at the end, if those of an unfinished model are kept, or if
-    a model is evaluated once too few.
+    Fails if results are written only at the end, if those of an unfinished model are kept, or
+    if a model is evaluated before its time.
     """
     arguments = ["race", "--seconds=16", f"--workdir={tmp_path}"]
     figures = []
