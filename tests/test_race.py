@@ -54,6 +54,12 @@ def params(examples):
     )
 
 
+def predictor(network, shape):
+    """Returns the energy and the parameterisation of the diffusion model of a network."""
+    energy = race.with_gradient(network, shape, SCHEDULE.conditioning[:-1])
+    return energy, race.of_noise(SCHEDULE)
+
+
 def gradient(energy, parameterisation):
     """Returns a function of parameters and examples: the mean denoising loss, its gradient."""
 
@@ -73,7 +79,7 @@ def test_the_diffusion_model_minimises_the_squared_error_of_its_predicted_noise(
         predicted = -NETWORK.apply({"params": params}, y, SCHEDULE.conditioning[t])
         return jnp.mean(jnp.square(eps - predicted)) / 2
 
-    loss, grads = gradient(*race.noise_predictor(NETWORK, SHAPE, SCHEDULE))(params, *examples)
+    loss, grads = gradient(*predictor(NETWORK, SHAPE))(params, *examples)
     expected, expected_grads = jax.jit(jax.value_and_grad(squared_error))(params, *examples)
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
     jax.tree.map(
@@ -94,7 +100,7 @@ def test_a_training_step_of_the_diffusion_model_needs_no_gradient_of_a_gradient(
     flops, flops_of_energy = (
         gradient(*model).lower(params, *examples).compile().cost_analysis()["flops"]
         for model in (
-            race.noise_predictor(network, SHAPE, SCHEDULE),
+            predictor(network, SHAPE),
             (energy, parameterisation),
         )
     )
@@ -133,7 +139,7 @@ def test_draws_of_the_diffusion_model_have_the_moments_of_ancestral_sampling():
         mean = of_data * (1 - gain * a_bar[t + 1]) * MEAN + slope * mean
         noise_variance = (1 - a**2) * sigma_bar[t] ** 2 / sigma_bar[t + 1] ** 2
         variance = slope**2 * variance + noise_variance
-    energy, parameterisation = race.noise_predictor(ExactPredictor(), (2,), SCHEDULE)
+    energy, parameterisation = predictor(ExactPredictor(), (2,))
     F = recovery.log_density(functools.partial(energy.f, {}), parameterisation)
     tuning = {"step_size": jnp.ones(T)}
     sampler = Sampler(langevin.init, langevin.kernel, tuning, 0, ladder.STARTS["posterior"])
@@ -154,17 +160,17 @@ def test_all_models_train_on_the_same_images_and_none_on_the_test_images(monkeyp
             assert config.data.test_fraction == race.TEST_FRACTION
             assert config.data.dequantise in (0, width)
             assert config.seed == 3
-        assert configs["diffusion"] == configs["t100"]
+        assert configs["diffusion"] == configs["score"] == configs["t100"]
 
 
-def test_the_diffusion_model_has_the_size_of_the_energy(monkeypatch):
+def test_the_models_without_an_energy_have_the_size_of_the_one_with_an_energy(monkeypatch):
     monkeypatch.chdir(ROOT)
     config = race.configuration("diffusion", "digits", 0)
     shapes = [
         jax.eval_shape(race.make_method(name, config).energy.init, jax.random.key(0))
-        for name in ("t100", "diffusion")
+        for name in ("t100", "diffusion", "score")
     ]
-    assert shapes[0] == shapes[1]
+    assert shapes[0] == shapes[1] == shapes[2]
 
 
 class FakeTrainer:
@@ -273,7 +279,9 @@ def test_all_models_train_for_the_same_time_and_finished_ones_are_kept(
     assert "give those, or another --workdir" in capsys.readouterr().err
 
 
-def test_a_diffusion_model_learns_a_constant_image_and_only_its_steps_are_timed(monkeypatch):
+def test_a_model_without_an_energy_learns_a_constant_image_and_only_its_steps_are_timed(
+    monkeypatch,
+):
     """The clock advances by one whenever it is read."""
     ticks = itertools.count()
     monkeypatch.setattr(race, "clock", lambda: float(next(ticks)))
@@ -281,7 +289,7 @@ def test_a_diffusion_model_learns_a_constant_image_and_only_its_steps_are_timed(
     config.energy.ch, config.energy.N, config.diffusion.T = 32, 1, 4
     config.energy.dropout, config.data.dequantise, config.optim.warmup_steps = 0.0, 0.0, 10
     config.train.batch_size = 64
-    method, mesh = race.make_method("diffusion", config), sharding.make_mesh()
+    method, mesh = race.make_method("score", config), sharding.make_mesh()
     trainer = race.Trainer(config, method, mesh, np.full((5, 8, 8, 1), 0.5, np.float32))
     for _ in range(STEPS):
         trainer.advance()
@@ -295,7 +303,10 @@ def test_a_diffusion_model_learns_a_constant_image_and_only_its_steps_are_timed(
     [
         (["--seconds=0"], "flag --seconds=0"),
         (["--data=faces"], "value should be one of <digits|mnist5k>"),
-        (["--racers=t6,t7"], "--racers contains 't7': use some of t6, t100, t1k, diffusion"),
+        (
+            ["--racers=t6,t7"],
+            "--racers contains 't7': use some of t6, t100, t1k, diffusion, score",
+        ),
         (["digits"], "unexpected argument 'digits'"),
         (["--laps=3"], "Unknown command line flag 'laps'"),
     ],

@@ -1,9 +1,9 @@
 """Trains several models for the same time on the same data, and compares their samples.
 
-    python -m drl_jax.tools.race [--racers=t6,t100,t1k,diffusion] [--seconds=150]
-        [--data=digits] [--workdir=runs/race] [--seed=0]
+    python -m drl_jax.tools.race [--racers=t6,t100,t1k,diffusion,score]
+        [--seconds=150] [--data=digits] [--workdir=runs/race] [--seed=0]
 
-The models are those of three files in `configs/`, and one that is not an energy:
+The models are those of three files in `configs/`, and two that are not energies:
 
 - t6: the paper's T6, trained by recovery likelihood (digits_t6.py).
 - t100: 100 levels, trained by denoising (digits.py).
@@ -12,6 +12,8 @@ The models are those of three files in `configs/`, and one that is not an energy
   output of the network, of the same size, is the predicted noise. In t100 the gradient of an
   energy takes its place, so that a training step needs the gradient of a gradient. Noise
   levels, optimiser, moving average, dropout, batches and the draws of a sample are the same.
+- score: between diffusion and t100. The output of the network takes the place of the gradient
+  of f, but the reference density is the same as in t100, that of uniform pixels.
 
 Each model trains for the given time: CPU time of this process, the sum over its threads, or
 wall-clock time on accelerators. Compilation, evaluation and reading the data do not count. The
@@ -79,6 +81,7 @@ CONFIGS = {  # by the name of the model
     "t100": "configs/digits.py",
     "t1k": "configs/digits_t1k.py",
     "diffusion": "configs/digits.py",
+    "score": "configs/digits.py",
 }
 # Height and width of the images, and the distance between neighbouring pixel values in [-1, 1],
 # by the value of --data.
@@ -107,34 +110,40 @@ TEST = "test images"  # name of their row
 RESULTS, FIGURE = "race.json", "race.png"
 
 
-def noise_predictor(
-    network: nn.Module, shape: tuple[int, ...], schedule: NoiseSchedule
-) -> tuple[Energy, Parameterisation]:
-    """Returns a denoising diffusion model in the form of a log-density that is always 0.
+def with_gradient(
+    network: nn.Module, shape: tuple[int, ...], levels: Float[Array, "T"]
+) -> Energy:
+    """Returns a function f of value 0 whose gradient in y is the output U of a network.
 
-        f(y, t) = <y - y', U(y', t)>,   F = f / (a sigma_bar_t),   y' = y, treated as constant
+        f(y, t) = <y - y', U(y', t)>,   y' = y, treated as constant
 
-    a is a_{t+1}, but 1 at t = T - 1. The gradient of F is U / (a sigma_bar_t), a score that is
-    the gradient of no density. `recovery.denoising_loss` is then |eps + U|² / (2 D), so -U
-    predicts the noise of y (Ho et al. 2020, eq. 14), and its gradient is one of first order.
-    `ladder.start_from_posterior` uses the gradient of F only, and becomes ancestral sampling
-    (Ho et al. 2020, algorithm 2).
+    U need not be the gradient of any function. Everything that uses only gradients accepts such
+    an f: `recovery.denoising_loss`, whose own gradient is then one of first order, and
+    `ladder.start_from_posterior`, which becomes ancestral sampling (Ho et al. 2020,
+    algorithm 2).
 
     Args:
       network: U, maps (y [B, ...], level [B], keys [B] or None) to an array of y's shape.
       shape: shape of one example.
-      schedule: noise levels.
+      levels: what the network is told about the levels t in 0..T-1.
     """
-    levels = schedule.conditioning[:-1]
 
     def f(params, y, t, keys=None):
         constant = jax.lax.stop_gradient(y)
         u: Any = network.apply({"params": params}, constant, levels[t], keys)
         return inner_product(y - constant, u)
 
-    energy = from_image_to_image(network, shape, inner_product, levels)._replace(f=f)
+    return from_image_to_image(network, shape, inner_product, levels)._replace(f=f)
+
+
+def of_noise(schedule: NoiseSchedule) -> Parameterisation:
+    """Returns the parameterisation with which -U is the predicted noise (`with_gradient`).
+
+    The gradient of F is U / (a sigma_bar_t), with a = a_{t+1}, but 1 at t = T - 1. The
+    denoising loss is then |eps + U|² / (2 D) (Ho et al. 2020, eq. 14).
+    """
     std = schedule.y_scale(jnp.arange(schedule.T)) * schedule.sigma_bar[:-1]
-    return energy, Parameterisation(std, no_reference)
+    return Parameterisation(std, no_reference)
 
 
 def configuration(name: str, data: str, seed: int) -> ConfigDict:
@@ -167,13 +176,17 @@ def configuration(name: str, data: str, seed: int) -> ConfigDict:
 def make_method(name: str, config: ConfigDict) -> Method:
     """Returns the method of a model of `CONFIGS`, with its configuration."""
     method = method_lib.from_config(config)
-    if name != "diffusion":
+    if name not in ("diffusion", "score"):
         return method
     network = ImageMLP(
         width=config.energy.ch, depth=config.energy.N, dropout=config.energy.dropout
     )
-    energy, parameterisation = noise_predictor(network, method.energy.shape, method.schedule)
-    return method._replace(energy=energy, parameterisation=parameterisation)
+    schedule = method.schedule
+    energy = with_gradient(network, method.energy.shape, schedule.conditioning[:-1])
+    method = method._replace(energy=energy)
+    if name == "diffusion":
+        method = method._replace(parameterisation=of_noise(schedule))
+    return method
 
 
 class Judge(NamedTuple):
