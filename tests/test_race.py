@@ -31,7 +31,7 @@ from drl_jax.tools import race
 B, T, SHAPE = 12, 6, (4, 4, 1)
 SCHEDULE = diffusion.schedule(T, "cosine")
 NETWORK = ImageMLP(width=32, depth=2)
-STEPS = 400  # of training
+STEPS = 200  # of training
 MEAN, VARIANCE = 0.4, 0.25  # of a pixel, where the data are normal
 
 
@@ -164,13 +164,14 @@ def test_all_models_train_on_the_same_images_and_none_on_the_test_images(monkeyp
 
 
 def test_the_models_without_an_energy_have_the_size_of_the_one_with_an_energy(monkeypatch):
+    """Only that of the plain diffusion model lacks the reference density."""
     monkeypatch.chdir(ROOT)
     config = race.configuration("diffusion", "digits", 0)
-    shapes = [
-        jax.eval_shape(race.make_method(name, config).energy.init, jax.random.key(0))
-        for name in ("t100", "diffusion", "score")
-    ]
+    methods = {name: race.make_method(name, config) for name in ("t100", "diffusion", "score")}
+    shapes = [jax.eval_shape(m.energy.init, jax.random.key(0)) for m in methods.values()]
     assert shapes[0] == shapes[1] == shapes[2]
+    references = [m.parameterisation.reference is no_reference for m in methods.values()]
+    assert references == [False, True, False]
 
 
 class FakeTrainer:
@@ -279,6 +280,7 @@ def test_all_models_train_for_the_same_time_and_finished_ones_are_kept(
     assert "give those, or another --workdir" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_model_without_an_energy_learns_a_constant_image_and_only_its_steps_are_timed(
     monkeypatch,
 ):
@@ -286,11 +288,13 @@ def test_a_model_without_an_energy_learns_a_constant_image_and_only_its_steps_ar
     ticks = itertools.count()
     monkeypatch.setattr(race, "clock", lambda: float(next(ticks)))
     config = config_lib.load(str(ROOT / "configs" / "digits.py"))
-    config.energy.ch, config.energy.N, config.diffusion.T = 32, 1, 4
-    config.energy.dropout, config.data.dequantise, config.optim.warmup_steps = 0.0, 0.0, 10
-    config.train.batch_size = 64
-    method, mesh = race.make_method("score", config), sharding.make_mesh()
-    trainer = race.Trainer(config, method, mesh, np.full((5, 8, 8, 1), 0.5, np.float32))
+    config.data.image_size, config.data.dequantise = 2, 0.0
+    config.energy.ch, config.energy.N, config.energy.dropout = 32, 1, 0.0
+    config.diffusion.T, config.train.batch_size = 4, 64
+    config.optim.learning_rate, config.optim.warmup_steps = 1e-2, 0
+    config.optim.decay_steps, config.optim.ema_decay = STEPS, 0.9
+    method, mesh = race.make_method("diffusion", config), sharding.make_mesh()
+    trainer = race.Trainer(config, method, mesh, np.full((5, 2, 2, 1), 0.5, np.float32))
     for _ in range(STEPS):
         trainer.advance()
     assert (trainer.seconds, trainer.steps) == (STEPS, STEPS)

@@ -480,7 +480,7 @@ def define_flags() -> flags.FlagValues:
 
 def main(argv: Sequence[str]) -> int:
     """Prints the table and returns the exit status."""
-    logging.basicConfig(format="%(message)s", level=logging.ERROR)
+    logging.basicConfig(format="%(message)s", level=logging.ERROR, force=True)
     logging.getLogger("drl_jax").setLevel(logging.INFO)
     try:
         values = define_flags()
