@@ -480,8 +480,6 @@ def define_flags() -> flags.FlagValues:
 
 def main(argv: Sequence[str]) -> int:
     """Prints the table and returns the exit status."""
-    logging.basicConfig(format="%(message)s", level=logging.ERROR, force=True)
-    logging.getLogger("drl_jax").setLevel(logging.INFO)
     try:
         values = define_flags()
         if {"--help", "-help", "-h"}.intersection(argv):
@@ -505,6 +503,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    logging.basicConfig(format="%(message)s", level=logging.ERROR, force=True)
+    logging.getLogger("drl_jax").setLevel(logging.INFO)
     if not cpu_devices.set_by_user():
         jax.config.update("jax_num_cpu_devices", cpu_devices.count())
     sys.exit(main(sys.argv))
