@@ -62,7 +62,9 @@ class Panel(NamedTuple):
 
 
 def write_curves(path: epath.Path, panels: Sequence[Panel]) -> None:
-    """Writes a figure of panels of curves, with a logarithmic x axis that includes 0 if x does.
+    """Writes a figure of panels of curves, with a logarithmic x axis.
+
+    The axis includes 0 if the smallest x value is 1 or less.
 
     Args:
       path: path of the PNG file.
@@ -83,12 +85,10 @@ def write_curves(path: epath.Path, panels: Sequence[Panel]) -> None:
             axes.plot(panel.x, y, ".-", color=colours(i), label=name)
             if name in panel.marks:
                 axes.axhline(panel.marks[name], color=colours(i), linestyle=":")
-        if min(panel.x, default=0) > 0:
-            axes.set_xscale("log")
-        else:
-            axes.set_xscale("symlog", linthresh=1)
-            axes.set_xlim(left=0)
+        axes.set_xscale("symlog", linthresh=1)  # logarithmic from 1 on
         axes.set_yscale(panel.scale)
+        if min(panel.x, default=0) <= 1:
+            axes.set_xlim(left=0)
         axes.set_title(panel.title, fontsize="medium")
         axes.set_xlabel(panel.x_label)
         axes.grid(alpha=0.3)
