@@ -13,7 +13,13 @@ from drl_jax.tasks import command_line, table
 
 TASKS = pytest.mark.parametrize("task", table.TASKS.values(), ids=table.TASKS)
 # Values that every flag of a task accepts.
-VALUES = {"distributed": "true", "images": "a.png,b.png", "mode": "train", "protocol": "paper"}
+VALUES = {
+    "distributed": "true",
+    "dtype": "float16",
+    "images": "a.png,b.png",
+    "mode": "train",
+    "protocol": "paper",
+}
 CONFIG = "--config=a.py"
 IMPORT = "--mode=import_original", "--tf_checkpoint=x", "--image_size=8", "--workdir=x"
 SAMPLE = "--mode=sample", "--workdir=x"

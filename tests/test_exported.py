@@ -34,6 +34,19 @@ def test_read_inverts_write(file, model):
     assert {array.dtype for array in jax.tree.leaves(params)} == {np.dtype(np.float32)}
 
 
+def test_half_precision_stores_two_bytes_per_parameter_of_11_significant_bits(tmp_path, model):
+    half = epath.Path(tmp_path) / "half.npz"
+    exported.write(*model, half, dtype="float16")
+    stored = npz.decode(half.read_bytes())
+    del stored[exported.ABOUT]
+    assert {array.dtype for array in stored.values()} == {np.dtype(np.float16)}
+    params = exported.read(half).params
+    for array, expected in zip(*map(jax.tree.leaves, (params, model[2])), strict=True):
+        assert array.dtype == np.float32
+        # Numbers below 2^-14 have fewer bits.
+        np.testing.assert_allclose(array, expected, rtol=2**-11, atol=2**-25)
+
+
 def test_a_failed_write_is_one_line(model, tmp_path):
     with pytest.raises(UserError, match=r"^cannot write to .*nonesuch.*$"):
         exported.write(*model, epath.Path(tmp_path) / "nonesuch" / "model.npz")

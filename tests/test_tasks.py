@@ -377,7 +377,7 @@ def test_resume_settings_are_the_fields_under_the_prefixes():
 
 def test_an_exported_model_is_the_model(tmp_path):
     run = runs.load(tiny.trained())
-    export.run(run=run, workdir=epath.Path(tmp_path))
+    export.run(run=run, workdir=epath.Path(tmp_path), dtype="float32")
     assert [path.name for path in tmp_path.iterdir()] == ["model.npz"]
     exported = runs.load(tmp_path / "model.npz")
     assert (exported.step, exported.config) == (run.step, run.config)

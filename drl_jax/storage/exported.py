@@ -28,8 +28,8 @@ class Exported(NamedTuple):
     Attributes:
       config: configuration of the training run.
       step: number of training steps.
-      params: exponential moving average of the parameters, spectrally normalised, as numpy
-        arrays.
+      params: exponential moving average of the parameters, spectrally normalised, as float32
+        numpy arrays.
     """
 
     config: ConfigDict
@@ -37,7 +37,9 @@ class Exported(NamedTuple):
     params: Params
 
 
-def write(config: ConfigDict, step: int, params: Params, file: epath.Path) -> None:
+def write(
+    config: ConfigDict, step: int, params: Params, file: epath.Path, dtype: str = "float32"
+) -> None:
     """Writes a model.
 
     Args:
@@ -45,13 +47,15 @@ def write(config: ConfigDict, step: int, params: Params, file: epath.Path) -> No
       step: number of training steps.
       params: normalised parameters.
       file: path of the file.
+      dtype: of the parameters in the file: 'float32', or 'float16', which halves its size and
+        rounds them to 11 significant bits.
 
     Raises:
       UserError: if the file cannot be written.
     """
     about = {"config": config_lib.to_json(config), "step": step}
     flat = traverse_util.flatten_dict(params, sep="/")
-    arrays = {f"{PREFIX}{name}": np.asarray(value) for name, value in flat.items()}
+    arrays = {f"{PREFIX}{name}": np.asarray(value, dtype) for name, value in flat.items()}
     content = npz.encode({ABOUT: np.array(json.dumps(about))} | arrays, compress=True)
     write_atomically(file, content)
 
@@ -77,7 +81,9 @@ def read(file: epath.Path) -> Exported:
             f"{file} is damaged or not an exported model: export it again with --mode=export"
         ) from error
     config = config_lib.from_json(saved)
-    flat = {name.removeprefix(PREFIX): value for name, value in arrays.items()}
+    flat = {
+        name.removeprefix(PREFIX): value.astype(np.float32) for name, value in arrays.items()
+    }
     params: Params = traverse_util.unflatten_dict(flat, sep="/")
     energy = method.from_config(config).energy
     expected, _ = jax.eval_shape(

@@ -11,7 +11,7 @@ from drl_jax.storage.runs import Run
 log = logging.getLogger(__name__)
 
 
-def run(run: Run, workdir: epath.Path) -> None:
+def run(run: Run, workdir: epath.Path, dtype: str) -> None:
     """Writes the model as one file, for `drl_jax.load`.
 
     The file contains the configuration of the training run, because it is part of the model:
@@ -24,10 +24,11 @@ def run(run: Run, workdir: epath.Path) -> None:
     Args:
       run: the trained model.
       workdir: folder of the file.
+      dtype: of the parameters in the file, 'float32' or 'float16'.
 
     Raises:
       UserError: if the folder cannot be written to.
     """
     make_writable(workdir)
-    exported.write(run.config, run.step, run.model.params, workdir / "model.npz")
+    exported.write(run.config, run.step, run.model.params, workdir / "model.npz", dtype)
     log.info("wrote %s; drl_jax.load reads it", workdir / "model.npz")

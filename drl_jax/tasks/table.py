@@ -298,6 +298,14 @@ _TASKS = (
     Task(
         "export",
         "Writes a trained model as one file, for drl_jax.load.",
+        flags=(
+            Flag(
+                "dtype",
+                "Precision of the parameters in the file; float16 halves its size",
+                choices=("float32", "float16"),
+                default="float32",
+            ),
+        ),
     ),
     Task(
         "import_original",
