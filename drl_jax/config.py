@@ -58,7 +58,8 @@ def default() -> ConfigDict:
                 # 32x32 that are halved twice; (): none
                 "attention": (),
                 # f from x and the network's output U, for 'unet' and 'image_mlp':
-                # 'inner_product' or 'squared_distance'
+                # 'inner_product', 'squared_distance', or, for 'image_mlp' and images of which
+                # many pixels are black, 'mixture'
                 "form": "inner_product",
                 "dropout": 0.0,  # probability, in training; for 'unet' and 'image_mlp'
                 # F from f: 'step': f / s_t²; 'noise': f / sigma_bar_t - |x|² / 2;
@@ -179,7 +180,7 @@ CHOICES = {
     "data.crop": ("centre", "none"),
     "diffusion.schedule": ("linear", "cosine"),
     "energy.network": ("resnet", "unet", "image_mlp", "mlp"),
-    "energy.form": ("inner_product", "squared_distance"),
+    "energy.form": ("inner_product", "squared_distance", "mixture"),
     "energy.parameterisation": ("step", "noise", "uniform", "unit"),
     "energy.dtype": ("float32", "bfloat16"),
     "evaluation.dtype": ("float32", "bfloat16"),
@@ -347,6 +348,8 @@ def validate(config: ConfigDict) -> None:
         raise invalid(
             "energy.dropout", "this needs config.train.objective 'denoising'; set it to 0"
         )
+    if config.energy.form == "mixture" and config.energy.parameterisation != "uniform":
+        raise invalid("energy.form", "this needs config.energy.parameterisation 'uniform'")
     if config.energy.network == "image_mlp":
         for name in ("energy.dtype", "evaluation.dtype"):
             if fields[name] != "float32":

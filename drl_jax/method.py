@@ -5,7 +5,7 @@ import math
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Key, Shaped
+from jaxtyping import Array, Float, Key, Shaped
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from drl_jax import config as config_lib
@@ -14,7 +14,14 @@ from drl_jax.diffusion import NoiseSchedule
 from drl_jax.errors import UserError
 from drl_jax.mcmc import hmc, langevin, mala
 from drl_jax.networks import image_mlp, mlp, resnet, unet
-from drl_jax.networks.energy import FORMS, Energy, Params, from_image_to_image, with_dtype
+from drl_jax.networks.energy import (
+    FORMS,
+    Energy,
+    Form,
+    Params,
+    from_image_to_image,
+    with_dtype,
+)
 from drl_jax.recovery import LevelFn, Parameterisation
 from drl_jax.sampling.ladder import STARTS, Conditionals, Sampler
 
@@ -80,19 +87,23 @@ def from_config(config: ConfigDict) -> Method:
     elif config.energy.parameterisation == "unit":
         parameterisation = Parameterisation(jnp.ones(schedule.T), recovery.white_noise)
     else:
-        # Dequantised data contain uniform noise, of variance width² / 12.
-        width = config.data.dequantise
-        temperature = jnp.hypot(
-            schedule.sigma_bar[:-1], schedule.a_bar[:-1] * width / math.sqrt(12)
-        )
         reference = (
             recovery.white_noise
             if config.energy.parameterisation == "noise"
-            else recovery.uniform_pixels(schedule, half_width=1 + width / 2)
+            else recovery.uniform_pixels(schedule, 1 + config.data.dequantise / 2)
         )
-        parameterisation = Parameterisation(temperature, reference)
+        parameterisation = Parameterisation(_noise_of_data(config, schedule), reference)
     sampler = make_sampler(config.mcmc, schedule)
     return Method(energy, schedule, parameterisation, sampler, FrozenConfigDict(config.mcmc))
+
+
+def _noise_of_data(config: ConfigDict, schedule: NoiseSchedule) -> Float[Array, "T"]:
+    """Returns the standard deviation of all noise in levels 0..T-1.
+
+    Dequantised data contain uniform noise, of variance width² / 12.
+    """
+    width = config.data.dequantise / math.sqrt(12)
+    return jnp.hypot(schedule.sigma_bar[:-1], schedule.a_bar[:-1] * width)
 
 
 def for_generation(method: Method, config: ConfigDict) -> Method:
@@ -140,7 +151,8 @@ def make_energy(config: ConfigDict, schedule: NoiseSchedule, dtype: str) -> Ener
     size, channels = config.data.image_size, config.data.channels
     ch, mult, N = config.energy.ch, config.energy.mult, config.energy.N
     attention, dropout = config.energy.attention, config.energy.dropout
-    form, levels = FORMS[config.energy.form], schedule.conditioning[:-1]
+    form = FORMS.get(config.energy.form) or _mixture(config, schedule)
+    levels = schedule.conditioning[:-1]
     if config.energy.network == "mlp":
         energy = mlp.energy(channels, ch, N, config.diffusion.T)
     elif config.energy.network == "image_mlp":
@@ -151,6 +163,7 @@ def make_energy(config: ConfigDict, schedule: NoiseSchedule, dtype: str) -> Ener
             dropout=dropout,
             form=form,
             levels=levels,
+            outputs=2 if config.energy.form == "mixture" else 1,
         )
     elif config.energy.network == "unet":
         network = unet.network(size, ch, mult, N, attention, dropout)
@@ -158,6 +171,12 @@ def make_energy(config: ConfigDict, schedule: NoiseSchedule, dtype: str) -> Ener
     else:
         energy = resnet.energy(size, channels, ch, mult, N)
     return with_dtype(jnp.bfloat16, energy) if dtype == "bfloat16" else energy
+
+
+def _mixture(config: ConfigDict, schedule: NoiseSchedule) -> Form:
+    """Returns the form of f with black pixels."""
+    half_width = 1 + config.data.dequantise / 2
+    return recovery.mixture(schedule, _noise_of_data(config, schedule), half_width)
 
 
 def make_sampler(

@@ -33,16 +33,20 @@ tau_t per level takes these factors out of the network. There are four parameter
   'noise'. This reference is white noise at high levels. At low levels it is flat between the
   darkest and the lightest pixel value, and falls as that of Gaussian noise sigma_bar_t outside.
   A network whose output grows no faster than linearly cannot outweigh it: pixels stay within a
-  few sigma_bar_t of the range of pixel values, however long the chains are.
+  few sigma_bar_t of the range of pixel values, however long the chains are. Where most pixels
+  are black, f can contain their log-density, with a probability that depends on the rest of
+  the image (`mixture`).
 - 'unit', for few dimensions: F = f - |x|² / 2. A density in the plane is smooth at the scale of
   the lowest noise levels: its logarithm is of order one at every level, and the lowest levels
   hardly differ. If f were divided by sigma_bar_t, it would have to be proportional to
   sigma_bar_t at the lowest levels, to within a percent.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax.scipy.special import log_ndtr
 from jaxtyping import Array, Float, Int, Key
@@ -50,6 +54,9 @@ from jaxtyping import Array, Float, Int, Key
 from drl_jax import diffusion, noise
 from drl_jax.diffusion import NoiseSchedule
 from drl_jax.mcmc.log_density import value_and_gradient
+from drl_jax.networks.energy import Form
+
+LOG_ODDS = 4.0  # unit of the log-odds in `mixture`, so that they are learned as fast as v
 
 # (x [B, ...], t [B]) -> [B]: the network f with given parameters, or F computed from it.
 LevelFn = Callable[[Float[Array, "B *D"], Int[Array, "B"]], Float[Array, "B"]]
@@ -95,6 +102,23 @@ def white_noise(y: Float[Array, "B *D"], t: Int[Array, "B"]) -> Float[Array, "B"
 def uniform_pixels(schedule: NoiseSchedule, half_width: float) -> LevelFn:
     """Returns the log-density of y_t for independent uniform pixels, up to a constant.
 
+    It is the sum over pixels of `_uniform_pixel`.
+
+    Args:
+      schedule: noise levels.
+      half_width: h, 1 for pixels in [-1, 1].
+    """
+    log_p = _uniform_pixel(schedule, half_width)
+    return lambda y, t: jnp.sum(log_p(y, t), axis=range(1, y.ndim))
+
+
+# (y [B, ...], t [B]) -> log-density of each pixel, [B, ...], up to a constant per level.
+PixelFn = Callable[[Float[Array, "B *D"], Int[Array, "B"]], Float[Array, "B *D"]]
+
+
+def _uniform_pixel(schedule: NoiseSchedule, half_width: float) -> PixelFn:
+    """Returns the log-density of each pixel of y_t for a uniform pixel, up to a constant.
+
     If every pixel of the data is uniform in [-h, h], then that of x_t = y / y_scale is uniform
     noise plus Gaussian noise, with the density
 
@@ -107,7 +131,7 @@ def uniform_pixels(schedule: NoiseSchedule, half_width: float) -> LevelFn:
       half_width: h, 1 for pixels in [-1, 1].
     """
 
-    def log_p(y: Float[Array, "B *D"], t: Int[Array, "B"]) -> Float[Array, "B"]:
+    def log_p(y: Float[Array, "B *D"], t: Int[Array, "B"]) -> Float[Array, "B *D"]:
         sigma_bar = noise.per_example(schedule.sigma_bar[t], y)
         edge = noise.per_example(schedule.a_bar[t], y) * half_width
         # The density is even. At |x|, the first term is the larger one, and both keep their
@@ -115,10 +139,51 @@ def uniform_pixels(schedule: NoiseSchedule, half_width: float) -> LevelFn:
         x = jnp.abs(y) / noise.per_example(schedule.y_scale(t), y)
         upper = log_ndtr((edge - x) / sigma_bar)
         lower = log_ndtr((-edge - x) / sigma_bar)
-        pixels = upper + jnp.log1p(-jnp.exp(lower - upper))
-        return jnp.sum(pixels, axis=range(1, y.ndim))
+        return upper + jnp.log1p(-jnp.exp(lower - upper))
 
     return log_p
+
+
+def mixture(schedule: NoiseSchedule, temperature: Float[Array, "T"], half_width: float) -> Form:
+    """Returns the form of f for images of which many pixels are black.
+
+    The network's output is two arrays (v, w / `LOG_ODDS`), and
+
+        f = <x, v> + tau_t sum_i (softplus(w_i + r_i) - softplus(w_i))
+        r_i = log N(x_i; -a_bar_t, s²) - log p(x_i),   s² = sigma_bar_t² + a_bar_t² (h - 1)² / 3
+
+    where p is the density of a uniform pixel, as in `uniform_pixels`, and the normal density is
+    that of a black one (-1 with the noise of dequantisation). With the reference
+    `uniform_pixels`, F is then <x, v> / tau_t plus the log-density of pixels that are
+    black with the log-odds w_i and uniform otherwise. Whether a pixel is black is a property
+    of the rest of the image, which the network sees: so w can be smooth, although the
+    log-density has a peak sigma_bar_t wide. F is bounded by <x, v> / tau_t plus the
+    larger of both log-densities, so pixels cannot leave their range either.
+
+    Args:
+      schedule: noise levels.
+      temperature: tau_t.
+      half_width: h: 1, or more for dequantised data.
+    """
+    uniform = _uniform_pixel(schedule, half_width)
+
+    def form(
+        x: Float[Array, "B *D"], u: Float[Array, "B 2 *D"], t: Int[Array, "B"]
+    ) -> Float[Array, "B"]:
+        v, w = u[:, 0], LOG_ODDS * u[:, 1]
+        a_bar, sigma_bar = schedule.a_bar[t], schedule.sigma_bar[t]
+        std = jnp.hypot(sigma_bar, a_bar * (half_width - 1) / math.sqrt(3))
+        a_bar, std, tau, scale = (
+            noise.per_example(each, x)
+            for each in (a_bar, std, temperature[t], schedule.y_scale(t))
+        )
+        black = -jnp.square((x / scale + a_bar) / std) / 2 - jnp.log(std)
+        constant = math.log(2 * half_width / math.sqrt(2 * math.pi))
+        r = black + jnp.log(a_bar) + constant - uniform(x, t)
+        pixels = x * v + tau * (jax.nn.softplus(w + r) - jax.nn.softplus(w))
+        return jnp.sum(pixels, axis=range(1, x.ndim))
+
+    return form
 
 
 def log_density(f: LevelFn, parameterisation: Parameterisation) -> LevelFn:

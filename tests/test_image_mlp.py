@@ -3,18 +3,29 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from drl_jax import diffusion, noise
+from drl_jax import diffusion, noise, recovery
 from drl_jax.networks import energy as energy_lib
 from drl_jax.networks import image_mlp
 
 SHAPE = (4, 4, 1)
-LEVELS = diffusion.schedule(6, "cosine").conditioning[:-1]
+SCHEDULE = diffusion.schedule(6, "cosine")
+LEVELS = SCHEDULE.conditioning[:-1]
+MIXTURE = recovery.mixture(SCHEDULE, SCHEDULE.sigma_bar[:-1], half_width=1.0)
+# By name, with the number of the network's outputs.
+FORMS = {name: (form, 1) for name, form in energy_lib.FORMS.items()} | {"mixture": (MIXTURE, 2)}
 
 
-@pytest.fixture(params=list(energy_lib.FORMS))
-def energy(request):
-    form = energy_lib.FORMS[request.param]
-    return image_mlp.energy(SHAPE, width=32, depth=2, dropout=0.5, form=form, levels=LEVELS)
+@pytest.fixture(params=FORMS.values(), ids=FORMS)
+def form_and_outputs(request):
+    return request.param
+
+
+@pytest.fixture
+def energy(form_and_outputs):
+    form, outputs = form_and_outputs
+    return image_mlp.energy(
+        SHAPE, width=32, depth=2, dropout=0.5, form=form, levels=LEVELS, outputs=outputs
+    )
 
 
 @pytest.fixture
@@ -36,9 +47,13 @@ X = jax.random.normal(jax.random.key(2), (6, *SHAPE))
 T = jnp.arange(6)
 
 
-def test_a_new_energy_is_almost_zero(energy):
+def test_the_output_of_a_new_network_is_almost_zero(energy, form_and_outputs):
+    """For the forms with one output, f is almost zero, too."""
     params, _ = energy.init(jax.random.key(0))
-    np.testing.assert_allclose(energy.f(params, X, T), 0, atol=1e-3)
+    form, outputs = form_and_outputs
+    zero = form(X, jnp.zeros((6, *SHAPE) if outputs == 1 else (6, outputs, *SHAPE)), T)
+    assert outputs > 1 or np.all(zero == 0)
+    np.testing.assert_allclose(energy.f(params, X, T), zero, atol=1e-3, rtol=1e-4)
 
 
 def test_f_depends_on_the_level(energy, params):
@@ -78,12 +93,13 @@ def test_dropout_needs_keys_and_depends_only_on_each_example_and_its_key(energy,
 def test_the_forms_differ_by_half_the_squared_norm_of_the_output():
     x, u = jax.random.normal(jax.random.key(5), (2, 3, *SHAPE))
     squared = np.sum(np.square(u), axis=(1, 2, 3))
-    inner = energy_lib.inner_product(x, u)
+    t = jnp.zeros(3, int)
+    inner = energy_lib.inner_product(x, u, t)
     np.testing.assert_allclose(inner, np.einsum("bijk,bijk->b", x, u), rtol=1e-5)
     distance = np.sum(np.square(x), axis=(1, 2, 3)) - np.sum(np.square(x - u), axis=(1, 2, 3))
     np.testing.assert_allclose(
-        energy_lib.squared_distance(x, u), distance / 2, rtol=1e-4, atol=1e-4
+        energy_lib.squared_distance(x, u, t), distance / 2, rtol=1e-4, atol=1e-4
     )
     np.testing.assert_allclose(
-        energy_lib.squared_distance(x, u), inner - squared / 2, rtol=1e-4, atol=1e-4
+        energy_lib.squared_distance(x, u, t), inner - squared / 2, rtol=1e-4, atol=1e-4
     )

@@ -2,9 +2,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import scipy
 from helpers.statistical import assert_counts, assert_mean
 from scipy import stats
+from scipy.special import log_expit, logsumexp
 from scipy.stats import norm
 
 from drl_jax import diffusion, noise, recovery
@@ -130,7 +130,7 @@ def test_uniform_pixels_have_the_density_of_uniform_noise_that_was_diffused(half
         found = log_p(jnp.asarray(y, jnp.float32)[:, None], jnp.full(len(y), t))
         edge, sigma = float(schedule.a_bar[t]) * half_width, float(schedule.sigma_bar[t])
         u = np.abs(x_t)
-        expected = scipy.special.logsumexp(
+        expected = logsumexp(
             [norm.logcdf((edge - u) / sigma), norm.logcdf((-edge - u) / sigma)],
             b=[[1], [-1]],
             axis=0,
@@ -148,6 +148,36 @@ def test_log_density_of_uniform_pixels_is_a_sum_over_pixels_with_a_finite_gradie
     gradient = jax.grad(lambda y: log_p(y, t).sum())(y)
     assert np.all(np.isfinite(gradient))
     assert gradient[1, 0] < 0 < gradient[2, 0]
+
+
+@pytest.mark.parametrize("half_width", [1.0, 1 + 1 / 16])
+def test_mixture_adds_the_log_density_of_pixels_that_are_black_with_given_odds(half_width):
+    """Compares with SciPy in float64, also in the tails.
+
+    Fails if one of both densities is not normalised.
+    """
+    schedule = diffusion.schedule(6, "cosine")
+    temperature = jnp.linspace(0.5, 2.0, 6)
+    form = recovery.mixture(schedule, temperature, half_width)
+    uniform = recovery.uniform_pixels(schedule, half_width)
+    x_t = np.concatenate([np.linspace(-1.5, 1.5, 61), [-30.0, 30.0]])
+    odds, v = np.linspace(-8.0, 8.0, 63), np.linspace(2.0, -2.0, 63)
+    u = jnp.asarray(np.stack([v, odds / recovery.LOG_ODDS], 1)[:, :, None], jnp.float32)
+    for t in range(6):
+        levels = jnp.full(63, t)
+        y = jnp.asarray(x_t * float(schedule.y_scale(jnp.asarray(t))), jnp.float32)[:, None]
+        found = (form(y, u, levels) - y[:, 0] * v) / temperature[t] + uniform(y, levels)
+        a_bar, sigma = float(schedule.a_bar[t]), float(schedule.sigma_bar[t])
+        edge, distance = a_bar * half_width, np.abs(x_t)
+        grey = logsumexp(
+            [norm.logcdf((edge - distance) / sigma), norm.logcdf((-edge - distance) / sigma)],
+            b=[[1], [-1]],
+            axis=0,
+        )
+        black = norm.logpdf(x_t, -a_bar, np.hypot(sigma, a_bar * (half_width - 1) / 3**0.5))
+        constant = np.log(2 * edge)
+        expected = np.logaddexp(log_expit(-odds) + grey, log_expit(odds) + black + constant)
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=2e-4)
 
 
 def test_denoising_loss_of_a_quadratic_energy_has_its_closed_form():

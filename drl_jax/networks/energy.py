@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, DTypeLike, Float, Key
+from jaxtyping import Array, DTypeLike, Float, Int, Key
 
 from drl_jax.networks import spectral
 
@@ -37,25 +37,33 @@ class Energy(NamedTuple):
     shape: tuple[int, ...]
 
 
-# (x [B, ...], U(x) [B, ...]) -> f [B]
-Form = Callable[[Float[Array, "B *D"], Float[Array, "B *D"]], Float[Array, "B"]]
+# (x [B, ...], U(x, t), t [B]) -> f [B]
+Form = Callable[
+    [Float[Array, "B *D"], Float[Array, "B *U"], Int[Array, "B"]], Float[Array, "B"]
+]
 
 
-def inner_product(x: Float[Array, "B *D"], u: Float[Array, "B *D"]) -> Float[Array, "B"]:
+def inner_product(
+    x: Float[Array, "B *D"], u: Float[Array, "B *D"], t: Int[Array, "B"]
+) -> Float[Array, "B"]:
     """Returns <x, U>."""
+    del t
     return jnp.sum(x * u, axis=range(1, x.ndim))
 
 
-def squared_distance(x: Float[Array, "B *D"], u: Float[Array, "B *D"]) -> Float[Array, "B"]:
+def squared_distance(
+    x: Float[Array, "B *D"], u: Float[Array, "B *D"], t: Int[Array, "B"]
+) -> Float[Array, "B"]:
     """Returns (|x|² - |x - U|²) / 2 = <x, U> - |U|² / 2.
 
     This is -|x - U|² / 2, except that the log-density's quadratic term is left to its reference
     (`recovery.Parameterisation`).
     """
+    del t
     return jnp.sum((x - u / 2) * u, axis=range(1, x.ndim))
 
 
-# The values of config.energy.form.
+# Values of config.energy.form. `recovery.mixture` is another one, which depends on the levels.
 FORMS: dict[str, Form] = {
     "inner_product": inner_product,
     "squared_distance": squared_distance,
@@ -97,8 +105,8 @@ def from_image_to_image(
     There is no spectral normalisation.
 
     Args:
-      network: maps (x [B, ...], level [B], keys [B] or None) to an array of x's shape, in the
-        dtype in which f is summed.
+      network: maps (x [B, ...], level [B], keys [B] or None) to U, in the dtype in which f is
+        summed.
       shape: shape of one example x.
       form: how f follows from x and U.
       levels: what the network is told about the levels t in 0..T-1.
@@ -114,7 +122,7 @@ def from_image_to_image(
     def f(params, x, t, keys=None):
         level = levels[t].astype(jnp.promote_types(levels.dtype, x.dtype))
         u: Any = network.apply({"params": params}, x, level, keys)
-        return form(x, u)
+        return form(x, u, t)
 
     return Energy(init, normalise, f, shape)
 

@@ -19,7 +19,7 @@ small = nn.initializers.variance_scaling(1e-2, "fan_avg", "uniform")
 
 
 class ImageMLP(nn.Module):
-    """U(x, level): one array of x's shape per example.
+    """U(x, level): one or more arrays of x's shape per example.
 
     Residual layers with a smooth activation, whose scale and shift depend on the level. The
     last hidden layer is divided by its root mean square, so that U is bounded.
@@ -28,11 +28,13 @@ class ImageMLP(nn.Module):
       width: number of features of every hidden layer.
       depth: number of residual layers.
       dropout: probability that a hidden feature is set to zero in training.
+      outputs: number O of arrays; if it is 1, U has no axis for them.
     """
 
     width: int
     depth: int
     dropout: float = 0.0
+    outputs: int = 1
 
     @nn.compact
     def __call__(
@@ -40,7 +42,7 @@ class ImageMLP(nn.Module):
         x: Float[Array, "B *D"],
         level: Float[Array, "B"],
         keys: Key[Array, "B"] | None = None,
-    ) -> Float[Array, "B *D"]:
+    ) -> Float[Array, "B *D"] | Float[Array, "B O *D"]:
         """Evaluates the network.
 
         Args:
@@ -61,8 +63,9 @@ class ImageMLP(nn.Module):
             h += nn.Dense(self.width, kernel_init=small, name=f"second_{i}")(update)
         h = nn.swish(h)
         h /= jnp.sqrt(1 + jnp.mean(jnp.square(h), axis=1, keepdims=True))
-        size = int(np.prod(x.shape[1:]))
-        return nn.Dense(size, kernel_init=near_zero, name="dense_out")(h).reshape(x.shape)
+        shape = x.shape[1:] if self.outputs == 1 else (self.outputs, *x.shape[1:])
+        u = nn.Dense(int(np.prod(shape)), kernel_init=near_zero, name="dense_out")(h)
+        return u.reshape(len(x), *shape)
 
 
 def energy(
@@ -72,6 +75,7 @@ def energy(
     dropout: float,
     form: Form,
     levels: Float[Array, "T"],
+    outputs: int = 1,
 ) -> Energy:
     """Returns the energy of an `ImageMLP`.
 
@@ -82,6 +86,7 @@ def energy(
       dropout: probability that a hidden feature is set to zero in training.
       form: how f follows from x and U.
       levels: what the network is told about the levels t in 0..T-1.
+      outputs: number of arrays of x's shape in U.
     """
-    network = ImageMLP(width=width, depth=depth, dropout=dropout)
+    network = ImageMLP(width=width, depth=depth, dropout=dropout, outputs=outputs)
     return from_image_to_image(network, shape, form, levels)
