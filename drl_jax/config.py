@@ -348,8 +348,14 @@ def validate(config: ConfigDict) -> None:
         raise invalid(
             "energy.dropout", "this needs config.train.objective 'denoising'; set it to 0"
         )
-    if config.energy.form == "mixture" and config.energy.parameterisation != "uniform":
-        raise invalid("energy.form", "this needs config.energy.parameterisation 'uniform'")
+    if config.energy.form == "mixture" and (
+        config.energy.network != "image_mlp" or config.energy.parameterisation != "uniform"
+    ):
+        raise invalid(
+            "energy.form",
+            "this needs config.energy.network 'image_mlp' and config.energy.parameterisation "
+            "'uniform'",
+        )
     if config.energy.network == "image_mlp":
         for name in ("energy.dtype", "evaluation.dtype"):
             if fields[name] != "float32":

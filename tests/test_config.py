@@ -142,6 +142,10 @@ def test_the_tables_of_checks_name_fields(names):
             {"energy__network": "mlp", "energy__parameterisation": "uniform"},
             "parameterisation is 'uniform': .*use 'unit'",
         ),
+        (
+            {"energy__network": "image_mlp", "energy__form": "mixture"},
+            "form is 'mixture': .*parameterisation 'uniform'",
+        ),
         ({"optim__decay_steps": 500}, "decay_steps is 500: .*warmup_steps, 1000"),
     ],
 )

@@ -65,15 +65,15 @@ def test_only_the_configs_state_how_long_the_papers_models_are_trained():
         assert not {text for text in written if text in file.read_text()}, file
 
 
-def test_both_t1k_configs_have_the_objective_that_works_on_digits():
-    digits, cifar10 = (
+def test_all_t1k_configs_have_the_objective_that_works_on_digits():
+    digits, *others = (
         dict(config_lib.flatten(config_lib.load(str(FOLDER / f"{name}_t1k.py"))))
-        for name in ("digits", "cifar10")
+        for name in ("digits", "cifar10", "mnist")
     )
     assert digits["train.objective"] == "denoising"
     fields = [name for name in digits if name.startswith(("diffusion.", "mcmc."))]
     for name in (*fields, "energy.parameterisation", "train.objective", "train.levels"):
-        assert cifar10[name] == digits[name], name
+        assert [other[name] for other in others] == 2 * [digits[name]], name
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
