@@ -1,0 +1,48 @@
+"""Handwritten digits of MNIST, 28x28 grey, 100 noise levels.
+
+Reproduces: nothing in the paper; not yet run.
+Hardware:   CPU cores are enough; not yet run.
+Time:       not yet measured.
+Steps:      30,000, our choice.
+Command:
+
+    python -m drl_jax.main --config=configs/mnist.py --workdir=DIR
+
+As in `digits.py`, training minimises the denoising loss, and a sample is one draw per level.
+Four fifths of the pixels are black, so f contains the odds that a pixel is
+(`recovery.mixture`).
+"""
+
+from drl_jax import config as config_lib
+
+
+def get_config():
+    config = config_lib.default()
+    config.data.name = "mnist5k"
+    config.data.test_fraction = 0.2
+    config.data.image_size = 28
+    config.data.channels = 1
+    config.data.flip = False
+    config.data.dequantise = 2 / 255
+    config.diffusion.schedule = "cosine"
+    config.diffusion.T = 100
+    config.energy.network = "image_mlp"
+    config.energy.ch = 304
+    config.energy.N = 2
+    config.energy.form = "mixture"
+    config.energy.dropout = 0.1
+    config.energy.parameterisation = "uniform"
+    config.mcmc.start = "posterior"
+    config.mcmc.K = 0
+    config.optim.learning_rate = 1e-3
+    config.optim.warmup_steps = 200
+    config.optim.decay_steps = 30_000
+    config.optim.ema_decay = 0.998
+    config.train.objective = "denoising"
+    config.train.batch_size = 128
+    config.train.num_steps = 30_000
+    config.log.every_steps = 500
+    config.log.sample_every_steps = 10_000
+    config.checkpoint.every_steps = 5000
+    config.checkpoint.keep_every_steps = 30_000
+    return config
