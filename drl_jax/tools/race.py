@@ -85,7 +85,7 @@ CONFIGS = {  # by the name of the model
 }
 # Height and width of the images, and the distance between neighbouring pixel values in [-1, 1],
 # by the value of --data.
-DATA = {"digits": (8, 2 / 16), "mnist5k": (32, 2 / 255)}
+DATA = {"digits": (8, 2 / 16), "mnist5k": (28, 2 / 255)}
 TEST_FRACTION = 0.2  # of the data, as test images
 EVALUATIONS = 5  # of each model
 SPEED_STEPS = 20  # training steps that show the speed
@@ -131,7 +131,7 @@ def with_gradient(
     def f(params, y, t, keys=None):
         constant = jax.lax.stop_gradient(y)
         u: Any = network.apply({"params": params}, constant, levels[t], keys)
-        return inner_product(y - constant, u)
+        return inner_product(y - constant, u, t)
 
     return from_image_to_image(network, shape, inner_product, levels)._replace(f=f)
 
