@@ -20,9 +20,16 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.mark.slow
 def test_the_command_prints_a_table_and_writes_json(tmp_path):
-    path = tmp_path / "benchmark.json"
+    path, config = tmp_path / "benchmark.json", tmp_path / "config.py"
+    config.write_text(
+        "from drl_jax import config\n"
+        "def get_config():\n"
+        "    small = config.load('configs/digits_t6.py')\n"
+        "    small.energy.update(ch=8, mult=(1,))\n"
+        "    return small\n"
+    )
     command = [sys.executable, "-m", "drl_jax.tools.benchmark", "--quick", "--repeats=1"]
-    command += ["--config=configs/digits_t6.py", "--K=1", "--samples=3"]
+    command += [f"--config={config}", "--K=1", "--samples=3"]
     done = subprocess.run(
         [*command, f"--json={path}"],
         cwd=ROOT,

@@ -67,15 +67,13 @@ def test_starting_points_are_compared_after_the_moves_on_level_0():
 
 
 CASES = [
-    (mixtures.PLANAR_SHAPES["blobs"](), 6),
     (mixtures.PLANAR_SHAPES["blobs"](), 1000),
     (CORRELATED, 6),
-    (CORRELATED, 1000),
 ]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("data", "T"), CASES, ids=["blobs6", "blobs1k", "8d6", "8d1k"])
+@pytest.mark.parametrize(("data", "T"), CASES, ids=["blobs1k", "8d6"])
 def test_the_default_budget_bounds_log_Z_within_0_05_nats(data, T):
     """The energies are exact up to a constant, so log Z must lie between the bounds.
 

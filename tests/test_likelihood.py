@@ -41,7 +41,7 @@ def start(model, workdir, *args):
 def test_an_interrupted_annealing_is_resumed_to_the_same_results(
     trained_toy, tmp_path, monkeypatch, caplog
 ):
-    """It is interrupted in all passes; all files are the same to the bit."""
+    """It is interrupted in three passes; all files are the same to the bit."""
     assert start(trained_toy, tmp_path / "whole") == 0
     folder = "likelihood/step_30_seed_0"
     files = {path.name: path.read_bytes() for path in (tmp_path / "whole" / folder).iterdir()}
@@ -68,14 +68,15 @@ def test_an_interrupted_annealing_is_resumed_to_the_same_results(
     def add_and_interrupt(self, moves):
         add(self, moves)
         calls.append(moves)
-        if len(calls) % 80 == 0:
+        if len(calls) % 130 == 0:
             os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(likelihood.Progress, "add", add_and_interrupt)
     interruptions = 0
     while (status := start(trained_toy, tmp_path / "cut")) == 128 + signal.SIGTERM:
         interruptions += 1
-        assert start(trained_toy, tmp_path / "cut", "--config.likelihood.chains=65") == 1
+        if interruptions == 1:
+            assert start(trained_toy, tmp_path / "cut", "--config.likelihood.chains=65") == 1
     assert status == 0
     assert interruptions >= 2
     for name, content in files.items():

@@ -333,7 +333,7 @@ def table(tmp_path_factory):
     capture = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("builtins.print", lambda *args, **_: capture.append(" ".join(args)))
-        small = ("--images=8", "--K=30", "--samples=20", f"--json={path}")
+        small = ("--images=8", "--K=10", "--samples=20", f"--json={path}")
         assert precision.main(["precision", *small]) == 0
     return "\n".join(capture), json.loads(path.read_text())
 
