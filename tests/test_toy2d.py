@@ -186,8 +186,8 @@ def test_an_mlp_learns_a_mixture_and_samples_it(tmp_path):
     # Annealing bounds the log Z that quadrature computes.
     run = runs.load(workdir)
     source = sources.open_source(run.config)
-    x = np.stack(list(pipeline.all_examples(run.config, source, limit=1000)))
-    budget = density.DEFAULT._replace(transitions=2)  # 1000 levels: short moves suffice
+    x = np.stack(list(pipeline.all_examples(run.config, source, limit=500)))
+    budget = density.DEFAULT._replace(distributions=300, transitions=2)
     bounds = density.log_partition(run.model, jax.random.key(0), x, budget)
     log_Z = metrics["levels"]["log_Z"][-1]
     for bound, sign in ((bounds.lower, -1), (bounds.upper, 1)):
