@@ -181,6 +181,7 @@ def test_upper_bounds_below_a_lower_bound_are_rejected_in_one_line():
         likelihood.require_usable(bounds, density.DEFAULT, D=2, T=1000)
 
 
+@pytest.mark.slow
 def test_a_contradiction_of_the_pilot_ends_the_task_before_the_annealing(
     trained_toy, tmp_path, monkeypatch, capsys
 ):

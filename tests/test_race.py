@@ -70,6 +70,7 @@ def gradient(energy, parameterisation):
     return jax.jit(jax.value_and_grad(loss))
 
 
+@pytest.mark.slow
 def test_the_diffusion_model_minimises_the_squared_error_of_its_predicted_noise(
     params, examples
 ):
@@ -89,6 +90,7 @@ def test_the_diffusion_model_minimises_the_squared_error_of_its_predicted_noise(
     )
 
 
+@pytest.mark.slow
 def test_a_training_step_of_the_diffusion_model_needs_no_gradient_of_a_gradient(examples):
     """It costs 3 forward passes, and the energy's at least 5. Fails without stop_gradient."""
     network = ImageMLP(width=1024, depth=1)

@@ -313,6 +313,7 @@ def difference(function, a, direction, h=1e-5):
     return (8 * (along(1) - along(-1)) - (along(2) - along(-2))) / (12 * h)
 
 
+@pytest.mark.slow
 def test_the_score_is_the_gradient_of_f_and_conservative(energy):
     """The Jacobian of the score is symmetric, though that of U is not.
 
@@ -331,6 +332,7 @@ def test_the_score_is_the_gradient_of_f_and_conservative(energy):
         assert np.abs(jacobian).min() > 1e-3
 
 
+@pytest.mark.slow
 def test_the_gradient_of_a_function_of_the_score_is_a_finite_difference(energy):
     """Fails if the gradient stops at the statistics of a normalisation's gradient."""
     evaluate, params, x = energy
@@ -343,6 +345,7 @@ def test_the_gradient_of_a_function_of_the_score_is_a_finite_difference(energy):
         np.testing.assert_allclose(sum(jax.tree.leaves(products)), expected, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_gradients_have_the_dtypes_of_the_images_and_parameters(tiny):
     """The result has the parameters', as `resnet.ResNet` has."""
     network, params, _, x, level = tiny
