@@ -6,7 +6,8 @@ Reproduces: nothing in the paper; digits that a classifier finds as good as test
             test images have a class with a probability above 0.9. The pixel Fréchet distance is
             0.220.
 Hardware:   2 cores of an AMD EPYC server.
-Time:       3 min 44 s, including installation, with `bash launch/demo.sh` (26 November 2026).
+Time:       3 min 4 s and 3 min 44 s, including installation: two runs of
+            `bash launch/demo.sh` (26 and 27 November 2026).
 Steps:      5,000, our choice.
 Command:
 
