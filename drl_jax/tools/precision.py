@@ -73,6 +73,7 @@ from drl_jax.sampling.ladder import Sampler
 from drl_jax.storage import runs
 from drl_jax.storage.atomic import write_json
 from drl_jax.storage.runs import Run
+from drl_jax.tools import command
 
 CHAINS_PER_IMAGE = 4  # Langevin chains
 WARM_UP_CHAINS = 16  # chains that adapt the step size of HMC
@@ -620,15 +621,8 @@ def main(argv: Sequence[str]) -> int:
     """Prints the table, writes the JSON and returns the exit status."""
     try:
         values = define_flags()
-        if {"--help", "-help", "-h"}.intersection(argv):
-            print(__doc__, *(f"--{name:8} {values[name].help}" for name in values), sep="\n")
+        if not command.parse(values, argv, __doc__):
             return 0
-        try:
-            rest = values(list(argv))
-        except flags.Error as error:
-            raise UserError(str(error)) from error
-        if len(rest) > 1:
-            raise UserError(f"unexpected argument {rest[1]!r}: options are --name=value")
         run = runs.load(values.model)
         result = compare(run, values.images, values.K, values.samples)
         print(table(result))

@@ -70,6 +70,7 @@ from drl_jax.plots.figures import Panel
 from drl_jax.recovery import Parameterisation, no_reference
 from drl_jax.runtime import cpu_devices, sharding
 from drl_jax.storage.atomic import make_writable, write_json
+from drl_jax.tools import command
 from drl_jax.training import loop
 from drl_jax.training import state as train_state
 from drl_jax.training import step as train_step
@@ -482,15 +483,8 @@ def main(argv: Sequence[str]) -> int:
     """Prints the table and returns the exit status."""
     try:
         values = define_flags()
-        if {"--help", "-help", "-h"}.intersection(argv):
-            print(__doc__, *(f"--{name:8} {values[name].help}" for name in values), sep="\n")
+        if not command.parse(values, argv, __doc__):
             return 0
-        try:
-            rest = values(list(argv))
-        except flags.Error as error:
-            raise UserError(" ".join(str(error).split())) from error
-        if len(rest) > 1:
-            raise UserError(f"unexpected argument {rest[1]!r}: options are --name=value")
         workdir = epath.Path(values.workdir).expanduser()
         rows = race(values.racers, values.seconds, values.data, values.seed, workdir)
         print(table(rows))

@@ -1,0 +1,33 @@
+"""Reads the command line of a tool."""
+
+from collections.abc import Sequence
+
+from absl import flags
+
+from drl_jax.errors import UserError
+
+
+def parse(values: flags.FlagValues, argv: Sequence[str], description: str) -> bool:
+    """Parses the options of a tool, or prints its help.
+
+    Args:
+      values: the tool's flags, which receive the values.
+      argv: name of the program, and its options.
+      description: what `--help` prints before the flags.
+
+    Returns:
+      whether the tool should run; False if the user asked for help.
+
+    Raises:
+      UserError: if an option is unknown, has a wrong value, or is not an option.
+    """
+    if {"--help", "-help", "-h"}.intersection(argv):
+        print(description, *(f"--{name:8} {values[name].help}" for name in values), sep="\n")
+        return False
+    try:
+        rest = values(list(argv))
+    except flags.Error as error:
+        raise UserError(" ".join(str(error).split())) from error
+    if len(rest) > 1:
+        raise UserError(f"unexpected argument {rest[1]!r}: options are --name=value")
+    return True
