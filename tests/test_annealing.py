@@ -20,6 +20,7 @@ def two_modes():
     return data._replace(variances=jnp.array([[0.01], [0.04]]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("T", [1, 6, 1000])
 def test_every_level_is_a_normalised_density_of_x(T):
     """Includes the two highest levels, where y is not scaled. Fails without D log a."""
@@ -284,6 +285,7 @@ def test_weights_of_any_spread_contradict_exact_starts_no_more_often_than_stated
         assert np.mean(np.array(p) < 0.05) < 0.05 + 0.03
 
 
+@pytest.mark.slow
 def test_exact_starts_are_rejected_no_more_often_than_stated(monkeypatch):
     """At a false-alarm rate of 5%, from normal log-weights with log mean w of zero.
 
@@ -348,6 +350,7 @@ def test_a_bound_is_reliable_if_ten_chains_or_half_of_them_contribute(chains, le
     assert not bound._replace(effective_sample_size=least - 0.1).reliable
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("values", [2, 17, 256])
 @pytest.mark.parametrize("dequantised", [False, True])
 def test_the_bound_of_a_uniform_pixel_is_its_probability(values, dequantised):
@@ -379,6 +382,7 @@ def test_the_bound_of_a_uniform_pixel_is_its_probability(values, dequantised):
     np.testing.assert_allclose(bounds, -np.log(values), atol=2e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dequantised", [False, True])
 def test_the_bounds_of_all_values_of_a_pixel_add_up_to_at_most_one(dequantised):
     """With dequantisation noise, and a smooth density like this normal one, almost to one."""

@@ -98,6 +98,7 @@ def test_chains_are_bit_identical_however_their_steps_are_divided_into_calls(sam
     assert advance._cache_size() == 1  # one program for all numbers of steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", ladder.STARTS)
 def test_chains_make_the_same_steps_as_generation_from_the_same_starting_points(start):
     """Fails if the level is not folded into the keys of the steps or of the starting points, or
@@ -172,6 +173,7 @@ def test_effective_sample_size_of_langevin_is_that_of_an_ar1_process():
     assert found.r_hat < 1.01
 
 
+@pytest.mark.slow
 def test_r_hat_is_one_for_chains_that_mix_and_large_for_chains_stuck_in_two_modes():
     def log_density(y, centre):
         return -jnp.sum((y - centre) ** 2, axis=1) / (2 * 0.3**2)

@@ -38,6 +38,7 @@ def metrics_of(kind):
     return trained().metrics(samples[kind].astype(np.float32), x, test)
 
 
+@pytest.mark.slow
 def test_held_out_digits_are_classified():
     """With 800 steps, 98% are right. Fails if labels and images are shuffled differently."""
     assert trained().accuracy(*digits()[1]) >= 0.97

@@ -106,6 +106,7 @@ def test_top_level_is_the_marginal_with_unscaled_y():
     assert schedule.y_scale(t)[5] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("T", [6, 1000])
 def test_pairs_have_the_joint_moments_of_the_diffusion_at_every_level(T):
     """The noise in x_t and in x_{t+1} - a x_t is standard normal and uncorrelated.

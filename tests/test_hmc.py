@@ -80,6 +80,7 @@ def test_trajectories_are_reversible_and_satisfy_detailed_balance(monkeypatch):
         assert np.sum(np.minimum(alpha, reversed_alpha) < 0.95) > 50
 
 
+@pytest.mark.slow
 def test_trajectory_follows_the_exact_hamiltonian_flow_of_a_gaussian():
     """The exact flow is a rotation; the leapfrog's error is of second order in the step."""
     y = jax.random.normal(jax.random.key(1), (5, 2))
@@ -126,6 +127,7 @@ def test_a_trajectory_of_one_step_is_not_random():
     np.testing.assert_allclose(state.position, proposal, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_trajectories_of_random_length_leave_a_mixture_invariant():
     """Chains that start from exact samples keep the first four moments.
 
@@ -139,6 +141,7 @@ def test_trajectories_of_random_length_leave_a_mixture_invariant():
     assert_moments(y[:, 0], masses(data))
 
 
+@pytest.mark.slow
 def test_each_chain_has_its_own_trajectory_length():
     y = jax.random.normal(jax.random.key(1), (3, 2))
     keys = noise.example_keys(jax.random.key(2), jnp.arange(3))

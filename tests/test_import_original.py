@@ -44,6 +44,7 @@ def test_an_imported_checkpoint_is_the_authors_network(workdir, caplog):
     assert "step 0 " in caplog.text
 
 
+@pytest.mark.slow
 def test_settings_of_an_import_come_from_the_command_line(workdir):
     args = f"--config={tiny.ROOT}/configs/celeba64.py", "--config.optim.ema_decay=0.5"
     assert tiny.main(*importing(workdir, ORIGINAL / "ckpt", *args)) == 0
@@ -100,6 +101,7 @@ def test_training_continues_with_the_update_that_the_authors_program_would_make(
     assert int(opt_state[0].count) == n
 
 
+@pytest.mark.slow
 def test_without_moments_the_first_update_is_zero_as_in_a_new_run_of_the_authors():
     state = to_state(tf_checkpoints.untrained())
     gradient = jax.tree.map(jnp.ones_like, state.params)

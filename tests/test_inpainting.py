@@ -138,6 +138,7 @@ def true_moments():
     return mean, A_BAR[0] ** 2 * VARIANCE * (1 - RHO**2) + SIGMA_BAR[0] ** 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rounds", "ancestral"), [(1, False), (3, False), (3, True)])
 def test_the_hidden_one_of_two_pixels_has_the_exact_moments_of_the_method(rounds, ancestral):
     """At every level, because at level 0 the rounds hide errors of the levels above.
@@ -152,6 +153,7 @@ def test_the_hidden_one_of_two_pixels_has_the_exact_moments_of_the_method(rounds
         assert_variance(x[:, 1], mean, variance, of=2 * T)
 
 
+@pytest.mark.slow
 def test_many_rounds_converge_to_the_true_conditional():
     """After one round the mean is still biased towards the unconditional mean."""
     mean, variance = true_moments()
@@ -174,6 +176,7 @@ def test_a_hidden_pixel_depends_on_the_known_pixel_and_not_on_its_own_value():
         np.testing.assert_array_equal(again[:, 1], x[:, 1])
 
 
+@pytest.mark.slow
 def test_a_sample_depends_only_on_its_own_key_and_image():
     keys = noise.example_keys(jax.random.key(0), jnp.arange(2000))[5:8]
     few = inpaint(keys, jnp.full((3, 2), X), 3)
@@ -226,6 +229,7 @@ def run():
     return runs.load(tiny.trained())
 
 
+@pytest.mark.slow
 def test_a_trained_model_keeps_known_pixels_and_completes_an_image_in_different_ways(run):
     source = sources.open_source(run.config)
     x = np.stack(list(pipeline.all_examples(run.config, source, limit=5)))

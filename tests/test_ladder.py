@@ -101,6 +101,7 @@ def test_generation_has_the_exact_moments_of_its_starts_steps_and_noise_scale(
     assert_variance(x[:, 0], mean, variance, of=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("T", "name"), [(6, "cosine"), (1000, "linear")])
 def test_starts_from_the_posterior_have_the_exact_mean_of_the_conditional(T, name):
     """For data with two modes, however far apart the levels are; at the top they are x_tilde.

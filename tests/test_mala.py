@@ -12,6 +12,7 @@ from drl_jax import noise
 from drl_jax.mcmc import mala
 
 
+@pytest.mark.slow
 def test_gaussian_is_invariant_at_step_sizes_where_langevin_is_biased():
     """Chains that start in the distribution stay in it, for any step size.
 

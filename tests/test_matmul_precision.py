@@ -87,6 +87,7 @@ def test_all_programs_of_a_model_multiply_in_float32(model, name):
     assert precisions(program.trace(*arguments_of(model, name))) == {"HIGHEST"}
 
 
+@pytest.mark.slow
 def test_the_inception_network_multiplies_in_float32(model):
     variables = jax.tree.map(
         lambda v: np.zeros(v.shape, v.dtype), inception.abstract_variables()
@@ -103,6 +104,7 @@ def test_parameters_are_normalised_in_float32(model):
     assert precisions(traced) == {"HIGHEST"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["default", "highest"])
 @pytest.mark.parametrize("objective", ["recovery", "denoising"])
 def test_training_multiplies_in_the_configured_precision(objective, precision):

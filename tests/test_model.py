@@ -64,6 +64,7 @@ def test_models_are_immutable(model):
             setattr(model, field.name, None)
 
 
+@pytest.mark.slow
 def test_adapt_returns_a_new_model_and_does_not_change_the_old_one(model):
     leapfrog = jnp.full(6, 3)
     old = with_kernel(model, hmc.kernel, leapfrog=leapfrog)
@@ -160,6 +161,7 @@ def test_other_step_sizes_and_parameters_compile_nothing(model):
     assert model.programs.generate._cache_size() == count
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("T", "mcmc"),
     [

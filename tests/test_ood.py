@@ -85,6 +85,7 @@ def diffused(key, x):
     return np.stack(levels)
 
 
+@pytest.mark.slow
 def test_scores_are_F_and_the_norm_of_its_gradient_at_every_level():
     """Compared with the closed form for f(x, t) = Σ sin(w_t x).
 

@@ -152,6 +152,7 @@ def test_a_batch_is_a_float32_array_under_the_name_image():
     assert np.all(np.abs(batch["image"]) <= 1)
 
 
+@pytest.mark.slow
 def test_points_are_batched_unchanged():
     config = config_lib.load(str(tiny.ROOT / "configs" / "toy2d.py"))
     config.train.batch_size = 6

@@ -154,6 +154,7 @@ def test_networks_compute_in_the_precision_of_their_images(network):
     assert not re.search(r"\bb?f(16|64)\[", program(params, np.asarray(x)))
 
 
+@pytest.mark.slow
 def test_convolutions_multiply_in_bfloat16_and_add_up_in_float32():
     """In f and both its gradients.
 

@@ -138,6 +138,7 @@ def test_uniform_pixels_have_the_density_of_uniform_noise_that_was_diffused(half
         np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_log_density_of_uniform_pixels_is_a_sum_over_pixels_with_a_finite_gradient():
     schedule = diffusion.schedule(100, "cosine")
     log_p = recovery.uniform_pixels(schedule, 1.0)

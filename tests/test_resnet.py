@@ -59,6 +59,7 @@ def test_block_is_its_skip_connection_at_initialisation():
     np.testing.assert_allclose(block.apply(params, x, temb), x, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_every_kernel_but_the_head_is_spectrally_normalised():
     energy = resnet.energy(8, 3, ch=8, mult=(1, 2), N=2)
     params, vectors = energy.init(jax.random.key(0))

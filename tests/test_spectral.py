@@ -33,6 +33,7 @@ def converged(params):
     return normalised, vectors
 
 
+@pytest.mark.slow
 def test_every_normalised_kernel_has_a_unit_vector():
     vectors = spectral.init_vectors(jax.random.key(1), make_params(), rule)
     assert set(vectors) == set(RULES)

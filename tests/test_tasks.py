@@ -163,6 +163,7 @@ def test_inception_sees_all_samples_although_few_are_in_memory(
     np.testing.assert_array_equal(data, pipeline.to_uint8(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fraction", [0.0, 0.3])
 def test_labelled_data_are_compared_by_a_classifier(tmp_path, monkeypatch, caplog, fraction):
     """Fails if the classifier is trained on the test images, or other images are compared."""

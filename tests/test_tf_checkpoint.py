@@ -65,6 +65,7 @@ def test_network_and_its_gradient(network, expected):
     assert_close(vjp(jnp.ones(6))[0], expected["grad_f"], 1e-5)
 
 
+@pytest.mark.slow
 def test_conditional_log_density_and_its_gradient(network, expected):
     x_tilde, t = jnp.asarray(expected["x_noisy"]), jnp.asarray(expected["t"])
 
@@ -77,6 +78,7 @@ def test_conditional_log_density_and_its_gradient(network, expected):
     assert_close(vjp(jnp.ones(6))[0], expected["grad_log_p"], 1e-5)
 
 
+@pytest.mark.slow
 def test_three_noiseless_langevin_steps(network, expected):
     x_tilde, t = jnp.asarray(expected["x_noisy"]), jnp.asarray(expected["t"])
     keys = jax.random.split(jax.random.key(0), 6)
