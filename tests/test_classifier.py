@@ -9,6 +9,8 @@ from drl_jax import config as config_lib
 from drl_jax.data import pipeline, sources
 from drl_jax.metrics import classifier
 
+pytestmark = pytest.mark.slow
+
 
 @functools.cache
 def digits():
@@ -38,7 +40,6 @@ def metrics_of(kind):
     return trained().metrics(samples[kind].astype(np.float32), x, test)
 
 
-@pytest.mark.slow
 def test_held_out_digits_are_classified():
     """With 800 steps, 98% are right. Fails if labels and images are shuffled differently."""
     assert trained().accuracy(*digits()[1]) >= 0.97

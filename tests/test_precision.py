@@ -28,6 +28,8 @@ from drl_jax.sampling.ladder import Conditionals, Sampler
 from drl_jax.storage import runs
 from drl_jax.tools import precision
 
+pytestmark = pytest.mark.slow
+
 B, T = 24, 6
 LEVELS = jnp.arange(B, dtype=jnp.int32) % T
 
@@ -96,7 +98,6 @@ def relative_errors(ours, truth):
     return f_error, difference / norm
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("network", [random_resnet, random_mlp, shipped])
 def test_energies_and_gradients_differ_from_float64_by_rounding_errors(network):
     """About 1e-6 in float32; in bfloat16, about a thousand times as much.
@@ -136,7 +137,6 @@ def differences_agree(energy, params, x, gradient):
     assert np.median(np.abs(difference - along)) < 1e-7 * scale
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("network", [random_resnet, random_mlp])
 def test_networks_compute_in_the_precision_of_their_images(network):
     """Fails if the time embedding of either network is float32 and not weakly typed."""
@@ -154,7 +154,6 @@ def test_networks_compute_in_the_precision_of_their_images(network):
     assert not re.search(r"\bb?f(16|64)\[", program(params, np.asarray(x)))
 
 
-@pytest.mark.slow
 def test_convolutions_multiply_in_bfloat16_and_add_up_in_float32():
     """In f and both its gradients.
 
@@ -198,7 +197,6 @@ def test_gradients_of_parameters_in_bfloat16_have_its_rounding_errors():
         assert 1e-4 < np.linalg.norm(ours - truth) / np.linalg.norm(truth) < 0.1
 
 
-@pytest.mark.slow
 def test_a_configuration_chooses_bfloat16_for_f_alone():
     """Fails if the state of a chain or the network's last sum is in bfloat16."""
     run = runs.load("digits")
@@ -264,7 +262,6 @@ def mlp_conditionals(module, params, dtype):
     return Conditionals(F, schedule, sampler_of(module, s, 30))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("module", [langevin, mala, hmc])
 def test_chains_of_thirty_steps_are_the_same_in_float32_and_float64(module):
     """The energy is smooth: chains diverge only where they differ in an accept decision.
@@ -292,7 +289,6 @@ def test_chains_of_thirty_steps_are_the_same_in_float32_and_float64(module):
     np.testing.assert_allclose(np.median(accepted - accepted_truth), 0, atol=1e-5)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("module", [langevin, mala, hmc])
 def test_generation_warm_up_and_inpainting_run_in_float64(module):
     """Fails if the momentum or white noise is float32: loops reject a carry of that type."""
@@ -339,7 +335,6 @@ def table(tmp_path_factory):
     return "\n".join(capture), json.loads(path.read_text())
 
 
-@pytest.mark.slow
 def test_the_command_prints_a_row_per_level_and_precision_and_verdicts(table):
     printed, result = table
     lines = printed.splitlines()
@@ -356,7 +351,6 @@ def test_the_command_prints_a_row_per_level_and_precision_and_verdicts(table):
     assert "accept decisions not accurate (" in lines[-1]
 
 
-@pytest.mark.slow
 def test_float32_is_accurate_and_accept_decisions_in_bfloat16_are_not(table):
     """For the shipped model.
 
@@ -381,7 +375,6 @@ def test_float32_is_accurate_and_accept_decisions_in_bfloat16_are_not(table):
         assert half[t]["changed_decisions"] > 0.03
 
 
-@pytest.mark.slow
 def test_log_weights_are_accurate_in_float32_and_not_in_bfloat16(table):
     """In nats, for annealing through all levels of the digits model, whose F is about 1e4.
 

@@ -20,6 +20,8 @@ from drl_jax.sampling import ladder
 from drl_jax.sampling.ladder import Conditionals, Sampler
 from drl_jax.storage import tf_checkpoint
 
+pytestmark = pytest.mark.slow
+
 SCHEDULE = diffusion.schedule(6)
 S = recovery.step_sizes(SCHEDULE, b_squared=2e-4)
 
@@ -57,7 +59,6 @@ def test_schedule_and_step_sizes(expected):
     assert_close(S**2, expected["step_size_square"], 1e-6)
 
 
-@pytest.mark.slow
 def test_network_and_its_gradient(network, expected):
     x, t = jnp.asarray(expected["x"]), jnp.asarray(expected["t"])
     f, vjp = jax.vjp(lambda x: network(x, t), x)
@@ -65,7 +66,6 @@ def test_network_and_its_gradient(network, expected):
     assert_close(vjp(jnp.ones(6))[0], expected["grad_f"], 1e-5)
 
 
-@pytest.mark.slow
 def test_conditional_log_density_and_its_gradient(network, expected):
     x_tilde, t = jnp.asarray(expected["x_noisy"]), jnp.asarray(expected["t"])
 
@@ -78,7 +78,6 @@ def test_conditional_log_density_and_its_gradient(network, expected):
     assert_close(vjp(jnp.ones(6))[0], expected["grad_log_p"], 1e-5)
 
 
-@pytest.mark.slow
 def test_three_noiseless_langevin_steps(network, expected):
     x_tilde, t = jnp.asarray(expected["x_noisy"]), jnp.asarray(expected["t"])
     keys = jax.random.split(jax.random.key(0), 6)
