@@ -46,6 +46,8 @@ def default() -> ConfigDict:
                 "T": 6,  # number of energies; noise levels are 0..T
                 # 'linear', the paper's, for T = 1 to 501 or 1000; or 'cosine', for any T
                 "schedule": "linear",
+                # sigma_bar_0, the noise of level 0, for 'cosine'; 0: 0.0074
+                "min_noise": 0.0,
             },
             "energy": {
                 # 'resnet', the paper's; 'unet', for images of any size; 'image_mlp', for small
@@ -64,8 +66,10 @@ def default() -> ConfigDict:
                 "dropout": 0.0,  # probability, in training; for 'unet' and 'image_mlp'
                 # F from f: 'step': f / s_t²; 'noise': f / sigma_bar_t - |x|² / 2;
                 # 'unit': f - |x|² / 2; 'uniform': f / sigma_bar_t + log-density of level t if
-                # pixels were uniform
+                # pixels were uniform; 'gaussians': the same if the data were a mixture of
+                # Gaussians, which is fitted to them
                 "parameterisation": "step",
+                "components": 20,  # of this mixture
                 "dtype": "float32",  # of the products in f, in training; or 'bfloat16'
             },
             "mcmc": {
@@ -181,7 +185,7 @@ CHOICES = {
     "diffusion.schedule": ("linear", "cosine"),
     "energy.network": ("resnet", "unet", "image_mlp", "mlp"),
     "energy.form": ("inner_product", "squared_distance", "mixture"),
-    "energy.parameterisation": ("step", "noise", "uniform", "unit"),
+    "energy.parameterisation": ("step", "noise", "uniform", "gaussians", "unit"),
     "energy.dtype": ("float32", "bfloat16"),
     "evaluation.dtype": ("float32", "bfloat16"),
     "mcmc.sampler": ("langevin", "mala", "hmc"),
@@ -197,6 +201,7 @@ MINIMUM = {
     "seed": 0,
     "data.dequantise": 0,
     "data.test_fraction": 0,
+    "diffusion.min_noise": 0,
     "energy.dropout": 0,
     "energy.ch": 4,  # the embedding of t has ch / 2 frequencies, at least two
     "mcmc.K": 0,
@@ -215,12 +220,16 @@ MINIMUM = {
 BELOW = {
     "seed": 2**32,
     "data.test_fraction": 1,
+    "diffusion.min_noise": 0.9,
     "mcmc.target_acceptance": 1,
     "energy.dropout": 1,
     "optim.beta1": 1,
     "optim.ema_decay": 1,
     "likelihood.target_acceptance": 1,
 }
+
+# Largest number of values of an image for which 'gaussians' has full covariances.
+MOST_VALUES = 256
 
 # Settings of images that must have these values for points in the plane.
 REQUIRED_FOR_POINTS = {
@@ -356,12 +365,14 @@ def validate(config: ConfigDict) -> None:
             "this needs config.energy.network 'image_mlp' and config.energy.parameterisation "
             "'uniform'",
         )
+    if config.diffusion.min_noise and config.diffusion.schedule != "cosine":
+        raise invalid("diffusion.min_noise", "only config.diffusion.schedule 'cosine' has it")
     if config.energy.network == "image_mlp":
         for name in ("energy.dtype", "evaluation.dtype"):
             if fields[name] != "float32":
                 raise invalid(name, "config.energy.network 'image_mlp' needs 'float32'")
     if config.energy.network == "mlp":
-        if config.energy.parameterisation == "uniform":
+        if config.energy.parameterisation in ("uniform", "gaussians"):
             raise invalid("energy.parameterisation", "points have no pixels; use 'unit'")
         for name, wanted in REQUIRED_FOR_POINTS.items():
             if fields[name] != wanted:
@@ -370,6 +381,13 @@ def validate(config: ConfigDict) -> None:
                     "config.energy.network 'mlp' is for points in the plane, for which it "
                     f"must be {wanted!r}",
                 )
+    values = config.data.image_size**2 * config.data.channels
+    if config.energy.parameterisation == "gaussians" and values > MOST_VALUES:
+        raise invalid(
+            "energy.parameterisation",
+            f"the covariances of images with {values} values are too large, the limit is "
+            f"{MOST_VALUES}; use 'uniform'",
+        )
 
 
 def _require_in_range(name: str, value: float) -> None:

@@ -69,7 +69,7 @@ class NoiseSchedule:
         return jnp.where(t == self.T - 1, 1.0, self.a[t + 1])
 
 
-def schedule(T: int, name: str = "linear") -> NoiseSchedule:
+def schedule(T: int, name: str = "linear", min_noise: float = 0.0) -> NoiseSchedule:
     """Returns the noise schedule with T energies.
 
     - 'linear' is the paper's. The step to each level combines one or more consecutive `BETAS`.
@@ -84,13 +84,14 @@ def schedule(T: int, name: str = "linear") -> NoiseSchedule:
     Args:
       T: number of energies.
       name: 'linear' or 'cosine'.
+      min_noise: sigma_bar_0 of the cosine schedule, if it is not to be that of `LOG_SNR`.
 
     Raises:
       UserError: if the name is unknown, or T does not fit the schedule.
     """
     if name not in _SCHEDULES:
         raise UserError(f"the noise schedule {name!r} is unknown; use 'linear' or 'cosine'")
-    a_bar = _SCHEDULES[name](T)
+    a_bar = _SCHEDULES[name](T, min_noise)
     a = a_bar / np.append(1.0, a_bar[:-1])
     return NoiseSchedule(
         a=jnp.asarray(a),
@@ -100,8 +101,9 @@ def schedule(T: int, name: str = "linear") -> NoiseSchedule:
     )
 
 
-def _linear(T: int) -> Float[np.ndarray, "levels"]:
-    """Returns a_bar of the linear schedule."""
+def _linear(T: int, min_noise: float) -> Float[np.ndarray, "levels"]:
+    """Returns a_bar of the linear schedule, whose noise levels are fixed."""
+    del min_noise
     if T == 1000:
         ends = np.arange(1001)
     elif 1 <= T <= 501:
@@ -116,11 +118,12 @@ def _linear(T: int) -> Float[np.ndarray, "levels"]:
     return np.exp(np.append(log_a_bar, -np.inf))[ends]
 
 
-def _cosine(T: int) -> Float[np.ndarray, "levels"]:
+def _cosine(T: int, min_noise: float) -> Float[np.ndarray, "levels"]:
     """Returns a_bar of the cosine schedule."""
     if T < 1:
         raise UserError(f"T = {T} is not a number of noise levels; use 1 or more")
     first, last = np.arctan(np.exp(-np.array(LOG_SNR) / 2))
+    first = np.arcsin(min_noise) if min_noise else first
     return np.cos(np.linspace(first, last, T + 1))
 
 

@@ -2,14 +2,19 @@
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Key, Shaped
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from drl_jax import config as config_lib
 from drl_jax import diffusion, recovery
+from drl_jax.data import mixtures
+from drl_jax.data.mixtures import Mixture
 from drl_jax.diffusion import NoiseSchedule
 from drl_jax.errors import UserError
 from drl_jax.mcmc import hmc, langevin, mala
@@ -19,11 +24,16 @@ from drl_jax.networks.energy import (
     Energy,
     Form,
     Params,
+    Vectors,
     from_image_to_image,
     with_dtype,
 )
 from drl_jax.recovery import LevelFn, Parameterisation
 from drl_jax.sampling.ladder import STARTS, Conditionals, Sampler
+
+# The mixture of the parameterisation 'gaussians', among the parameters of the network. Training
+# does not change it.
+MIXTURE = "mixture"
 
 # Values of config.mcmc.sampler that accept or reject, and whose step sizes are adapted.
 METROPOLIS = ("mala", "hmc")
@@ -56,7 +66,13 @@ class Method(NamedTuple):
         f = functools.partial(self.energy.f, params)
         if keys is not None:
             f = functools.partial(f, keys=keys)
-        return recovery.log_density(f, self.parameterisation)
+        if MIXTURE not in params:
+            return recovery.log_density(f, self.parameterisation)
+        mixture = Mixture(**jax.lax.stop_gradient(params[MIXTURE]))
+        exact = mixtures.exact_F(mixture, self.schedule)
+        tau = self.parameterisation.temperature
+        reference = Parameterisation(tau, lambda y, t: exact(y.reshape(len(y), -1), t))
+        return recovery.log_density(recovery.limited(f, tau), reference)
 
     def conditionals(
         self, params: Params, tuning: dict[str, Shaped[Array, "T"]] | None = None
@@ -71,6 +87,11 @@ class Method(NamedTuple):
         return Conditionals(self.F(params), self.schedule, sampler)
 
 
+def with_mixture(params: Params, mixture: Mixture) -> Params:
+    """Returns the parameters with another mixture."""
+    return {**params, MIXTURE: mixture._asdict()}
+
+
 def from_config(config: ConfigDict) -> Method:
     """Builds the method that a configuration describes, with the sampler used in training.
 
@@ -79,7 +100,8 @@ def from_config(config: ConfigDict) -> Method:
         often enough or has no such sizes for attention, or the leapfrog steps are given for
         another number of levels.
     """
-    schedule = diffusion.schedule(config.diffusion.T, config.diffusion.schedule)
+    levels = config.diffusion
+    schedule = diffusion.schedule(levels.T, levels.schedule, levels.min_noise)
     energy = make_energy(config, schedule, config.energy.dtype)
     if config.energy.parameterisation == "step":
         s = recovery.step_sizes(schedule, config.mcmc.b_squared)
@@ -87,11 +109,11 @@ def from_config(config: ConfigDict) -> Method:
     elif config.energy.parameterisation == "unit":
         parameterisation = Parameterisation(jnp.ones(schedule.T), recovery.white_noise)
     else:
-        reference = (
-            recovery.white_noise
-            if config.energy.parameterisation == "noise"
-            else recovery.uniform_pixels(schedule, 1 + config.data.dequantise / 2)
-        )
+        reference = {
+            "noise": recovery.white_noise,
+            "uniform": recovery.uniform_pixels(schedule, 1 + config.data.dequantise / 2),
+            "gaussians": recovery.no_reference,  # until `F` knows the parameters
+        }[config.energy.parameterisation]
         parameterisation = Parameterisation(_noise_of_data(config, schedule), reference)
     sampler = make_sampler(config.mcmc, schedule)
     return Method(energy, schedule, parameterisation, sampler, FrozenConfigDict(config.mcmc))
@@ -170,7 +192,21 @@ def make_energy(config: ConfigDict, schedule: NoiseSchedule, dtype: str) -> Ener
         energy = from_image_to_image(network, (size, size, channels), form, levels)
     else:
         energy = resnet.energy(size, channels, ch, mult, N)
+    if config.energy.parameterisation == "gaussians":
+        energy = energy._replace(init=_init_with_mixture(energy, config.energy.components))
     return with_dtype(jnp.bfloat16, energy) if dtype == "bfloat16" else energy
+
+
+def _init_with_mixture(energy: Energy, K: int) -> Callable:
+    """Returns an `Energy.init` whose parameters have a mixture of K, as yet white noise."""
+    D = math.prod(energy.shape)
+    white = mixtures.mixture(np.full(K, 1 / K), np.zeros((K, D)), np.tile(np.eye(D), (K, 1, 1)))
+
+    def init(key: Key[Array, ""]) -> tuple[Params, Vectors]:
+        params, vectors = energy.init(key)
+        return with_mixture(params, white), vectors
+
+    return init
 
 
 def _mixture(config: ConfigDict, schedule: NoiseSchedule) -> Form:

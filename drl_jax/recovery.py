@@ -13,7 +13,7 @@ F can be learned in two ways: from the recovery likelihood, with negative sample
 chains draw (`loss`), or from denoising, without them (`denoising_loss`).
 
 The gradient of F differs between levels by orders of magnitude. Dividing f by a temperature
-tau_t per level takes these factors out of the network. There are four parameterisations
+tau_t per level takes these factors out of the network. There are five parameterisations
 (`config.energy.parameterisation`):
 
 - 'step', for few levels (T6): F = f / s_t² with s_t the Langevin step size, as in the authors'
@@ -36,6 +36,10 @@ tau_t per level takes these factors out of the network. There are four parameter
   few sigma_bar_t of the range of pixel values, however long the chains are. Where most pixels
   are black, f can contain their log-density, with a probability that depends on the rest of
   the image (`mixture`).
+- 'gaussians', for small images and any number of levels: F = f / tau_t + the log-density of
+  level t if the data were a mixture of Gaussians, which is fitted to them before training
+  (`data.mixtures.fit`). f / tau_t is limited (`limited`). So nearly all probability is
+  where the mixture has it: no region far from the data can be more probable than the data.
 - 'unit', for few dimensions: F = f - |x|² / 2. A density in the plane is smooth at the scale of
   the lowest noise levels: its logarithm is of order one at every level, and the lowest levels
   hardly differ. If f were divided by sigma_bar_t, it would have to be proportional to
@@ -56,6 +60,7 @@ from drl_jax.diffusion import NoiseSchedule
 from drl_jax.mcmc.log_density import value_and_gradient
 from drl_jax.networks.energy import Form
 
+LIMIT = 60.0  # of f / tau_t with the parameterisation 'gaussians' [nats]
 LOG_ODDS = 4.0  # unit of the log-odds in `mixture`, so that they are learned as fast as v
 
 # (x [B, ...], t [B]) -> [B]: the network f with given parameters, or F computed from it.
@@ -184,6 +189,19 @@ def mixture(schedule: NoiseSchedule, temperature: Float[Array, "T"], half_width:
         return jnp.sum(pixels, axis=range(1, x.ndim))
 
     return form
+
+
+def limited(f: LevelFn, temperature: Float[Array, "T"]) -> LevelFn:
+    """Returns c tau_t tanh(f(y, t) / (c tau_t)), with c = `LIMIT`.
+
+    It contributes between -c and c to F, and equals f where |f| / tau_t is far below c.
+    """
+
+    def g(y: Float[Array, "B *D"], t: Int[Array, "B"]) -> Float[Array, "B"]:
+        largest = LIMIT * temperature[t]
+        return largest * jnp.tanh(f(y, t) / largest)
+
+    return g
 
 
 def log_density(f: LevelFn, parameterisation: Parameterisation) -> LevelFn:

@@ -146,6 +146,15 @@ def test_the_tables_of_checks_name_fields(names):
             {"energy__network": "image_mlp", "energy__form": "mixture"},
             "form is 'mixture': .*parameterisation 'uniform'",
         ),
+        (
+            {"energy__network": "mlp", "energy__parameterisation": "gaussians"},
+            "parameterisation is 'gaussians': .*use 'unit'",
+        ),
+        (
+            {"energy__parameterisation": "gaussians"},
+            "parameterisation is 'gaussians': .*3072 values .*limit is 256; use 'uniform'",
+        ),
+        ({"diffusion__min_noise": 0.1}, "min_noise is 0.1: .*schedule 'cosine'"),
         ({"optim__decay_steps": 500}, "decay_steps is 500: .*warmup_steps, 1000"),
     ],
 )

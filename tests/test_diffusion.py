@@ -168,3 +168,12 @@ def test_conditioning_is_the_angle_between_signal_and_noise(T, name):
     angle = np.asarray(schedule.conditioning) * np.pi / 2000
     np.testing.assert_allclose(np.sin(angle), schedule.sigma_bar, atol=1e-5)
     np.testing.assert_allclose(np.cos(angle), schedule.a_bar, atol=1e-5)
+
+
+def test_the_lowest_noise_of_the_cosine_schedule_can_be_chosen():
+    """The highest stays the same, and the angles between them are evenly spaced."""
+    usual, found = diffusion.schedule(20, "cosine"), diffusion.schedule(20, "cosine", 0.1)
+    assert found.sigma_bar[0] == pytest.approx(0.1)
+    assert found.a_bar[-1] == pytest.approx(usual.a_bar[-1])
+    angles = np.arctan2(found.sigma_bar, found.a_bar)
+    np.testing.assert_allclose(np.diff(angles), np.mean(np.diff(angles)), rtol=1e-3)

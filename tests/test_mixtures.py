@@ -228,3 +228,28 @@ def test_every_shape_integrates_to_one_and_its_samples_follow_its_density(name):
     side = np.linspace(-edge, edge, cells + 1)
     counts, _, _ = np.histogram2d(*x.T, bins=[side, side])
     assert_counts(counts.ravel(), probabilities / probabilities.sum())
+
+
+def test_a_fitted_gaussian_has_the_mean_and_the_enlarged_covariance_of_the_data():
+    """Closed form for K = 1."""
+    x = np.random.default_rng(0).normal(size=(50, 2, 2)).astype(np.float32)
+    mean, covariance = mixtures.fit(x, 1).mean_and_covariance()
+    points = x.reshape(50, 4)
+    np.testing.assert_allclose(mean, points.mean(axis=0), atol=1e-5)
+    wanted = np.cov(points.T, bias=True) + mixtures.SMALLEST_VARIANCE * np.eye(4)
+    np.testing.assert_allclose(covariance, wanted, atol=1e-5)
+
+
+def test_a_fitted_mixture_finds_separate_clusters_and_their_mean_covariance():
+    """Closed form, as every point belongs to its own cluster with probability 1."""
+    rng = np.random.default_rng(0)
+    clusters = [rng.normal((-5, 0), (0.1, 0.3), (30, 2)), rng.normal((5, 1), 0.2, (90, 2))]
+    fitted = mixtures.fit(np.concatenate(clusters).astype(np.float32), 2)
+    of = [np.cov(c.T, bias=True) for c in clusters]
+    wanted = (of[0] + 3 * of[1]) / 4 + mixtures.SMALLEST_VARIANCE * np.eye(2)
+    order = np.argsort(fitted.means[:, 0])
+    np.testing.assert_allclose(np.exp(fitted.log_weights[order]), [0.25, 0.75], atol=1e-5)
+    for k, cluster in zip(order, clusters, strict=True):
+        np.testing.assert_allclose(fitted.means[k], cluster.mean(axis=0), atol=1e-4)
+        found = fitted.axes[k] @ np.diag(fitted.variances[k]) @ fitted.axes[k].T
+        np.testing.assert_allclose(found, wanted, atol=1e-4)

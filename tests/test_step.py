@@ -9,6 +9,7 @@ from helpers import tiny
 
 from drl_jax import config as config_lib
 from drl_jax import diffusion, noise, recovery
+from drl_jax import method as method_lib
 from drl_jax.data import mixtures, pipeline, sources
 from drl_jax.errors import UserError
 from drl_jax.mcmc import hmc, langevin
@@ -282,6 +283,46 @@ def test_a_quadratic_energy_learns_the_mean_and_covariance_of_every_level():
         assert np.max(np.abs(covariance_error)) < 0.03, (t, covariance_error)
         excess_variance.append(np.trace(covariance_error) / 2)
     assert abs(np.mean(excess_variance[:-1])) < 0.006, excess_variance
+
+
+def gaussians():
+    """Returns the configuration of a small network with a mixture of two Gaussians."""
+    config = config_lib.default()
+    config.data.update(image_size=4, channels=1)
+    config.energy.update(network="image_mlp", ch=8, N=1, components=2)
+    config.energy.parameterisation = "gaussians"
+    config.train.objective = "denoising"
+    return config
+
+
+def test_F_is_the_limited_f_over_the_temperature_plus_the_log_density_of_the_mixture():
+    method = method_lib.from_config(gaussians())
+    fitted = mixtures.isotropic(np.random.default_rng(0).normal(size=(2, 16)), 0.3)
+    params, _ = method.energy.init(jax.random.key(0))
+    params = method_lib.with_mixture(jax.tree.map(lambda p: p + 0.1, params), fitted)
+    t = jnp.arange(6)
+    y = noise.normal(noise.example_keys(jax.random.key(1), t), (4, 4, 1))
+    exact = mixtures.exact_F(fitted, method.schedule)(y.reshape(6, 16), t)
+    f = method.energy.f(params, y, t) / method.parameterisation.temperature[t]
+    assert np.std(f) > 1
+    wanted = recovery.LIMIT * np.tanh(f / recovery.LIMIT) + exact
+    np.testing.assert_allclose(method.F(params)(y, t), wanted, rtol=1e-5)
+
+
+def test_training_changes_the_network_and_not_the_fitted_mixture():
+    config = gaussians()
+    method, training = method_lib.from_config(config), train_step.from_config(config)
+    state = train_state.create(jax.random.key(0), method.energy, training.optimiser)
+    step = train_step.compile_step(sharding.make_mesh(), method, training)
+    x = noise.normal(noise.example_keys(jax.random.key(1), jnp.arange(8)), (4, 4, 1))
+    new = state
+    for _ in range(3):
+        new, _ = step(jax.tree.map(jnp.copy, new), x, jax.random.key(2))
+    before, after = (dict(s.params) for s in (state, new))
+    for name, array in before.pop(method_lib.MIXTURE).items():
+        np.testing.assert_array_equal(after[method_lib.MIXTURE][name], array)
+    after.pop(method_lib.MIXTURE)
+    assert np.all(before["dense_out"]["kernel"] != after["dense_out"]["kernel"])
 
 
 def test_a_training_has_the_settings_of_its_configuration():

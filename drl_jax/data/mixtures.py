@@ -5,7 +5,7 @@ gives another Gaussian mixture. Each noise level's marginal, conditional and sco
 has a closed form, and so has the exact F, which is a normalised log-density: its log Z is 0.
 
 Shapes in the plane are mixtures, too. The components of curved shapes, such as rings and moons,
-overlap so much that their outlines are smooth.
+overlap so much that their outlines are smooth. `fit` finds a mixture that describes given data.
 """
 
 from collections.abc import Callable
@@ -15,10 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
+from sklearn.mixture import GaussianMixture
 
 from drl_jax import noise
 from drl_jax.diffusion import NoiseSchedule
 from drl_jax.recovery import LevelFn
+
+SMALLEST_VARIANCE = 1e-2  # of a fitted mixture, for pixels in [-1, 1]
 
 
 class Mixture(NamedTuple):
@@ -184,6 +187,24 @@ def mixture(
         variances=jnp.asarray(variances),
         axes=jnp.asarray(axes),
     )
+
+
+def fit(x: Float[np.ndarray, "N *D"], K: int) -> Mixture:
+    """Returns the mixture of K Gaussians with equal covariances that EM fits to data.
+
+    With one covariance for all components, new data have almost the same log-density as
+    these, even if these are few. `SMALLEST_VARIANCE` is added to every variance.
+
+    Args:
+      x: data, seen as vectors.
+      K: number of components, at most N.
+    """
+    found = GaussianMixture(
+        K, covariance_type="tied", reg_covar=SMALLEST_VARIANCE, random_state=0
+    )
+    found.fit(x.reshape(len(x), -1).astype(np.float64))
+    covariances = np.tile(found.covariances_, (K, 1, 1))
+    return mixture(found.weights_, found.means_, covariances)
 
 
 def _ellipse() -> Mixture:

@@ -1,6 +1,7 @@
 """The training loop: data, checkpoints, logs and signals around the pure training step."""
 
 import contextlib
+import dataclasses
 import logging
 import math
 import time
@@ -18,7 +19,7 @@ from ml_collections import ConfigDict
 from drl_jax import config as config_lib
 from drl_jax import diffusion
 from drl_jax import method as method_lib
-from drl_jax.data import pipeline
+from drl_jax.data import mixtures, pipeline
 from drl_jax.data.sources import Source
 from drl_jax.errors import Interrupted, UserError
 from drl_jax.method import Method
@@ -66,7 +67,7 @@ def train(config: ConfigDict, source: Source, workdir: epath.Path) -> Run:
     make_writable(workdir)  # only now, so that mistakes found above leave no folder behind
 
     with Checkpoints(workdir, config) as checkpoints:
-        state = initial_state(config, method, training, checkpoints, mesh)
+        state = initial_state(config, method, training, source, checkpoints, mesh)
         sampler = Model.create(
             method_lib.for_generation(method, config),
             generation_params(method, state, mesh),
@@ -104,15 +105,18 @@ def initial_state(
     config: ConfigDict,
     method: Method,
     training: Training,
+    source: Source,
     checkpoints: Checkpoints,
     mesh: Mesh,
 ) -> TrainState:
     """Returns the state of the newest checkpoint, or a new state if there is none.
 
-    The state is sharded over the devices of the mesh.
+    The state is sharded over the devices of the mesh. A new one has the mixture that
+    `data.mixtures.fit` finds, if the parameterisation has one.
 
     Raises:
-      UserError: if all checkpoints are damaged, or resuming from the newest undamaged one with
+      UserError: if there are fewer images than components of the mixture, if all checkpoints
+        are damaged, or resuming from the newest undamaged one with
         this configuration would change the training steps (`config.require_resumable`).
     """
 
@@ -128,7 +132,29 @@ def initial_state(
         log.info("resuming from step %d of %d", int(state.step), config.train.num_steps)
         return state
     init_key, _, _ = run_keys(config.seed)
-    return train_state.create_on(mesh, init_key, method.energy, training.optimiser)
+    state = train_state.create_on(mesh, init_key, method.energy, training.optimiser)
+    if config.energy.parameterisation != "gaussians":
+        return state
+    x = np.stack([*pipeline.all_examples(config, source)])
+    K = config.energy.components
+    if len(x) < K:
+        raise UserError(
+            f"config.energy.components is {K}, but there are only {len(x)} training images; "
+            f"use {len(x)} or less"
+        )
+    mixture = mixtures.fit(x, K)
+    # The noise of dequantisation is uniform.
+    mixture = mixture.diffused(1.0, config.data.dequantise / math.sqrt(12))
+
+    def fitted(params: Params) -> Params:
+        placed = jax.tree.map(
+            lambda new, old: sharding.place(np.asarray(new, old.dtype), old.sharding),
+            mixture._asdict(),
+            params[method_lib.MIXTURE],
+        )
+        return {**params, method_lib.MIXTURE: placed}
+
+    return dataclasses.replace(state, params=fitted(state.params), ema=fitted(state.ema))
 
 
 def warn_of_replicated_kernels(method: Method, training: Training, mesh: Mesh) -> None:
