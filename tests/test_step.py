@@ -298,7 +298,7 @@ def gaussians():
 def test_F_is_the_limited_f_over_the_temperature_plus_the_log_density_of_the_mixture():
     method = method_lib.from_config(gaussians())
     fitted = mixtures.isotropic(np.random.default_rng(0).normal(size=(2, 16)), 0.3)
-    params, _ = method.energy.init(jax.random.key(0))
+    params, _ = jax.jit(method.energy.init)(jax.random.key(0))
     params = method_lib.with_mixture(jax.tree.map(lambda p: p + 0.1, params), fitted)
     t = jnp.arange(6)
     y = noise.normal(noise.example_keys(jax.random.key(1), t), (4, 4, 1))
@@ -309,11 +309,13 @@ def test_F_is_the_limited_f_over_the_temperature_plus_the_log_density_of_the_mix
     np.testing.assert_allclose(method.F(params)(y, t), wanted, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_training_changes_the_network_and_not_the_fitted_mixture():
     config = gaussians()
     method, training = method_lib.from_config(config), train_step.from_config(config)
-    state = train_state.create(jax.random.key(0), method.energy, training.optimiser)
-    step = train_step.compile_step(sharding.make_mesh(), method, training)
+    mesh = sharding.make_mesh()
+    state = train_state.create_on(mesh, jax.random.key(0), method.energy, training.optimiser)
+    step = train_step.compile_step(mesh, method, training)
     x = noise.normal(noise.example_keys(jax.random.key(1), jnp.arange(8)), (4, 4, 1))
     new = state
     for _ in range(3):

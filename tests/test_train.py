@@ -2,11 +2,17 @@
 
 import json
 import os
+import re
 
 import numpy as np
 import pytest
 from etils import epath
 from helpers import tiny
+from sklearn.datasets import load_digits
+
+from drl_jax import method
+from drl_jax.data import mixtures
+from drl_jax.storage import runs
 
 RESULTS = ("metrics.json", "samples.png")
 MANY_LEVELS = {
@@ -63,12 +69,21 @@ def test_evaluation_repeats_the_results_of_training(workdir):
     [
         {"mcmc__sampler": "hmc", "mcmc__leapfrog": "(1,1,1,1,2,2)", "mcmc__warmup_steps": 30},
         MANY_LEVELS | {"mcmc__K": 1},
-        MANY_LEVELS | {"mcmc__K": 0, "train__objective": "denoising"},
+        MANY_LEVELS
+        | {
+            "mcmc__K": 0,
+            "train__objective": "denoising",
+            "energy__parameterisation": "gaussians",
+            "data__dequantise": 0.125,
+        },
     ],
     ids=["hmc", "recovery", "denoising"],
 )
 def test_evaluation_repeats_the_results_of_every_kind_of_training(workdir, changes):
-    """With HMC both adapt the step sizes before they sample, to the target acceptance."""
+    """With HMC both adapt the step sizes before they sample, to the target acceptance.
+
+    With 'gaussians', the mixture is fitted to the data, with the noise of dequantisation.
+    """
     few = {"train__num_steps": 5, "evaluation__num_samples": 16, "evaluation__num_data": 64}
     assert tiny.main(*tiny.training(workdir, **few, **changes)) == 0
     before = (workdir / "metrics.json").read_bytes()
@@ -78,3 +93,17 @@ def test_evaluation_repeats_the_results_of_every_kind_of_training(workdir, chang
     assert len(found["level"]) == (10 if "diffusion__T" in changes else 6)
     expected = 1.0 if "diffusion__T" in changes else 0.65
     np.testing.assert_allclose(found["acceptance"], expected, atol=0.3)
+    if changes.get("energy__parameterisation") == "gaussians":
+        mixture = runs.load(workdir).model.params[method.MIXTURE]
+        fitted = mixtures.fit(load_digits().images / 8 - 1, 20)
+        for name, array in fitted.diffused(1.0, 0.125 / np.sqrt(12))._asdict().items():
+            np.testing.assert_allclose(mixture[name], array, rtol=1e-4, atol=1e-4)
+
+
+def test_a_mixture_of_more_components_than_images_is_an_error_of_one_line(workdir, capsys):
+    changes = {"energy__parameterisation": "gaussians", "energy__components": 1798}
+    assert tiny.main(*tiny.training(workdir, **changes)) == 1
+    *_, line = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(
+        "error: config.energy.components is 1798, .* only 1797 .*use 1797 .*", line
+    )

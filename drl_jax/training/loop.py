@@ -20,6 +20,7 @@ from drl_jax import config as config_lib
 from drl_jax import diffusion
 from drl_jax import method as method_lib
 from drl_jax.data import mixtures, pipeline
+from drl_jax.data.mixtures import Mixture
 from drl_jax.data.sources import Source
 from drl_jax.errors import Interrupted, UserError
 from drl_jax.method import Method
@@ -61,6 +62,8 @@ def train(config: ConfigDict, source: Source, workdir: epath.Path) -> Run:
     sharding.require_divisible(
         config.train.batch_size, mesh, "train.batch_size", config.train.accumulate
     )
+    if config.energy.parameterisation == "gaussians":
+        require_enough_images(len(source), config.energy.components)
     method = method_lib.from_config(config)
     training = train_step.from_config(config)
     warn_of_replicated_kernels(method, training, mesh)
@@ -115,8 +118,7 @@ def initial_state(
     `data.mixtures.fit` finds, if the parameterisation has one.
 
     Raises:
-      UserError: if there are fewer images than components of the mixture, if all checkpoints
-        are damaged, or resuming from the newest undamaged one with
+      UserError: if all checkpoints are damaged, or resuming from the newest undamaged one with
         this configuration would change the training steps (`config.require_resumable`).
     """
 
@@ -133,26 +135,28 @@ def initial_state(
         return state
     init_key, _, _ = run_keys(config.seed)
     state = train_state.create_on(mesh, init_key, method.energy, training.optimiser)
-    if config.energy.parameterisation != "gaussians":
-        return state
+    if config.energy.parameterisation == "gaussians":
+        state = with_fitted_mixture(state, config, source, mesh)
+    return state
+
+
+def with_fitted_mixture(
+    state: TrainState, config: ConfigDict, source: Source, mesh: Mesh
+) -> TrainState:
+    """Returns the state with the mixture that `data.mixtures.fit` finds for the data.
+
+    Uniform noise of dequantisation is taken into account by its variance.
+    """
     x = np.stack([*pipeline.all_examples(config, source)])
-    K = config.energy.components
-    if len(x) < K:
-        raise UserError(
-            f"config.energy.components is {K}, but there are only {len(x)} training images; "
-            f"use {len(x)} or less"
-        )
-    mixture = mixtures.fit(x, K)
-    # The noise of dequantisation is uniform.
+    mixture = mixtures.fit(x, config.energy.components)
     mixture = mixture.diffused(1.0, config.data.dequantise / math.sqrt(12))
 
     def fitted(params: Params) -> Params:
-        placed = jax.tree.map(
-            lambda new, old: sharding.place(np.asarray(new, old.dtype), old.sharding),
-            mixture._asdict(),
-            params[method_lib.MIXTURE],
+        placed = (
+            sharding.place(np.asarray(array), sharding.fully_sharded(array.shape, mesh))
+            for array in mixture
         )
-        return {**params, method_lib.MIXTURE: placed}
+        return method_lib.with_mixture(params, Mixture(*placed))
 
     return dataclasses.replace(state, params=fitted(state.params), ema=fitted(state.ema))
 
@@ -170,6 +174,15 @@ def warn_of_replicated_kernels(method: Method, training: Training, mesh: Mesh) -
         ", ".join(names[:4]),
         more,
     )
+
+
+def require_enough_images(n: int, components: int) -> None:
+    """Raises `UserError` if there are fewer images than components of the mixture."""
+    if n < components:
+        raise UserError(
+            f"config.energy.components is {components}, but there are only {n} training "
+            f"images; use {n} or less"
+        )
 
 
 def run_keys(seed: int) -> Key[Array, "3"]:
