@@ -1,8 +1,23 @@
-"""Handwritten digits, 8x8 grey, 30 noise levels: a model with an accepted density.
+"""Handwritten digits, 8x8 grey, 30 noise levels: a density that its own bounds accept.
 
+Reproduces: nothing in the paper. At most 2.644 bits per dimension on 359 held-out images, and
+            2.625 with the lower bound of log Z. The bounds are accepted, if barely: the
+            smallest of the three p-values is 6e-5, and below 3.3e-5 they are rejected. The
+            feature Fréchet distance of samples, with the noise of level 0, is 3.167 (test
+            images: 1.178).
+Hardware:   1 core of an AMD EPYC server.
+Time:       training 1 min 18 s, likelihood 7 min 20 s (27 November 2026).
+Steps:      1,500, our choice.
 Command:
 
     python -m drl_jax.main --config=configs/digits_density.py --workdir=DIR
+    python -m drl_jax.main --mode=likelihood --workdir=DIR
+
+The reference density is a mixture of Gaussians that is fitted to the images: no region far from
+them can be probable. The levels are drawn evenly in the log-SNR, so the loss is a bound of the
+log-likelihood. Training is short: after 3,000 steps, with a noise of 0.1 at level 0, this level
+was more probable near training images than near held-out ones. Its chains do not move between
+them, so the bounds were rejected.
 """
 
 from drl_jax import config as config_lib
@@ -18,7 +33,7 @@ def get_config():
     config.data.dequantise = 0.0
     config.diffusion.schedule = "cosine"
     config.diffusion.T = 30
-    config.diffusion.min_noise = 0.1
+    config.diffusion.min_noise = 0.15
     config.energy.network = "image_mlp"
     config.energy.ch = 256
     config.energy.N = 4
@@ -28,15 +43,17 @@ def get_config():
     config.mcmc.K = 0
     config.optim.learning_rate = 1e-3
     config.optim.warmup_steps = 200
-    config.optim.decay_steps = 3000
+    config.optim.decay_steps = 1500
     config.optim.ema_decay = 0.995
     config.train.objective = "denoising"
     config.train.levels = "log_snr"
     config.train.batch_size = 128
-    config.train.num_steps = 3000
+    config.train.num_steps = 1500
     config.log.every_steps = 500
-    config.log.sample_every_steps = 3000
-    config.checkpoint.every_steps = 3000
-    config.checkpoint.keep_every_steps = 3000
-    config.likelihood.chains = 64
+    config.log.sample_every_steps = 1500
+    config.checkpoint.every_steps = 1500
+    config.checkpoint.keep_every_steps = 1500
+    config.likelihood.chains = 100
+    config.likelihood.distributions = 500
+    config.likelihood.burn_in = 2000
     return config

@@ -1,9 +1,14 @@
 """Handwritten digits of MNIST, 28x28 grey, 100 noise levels.
 
-Reproduces: nothing in the paper; not yet run.
-Hardware:   CPU cores are enough; not yet run.
-Time:       not yet measured.
-Steps:      30,000, our choice.
+Reproduces: nothing in the paper. The Fréchet distance from the training images, in the features
+            of a classifier, is 2.898 for 1,000 samples and 0.462 for 1,000 test images. 78.8%
+            of the samples and 95.9% of the test images have a class with a probability above
+            0.9. The median distance to the nearest training image is 1.12 times that of test
+            images.
+Hardware:   1 core of an AMD EPYC server.
+Time:       13 min 13 s (27 November 2026).
+Steps:      15,000, our choice. Four times as many (`--config.train.num_steps=60000
+            --config.optim.decay_steps=60000`, 55 min) change little: 2.841 and 80.5%.
 Command:
 
     python -m drl_jax.main --config=configs/mnist.py --workdir=DIR
@@ -27,7 +32,7 @@ def get_config():
     config.diffusion.schedule = "cosine"
     config.diffusion.T = 100
     config.energy.network = "image_mlp"
-    config.energy.ch = 304
+    config.energy.ch = 256
     config.energy.N = 2
     config.energy.form = "mixture"
     config.energy.dropout = 0.1
@@ -36,13 +41,13 @@ def get_config():
     config.mcmc.K = 0
     config.optim.learning_rate = 1e-3
     config.optim.warmup_steps = 200
-    config.optim.decay_steps = 30_000
+    config.optim.decay_steps = 15_000
     config.optim.ema_decay = 0.998
     config.train.objective = "denoising"
     config.train.batch_size = 128
-    config.train.num_steps = 30_000
+    config.train.num_steps = 15_000
     config.log.every_steps = 500
-    config.log.sample_every_steps = 10_000
+    config.log.sample_every_steps = 15_000
     config.checkpoint.every_steps = 5000
-    config.checkpoint.keep_every_steps = 30_000
+    config.checkpoint.keep_every_steps = 15_000
     return config
