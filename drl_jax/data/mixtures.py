@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
-from sklearn.mixture import GaussianMixture
 
 from drl_jax import noise
 from drl_jax.diffusion import NoiseSchedule
@@ -199,6 +198,8 @@ def fit(x: Float[np.ndarray, "N *D"], K: int) -> Mixture:
       x: data, seen as vectors.
       K: number of components, at most N.
     """
+    from sklearn.mixture import GaussianMixture  # slow to import
+
     found = GaussianMixture(
         K, covariance_type="tied", reg_covar=SMALLEST_VARIANCE, random_state=0
     )
