@@ -7,6 +7,8 @@ from drl_jax import diffusion, noise, recovery
 from drl_jax.networks import energy as energy_lib
 from drl_jax.networks import image_mlp
 
+pytestmark = pytest.mark.slow
+
 SHAPE = (4, 4, 1)
 SCHEDULE = diffusion.schedule(6, "cosine")
 LEVELS = SCHEDULE.conditioning[:-1]
@@ -47,7 +49,6 @@ X = jax.random.normal(jax.random.key(2), (6, *SHAPE))
 T = jnp.arange(6)
 
 
-@pytest.mark.slow
 def test_the_output_of_a_new_network_is_almost_zero(energy, form_and_outputs):
     """For the forms with one output, f is almost zero, too."""
     params, _ = energy.init(jax.random.key(0))
@@ -82,7 +83,6 @@ def test_f_grows_at_most_linearly_far_from_the_data(energy, params):
     assert np.all(np.abs(far) < 1.1e3 * np.abs(near) + 1e3)
 
 
-@pytest.mark.slow
 def test_dropout_needs_keys_and_depends_only_on_each_example_and_its_key(energy, params):
     keys = noise.example_keys(jax.random.key(4), jnp.arange(6))
     without, dropped = energy.f(params, X, T), energy.f(params, X, T, keys)
