@@ -13,11 +13,10 @@ Command:
     python -m drl_jax.main --config=configs/digits_density.py --workdir=DIR
     python -m drl_jax.main --mode=likelihood --workdir=DIR
 
-The reference density is a mixture of Gaussians that is fitted to the images: no region far from
-them can be probable. The levels are drawn evenly in the log-SNR, so the loss is a bound of the
-log-likelihood. Training is short: after 3,000 steps, with a noise of 0.1 at level 0, this level
-was more probable near training images than near held-out ones. Its chains do not move between
-them, so the bounds were rejected.
+The reference density is a mixture of Gaussians that is fitted to the images, so no region far from
+them is probable. The levels are drawn evenly in log-SNR; up to a factor and a constant, the loss is
+then a bound of the log-likelihood (Kingma et al. 2021). More steps overfit: after 3,000, with a
+noise of 0.1 at level 0, the bounds were rejected (lower bound -4.9 nats, -10.2 from data).
 """
 
 from drl_jax import config as config_lib

@@ -31,7 +31,7 @@ from drl_jax.networks.energy import (
 from drl_jax.recovery import LevelFn, Parameterisation
 from drl_jax.sampling.ladder import STARTS, Conditionals, Sampler
 
-# The mixture of the parameterisation 'gaussians', among the parameters of the network. Training
+# Name of the fitted mixture of the parameterisation 'gaussians' among the parameters. Training
 # does not change it.
 MIXTURE = "mixture"
 
@@ -100,8 +100,9 @@ def from_config(config: ConfigDict) -> Method:
         often enough or has no such sizes for attention, or the leapfrog steps are given for
         another number of levels.
     """
-    levels = config.diffusion
-    schedule = diffusion.schedule(levels.T, levels.schedule, levels.min_noise)
+    schedule = diffusion.schedule(
+        config.diffusion.T, config.diffusion.schedule, config.diffusion.min_noise
+    )
     energy = make_energy(config, schedule, config.energy.dtype)
     if config.energy.parameterisation == "step":
         s = recovery.step_sizes(schedule, config.mcmc.b_squared)
@@ -112,7 +113,7 @@ def from_config(config: ConfigDict) -> Method:
         reference = {
             "noise": recovery.white_noise,
             "uniform": recovery.uniform_pixels(schedule, 1 + config.data.dequantise / 2),
-            "gaussians": recovery.no_reference,  # until `F` knows the parameters
+            "gaussians": recovery.no_reference,  # `Method.F` replaces it
         }[config.energy.parameterisation]
         parameterisation = Parameterisation(_noise_of_data(config, schedule), reference)
     sampler = make_sampler(config.mcmc, schedule)
@@ -197,8 +198,13 @@ def make_energy(config: ConfigDict, schedule: NoiseSchedule, dtype: str) -> Ener
     return with_dtype(jnp.bfloat16, energy) if dtype == "bfloat16" else energy
 
 
-def _init_with_mixture(energy: Energy, K: int) -> Callable:
-    """Returns an `Energy.init` whose parameters have a mixture of K, as yet white noise."""
+def _init_with_mixture(
+    energy: Energy, K: int
+) -> Callable[[Key[Array, ""]], tuple[Params, Vectors]]:
+    """Returns an `Energy.init` whose parameters include a mixture, not fitted yet.
+
+    Its K components are white noise.
+    """
     D = math.prod(energy.shape)
     white = mixtures.mixture(np.full(K, 1 / K), np.zeros((K, D)), np.tile(np.eye(D), (K, 1, 1)))
 

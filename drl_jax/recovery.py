@@ -38,8 +38,8 @@ tau_t per level takes these factors out of the network. There are five parameter
   the image (`mixture`).
 - 'gaussians', for small images and any number of levels: F = f / tau_t + the log-density of
   level t if the data were a mixture of Gaussians, which is fitted to them before training
-  (`data.mixtures.fit`). f / tau_t is limited (`limited`). So nearly all probability is
-  where the mixture has it: no region far from the data can be more probable than the data.
+  (`data.mixtures.fit`). This reference falls as the square of the distance from the data, and
+  f / tau_t is limited (`limited`), so no region far from the data is probable.
 - 'unit', for few dimensions: F = f - |x|² / 2. A density in the plane is smooth at the scale of
   the lowest noise levels: its logarithm is of order one at every level, and the lowest levels
   hardly differ. If f were divided by sigma_bar_t, it would have to be proportional to

@@ -191,8 +191,8 @@ def mixture(
 def fit(x: Float[np.ndarray, "N *D"], K: int) -> Mixture:
     """Returns the mixture of K Gaussians with equal covariances that EM fits to data.
 
-    With one covariance for all components, new data have almost the same log-density as
-    these, even if these are few. `SMALLEST_VARIANCE` is added to every variance.
+    The components share one covariance, so that the mixture fits new data nearly as well, even
+    if there are few examples. `SMALLEST_VARIANCE` is added to every variance.
 
     Args:
       x: data, seen as vectors.
