@@ -13,10 +13,10 @@ Command:
     python -m drl_jax.main --config=configs/digits_density.py --workdir=DIR
     python -m drl_jax.main --mode=likelihood --workdir=DIR
 
-The reference density is a mixture of Gaussians that is fitted to the images, so no region far from
-them is probable. The levels are drawn evenly in log-SNR; up to a factor and a constant, the loss is
-then a bound of the log-likelihood (Kingma et al. 2021). More steps overfit: after 3,000, with a
-noise of 0.1 at level 0, the bounds were rejected (lower bound -4.9 nats, -10.2 from data).
+The reference density is a mixture of Gaussians that is fitted to the images, so no region far
+from them is probable. The levels are drawn evenly in log-SNR. Up to a factor and a constant,
+the loss is then a bound of the log-likelihood (Kingma et al. 2021). After 3,000 steps, with a
+noise of 0.1 at level 0, the bounds were rejected (lower bound -4.9 nats, but -10.2 from data).
 """
 
 from drl_jax import config as config_lib
