@@ -476,7 +476,8 @@ def slurm(stand_ins, project, tmp_path, monkeypatch):
     variables |= {"NTASKS_PER_NODE": "2", "GPUS_PER_NODE": "2", "CPUS_PER_TASK": "1"}
     for name, value in variables.items():
         monkeypatch.setenv(f"SLURM_{name}", value)
-    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=1")
+    flags = f"--xla_force_host_platform_device_count=1 {tiny.COMPILE_FAST}"
+    monkeypatch.setenv("XLA_FLAGS", flags)
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tiny.COMPILED))
     spooled = shutil.copy(LAUNCH / "slurm_gpu.sh", tmp_path / "slurm_script")
 

@@ -36,7 +36,8 @@ SHORT = {
 def start(*args, devices=1):
     """Starts the program with a number of CPU devices."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XLA_FLAGS", f"--xla_force_host_platform_device_count={devices}")
+        flags = f"--xla_force_host_platform_device_count={devices} {tiny.COMPILE_FAST}"
+        patch.setenv("XLA_FLAGS", flags)
         return tiny.start(*args, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

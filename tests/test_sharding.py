@@ -195,8 +195,7 @@ def compiled(config, mesh):
 def eight(tmp_path_factory):
     """The results of `main`, and the folder of its runs."""
     folder = tmp_path_factory.mktemp("eight")
-    # Without LLVM's optimisations, the many programs are compiled faster.
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    flags = f"--xla_force_host_platform_device_count=8 {tiny.COMPILE_FAST}"
     done = subprocess.run(
         [sys.executable, __file__, folder],
         env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
