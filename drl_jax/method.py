@@ -1,5 +1,6 @@
 """The method as one value: network, noise levels, parameterisation and sampler."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from drl_jax.networks.energy import (
     with_dtype,
 )
 from drl_jax.recovery import LevelFn, Parameterisation
+from drl_jax.sampling import ladder
 from drl_jax.sampling.ladder import STARTS, Conditionals, Sampler
 
 # Name of the fitted mixture of the parameterisation 'gaussians' among the parameters. Training
@@ -151,6 +153,17 @@ def with_sampler(method: Method, **settings: Any) -> Method:
     config.mcmc = ConfigDict({**method.mcmc, **settings})
     config_lib.validate(config)
     return _with_mcmc(method, config.mcmc)
+
+
+def marginals(method: Method) -> Method:
+    """Returns the method whose conditionals are the marginals of the levels, exp(F(y, t)) / Z.
+
+    With infinite sigma_{t+1}, nothing ties y to x_tilde, where the chains start.
+    """
+    infinite = jnp.full_like(method.schedule.sigma, jnp.inf)
+    schedule = dataclasses.replace(method.schedule, sigma=infinite)
+    sampler = method.sampler._replace(start=ladder.start_at_x_tilde)
+    return method._replace(schedule=schedule, sampler=sampler)
 
 
 def _with_mcmc(method: Method, mcmc: ConfigDict) -> Method:

@@ -404,6 +404,15 @@ class Model:
         mcmc = method.mcmc
         return model.adapt(key, mcmc.warmup_steps, mcmc.target_acceptance)[0]
 
+    def marginals(self) -> "Model":
+        """Returns a model whose chains sample the marginals p(y_t). Compiles new programs.
+
+        Its `long_run` ignores the value of x_tilde, except that chains start there. The step
+        sizes of MALA and HMC have to be adapted again (`adapt`).
+        """
+        method = method_lib.marginals(self.method)
+        return Model.create(method, self.params, self.mesh, self.engine.batch_size)
+
     def adapt(
         self, key: Key[Array, ""], num_steps: int = 100, target: float = 0.65, chains: int = 16
     ) -> tuple["Model", Adapted]:
@@ -433,7 +442,8 @@ class Model:
         adapted = jax.tree.map(np.asarray, program(self.params, key))
         worst = int(np.argmax(np.abs(adapted.correlation)))
         from_x_tilde = self.method.sampler.start is ladder.start_at_x_tilde
-        if from_x_tilde and abs(adapted.correlation[worst]) > MAX_CORRELATION:
+        tied = bool(jnp.isfinite(self.method.schedule.sigma).all())  # not on `marginals`
+        if from_x_tilde and tied and abs(adapted.correlation[worst]) > MAX_CORRELATION:
             log.warning(
                 "K = %d steps per level are too few: a fraction %.2f of the starting point "
                 "remains at level %d, and such errors add up over the levels; increase K",

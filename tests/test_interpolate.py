@@ -68,7 +68,7 @@ def test_the_metrics_are_those_of_the_recovered_frames(tmp_path, monkeypatch):
     monkeypatch.setattr(Model, "interpolate_images", lambda *_: strips)
     files = [str(save_grey(tmp_path / f"{v}.png", v)) for v in (0, 255)]
     interpolate.run(
-        run=runs.load("digits"),
+        run=runs.load("digits_t6"),
         workdir=epath.Path(tmp_path),
         images=files,
         pairs=1,

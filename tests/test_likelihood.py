@@ -85,14 +85,14 @@ def test_an_interrupted_annealing_is_resumed_to_the_same_results(
 
 @pytest.mark.slow
 def test_with_few_levels_the_bounds_are_rejected(tmp_path, capsys):
-    """The shipped digits model has T = 6: no result is written, and nothing is left behind."""
+    """The model has T = 6: no result is written, and nothing is left behind."""
     cheap = [
         "--config.likelihood.chains=8",
         "--config.likelihood.distributions=12",
         "--config.likelihood.transitions=1",
         "--config.likelihood.burn_in=0",
     ]
-    assert start("digits", tmp_path, *cheap) == 1
+    assert start("digits_t6", tmp_path, *cheap) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert re.fullmatch(
         r"error: .*bits per dimension.*max_gap = 5: T = 6 .*--config.diffusion.T=1000.*", error
@@ -101,7 +101,7 @@ def test_with_few_levels_the_bounds_are_rejected(tmp_path, capsys):
 
 
 def test_bfloat16_is_refused(tmp_path, capsys):
-    assert start("digits", tmp_path, "--config.evaluation.dtype=bfloat16") == 1
+    assert start("digits_t6", tmp_path, "--config.evaluation.dtype=bfloat16") == 1
     assert "evaluation.dtype is 'bfloat16'" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
@@ -110,10 +110,10 @@ def test_unfinished_work_of_an_earlier_version_is_refused_in_one_line(tmp_path, 
     """Earlier versions had two passes, other arrays, and no likelihood.tempered_std."""
     path = epath.Path(tmp_path) / "likelihood/step_5000_seed_0/annealing.snapshot"
     path.parent.mkdir(parents=True)
-    settings = {"config.likelihood.chains": 64, "model": "digits"}
+    settings = {"config.likelihood.chains": 64, "model": "digits_t6"}
     arrays = {"down_x": np.zeros((64, 8, 8, 1), np.float32)}
     snapshots.write(path, Snapshot({}, arrays), settings)
-    assert start("digits", tmp_path) == 1
+    assert start("digits_t6", tmp_path) == 1
     error = capsys.readouterr().err.splitlines()[-1]
     assert re.fullmatch(
         r"error: .*annealing.snapshot was written by an earlier version .*: remove it .*", error
@@ -242,7 +242,7 @@ def test_figures_say_what_they_bound_and_if_they_are_on_training_data(
     monkeypatch.setattr(density, "log_likelihood", lambda *args, **kwargs: (values, values))
     monkeypatch.setattr(density, "history", lambda *args: {})
     monkeypatch.setattr(figures, "write_annealing", lambda *args: None)
-    assert start("digits", tmp_path) == 0
+    assert start("digits_t6", tmp_path) == 0
     results = json.loads((tmp_path / "likelihood/step_5000_seed_0/likelihood.json").read_text())
     assert (results["split"], results["held_out"]) == ("train", False)
     for figure, bounds in {
@@ -281,7 +281,7 @@ def test_the_mean_lies_between_the_bounds_in_either_unit():
     ],
 )
 def test_wrong_arguments_are_reported_in_one_line(tmp_path, capsys, args, pattern):
-    assert start("digits", tmp_path / "run", *args) == 1
+    assert start("digits_t6", tmp_path / "run", *args) == 1
     error = capsys.readouterr().err
     assert re.fullmatch(r"error: .*\n", error)
     assert re.search(pattern, error)

@@ -30,6 +30,7 @@ def experiment():
         image_reference=fit(rng.normal(size=(9, 64))),
         image_frechet=1.5,
         resolution=[0.36, 1e-4],
+        exact=rng.uniform(-1, 1, (2, C, 8, 8, 1)),
     )
 
 

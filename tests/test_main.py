@@ -232,7 +232,7 @@ def test_a_task_on_a_trained_model_gets_it_with_the_changes(trained, called):
 
 
 def test_another_model_than_that_of_the_workdir_can_be_named(called, workdir):
-    assert tiny.main("--mode=ood", "--model=digits", f"--workdir={workdir}") == 0
+    assert tiny.main("--mode=ood", "--model=digits_t6", f"--workdir={workdir}") == 0
     (arguments,) = called
     assert arguments["run"].model.shape == (8, 8, 1)
     assert arguments["workdir"] == workdir

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import exact, tiny
+from helpers.statistical import assert_mean, assert_variance
 
 import drl_jax
 from drl_jax import config as config_lib
@@ -36,6 +37,27 @@ def with_kernel(model, kernel, **tuning):
     sampler = Sampler(init, kernel, tuning, K=2)
     method = model.method._replace(sampler=sampler)
     return Model.create(method, model.params, model.mesh)
+
+
+@pytest.mark.slow
+def test_chains_on_the_marginals_forget_their_starts_and_have_the_exact_moments():
+    """Levels 0 and 4; all chains start from one point, 6 standard deviations away.
+
+    Fails if `marginals` keeps sigma, and if it keeps a start from the posterior.
+    """
+    data = mixtures.gaussian(np.array([0.4]), np.array([[0.25]]))
+    model = exact.model(data, 6).with_sampler("mala", K=1).marginals()
+    model, adapted = model.adapt(jax.random.key(0))
+    assert np.all((adapted.acceptance > 0.5) & (adapted.acceptance < 0.8))
+    n, levels = 2000, (0, 4)
+    for t in levels:
+        exact_level = mixtures.energy_marginal(data, t, model.method.schedule)
+        mean, variance = exact_level.means[0, 0], exact_level.variances[0, 0]
+        start = np.full((n, 1), mean + 6 * np.sqrt(variance))
+        _, end = model.long_run(jax.random.key(1), start, np.full(n, t), 200, points=0)
+        y = end.x * np.asarray(model.method.schedule.y_scale(np.array(t)))
+        assert_mean(y, mean, variance, of=len(levels))
+        assert_variance(y, mean, variance, of=len(levels))
 
 
 def test_a_sampling_request_goes_through_at_most_five_calls(model):

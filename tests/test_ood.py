@@ -28,7 +28,7 @@ WAVES = np.linspace(1, 3, T)
 
 @functools.cache
 def digits():
-    return runs.load("digits")
+    return runs.load("digits_t6")
 
 
 @functools.cache
@@ -48,7 +48,7 @@ def model_of(f, shape, batch_size=256, schedule=SCHEDULE):
 
 
 def digits_scorer(batch_size):
-    """Returns a scorer of the shipped digits model with this batch size."""
+    """Returns a scorer of the shipped T6 model with this batch size."""
     model = digits().model
     return ood.Scorer(Model.create(model.method, model.params, model.mesh, batch_size))
 

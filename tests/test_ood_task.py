@@ -16,12 +16,12 @@ from drl_jax.metrics import ood
 from drl_jax.storage import runs
 from drl_jax.tasks import ood as task
 
-T = 6  # of the shipped digits
+T = 6  # of the model
 
 
 @functools.cache
 def images():
-    config = runs.load("digits").config
+    config = runs.load("digits_t6").config
     return np.stack(list(pipeline.all_examples(config, sources.open_source(config), limit=9)))
 
 
@@ -35,7 +35,7 @@ def test_the_shipped_model_distinguishes_digits_from_synthetic_images(tmp_path, 
     """
     args = [f"--workdir={tmp_path}", "--config.evaluation.num_data=300"]
     with caplog.at_level("INFO", logger="drl_jax"):
-        assert tiny.main("--mode=ood", "--model=digits", *args) == 0
+        assert tiny.main("--mode=ood", "--model=digits_t6", *args) == 0
     folder = tmp_path / "ood" / "step_5000_seed_0"
     assert sorted(path.name for path in folder.iterdir()) == ["histograms.png", "ood.json"]
     assert min(Image.open(folder / "histograms.png").size) > 400
@@ -73,7 +73,7 @@ def test_a_set_is_not_distinguished_from_itself(tmp_path):
         Image.fromarray(np.uint8(np.round((x + 1) * 127.5))).save(folder / f"{i}.png")
     args = [
         f"--workdir={tmp_path}",
-        "--model=digits",
+        "--model=digits_t6",
         "--seed=3",
         "--config.evaluation.batch_size=8",
         "--config.evaluation.num_data=12",
@@ -128,7 +128,7 @@ def test_wrong_arguments_are_reported_in_one_line(tmp_path, monkeypatch, capsys,
     (tmp_path / "broken" / "1.png").write_bytes(b"not an image")
     before = sorted(tmp_path.rglob("*"))
     capsys.readouterr()
-    assert tiny.main("--mode=ood", "--model=digits", "--workdir=run", *args) == 1
+    assert tiny.main("--mode=ood", "--model=digits_t6", "--workdir=run", *args) == 1
     assert re.fullmatch(rf"error: .*{pattern}.*\n", capsys.readouterr().err)
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -165,7 +165,7 @@ def test_the_data_and_other_sets_are_held_out_where_there_are_such_data(
     monkeypatch.setattr(ood, "Scorer", ConstantScorer)
     args = [
         f"--workdir={tmp_path}",
-        "--model=digits",
+        "--model=digits_t6",
         "--config.evaluation.batch_size=8",
         "--config.evaluation.num_data=8",
         "--against=digits",
@@ -190,7 +190,7 @@ def test_images_with_another_number_of_channels_are_rejected():
 
 def test_all_images_of_another_set_are_used_since_training_used_none_of_them():
     """Fails if the share that is held out of the model's own data is taken of the other set."""
-    config = runs.load("digits").config
+    config = runs.load("digits_t6").config
     config.data.test_fraction = 0.2
     assert len(sources.open_held_out(config)) == 359
     assert len(task.open_other(config, "digits")) == 1797

@@ -62,7 +62,7 @@ def random_mlp():
 
 
 def shipped():
-    run = runs.load("digits")
+    run = runs.load("digits_t6")
     source = sources.open_source(run.config)
     x = jnp.stack(list(pipeline.all_examples(run.config, source, B)))
     keys, schedule = noise.example_keys(jax.random.key(2), jnp.arange(B)), diffusion.schedule(T)
@@ -199,7 +199,7 @@ def test_gradients_of_parameters_in_bfloat16_have_its_rounding_errors():
 
 def test_a_configuration_chooses_bfloat16_for_f_alone():
     """Fails if the state of a chain or the network's last sum is in bfloat16."""
-    run = runs.load("digits")
+    run = runs.load("digits_t6")
     config = run.config.copy_and_resolve_references()
     config.energy.dtype = "bfloat16"
     half = method.from_config(config)
@@ -403,7 +403,7 @@ def test_a_user_error_is_one_line_and_status_one(args, words, capsys):
 
 
 def test_the_network_of_a_model_can_be_replaced_by_one_in_bfloat16():
-    model = drl_jax.load("digits")
+    model = drl_jax.load("digits_t6")
     energy = with_dtype(jnp.bfloat16, model.method.energy)
     low = Model.create(model.method._replace(energy=energy), model.params, model.mesh)
     x, t = np.full((6, 8, 8, 1), 0.3, np.float32), np.arange(6)

@@ -199,9 +199,7 @@ def test_a_run_of_one_device_can_be_finished_on_four(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("lost", "signum"), [(0, signal.SIGKILL), (1, signal.SIGKILL), (1, signal.SIGSTOP)]
-)
+@pytest.mark.parametrize(("lost", "signum"), [(0, signal.SIGKILL), (1, signal.SIGSTOP)])
 def test_a_lost_process_ends_the_other_and_the_same_command_resumes(tmp_path, lost, signum):
     workdir = epath.Path(tmp_path) / "run"
     pair = start_pair(tiny.training(workdir, **LONG))

@@ -139,6 +139,34 @@ def test_an_interrupted_run_is_resumed_to_the_same_bits(
         assert files(workdir, sampler) == uninterrupted
 
 
+@pytest.mark.slow
+def test_chains_on_marginals_have_a_folder_of_their_own_and_no_ladder(workdir):
+    assert start(workdir, *HMC, "--marginal", num_steps=6) == 0
+    found = json.loads((folder(workdir, "hmc_marginal") / "long_run.json").read_text())
+    assert found["ladder"]["ladders"] == []
+    first, *_, last = found["records"]
+    assert first["displacement"] == [0.0]
+    assert last["displacement"][0] > 0
+    assert 0 < last["acceptance"][0] <= 1
+    assert start(workdir, *HMC, num_steps=6) == 0  # on the conditionals
+    conditional = json.loads((folder(workdir, "hmc") / "long_run.json").read_text())
+    assert conditional["records"][-1]["displacement"] != last["displacement"]
+
+
+@pytest.mark.slow
+def test_chains_and_ladders_are_compared_in_the_features_of_a_classifier(workdir, caplog):
+    labelled = "--config.evaluation.num_data=1797"
+    assert start(workdir, labelled, num_chains=52, levels="0,4", num_steps=6) == 0
+    found = results(workdir)
+    # The model is hardly trained. Level 4 is almost white noise.
+    exact, steps = found["data"]["feature_frechet"], found["records"]
+    assert 0 < exact[0] < steps[-1]["feature_frechet"][0]
+    assert exact[1] > 2 * exact[0]
+    (ladder_,) = found["ladder"]["ladders"]
+    assert ladder_["feature_frechet"] > 2 * exact[0]
+    assert "feature Fréchet distance" in caplog.text
+
+
 def test_wrong_arguments_are_reported_in_one_line(workdir, capsys):
     for args, pattern in (
         (["--num_chains=1"], "1 chains per level"),

@@ -155,17 +155,21 @@ def test_reconfiguring_with_the_same_settings_draws_the_same_samples(run):
 
 
 @pytest.mark.slow
-def test_the_shipped_model_draws_digits():
-    """500 samples are about as far from the data as 1000 were after training (0.57).
+@pytest.mark.parametrize(("name", "nearest"), [("digits", 0.6), ("digits_t6", 0.8)])
+def test_the_shipped_models_draw_digits(name, nearest):
+    """500 samples are 0.38 (T = 100) and 0.57 (T = 6) from the data; 500 digits are 0.16.
 
     Rotated by 180 degrees they are no digits, and much farther from the data.
     """
     from sklearn.datasets import load_digits
 
     digits = frechet.fit(load_digits().data / 8 - 1)
-    x = drl_jax.load("digits").sample(jax.random.key(0), 500).reshape(500, -1)
-    assert frechet.frechet_distance(frechet.fit(x), digits) < 0.8
+    x = drl_jax.load(name).sample(jax.random.key(0), 500).reshape(500, -1)
+    assert frechet.frechet_distance(frechet.fit(x), digits) < nearest
     assert frechet.frechet_distance(frechet.fit(x[:, ::-1]), digits) > 3
+
+
+def test_the_shipped_models_are_small():
     for file in runs.SHIPPED.iterdir():
         assert file.stat().length <= 2_000_000
 

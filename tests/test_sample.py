@@ -73,7 +73,7 @@ def test_a_trained_model_is_sampled_by_another_sampler_after_a_warm_up(
 
 def test_the_warm_up_has_the_configured_length_and_target(monkeypatch):
     """Fails if a setting is ignored, or if the old step sizes are kept."""
-    run = runs.load("digits")
+    run = runs.load("digits_t6")
     run.config.mcmc.update(sampler="hmc", warmup_steps=7, target_acceptance=0.9)
     calls, step_size = [], np.arange(1.0, 7.0)
 
@@ -102,7 +102,7 @@ def test_the_log_reports_the_progress_of_sampling(monkeypatch, caplog):
 
     monkeypatch.setattr(Model, "sample_batches", sample_batches)
     monkeypatch.setattr(progress, "LOG_INTERVAL", 0)
-    model = runs.load("digits").model
+    model = runs.load("digits_t6").model
     with caplog.at_level("INFO", logger="drl_jax"):
         batches = common.draw(model, jax.random.key(0), 100)
         assert [len(batch) for batch in batches] == [40, 40, 20]

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from etils import epath
-from helpers import exact, random_inception, tiny
+from helpers import exact, tiny
 from helpers.fixtures import assert_close
 from helpers.runs import abstract_state, assert_same
 
@@ -22,10 +22,9 @@ from drl_jax import config as config_lib
 from drl_jax import method, noise
 from drl_jax.data import mixtures, pipeline, sources
 from drl_jax.errors import UserError
-from drl_jax.metrics import density, inception, ood
+from drl_jax.metrics import density, ood
 from drl_jax.model import Model
 from drl_jax.runtime import sharding
-from drl_jax.runtime.batching import Engine
 from drl_jax.sampling import ladder
 from drl_jax.storage import checkpoints, runs
 from drl_jax.training import state as train_state
@@ -41,7 +40,6 @@ def main(workdir):
     one, eight = sharding.make_mesh(jax.devices()[:1]), sharding.make_mesh()
     result = {"devices": eight.size}
     result["noise"] = [noise_on(mesh) for mesh in (one, eight)]
-    result["features"] = [features_on(mesh) for mesh in (one, eight)]
     result["scores"] = [scores_on(mesh) for mesh in (one, eight)]
     result["weights"] = [weights_on(mesh) for mesh in (one, eight)]
 
@@ -104,17 +102,9 @@ def weights_on(mesh):
     return end.passes["levels"].log_weight
 
 
-def features_on(mesh):
-    """Computes the Inception features of 5 images, in a batch of 8."""
-    images = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), np.uint8)
-    extractor = inception.Extractor(random_inception.variables(), Engine(mesh, 8))
-    (batch,) = extractor(images)
-    return batch
-
-
 def scores_on(mesh):
     """Scores 11 digits with the model that comes with the package, in batches of 8."""
-    config, shipped, _ = runs.load("digits")
+    config, shipped, _ = runs.load("digits_t6")
     images = pipeline.all_examples(config, sources.open_source(config), limit=11)
     model = Model.create(shipped.method, shipped.params, mesh, batch_size=8)
     return tuple(ood.Scorer(model)(jax.random.key(0), images))
@@ -214,14 +204,6 @@ def test_an_example_gets_the_same_noise_on_one_and_on_eight_devices(eight):
     on_one, on_eight = eight["noise"]
     np.testing.assert_array_equal(on_one, on_eight)
     assert len(np.unique(on_one)) > 0.99 * on_one.size
-
-
-@pytest.mark.slow
-def test_images_have_the_same_features_on_one_and_on_eight_devices(eight):
-    on_one, on_eight = eight["features"]
-    for name in ("2048", "logits_unbiased"):
-        assert len(on_one[name]) == 5
-        assert_close(on_eight[name], on_one[name], 1e-5)
 
 
 @pytest.mark.slow

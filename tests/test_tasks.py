@@ -22,7 +22,7 @@ from drl_jax.errors import UserError
 from drl_jax.metrics import classifier, inception, weights
 from drl_jax.storage import runs
 from drl_jax.storage.runs import Run
-from drl_jax.tasks import common, evaluate, export, sample, table
+from drl_jax.tasks import common, evaluate, export, labelled, sample, table
 
 
 @pytest.fixture
@@ -167,7 +167,7 @@ def test_inception_sees_all_samples_although_few_are_in_memory(
 @pytest.mark.parametrize("fraction", [0.0, 0.3])
 def test_labelled_data_are_compared_by_a_classifier(tmp_path, monkeypatch, caplog, fraction):
     """Fails if the classifier is trained on the test images, or other images are compared."""
-    run = runs.load("digits")
+    run = runs.load("digits_t6")
     run.config.evaluation.update(num_samples=60, num_data=10**6)
     run.config.data.test_fraction = fraction
     samples = np.random.default_rng(0).uniform(-1, 1, (100, 8, 8, 1)).astype(np.float32)
@@ -190,7 +190,7 @@ def test_labelled_data_are_compared_by_a_classifier(tmp_path, monkeypatch, caplo
             )
     (x,) = seen
     config = run.config.copy_and_resolve_references()
-    config.data.test_fraction = fraction or evaluate.TEST_FRACTION
+    config.data.test_fraction = fraction or labelled.TEST_FRACTION
     test = np.stack(list(pipeline.all_examples(config, sources.open_held_out(config))))
     assert not {image.tobytes() for image in x} & {image.tobytes() for image in test}
     assert len(x) + len(test) == 1797
@@ -209,7 +209,7 @@ def test_labelled_data_are_compared_by_a_classifier(tmp_path, monkeypatch, caplo
 
 
 def test_few_samples_or_images_are_not_compared_by_a_classifier(tmp_path, caplog):
-    config, workdir = runs.load("digits").config, epath.Path(tmp_path)
+    config, workdir = runs.load("digits_t6").config, epath.Path(tmp_path)
     source, samples = sources.open_source(config), np.zeros((60, 8, 8, 1), np.float32)
     for num_samples, num_data in ((60, 400), (40, 1000)):
         config.evaluation.num_data = num_data
@@ -348,7 +348,7 @@ def test_a_langevin_chain_has_no_warm_up(exact_run):
 
 @pytest.mark.slow
 def test_the_warm_up_leaves_the_original_run_unchanged(caplog):
-    run = runs.load("digits")
+    run = runs.load("digits_t6")
     config = run.config.copy_and_resolve_references()
     config.mcmc.update(sampler="mala", warmup_steps=5)
     run = runs.reconfigure(run, config)

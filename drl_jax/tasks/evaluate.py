@@ -18,7 +18,6 @@ from drl_jax.data.sources import Source
 from drl_jax.errors import UserError
 from drl_jax.method import METROPOLIS
 from drl_jax.metrics import (
-    classifier,
     inception,
     levels,
     pixels,
@@ -33,15 +32,12 @@ from drl_jax.plots import figures, images
 from drl_jax.sampling import ladder
 from drl_jax.storage.atomic import make_writable, write_json
 from drl_jax.storage.runs import Run
-from drl_jax.tasks import common
+from drl_jax.tasks import common, labelled
+from drl_jax.tasks.labelled import MAX_IN_MEMORY
 
 log = logging.getLogger(__name__)
 
 LEVEL_IMAGES = 256  # images from which the statistics of the levels are computed
-MAX_IN_MEMORY = 10_000  # images, of samples and of data, that are held for the pixel metrics
-MIN_LABELLED = 500  # images with labels, to train a classifier that is worth its answers
-MIN_COMPARED = 50  # samples and test images that the classifier compares
-TEST_FRACTION = 0.2  # of the data, as test images for the classifier if none are held out
 MAX_TEST_POINTS = 2000  # points in the two-sample test, whose cost is quadratic
 MAX_PATH_LEVELS = 60  # levels at which the paths of points are recorded for the figure
 PUBLISHED_SAMPLES = 50_000  # samples from which published values of FID are computed
@@ -198,10 +194,9 @@ def measure_images(
     metrics["levels"] = by_level
     if config.mcmc.sampler in METROPOLIS:
         levels.warn_of_rounding(by_level["level"], by_level["resolution"])
-    if source.labels is not None:
-        compared = classifier_metrics(config, source, samples[:num_pixel_samples], workdir)
-        if compared:
-            metrics["classifier"] = compared
+    compared = classifier_metrics(config, source, samples[:num_pixel_samples], workdir)
+    if compared:
+        metrics["classifier"] = compared
     if inception_weights:
         all_batches = itertools.chain(in_memory, batches)
         metrics["inception"] = inception_metrics(
@@ -227,48 +222,24 @@ def classifier_metrics(
 ) -> dict[str, Any] | None:
     """Compares samples with labelled data, by a classifier that was trained on the data.
 
-    If no data are held out, a fixed share of the data, `TEST_FRACTION`, takes the place of the
-    test images: the model was trained on them, but the classifier is not. At most
-    `MAX_IN_MEMORY` images of each set are used.
-
     Returns:
       The fields of `Classifier.metrics`, and
         accuracy_of_test: share of the test images that are classified correctly.
         held_out: whether the model is known not to have been trained on the test images.
-      None if there are fewer than `MIN_LABELLED` training images, or fewer than `MIN_COMPARED`
-      samples or test images.
+      None if there are no labels, or too few images (`labelled.load`).
 
     Args:
       config: uses `data` and `evaluation.num_data`.
-      source: the training data, with labels.
+      source: the training data.
       samples: images drawn from the model.
       workdir: keeps the classifier if the folder of the data cannot (`classifier.of_data`).
     """
-    test_source = sources.open_held_out(config)
-    held_out = test_source.held_out
-    if not held_out:
-        source, test_source = sources.split(source, TEST_FRACTION)
-    limit = min(config.evaluation.num_data, MAX_IN_MEMORY)
-    n, k = min(limit, len(source)), min(limit, len(test_source))
-    if n < MIN_LABELLED or min(len(samples), k) < MIN_COMPARED:
-        log.info(
-            "not comparing samples with a classifier of the data, which needs %d training "
-            "images (there are %d), %d test images (%d) and as many samples (%d)",
-            MIN_LABELLED,
-            n,
-            MIN_COMPARED,
-            k,
-            len(samples),
-        )
+    data = labelled.load(config, source, len(samples), workdir)
+    if data is None:
         return None
-    (train, labels), (test, test_labels) = (
-        (np.stack(list(pipeline.all_examples(config, part, limit))), np.asarray(part.labels))
-        for part in (source, test_source)
-    )
-    trained = classifier.of_data(config, source, train, labels[:n], workdir)
-    metrics = trained.metrics(samples, train, test) | {
-        "accuracy_of_test": trained.accuracy(test, test_labels[:k]),
-        "held_out": held_out,
+    metrics = data.classifier.metrics(samples, data.train, data.test) | {
+        "accuracy_of_test": data.classifier.accuracy(data.test, data.test_labels),
+        "held_out": data.held_out,
     }
     log.info(
         "by a classifier of the data, %(num_samples)d samples (and as many test images) have "

@@ -267,6 +267,12 @@ _TASKS = (
                 minimum=0,
                 metavar="N,...",
             ),
+            Flag(
+                "marginal",
+                "Sample the marginals of the levels, not the conditionals",
+                type=bool,
+                default=False,
+            ),
             SEED,
         ),
         changeable=AFTER_TRAINING,

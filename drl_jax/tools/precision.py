@@ -1,6 +1,6 @@
 """Measures the errors of float32 and bfloat16 relative to float64.
 
-    python -m drl_jax.tools.precision [--model=digits] [--images=128] [--K=30] [--json=PATH]
+    python -m drl_jax.tools.precision [--model=digits_t6] [--images=128] [--K=30] [--json=PATH]
 
 The model's data, diffused to each noise level, are passed through the same network in three
 precisions:
@@ -601,8 +601,8 @@ def define_flags() -> flags.FlagValues:
     values = flags.FlagValues()
     flags.DEFINE_string(
         "model",
-        "digits",
-        "Work directory, exported file or name of the model (default: digits).",
+        "digits_t6",
+        "Work directory, exported file or name of the model (default: digits_t6).",
         flag_values=values,
     )
     for name, default, minimum, text in (

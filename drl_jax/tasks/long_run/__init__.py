@@ -1,5 +1,6 @@
 """The task `long_run`: runs chains for thousands of steps and reports their convergence."""
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -10,12 +11,14 @@ from drl_jax import diffusion
 from drl_jax.data import pipeline, sources
 from drl_jax.method import METROPOLIS
 from drl_jax.metrics import levels as levels_lib
+from drl_jax.metrics.frechet import fit
 from drl_jax.sampling import chains
 from drl_jax.storage.atomic import make_writable
 from drl_jax.storage.runs import Run
 from drl_jax.storage.snapshots import Autosave
-from drl_jax.tasks import common
+from drl_jax.tasks import common, labelled
 from drl_jax.tasks.long_run import report, runner
+from drl_jax.tasks.long_run.runner import Features
 
 # Fields of the configuration that must not change while work is unfinished.
 SETTINGS = ("mcmc.", "data.", "evaluation.num_data", "evaluation.batch_size")
@@ -27,14 +30,17 @@ def run(
     num_steps: int,
     num_chains: int | None,
     levels: Sequence[int],
+    marginal: bool,
     seed: int,
 ) -> None:
     """Runs long chains on the conditionals, and generates samples with many steps per level.
 
+    With `marginal`, it runs the chains on the marginals, and generates no samples.
+
     The same command resumes an interrupted run. With a larger `num_steps`, it continues a
     finished one.
 
-    Writes to `workdir`/long_run/step_STEP_SAMPLER_seed_SEED:
+    Writes to `workdir`/long_run/step_STEP_SAMPLER_seed_SEED, or ..._marginal_seed_SEED:
       chains.snapshot: the state from which a later run continues.
       level_T.png, ladder.png, curves.png and long_run.json: see `report.write`.
 
@@ -46,6 +52,7 @@ def run(
       num_chains: number of chains per level; None for as many as fit into one batch.
       levels: levels whose conditionals are sampled; empty for all levels or, if there are more
         than ten, for ten of them.
+      marginal: whether the chains sample the marginals p(y_t) of the levels.
       seed: random seed of the chains and of the choice of images.
 
     Raises:
@@ -65,13 +72,24 @@ def run(
     limit = config.evaluation.num_data
     images = np.stack(list(pipeline.all_examples(config, source, limit=limit)))
     key, experiment_key = jax.random.split(common.task_key("long_run", seed))
-    experiment = runner.prepare(model, experiment_key, images, sampled_levels, num_chains)
+    kind = f"{config.mcmc.sampler}_marginal" if marginal else config.mcmc.sampler
+    folder = workdir / "long_run" / f"step_{run.step}_{kind}_seed_{seed}"
+    experiment = runner.prepare(
+        model, experiment_key, images, sampled_levels, num_chains, marginal
+    )
     if config.mcmc.sampler in METROPOLIS:
         levels_lib.warn_of_rounding(sampled_levels.tolist(), experiment.resolution)
-    name = f"step_{run.step}_{config.mcmc.sampler}_seed_{seed}"
-    folder = workdir / "long_run" / name
     make_writable(folder)
     model = common.adapted(run).model
+    data = labelled.load(config, source, num_chains, workdir)
+    if data:
+        train_features, _ = data.classifier(data.train)
+        descend_key = jax.random.fold_in(key, model.T)
+        to_images = functools.partial(model.descend, descend_key, bottom=0)
+        features = Features(data.classifier, fit(train_features), to_images)
+        experiment = runner.with_features(experiment, features)
+    if marginal:
+        model = common.adapted(run._replace(model=run.model.marginals())).model
     settings = {"num_chains": num_chains, "levels": sampled_levels.tolist()}
     # Earlier versions did not save this setting and had other random keys, so that the chains
     # had other conditions. `Autosave.restore` rejects their work.

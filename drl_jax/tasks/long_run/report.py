@@ -35,8 +35,8 @@ def write(folder: epath.Path, state: State, experiment: Experiment, T: int) -> N
         records: the statistics of the chains at each recorded step
           (`runner.chain_statistics`).
         ladder: samples, the number of samples per ladder; data.frechet, the Fréchet distance of
-          as many images of the data set; and ladders, the steps, steps_per_level and frechet of
-          each finished ladder.
+          as many images of the data set; and ladders, the steps, steps_per_level, frechet and,
+          with a classifier, feature_frechet of each finished ladder.
         A number that is undefined or infinite is null.
 
     Args:
@@ -53,7 +53,7 @@ def write(folder: epath.Path, state: State, experiment: Experiment, T: int) -> N
         write_rows(folder / f"level_{level}.png", rows)
     if state.ladder_pictures:
         write_rows(folder / "ladder.png", state.ladder_pictures)
-    else:
+    elif not experiment.marginal:
         log.info("no samples were generated: use --num_steps=%d or more, one per level", T)
     figures.write_curves(folder / "curves.png", panels(state, experiment))
     forgotten = steps_to_forget(state.chains, experiment)
@@ -91,6 +91,13 @@ def write(folder: epath.Path, state: State, experiment: Experiment, T: int) -> N
             FORGOTTEN,
             forgotten[i] or "more",
         )
+        if experiment.features:
+            log.info(
+                "  level %d: feature Fréchet distance %.3f (%.3f)",
+                level,
+                last["feature_frechet"][i],
+                data["feature_frechet"][i],
+            )
     for ladder in state.ladders:
         log.info(
             "  samples with %d steps, %d per level: Fréchet distance %.3f (%.3f)",
@@ -99,6 +106,8 @@ def write(folder: epath.Path, state: State, experiment: Experiment, T: int) -> N
             ladder["frechet"],
             experiment.image_frechet,
         )
+        if experiment.features:
+            log.info("    feature Fréchet distance %.3f", ladder["feature_frechet"])
     log.info(
         "wrote long_run.json, curves.png and pictures to %s (rows of the pictures of levels: "
         "data, then steps %s)",
@@ -126,21 +135,28 @@ def panels(state: State, experiment: Experiment) -> list[Panel]:
         curves = dict(zip(names, values.tolist(), strict=True))
         return Panel(title, scale, curves, dict(zip(names, exact, strict=False)), steps)
 
-    return [
+    panels = [
         panel("log-density minus that of data [nats]", "symlog", "log_density", relative=True),
         panel("displacement |y - x_tilde| (dotted: data)", "linear", "displacement"),
         panel("acceptance since the previous record", "linear", "acceptance"),
         panel("Fréchet distance on pixels (dotted: data)", "log", "frechet"),
         panel("split R-hat, median over conditions", "log", "r_hat"),
         panel("effective sample size, all chains", "log", "effective_sample_size"),
-        Panel(
-            title="Fréchet distance of samples (x: steps of the ladder)",
-            scale="log",
-            curves={"ladder": [ladder["frechet"] for ladder in state.ladders]},
-            marks={"ladder": experiment.image_frechet},
-            x=[ladder["steps"] for ladder in state.ladders],
-        ),
     ]
+    if experiment.features:
+        title = "feature Fréchet distance of completed samples (dotted: data)"
+        panels.append(panel(title, "log", "feature_frechet"))
+    if not experiment.marginal:
+        panels.append(
+            Panel(
+                title="Fréchet distance of samples (x: steps of the ladder)",
+                scale="log",
+                curves={"ladder": [ladder["frechet"] for ladder in state.ladders]},
+                marks={"ladder": experiment.image_frechet},
+                x=[ladder["steps"] for ladder in state.ladders],
+            )
+        )
+    return panels
 
 
 def _or_nan(value: float | None) -> float:

@@ -8,8 +8,11 @@ are distributed like data diffused to that level; the log-density, the displacem
 Fréchet distance show whether they are. At level T - 1 there is no condition: all chains start
 from white noise and sample the marginal.
 
-After that, samples are generated through all levels (`sampling.ladder`) with N steps in total,
-N / T per level, for growing N, always from the same white noise. Here, a *ladder* is the
+With `marginal`, the chains sample the marginals p(y_t) instead, and start from data: nothing
+but the energy keeps them close to images.
+
+Otherwise, samples are then generated through all levels (`sampling.ladder`) with N steps in
+total, N / T per level, for growing N, always from the same white noise. Here, a *ladder* is the
 generation of one such set of samples.
 """
 
@@ -30,6 +33,7 @@ from drl_jax import diffusion, noise, recovery
 from drl_jax.errors import UserError
 from drl_jax.metrics import diagnostics
 from drl_jax.metrics import levels as levels_lib
+from drl_jax.metrics.classifier import Classifier
 from drl_jax.metrics.frechet import Normal, fit, frechet_distance
 from drl_jax.model import Model
 from drl_jax.runtime import processes
@@ -60,11 +64,14 @@ class Experiment(NamedTuple):
         same condition.
       condition_images: x_t of the images whose x_{t+1} are the conditions of the first chains.
       reference: for each level, a normal distribution fitted to data diffused to it.
-      data: for each level, 'log_density' [nats], 'displacement' and 'frechet' of C images
-        diffused to it: the values of exact samples.
+      data: for each level, 'log_density' [nats], 'displacement', 'frechet' and, if there is a
+        classifier, 'feature_frechet' of C images diffused to it: the values of exact samples.
       image_reference: a normal distribution fitted to data without noise.
       image_frechet: Fréchet distance between it and n other images.
       resolution: resolution of F at each level in float32 [nats] (`levels.resolution`).
+      exact: x_t of these C images.
+      marginal: whether the chains sample the marginals, and `x_tilde` is where they start.
+      features: compares images with the data in the features of a classifier, if there is one.
     """
 
     levels: Int[np.ndarray, "L"]
@@ -77,6 +84,30 @@ class Experiment(NamedTuple):
     image_reference: Normal
     image_frechet: float
     resolution: list[float]
+    exact: Float[np.ndarray, "L chains H W C"]
+    marginal: bool = False
+    features: "Features | None" = None
+
+
+class Features(NamedTuple):
+    """Compares images with training images in the features of a classifier.
+
+    Attributes:
+      classifier: a classifier of the data.
+      reference: a normal distribution fitted to the features of training images.
+      to_images: (x_t, top=t) -> images: completes the generation from level t.
+    """
+
+    classifier: Classifier
+    reference: Normal
+    to_images: Callable[..., Float[np.ndarray, "n H W C"]]
+
+    def distance(self, x_t: Float[np.ndarray, "n H W C"], level: int) -> float:
+        """Returns the squared Fréchet distance from the training images; NaN if diverged."""
+        if not np.isfinite(x_t).all():
+            return math.nan
+        features, _ = self.classifier(np.clip(self.to_images(x_t, top=level), -1, 1))
+        return frechet_distance(fit(features), self.reference)
 
 
 class LadderProgress(NamedTuple):
@@ -123,6 +154,7 @@ def prepare(
     images: Float[np.ndarray, "N H W C"],
     levels: Int[np.ndarray, "L"],
     num_chains: int,
+    marginal: bool = False,
 ) -> Experiment:
     """Splits images at random into conditions, exact samples and references, and diffuses them.
 
@@ -134,12 +166,15 @@ def prepare(
       images: data in [-1, 1].
       levels: levels whose conditionals are sampled.
       num_chains: number of chains per level.
+      marginal: whether the chains sample the marginals.
 
     Raises:
       UserError: if there are fewer than two chains per level, or too few images.
     """
     schedule = model.method.schedule
     condition_index = chains_lib.shared_conditions(num_chains)
+    if marginal:  # all chains sample the same distribution, each from its own start
+        condition_index = np.arange(num_chains)
     num_conditions, n = condition_index.max() + 1, num_chains * len(levels)
     if len(images) < num_conditions + 2 * n:
         raise UserError(
@@ -155,6 +190,7 @@ def prepare(
     reference = slice(num_conditions + n, None)
     diffuse_pair = jax.jit(diffusion.diffuse_pair)
     x_tildes, distributions, condition_images, references = [], [], [], []
+    exact_images = []
     data: dict[str, list[float]] = {"log_density": [], "displacement": [], "frechet": []}
     temperature = np.asarray(model.method.parameterisation.temperature)
     resolutions = []
@@ -163,7 +199,11 @@ def prepare(
         keys = noise.example_keys(level_key, jnp.arange(len(images)))
         t = jnp.full((len(images),), level)
         x_t, x_tilde = (np.asarray(x) for x in diffuse_pair(keys, images, t, schedule))
-        if level == schedule.T - 1:
+        y_t = np.asarray(schedule.y_scale(jnp.asarray(level))) * x_t
+        if marginal:
+            x_tildes.append(y_t[conditions])
+            distributions.append(np.full(num_chains, i * num_chains))
+        elif level == schedule.T - 1:
             x_tildes.append(np.asarray(noise.normal(keys[:num_chains], images.shape[1:])))
             distributions.append(np.full(num_chains, i * num_chains))
         else:
@@ -171,13 +211,15 @@ def prepare(
             distributions.append(i * num_chains + condition_index)
         condition_images.append(x_t[conditions][condition_index[:COLUMNS]])
         references.append(fit(_flatten(x_t[reference])))
-        y = schedule.y_scale(jnp.asarray(level)) * x_t[exact]
+        y = y_t[exact]
         f = np.asarray(model.f(y, t[exact]))
         resolutions.append(levels_lib.resolution(f, temperature[level]))
         data["log_density"].append(_mean(model.log_density(y, t[exact])))
-        displacement = recovery.displacement(y, jnp.asarray(x_tilde[exact]))
+        start = y_t[conditions] if marginal else x_tilde[exact]
+        displacement = recovery.displacement(jnp.asarray(y), jnp.asarray(start))
         data["displacement"].append(_mean(displacement))
         data["frechet"].append(distance(x_t[exact], references[-1]))
+        exact_images.append(x_t[exact])
     image_reference = fit(_flatten(images[reference]))
     return Experiment(
         levels=levels,
@@ -190,7 +232,17 @@ def prepare(
         image_reference=image_reference,
         image_frechet=distance(images[all_exact], image_reference),
         resolution=resolutions,
+        exact=np.stack(exact_images),
+        marginal=marginal,
     )
+
+
+def with_features(experiment: Experiment, features: Features) -> Experiment:
+    """Returns the experiment with distances in the features of a classifier."""
+    pairs = zip(experiment.exact, experiment.levels, strict=True)
+    distances = [features.distance(x_t, int(level)) for x_t, level in pairs]
+    data = experiment.data | {"feature_frechet": distances}
+    return experiment._replace(data=data, features=features)
 
 
 def run(
@@ -225,7 +277,9 @@ def run(
     if snapshot:
         state = from_snapshot(snapshot, chains, ladder_chains)
         log.info("resuming after step %d of %d", state.chains.step[0], num_steps)
-    with autosave, Progress(remaining_steps(state, num_steps, model.T), "step") as progress:
+    ladders = [] if experiment.marginal else ladder_steps(num_steps, model.T)
+    remaining = remaining_steps(state, num_steps, ladders, model.T)
+    with autosave, Progress(remaining, "step") as progress:
 
         def on_call(steps: int) -> None:
             """Counts the steps of a call of the compiled program; saves if a save is due."""
@@ -233,7 +287,8 @@ def run(
             autosave.step(int(state.chains.step[0]), functools.partial(to_snapshot, state))
 
         run_conditionals(state, model, key, experiment, num_steps, on_call)
-        run_ladders(state, model, key, experiment, num_steps, on_call)
+        if not experiment.marginal:
+            run_ladders(state, model, key, experiment, num_steps, on_call)
         autosave.save(to_snapshot(state))
     return state
 
@@ -317,13 +372,14 @@ def run_ladders(
                 made, done = step - done, step
                 on_call(made)
         x = state.ladder.x_tilde
-        state.ladders.append(
-            {
-                "steps": steps,
-                "steps_per_level": steps_per_level,
-                "frechet": distance(x, experiment.image_reference),
-            }
-        )
+        results = {
+            "steps": steps,
+            "steps_per_level": steps_per_level,
+            "frechet": distance(x, experiment.image_reference),
+        }
+        if experiment.features:
+            results["feature_frechet"] = experiment.features.distance(x, 0)
+        state.ladders.append(results)
         state.ladder_pictures.append(x[:COLUMNS])
         state.ladder = None
 
@@ -365,8 +421,8 @@ def chain_statistics(
     """Returns the statistics of the chains of each level, as JSON values.
 
     They are 'step', and lists with one value per level: 'log_density' [nats], 'displacement',
-    'acceptance', 'frechet' and the fields of `diagnostics.Convergence`. A value that is not
-    defined yet is None.
+    'acceptance', 'frechet', 'feature_frechet' if there is a classifier, and the fields of
+    `diagnostics.Convergence`. A value that is not defined yet is None.
 
     Args:
       chains: the chains.
@@ -392,6 +448,11 @@ def chain_statistics(
             for level_x, reference in zip(x, experiment.reference, strict=True)
         ],
     }
+    if experiment.features:
+        statistics["feature_frechet"] = [
+            experiment.features.distance(level_x, int(level))
+            for level_x, level in zip(x, experiment.levels, strict=True)
+        ]
     for name in diagnostics.Convergence._fields:
         statistics[name] = [getattr(c, name) if c else None for c in convergence]
     return statistics
@@ -471,18 +532,18 @@ def from_snapshot(snapshot: Snapshot, chains: Chains, ladder_chains: Chains) -> 
     )
 
 
-def remaining_steps(state: State, num_steps: int, T: int) -> int:
+def remaining_steps(state: State, num_steps: int, ladders: list[int], T: int) -> int:
     """Returns the number of steps to be made, on the conditionals and in all ladders together.
 
     Args:
       state: the present state.
-      num_steps: total number of steps on the conditionals; also the largest number of steps of
-        a ladder.
+      num_steps: total number of steps of the chains.
+      ladders: number of steps of each ladder, including the finished ones.
       T: number of levels.
     """
     remaining = num_steps - int(state.chains.step[0])
     finished = state.ladders[-1]["steps"] if state.ladders else 0
-    remaining += sum(N // T * T for N in ladder_steps(num_steps, T) if finished < N)
+    remaining += sum(N // T * T for N in ladders if finished < N)
     if state.ladder:
         within_level = int(state.ladder.chains.step[0]) if state.ladder.chains else 0
         finished_levels = T - 1 - state.ladder.level
