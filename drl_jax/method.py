@@ -73,8 +73,13 @@ class Method(NamedTuple):
         mixture = Mixture(**jax.lax.stop_gradient(params[MIXTURE]))
         exact = mixtures.exact_F(mixture, self.schedule)
         tau = self.parameterisation.temperature
-        reference = Parameterisation(tau, lambda y, t: exact(y.reshape(len(y), -1), t))
-        return recovery.log_density(recovery.limited(f, tau), reference)
+        correction = self.parameterisation.reference
+
+        def reference(y, t):
+            return exact(y.reshape(len(y), -1), t) + correction(y, t)
+
+        parameterisation = Parameterisation(tau, reference)
+        return recovery.log_density(recovery.limited(f, tau), parameterisation)
 
     def conditionals(
         self, params: Params, tuning: dict[str, Shaped[Array, "T"]] | None = None
@@ -112,10 +117,11 @@ def from_config(config: ConfigDict) -> Method:
     elif config.energy.parameterisation == "unit":
         parameterisation = Parameterisation(jnp.ones(schedule.T), recovery.white_noise)
     else:
+        half_width = 1 + config.data.dequantise / 2
         reference = {
             "noise": recovery.white_noise,
-            "uniform": recovery.uniform_pixels(schedule, 1 + config.data.dequantise / 2),
-            "gaussians": recovery.no_reference,  # `Method.F` replaces it
+            "uniform": recovery.uniform_pixels(schedule, half_width),
+            "gaussians": recovery.bounded_pixels(schedule, half_width),  # and the mixture
         }[config.energy.parameterisation]
         parameterisation = Parameterisation(_noise_of_data(config, schedule), reference)
     sampler = make_sampler(config.mcmc, schedule)

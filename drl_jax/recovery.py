@@ -39,7 +39,8 @@ tau_t per level takes these factors out of the network. There are five parameter
 - 'gaussians', for small images and any number of levels: F = f / tau_t + the log-density of
   level t if the data were a mixture of Gaussians, which is fitted to them before training
   (`data.mixtures.fit`). This reference falls as the square of the distance from the data, and
-  f / tau_t is limited (`limited`), so no region far from the data is probable.
+  f / tau_t is limited (`limited`), so no region far from the data is probable. A correction
+  (`bounded_pixels`) keeps pixels in their range, as 'uniform' does.
 - 'unit', for few dimensions: F = f - |x|² / 2. A density in the plane is smooth at the scale of
   the lowest noise levels: its logarithm is of order one at every level, and the lowest levels
   hardly differ. If f were divided by sigma_bar_t, it would have to be proportional to
@@ -147,6 +148,28 @@ def _uniform_pixel(schedule: NoiseSchedule, half_width: float) -> PixelFn:
         return upper + jnp.log1p(-jnp.exp(lower - upper))
 
     return log_p
+
+
+def bounded_pixels(schedule: NoiseSchedule, half_width: float) -> LevelFn:
+    """Returns by how much y_t is more probable for uniform than for normal pixels [nats].
+
+    This is the log-density of `uniform_pixels` minus that of independent normal pixels with the
+    same variance, up to a constant per level. Added to the log-density of a mixture of
+    Gaussians, it keeps pixels in their range. At high levels, where both are those of white
+    noise, it vanishes.
+
+    Args:
+      schedule: noise levels.
+      half_width: h, 1 for pixels in [-1, 1].
+    """
+    uniform = uniform_pixels(schedule, half_width)
+
+    def log_ratio(y: Float[Array, "B *D"], t: Int[Array, "B"]) -> Float[Array, "B"]:
+        uniform_variance = jnp.square(schedule.a_bar[t] * half_width) / 3
+        variance = schedule.y_scale(t) ** 2 * (uniform_variance + schedule.sigma_bar[t] ** 2)
+        return uniform(y, t) + jnp.sum(jnp.square(y), axis=range(1, y.ndim)) / (2 * variance)
+
+    return log_ratio
 
 
 def mixture(schedule: NoiseSchedule, temperature: Float[Array, "T"], half_width: float) -> Form:

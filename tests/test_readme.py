@@ -86,7 +86,9 @@ def test_the_example_of_sampling_gives_the_same_samples_in_two_parts_as_in_one()
     (code,) = code_blocks(SAMPLING, "python")
     variables = {}
     exec(code.replace("100", "4"), variables)
-    whole = variables["model"].descend(variables["key"], variables["x_6"], top=6, bottom=0)
+    whole = variables["model"].descend(
+        variables["key"], variables["x_T"], top=variables["model"].T, bottom=0
+    )
     np.testing.assert_array_equal(variables["x_0"], whole)
 
 

@@ -138,6 +138,26 @@ def test_uniform_pixels_have_the_density_of_uniform_noise_that_was_diffused(half
         np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("half_width", [1.0, 1 + 1 / 16])
+def test_bounded_pixels_turn_normal_pixels_into_uniform_ones(half_width):
+    """Added to the log-density of normal pixels with the variance of uniform ones.
+
+    Fails if the variance lacks the noise of the level, or the factor y_t / x_t.
+    """
+    schedule = diffusion.schedule(6, "cosine")
+    uniform = recovery.uniform_pixels(schedule, half_width)
+    correction = recovery.bounded_pixels(schedule, half_width)
+    for t in range(6):
+        y = np.linspace(-1.5, 1.5, 61)
+        a, sigma_bar = float(schedule.a_bar[t]), float(schedule.sigma_bar[t])
+        std = float(schedule.y_scale(jnp.asarray(t))) * np.hypot(
+            a * half_width / 3**0.5, sigma_bar
+        )
+        pixels, levels = jnp.asarray(y, jnp.float32)[:, None], jnp.full(61, t)
+        found = correction(pixels, levels) + (norm.logpdf(y, 0, std) - norm.logpdf(0, 0, std))
+        np.testing.assert_allclose(found, uniform(pixels, levels), rtol=2e-5, atol=2e-5)
+
+
 @pytest.mark.slow
 def test_log_density_of_uniform_pixels_is_a_sum_over_pixels_with_a_finite_gradient():
     schedule = diffusion.schedule(100, "cosine")

@@ -295,7 +295,7 @@ def gaussians():
     return config
 
 
-def test_F_is_the_limited_f_over_the_temperature_plus_the_log_density_of_the_mixture():
+def test_F_is_the_limited_f_over_the_temperature_plus_the_mixture_with_bounded_pixels():
     method = method_lib.from_config(gaussians())
     fitted = mixtures.isotropic(np.random.default_rng(0).normal(size=(2, 16)), 0.3)
     params, _ = jax.jit(method.energy.init)(jax.random.key(0))
@@ -305,7 +305,8 @@ def test_F_is_the_limited_f_over_the_temperature_plus_the_log_density_of_the_mix
     exact = mixtures.exact_F(fitted, method.schedule)(y.reshape(6, 16), t)
     f = method.energy.f(params, y, t) / method.parameterisation.temperature[t]
     assert np.std(f) > 1
-    wanted = recovery.LIMIT * np.tanh(f / recovery.LIMIT) + exact
+    bounds = recovery.bounded_pixels(method.schedule, 1.0)(y, t)
+    wanted = recovery.LIMIT * np.tanh(f / recovery.LIMIT) + exact + bounds
     np.testing.assert_allclose(method.F(params)(y, t), wanted, rtol=1e-5)
 
 
