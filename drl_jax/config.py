@@ -67,7 +67,8 @@ def default() -> ConfigDict:
                 # F from f: 'step': f / s_t²; 'noise': f / sigma_bar_t - |x|² / 2;
                 # 'unit': f - |x|² / 2; 'uniform': f / sigma_bar_t + log-density of level t if
                 # pixels were uniform; 'gaussians': the same if the data were a mixture of
-                # Gaussians, which is fitted to them
+                # Gaussians, which is fitted to them; 'bounded_gaussians': the same, but pixels
+                # stay in their range
                 "parameterisation": "step",
                 "components": 20,  # of this mixture
                 "dtype": "float32",  # of the products in f, in training; or 'bfloat16'
@@ -180,12 +181,15 @@ REPLACED_VALUES: dict[str, dict[str, dict[str, Any]]] = {
 # present defaults.
 EARLIER = {"optim.adam": "optax"}
 
+# Values of energy.parameterisation for which a mixture of Gaussians is fitted to the data.
+FITTED = ("gaussians", "bounded_gaussians")
+
 CHOICES = {
     "data.crop": ("centre", "none"),
     "diffusion.schedule": ("linear", "cosine"),
     "energy.network": ("resnet", "unet", "image_mlp", "mlp"),
     "energy.form": ("inner_product", "squared_distance", "mixture"),
-    "energy.parameterisation": ("step", "noise", "uniform", "gaussians", "unit"),
+    "energy.parameterisation": ("step", "noise", "uniform", *FITTED, "unit"),
     "energy.dtype": ("float32", "bfloat16"),
     "evaluation.dtype": ("float32", "bfloat16"),
     "mcmc.sampler": ("langevin", "mala", "hmc"),
@@ -228,7 +232,7 @@ BELOW = {
     "likelihood.target_acceptance": 1,
 }
 
-# Largest number of values of an image for which 'gaussians' has full covariances.
+# Largest number of values of an image for which the mixtures of `FITTED` have full covariances.
 MOST_VALUES = 256
 
 # Settings of images that must have these values for points in the plane.
@@ -372,7 +376,7 @@ def validate(config: ConfigDict) -> None:
             if fields[name] != "float32":
                 raise invalid(name, "config.energy.network 'image_mlp' needs 'float32'")
     if config.energy.network == "mlp":
-        if config.energy.parameterisation in ("uniform", "gaussians"):
+        if config.energy.parameterisation in ("uniform", *FITTED):
             raise invalid("energy.parameterisation", "points have no pixels; use 'unit'")
         for name, wanted in REQUIRED_FOR_POINTS.items():
             if fields[name] != wanted:
@@ -382,7 +386,7 @@ def validate(config: ConfigDict) -> None:
                     f"must be {wanted!r}",
                 )
     values = config.data.image_size**2 * config.data.channels
-    if config.energy.parameterisation == "gaussians" and values > MOST_VALUES:
+    if config.energy.parameterisation in FITTED and values > MOST_VALUES:
         raise invalid(
             "energy.parameterisation",
             f"the covariances of images with {values} values are too large, the limit is "

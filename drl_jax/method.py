@@ -33,8 +33,7 @@ from drl_jax.recovery import LevelFn, Parameterisation
 from drl_jax.sampling import ladder
 from drl_jax.sampling.ladder import STARTS, Conditionals, Sampler
 
-# Name of the fitted mixture of the parameterisation 'gaussians' among the parameters. Training
-# does not change it.
+# Name of the fitted mixture of `config.FITTED` among the parameters. Training does not change it.
 MIXTURE = "mixture"
 
 # Values of config.mcmc.sampler that accept or reject, and whose step sizes are adapted.
@@ -121,7 +120,9 @@ def from_config(config: ConfigDict) -> Method:
         reference = {
             "noise": recovery.white_noise,
             "uniform": recovery.uniform_pixels(schedule, half_width),
-            "gaussians": recovery.bounded_pixels(schedule, half_width),  # and the mixture
+            # `Method.F` adds the log-density of the fitted mixture.
+            "gaussians": recovery.no_reference,
+            "bounded_gaussians": recovery.bounded_pixels(schedule, half_width),
         }[config.energy.parameterisation]
         parameterisation = Parameterisation(_noise_of_data(config, schedule), reference)
     sampler = make_sampler(config.mcmc, schedule)
@@ -212,7 +213,7 @@ def make_energy(config: ConfigDict, schedule: NoiseSchedule, dtype: str) -> Ener
         energy = from_image_to_image(network, (size, size, channels), form, levels)
     else:
         energy = resnet.energy(size, channels, ch, mult, N)
-    if config.energy.parameterisation == "gaussians":
+    if config.energy.parameterisation in config_lib.FITTED:
         energy = energy._replace(init=_init_with_mixture(energy, config.energy.components))
     return with_dtype(jnp.bfloat16, energy) if dtype == "bfloat16" else energy
 

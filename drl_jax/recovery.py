@@ -13,7 +13,7 @@ F can be learned in two ways: from the recovery likelihood, with negative sample
 chains draw (`loss`), or from denoising, without them (`denoising_loss`).
 
 The gradient of F differs between levels by orders of magnitude. Dividing f by a temperature
-tau_t per level takes these factors out of the network. There are five parameterisations
+tau_t per level takes these factors out of the network. There are six parameterisations
 (`config.energy.parameterisation`):
 
 - 'step', for few levels (T6): F = f / s_t² with s_t the Langevin step size, as in the authors'
@@ -39,8 +39,9 @@ tau_t per level takes these factors out of the network. There are five parameter
 - 'gaussians', for small images and any number of levels: F = f / tau_t + the log-density of
   level t if the data were a mixture of Gaussians, which is fitted to them before training
   (`data.mixtures.fit`). This reference falls as the square of the distance from the data, and
-  f / tau_t is limited (`limited`), so no region far from the data is probable. A correction
-  (`bounded_pixels`) keeps pixels in their range, as 'uniform' does.
+  f / tau_t is limited (`limited`), so no region far from the data is probable.
+- 'bounded_gaussians': the same, with a correction of the reference (`bounded_pixels`) that keeps
+  pixels in their range, as 'uniform' does.
 - 'unit', for few dimensions: F = f - |x|² / 2. A density in the plane is smooth at the scale of
   the lowest noise levels: its logarithm is of order one at every level, and the lowest levels
   hardly differ. If f were divided by sigma_bar_t, it would have to be proportional to
@@ -61,7 +62,7 @@ from drl_jax.diffusion import NoiseSchedule
 from drl_jax.mcmc.log_density import value_and_gradient
 from drl_jax.networks.energy import Form
 
-LIMIT = 60.0  # of f / tau_t with the parameterisation 'gaussians' [nats]
+LIMIT = 60.0  # of f / tau_t if a mixture is fitted to the data [nats]
 LOG_ODDS = 4.0  # unit of the log-odds in `mixture`, so that they are learned as fast as v
 
 # (x [B, ...], t [B]) -> [B]: the network f with given parameters, or F computed from it.

@@ -290,7 +290,7 @@ def gaussians():
     config = config_lib.default()
     config.data.update(image_size=4, channels=1)
     config.energy.update(network="image_mlp", ch=8, N=1, components=2)
-    config.energy.parameterisation = "gaussians"
+    config.energy.parameterisation = "bounded_gaussians"
     config.train.objective = "denoising"
     return config
 

@@ -62,7 +62,7 @@ def train(config: ConfigDict, source: Source, workdir: epath.Path) -> Run:
     sharding.require_divisible(
         config.train.batch_size, mesh, "train.batch_size", config.train.accumulate
     )
-    if config.energy.parameterisation == "gaussians":
+    if config.energy.parameterisation in config_lib.FITTED:
         require_enough_images(len(source), config.energy.components)
     method = method_lib.from_config(config)
     training = train_step.from_config(config)
@@ -135,7 +135,7 @@ def initial_state(
         return state
     init_key, _, _ = run_keys(config.seed)
     state = train_state.create_on(mesh, init_key, method.energy, training.optimiser)
-    if config.energy.parameterisation == "gaussians":
+    if config.energy.parameterisation in config_lib.FITTED:
         state = with_fitted_mixture(state, config, source, mesh)
     return state
 
