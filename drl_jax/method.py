@@ -33,7 +33,8 @@ from drl_jax.recovery import LevelFn, Parameterisation
 from drl_jax.sampling import ladder
 from drl_jax.sampling.ladder import STARTS, Conditionals, Sampler
 
-# Name of the fitted mixture of `config.FITTED` among the parameters. Training does not change it.
+# Name among the parameters of the mixture that is fitted for `config.FITTED`. Training does not
+# change it.
 MIXTURE = "mixture"
 
 # Values of config.mcmc.sampler that accept or reject, and whose step sizes are adapted.

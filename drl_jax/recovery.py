@@ -40,8 +40,8 @@ tau_t per level takes these factors out of the network. There are six parameteri
   level t if the data were a mixture of Gaussians, which is fitted to them before training
   (`data.mixtures.fit`). This reference falls as the square of the distance from the data, and
   f / tau_t is limited (`limited`), so no region far from the data is probable.
-- 'bounded_gaussians': the same, with a correction of the reference (`bounded_pixels`) that keeps
-  pixels in their range, as 'uniform' does.
+- 'bounded_gaussians': the same, with a correction of the reference (`bounded_pixels`) that
+  keeps pixels in their range, as 'uniform' does.
 - 'unit', for few dimensions: F = f - |x|² / 2. A density in the plane is smooth at the scale of
   the lowest noise levels: its logarithm is of order one at every level, and the lowest levels
   hardly differ. If f were divided by sigma_bar_t, it would have to be proportional to
