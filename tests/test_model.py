@@ -18,6 +18,7 @@ from drl_jax.data import mixtures
 from drl_jax.errors import UserError
 from drl_jax.mcmc import hmc, langevin
 from drl_jax.model import Model
+from drl_jax.runtime import sharding
 from drl_jax.sampling import ladder
 from drl_jax.sampling.ladder import Adapted, Sampler
 
@@ -43,11 +44,13 @@ def with_kernel(model, kernel, **tuning):
 def test_chains_on_the_marginals_forget_their_starts_and_have_the_exact_moments():
     """Levels 0 and 4; all chains start from one point, 6 standard deviations away.
 
-    Fails if `marginals` keeps sigma, and if it keeps a start from the posterior.
+    Fails if `marginals` keeps sigma, and if it keeps the start from the posterior.
     """
     data = mixtures.gaussian(np.array([0.4]), np.array([[0.25]]))
-    model = exact.model(data, 6).with_sampler("mala", K=1).marginals()
-    model, adapted = model.adapt(jax.random.key(0))
+    mala = exact.model(data, 6).with_sampler("mala", K=1).method
+    sampler = mala.sampler._replace(start=ladder.start_from_posterior)
+    model = Model.create(mala._replace(sampler=sampler), {}, sharding.make_mesh())
+    model, adapted = model.marginals().adapt(jax.random.key(0))
     assert np.all((adapted.acceptance > 0.5) & (adapted.acceptance < 0.8))
     n, levels = 2000, (0, 4)
     for t in levels:

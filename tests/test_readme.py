@@ -159,7 +159,6 @@ def extended(tmp_path_factory):
 def run(extended, *args):
     """Runs Python on the extended package and returns what it prints."""
     command = [sys.executable, *map(str, args)]
-    # Without LLVM's optimisations, programs that run briefly are compiled faster.
     environment = tiny.environment() | {"XLA_FLAGS": tiny.COMPILE_FAST}
     done = subprocess.run(
         command, cwd=extended, env=environment, capture_output=True, text=True

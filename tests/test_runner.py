@@ -14,7 +14,8 @@ from helpers import tiny
 from PIL import Image
 
 from drl_jax import noise
-from drl_jax.metrics.frechet import fit
+from drl_jax.metrics import classifier
+from drl_jax.metrics.frechet import fit, frechet_distance
 from drl_jax.sampling import ladder
 from drl_jax.storage import runs
 from drl_jax.tasks.long_run import runner
@@ -140,8 +141,17 @@ def test_an_interrupted_run_is_resumed_to_the_same_bits(
 
 
 @pytest.mark.slow
-def test_chains_on_marginals_have_a_folder_of_their_own_and_no_ladder(workdir):
+def test_chains_on_marginals_have_a_folder_of_their_own_and_no_ladder(workdir, monkeypatch):
+    """Fails if the chains sample the conditionals."""
+    run, models = runner.run, []
+
+    def run_and_record(model, *args):
+        models.append(model)
+        return run(model, *args)
+
+    monkeypatch.setattr(runner, "run", run_and_record)
     assert start(workdir, *HMC, "--marginal", num_steps=6) == 0
+    assert np.all(np.isinf(models[0].method.schedule.sigma))
     found = json.loads((folder(workdir, "hmc_marginal") / "long_run.json").read_text())
     assert found["ladder"]["ladders"] == []
     first, *_, last = found["records"]
@@ -149,8 +159,8 @@ def test_chains_on_marginals_have_a_folder_of_their_own_and_no_ladder(workdir):
     assert last["displacement"][0] > 0
     assert 0 < last["acceptance"][0] <= 1
     assert start(workdir, *HMC, num_steps=6) == 0  # on the conditionals
-    conditional = json.loads((folder(workdir, "hmc") / "long_run.json").read_text())
-    assert conditional["records"][-1]["displacement"] != last["displacement"]
+    assert not np.any(np.isinf(models[1].method.schedule.sigma))
+    assert (folder(workdir, "hmc") / "long_run.json").exists()
 
 
 @pytest.mark.slow
@@ -165,6 +175,23 @@ def test_chains_and_ladders_are_compared_in_the_features_of_a_classifier(workdir
     (ladder_,) = found["ladder"]["ladders"]
     assert ladder_["feature_frechet"] > 2 * exact[0]
     assert "feature Fréchet distance" in caplog.text
+
+
+def test_feature_distances_are_those_of_completed_and_clipped_images(monkeypatch):
+    """Fails if x_t is compared itself, and if pixels outside [-1, 1] are not clipped."""
+    monkeypatch.setattr(
+        classifier.Classifier, "__call__", lambda _, x: (x.reshape(len(x), -1), None)
+    )
+    rng = np.random.default_rng(0)
+    x, data = rng.normal(size=(20, 2, 2, 1)), rng.normal(size=(30, 4))
+    features = runner.Features(
+        classifier.Classifier({}, 1.0), fit(data), lambda x_t, top: x_t / top
+    )
+    images = np.clip(x / 3, -1, 1).reshape(20, 4)
+    wanted = frechet_distance(fit(images), fit(data))
+    assert features.distance(x, 3) == pytest.approx(wanted)
+    x[0, 0] = np.inf
+    assert np.isnan(features.distance(x, 3))
 
 
 def test_wrong_arguments_are_reported_in_one_line(workdir, capsys):

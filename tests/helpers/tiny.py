@@ -36,7 +36,8 @@ COMPILED = _SESSION / "compiled"
 jax.config.update("jax_compilation_cache_dir", str(COMPILED))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
-# Compiles faster; for tests of short programs in processes of their own.
+# XLA flag without LLVM's optimisations. It makes tests of short programs faster, most of whose
+# time is compilation.
 COMPILE_FAST = "--xla_backend_optimization_level=0"
 
 STEPS = 300
