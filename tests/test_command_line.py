@@ -17,6 +17,7 @@ VALUES = {
     "distributed": "true",
     "dtype": "float16",
     "images": "a.png,b.png",
+    "marginal": "true",
     "mode": "train",
     "protocol": "paper",
 }

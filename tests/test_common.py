@@ -89,7 +89,9 @@ PURPOSES = {
     "evaluate": task(evaluate, protocol="default"),
     "interpolate": task(interpolate, images=(), pairs=1, frames=3, level=1, seed=SEED),
     "inpaint": task(inpaint, mask="random:0.5", images=(), completions=2, rounds=1, seed=SEED),
-    "long_run": task(long_run, num_steps=1, num_chains=2, levels=[0], seed=SEED),
+    "long_run": task(
+        long_run, num_steps=1, num_chains=2, levels=[0], marginal=False, seed=SEED
+    ),
     "likelihood": estimate_likelihood,
     "ood": task(ood, model=None, against=["shuffled"], seed=SEED),
 }

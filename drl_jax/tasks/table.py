@@ -269,7 +269,7 @@ _TASKS = (
             ),
             Flag(
                 "marginal",
-                "Sample the marginals of the levels, not the conditionals",
+                "Whether chains sample the marginals p(y_t), from data, not the conditionals",
                 type=bool,
                 default=False,
             ),
