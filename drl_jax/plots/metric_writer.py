@@ -2,8 +2,11 @@
 
 import contextlib
 import functools
+import importlib.util
+import os
+import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from clu import asynclib
@@ -11,25 +14,99 @@ from etils import epath
 
 from drl_jax.errors import as_user_error
 
-if TYPE_CHECKING:
-    from clu import metric_writers
+
+@runtime_checkable
+class Writer(Protocol):
+    """The methods of `clu.metric_writers.MetricWriter` that are used here."""
+
+    def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
+        """Writes the values of scalars, by name, at a training step."""
+
+    def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+        """Writes images, by name, at a training step: uint8 arrays [n, H, W, C]."""
+
+    def close(self) -> None:
+        """Writes what has not been written, and closes the file."""
+
+
+class TensorboardX:
+    """A `Writer` that needs no TensorFlow.
+
+    Unlike `tensorboardX.SummaryWriter`, it has no thread of its own, so that errors reach the
+    caller.
+    """
+
+    def __init__(self, workdir: str):
+        """Opens an event file in a folder.
+
+        Raises:
+          OSError: if the file cannot be created.
+        """
+        # Not imported where TensorFlow is installed.
+        from tensorboardX import event_file_writer, record_writer
+
+        record_writer.directory_check(workdir)
+        self._events = event_file_writer.EventsWriter(os.path.join(workdir, "events"))
+
+    def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
+        """Writes the values of scalars, by name, at a training step."""
+        from tensorboardX import summary
+
+        for name, value in scalars.items():
+            self._write(step, summary.scalar(name, float(value)))
+
+    def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+        """Writes images, by name, at a training step: uint8 arrays [n, H, W, C]."""
+        from tensorboardX import summary
+
+        for name, image in images.items():
+            self._write(step, summary.image(name, image, dataformats="NHWC"))
+
+    def _write(self, step: int, summary: Any) -> None:
+        from tensorboardX.proto import event_pb2
+
+        event = event_pb2.Event(wall_time=time.time(), step=step, summary=summary)
+        self._events.write_event(event)
+        self._events.flush()
+
+    def close(self) -> None:
+        """Writes what has not been written, and closes the file."""
+        self._events.close()
+
+
+def open_writer(workdir: str) -> Writer:
+    """Opens an event file in a folder, with CLU if TensorFlow is installed.
+
+    Raises:
+      OSError: if the file cannot be created.
+    """
+    if importlib.util.find_spec("tensorflow") is None:
+        return TensorboardX(workdir)
+    from clu import metric_writers  # imports TensorFlow, which takes seconds
+
+    return metric_writers.create_default_writer(workdir, asynchronous=False)
 
 
 class MetricWriter:
-    """Writes summaries with CLU, in a background thread. Use it as a context manager.
+    """Writes summaries in a background thread. Use it as a context manager.
 
-    CLU imports TensorFlow, which takes seconds. The thread imports it when the first summary is
-    written, so that the first training step does not have to wait.
+    Where TensorFlow is installed, it writes with CLU, which imports TensorFlow; elsewhere with
+    tensorboardX. The thread imports the library when the first summary is written, so that the
+    first training step does not have to wait.
     """
 
-    def __init__(self, workdir: epath.Path | None):
+    def __init__(
+        self, workdir: epath.Path | None, open_file: Callable[[str], Writer] = open_writer
+    ):
         """Prepares a writer; no file is created until something is written.
 
         Args:
           workdir: folder of the event file; None: nothing is written. Of several processes,
             only the first may write.
+          open_file: opens an event file in a folder.
         """
         self._workdir = workdir
+        self._open_file = open_file
         # A single worker, so that everything is written in order.
         self._pool = asynclib.Pool("metric_writer", max_workers=1)
 
@@ -44,6 +121,7 @@ class MetricWriter:
             what was to be written before.
         """
         with self._writing():
+            self._pool(self._close)()
             self._pool.close()
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
@@ -54,7 +132,7 @@ class MetricWriter:
         """Writes images, by name, at a training step: uint8 arrays [n, H, W, C]."""
         self._submit(lambda writer: writer.write_images(step, images))
 
-    def _submit(self, write: "Callable[[metric_writers.MetricWriter], None]") -> None:
+    def _submit(self, write: Callable[[Writer], None]) -> None:
         if self._workdir is None:
             return
         with self._writing():
@@ -69,8 +147,10 @@ class MetricWriter:
             with as_user_error(f"cannot write TensorBoard files to {self._workdir}"):
                 raise error.__cause__ or error from None
 
-    @functools.cached_property
-    def _writer(self) -> "metric_writers.MetricWriter":
-        from clu import metric_writers
+    def _close(self) -> None:
+        if "_writer" in vars(self):  # `cached_property` has opened a file
+            self._writer.close()
 
-        return metric_writers.create_default_writer(str(self._workdir), asynchronous=False)
+    @functools.cached_property
+    def _writer(self) -> Writer:
+        return self._open_file(str(self._workdir))
