@@ -1,6 +1,8 @@
 """Exceptions for problems that the user can fix, reported as one line."""
 
 import contextlib
+import shlex
+import sys
 from collections.abc import Iterator
 
 
@@ -59,3 +61,16 @@ def out_of_memory_as_user_error() -> Iterator[None]:
             "--config.train.batch_size or --config.evaluation.batch_size, or raise "
             "--config.train.accumulate"
         ) from error
+
+
+def not_installed(what: str, *packages: str) -> UserError:
+    """Returns the error for packages that are not installed.
+
+    Args:
+      what: what needs the packages; the beginning of the message.
+      packages: their names, for pip.
+    """
+    return UserError(
+        f"{what} needs {' and '.join(packages)}, which is not installed; run "
+        f"{shlex.join([sys.executable, '-m', 'pip', 'install', *packages])}"
+    )

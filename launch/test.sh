@@ -15,6 +15,7 @@ for option in "$@"; do
     *) options+=("$option") ;;
   esac
 done
+export EXTRA=test
 . "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .

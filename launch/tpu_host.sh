@@ -15,7 +15,7 @@ case ${1:-} in
     # The hosts have Python 3.10, which is too old for the project.
     python3 -m pip install --quiet --user uv
     [ -x .venv/bin/python ] || python3 -m uv venv --quiet --python=3.12 .venv
-    python3 -m uv pip install --quiet --python=.venv/bin/python --editable '.[tpu]'
+    python3 -m uv pip install --quiet --python=.venv/bin/python --editable '.[tpu,tensorflow]'
     ;;
   start)
     shift

@@ -16,6 +16,8 @@ from etils import epath
 from helpers import tiny
 from helpers.runs import steps, wait_until
 
+from drl_jax.tasks import command_line
+
 pytestmark = pytest.mark.infrastructure
 
 LAUNCH = tiny.ROOT / "launch"
@@ -571,3 +573,34 @@ def test_fast_skips_slow_tests_and_other_options_go_to_pytest(project, fast):
     assert arguments[:2] == ["-m", "pytest"]
     assert arguments[-2:] == ["-k", "a b"]
     assert ("not slow and not infrastructure" in arguments) is fast
+
+
+# ---- demo.sh
+
+
+def test_the_demo_ends_with_commands_that_the_program_accepts(project):
+    shutil.copy(project / "pyproject.toml", project / ".venv" / "installed.toml")
+    _executable(project / ".venv" / "bin" / "python", "#!/bin/sh", 'printf "%s\\n" "$@"')
+    done = subprocess.run(
+        ["bash", project / "launch" / "demo.sh", "--workdir=runs/a b", "--config.seed=1"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    program, _, text = done.stdout.partition("\n\n")
+    options = ["--config=configs/digits.py", "--workdir=runs/a b", "--config.seed=1"]
+    assert program.splitlines() == ["-m", "drl_jax.main", *options]
+    commands = [shlex.split(line, comments=True) for line in text.splitlines()]
+    modes = [command[2:] for command in commands if command[:2] == ["python", "-m"]]
+    assert [command_line.parse(mode).task.name for mode in modes] == ["inpaint", "interpolate"]
+    assert all(command_line.parse(mode).values["workdir"] == "runs/a b" for mode in modes)
+
+
+def test_the_demo_writes_to_the_folder_that_the_readme_names(project):
+    shutil.copy(project / "pyproject.toml", project / ".venv" / "installed.toml")
+    _executable(project / ".venv" / "bin" / "python", "#!/bin/sh", 'printf "%s\\n" "$@"')
+    done = subprocess.run(
+        ["bash", project / "launch" / "demo.sh"], capture_output=True, text=True, check=True
+    )
+    assert "--workdir=runs/digits" in done.stdout.splitlines()
+    assert "--workdir=runs/digits" in (tiny.ROOT / "README.md").read_text()

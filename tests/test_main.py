@@ -1,3 +1,4 @@
+import importlib.util
 import os
 import re
 import signal
@@ -357,3 +358,13 @@ def test_another_config_is_refused_with_every_field_that_differs(workdir, tree, 
     assert "optim.learning_rate was 0.001, now 0.5" in err
     assert "every_steps" not in err
     assert tree(workdir) == before
+
+
+def test_a_bucket_needs_tensorflow(monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    assert tiny.main(CONFIG, "--workdir=gs://bucket/run") == 1
+    err = capsys.readouterr().err
+    assert re.fullmatch(
+        r"error: --workdir=gs://bucket/run needs tensorflow, .* -m pip install tensorflow\n",
+        err,
+    )

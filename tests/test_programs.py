@@ -10,10 +10,10 @@ from drl_jax.errors import UserError
 from drl_jax.tools.plan import chips, programs
 
 
-@pytest.mark.parametrize(("topology", "extra"), [("v5e:2x2", "tpu"), ("h100:8", "cuda")])
+@pytest.mark.parametrize(("topology", "extra"), [("v5e:2x2", "tpu"), ("h100:8", "cuda12")])
 def test_the_error_for_a_missing_compiler_says_how_to_install_it(monkeypatch, topology, extra):
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(UserError, match=rf"not installed.*pip install 'drl_jax\[{extra}\]'"):
+    with pytest.raises(UserError, match=rf"not installed.*-m pip install 'jax\[{extra}\]'$"):
         programs.mesh_of(chips.parse(topology))
 
 

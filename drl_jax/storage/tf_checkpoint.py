@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 
 from drl_jax import config as config_lib
 from drl_jax import method
-from drl_jax.errors import UserError
+from drl_jax.errors import UserError, not_installed
 from drl_jax.networks.energy import Params, Vectors
 
 log = logging.getLogger(__name__)
@@ -80,10 +80,12 @@ def read(prefix: str) -> Tensors:
         'ckpt.data-00000-of-00001'.
 
     Raises:
-      UserError: if there is no checkpoint, or it is damaged.
+      UserError: if there is no checkpoint, it is damaged, or TensorFlow is not installed.
     """
-    import tensorflow as tf  # takes seconds, and only this function needs it
-
+    try:
+        import tensorflow as tf  # takes seconds, and only this function needs it
+    except ImportError as error:
+        raise not_installed("reading a TensorFlow checkpoint", "tensorflow") from error
     try:
         reader = tf.train.load_checkpoint(prefix)
         return {

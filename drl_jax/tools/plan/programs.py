@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from drl_jax import method as method_lib
-from drl_jax.errors import UserError
+from drl_jax.errors import UserError, not_installed
 from drl_jax.model import Model
 from drl_jax.runtime import sharding
 from drl_jax.tools.plan import hlo
@@ -79,10 +79,8 @@ def mesh_of(topology: Topology, data: int = -1, fsdp: int = 1) -> Mesh:
         if its devices cannot form the mesh.
     """
     if importlib.util.find_spec(COMPILERS[topology.platform]) is None:
-        raise UserError(
-            f"--topology={topology.name}: its compiler is not installed; run "
-            f"pip install 'drl_jax[{topology.platform}]'"
-        )
+        package = {"tpu": "jax[tpu]", "cuda": "jax[cuda12]"}[topology.platform]
+        raise not_installed(f"--topology={topology.name}", package)
     try:
         description = topologies.get_topology_desc(**topology.description)
     except jax.errors.JaxRuntimeError as error:
