@@ -4,6 +4,7 @@
 """
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -24,17 +25,28 @@ _MODULES = {
 }
 
 
-def load(path_or_name: str) -> "Model":
-    """Returns a trained model.
+def load(path_or_name: str | os.PathLike[str], *, set_up_jax: bool = True) -> "Model":
+    """Returns a trained model, on all devices.
+
+    Sets up JAX as the command line does: a CPU is divided into one device per core, at most
+    eight, and compiled programs are cached on disk, so that the next process starts faster.
+    This changes no setting that you have made by `jax.config` or by environment variables such
+    as JAX_NUM_CPU_DEVICES and JAX_COMPILATION_CACHE_DIR. The number of devices cannot change
+    after the first operation of JAX, so call `load` before it.
 
     Args:
       path_or_name: a work directory, whose newest undamaged checkpoint is used; a file
         written by --mode=export; or the name of a model that comes with the package, such as
         'digits'.
+      set_up_jax: whether to set up JAX; False leaves all of its settings as they are.
 
     Raises:
       UserError: if there is no such model, or it cannot be read.
     """
+    if set_up_jax:
+        from drl_jax.runtime import jax_setup
+
+        jax_setup.prepare()
     from drl_jax.storage import runs
 
     return runs.load(path_or_name).model

@@ -7,6 +7,14 @@ import helpers.typechecking
 # Must come before the first import of the package.
 helpers.typechecking.install()
 
+import jax  # noqa: E402
+
+from drl_jax.runtime import cpu_devices  # noqa: E402
+
+# The number of devices does not depend on the machine, or on which test loads a model first.
+if not cpu_devices.set_by_user():
+    jax.config.update("jax_num_cpu_devices", 1)
+
 from helpers.torch_files import torch  # noqa: E402, F401
 from helpers.toy import trained_toy  # noqa: E402, F401
 
