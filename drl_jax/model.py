@@ -10,13 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, ArrayLike, Float, Int, Key, Shaped
+from jaxtyping import Array, ArrayLike, Float, Int, Shaped
 
 from drl_jax import method as method_lib
 from drl_jax import noise
 from drl_jax.errors import UserError
 from drl_jax.method import Method
 from drl_jax.networks.energy import Params
+from drl_jax.noise import AnyKey
 from drl_jax.runtime import sharding
 from drl_jax.runtime.batching import Engine
 from drl_jax.runtime.matmul_precision import full_precision
@@ -104,11 +105,15 @@ class Model:
         return cls(method, params, engine, programs)
 
     def __repr__(self) -> str:
-        sizes = [leaf.size for leaf in jax.tree.leaves(self.params)]
-        sampler = self.method.sampler.kernel.__module__.rpartition(".")[2]
+        number = sum(leaf.size for leaf in jax.tree.leaves(self.params))
+        sampler = self.method.sampler
+        parts = ["one draw per level"] * (sampler.start is ladder.start_from_posterior)
+        if sampler.K:
+            parts.append(f"{sampler.kernel.__module__.rpartition('.')[2]} (K={sampler.K})")
         return (
-            f"Model(shape={self.shape}, T={self.T}, parameters={sum(sizes):,}, "
-            f"sampler={sampler}, K={self.method.sampler.K}, devices={self.mesh.size})"
+            f"Model(shape={self.shape}, levels={self.T}, network={self.method.energy.name}, "
+            f"parameters={number:,},\n"
+            f"      sampler={', then '.join(parts)}, devices={self.mesh.size})"
         )
 
     @property
@@ -153,22 +158,28 @@ class Model:
     def f(self, x: Float[ArrayLike, "B *D"], t: Int[ArrayLike, "B"]) -> Float[Array, "B"]:
         """Returns the network's output at levels t in 0..T-1.
 
+        While JAX traces a function, as in `jax.jit`, the values of traced levels are unknown.
+        They are not checked then, and a level outside 0..T-1 gives a wrong result.
+
         Raises:
-          UserError: if the arrays do not fit the model or each other.
+          UserError: if the arrays do not fit the model or each other, x are integers, such as
+            8-bit images, or a level is not in 0..T-1.
         """
-        return self.programs.f(self.params, *self._examples_and_levels(x, t))
+        return self._evaluate(self.programs.f, x, t)
 
     def log_density(
         self, x: Float[ArrayLike, "B *D"], t: Int[ArrayLike, "B"]
     ) -> Float[Array, "B"]:
         """Returns F(x, t), the log-density of level t in 0..T-1 up to a constant [nats].
 
-        Raises:
-          UserError: if the arrays do not fit the model or each other.
-        """
-        return self.programs.F(self.params, *self._examples_and_levels(x, t))
+        As for `f`, traced levels are not checked.
 
-    def sample(self, key: Key[Array, ""], n: int) -> Float[np.ndarray, "n *D"]:
+        Raises:
+          UserError: for the same reasons as `f`.
+        """
+        return self._evaluate(self.programs.F, x, t)
+
+    def sample(self, key: AnyKey, n: int) -> Float[np.ndarray, "n *D"]:
         """Draws n samples. The i-th depends only on the key and i, not on n.
 
         For equal batch sizes, this is true bit for bit. Another batch size needs another
@@ -176,19 +187,21 @@ class Model:
         differences.
 
         Raises:
-          UserError: if n < 1.
+          UserError: if n < 0.
         """
-        require_positive(n=n)
         return np.concatenate(list(self.sample_batches(key, n)))
 
-    def sample_batches(
-        self, key: Key[Array, ""], n: int
-    ) -> Iterator[Float[np.ndarray, "B *D"]]:
-        """Draws n samples batch by batch, so that the memory needed does not grow with n."""
+    def sample_batches(self, key: AnyKey, n: int) -> Iterator[Float[np.ndarray, "B *D"]]:
+        """Draws n samples batch by batch, so that the memory needed does not grow with n.
+
+        Raises:
+          UserError: if n < 0.
+        """
+        require_at_least(0, n=n)
         return self.run(self.programs.generate, key, np.arange(n))
 
     def descend(
-        self, key: Key[Array, ""], x: Float[ArrayLike, "n *D"], top: int, bottom: int
+        self, key: AnyKey, x: Float[ArrayLike, "n *D"], top: int, bottom: int
     ) -> Float[np.ndarray, "n *D"]:
         """Draws x_bottom given x = x_top, level by level (`ladder.descend`).
 
@@ -203,15 +216,15 @@ class Model:
                 f"cannot descend from level {top} to level {bottom}: levels go from "
                 f"{self.T} (white noise) down to 0"
             )
-        x = np.asarray(x, np.float32)
-        require_shape(x, self.shape)
-        indices = np.arange(len(x))
+        x = np.asarray(x)
+        require_examples(x, self.shape)
+        indices, x = np.arange(len(x)), x.astype(np.float32)
         return _concatenate(
             self.run(self.programs.descend, key, indices, x, top=top, bottom=bottom)
         )
 
     def interpolate(
-        self, key: Key[Array, ""], pairs: int, frames: int, level: int | None = None
+        self, key: AnyKey, pairs: int, frames: int, level: int | None = None
     ) -> Float[np.ndarray, "pairs frames H W C"]:
         """Interpolates between samples through a noise level (`interpolation.sample_strips`).
 
@@ -225,9 +238,10 @@ class Model:
             `interpolation.sample_level`.
 
         Raises:
-          UserError: if the level is not in 1..T, or pairs or frames < 1.
+          UserError: if the level is not in 1..T, pairs < 0, or frames < 1.
         """
-        require_positive(pairs=pairs, frames=frames)
+        require_at_least(0, pairs=pairs)
+        require_at_least(1, frames=frames)
         keys = noise.example_keys(key, jnp.arange(2 * pairs))
         schedule = self.method.schedule
         level = interpolation.sample_level(schedule) if level is None else level
@@ -239,7 +253,7 @@ class Model:
 
     def interpolate_images(
         self,
-        key: Key[Array, ""],
+        key: AnyKey,
         first: ArrayLike,
         last: ArrayLike,
         frames: int,
@@ -261,7 +275,7 @@ class Model:
           UserError: if the images do not fit the model, the level is not in 1..T, or
             frames < 1.
         """
-        require_positive(frames=frames)
+        require_at_least(1, frames=frames)
         schedule = self.method.schedule
         starts, ends = as_images(first, self.shape), as_images(last, self.shape)
         if len(starts) != len(ends):
@@ -276,7 +290,7 @@ class Model:
 
     def inpaint(
         self,
-        key: Key[Array, ""],
+        key: AnyKey,
         x: ArrayLike,
         known: ArrayLike,
         completions: int = 1,
@@ -295,10 +309,11 @@ class Model:
           images that are equal to x at known pixels.
 
         Raises:
-          UserError: if the images or the mask do not fit the model, or completions or
+          UserError: if the images or the mask do not fit the model, completions < 0, or
             rounds < 1.
         """
-        require_positive(completions=completions, rounds=rounds)
+        require_at_least(0, completions=completions)
+        require_at_least(1, rounds=rounds)
         images, known = as_images(x, self.shape), np.asarray(known)
         masks.require_mask(known, self.shape)
         n = len(images) * completions
@@ -316,7 +331,7 @@ class Model:
 
     def long_run(
         self,
-        key: Key[Array, ""],
+        key: AnyKey,
         x_tilde: Float[ArrayLike, "n *D"],
         t: Int[ArrayLike, "n"],
         num_steps: int,
@@ -341,17 +356,20 @@ class Model:
           the chains with their traces, and their present positions, as numpy arrays.
 
         Raises:
-          UserError: if a level is not in 0..T-1.
+          UserError: if the arrays do not fit the model or each other, or a level is not in
+            0..T-1.
         """
-        x_tilde, t = np.asarray(x_tilde, np.float32), np.asarray(t, np.int32)
-        chains_lib.require_levels(t, self.T)
+        x_tilde, t = np.asarray(x_tilde), np.asarray(t)
+        require_examples(x_tilde, self.shape)
+        self._require_levels(t, len(x_tilde))
+        x_tilde, t = x_tilde.astype(np.float32), t.astype(np.int32)
         indices = np.arange(len(t))
         if chains is None:
             trace = np.zeros((len(t), points, 1 + chains_lib.PROJECTIONS), np.float32)
             chains = _concatenate(
                 self.run(self.programs.start_chains, key, indices, x_tilde, t, trace)
             )
-        first = int(chains.step[0])
+        first = int(np.max(chains.step, initial=0))  # the same for all chains
         return _concatenate(
             self.run(
                 self.programs.advance_chains,
@@ -371,7 +389,7 @@ class Model:
         K: int | None = None,
         leapfrog: int | Sequence[int] | None = None,
         noise_scale: float = 1.0,
-        key: Key[Array, ""] | None = None,
+        key: AnyKey | None = None,
         target: float | None = None,
     ) -> "Model":
         """Returns a model that draws its samples with another sampler. Compiles new programs.
@@ -414,7 +432,7 @@ class Model:
         return Model.create(method, self.params, self.mesh, self.engine.batch_size)
 
     def adapt(
-        self, key: Key[Array, ""], num_steps: int = 100, target: float = 0.65, chains: int = 16
+        self, key: AnyKey, num_steps: int = 100, target: float = 0.65, chains: int = 16
     ) -> tuple["Model", Adapted]:
         """Adapts the step sizes of MALA or HMC, on chains that are then discarded.
 
@@ -465,7 +483,7 @@ class Model:
     def run(
         self,
         compiled: Callable,
-        key: Key[Array, ""],
+        key: AnyKey,
         indices: Int[np.ndarray, "n"],
         *arrays: Any,
         **settings: Any,
@@ -484,7 +502,7 @@ class Model:
         return self.engine.run(compiled, shared, self.engine.split(examples))
 
     def arguments(
-        self, key: Key[Array, ""], indices: Any, *arrays: Any, **settings: Any
+        self, key: AnyKey, indices: Any, *arrays: Any, **settings: Any
     ) -> tuple[Any, Any]:
         """Returns the two arguments of a compiled program: shared values, and examples.
 
@@ -493,25 +511,34 @@ class Model:
         shared = self.params, self.method.sampler.tuning, key, settings
         return shared, (indices, arrays)
 
-    def _examples_and_levels(
-        self, x: Shaped[ArrayLike, "..."], t: Shaped[ArrayLike, "..."]
-    ) -> tuple[Float[Array, "B *D"], Int[Array, "B"]]:
-        """Returns x and t as arrays, after checking that they fit the model and each other.
+    def _evaluate(
+        self, program: Callable, x: Shaped[ArrayLike, "..."], t: Shaped[ArrayLike, "..."]
+    ) -> Float[Array, "B"]:
+        """Evaluates f or F at examples and levels that may not fit the model or each other."""
+        x = jnp.asarray(x)
+        require_examples(x, self.shape)
+        if not isinstance(t, jax.core.Tracer):
+            t = np.asarray(t)  # `jnp.asarray` would trace it inside `jax.jit`
+        self._require_levels(t, len(x))
+        return program(self.params, x, t) if len(x) else jnp.zeros(0, x.dtype)
 
-        The values of levels are not known, and so not checked, while JAX traces a function.
+    def _require_levels(self, t: Shaped[Array | np.ndarray, "..."], n: int) -> None:
+        """Checks that t contains n levels in 0..T-1; the values of traced levels are unknown.
+
+        Raises:
+          UserError: with the shape, the dtype or the level that is wrong.
         """
-        x, t = jnp.asarray(x), jnp.asarray(t)
-        require_shape(x, self.shape)
-        if t.shape != x.shape[:1]:
+        if t.shape != (n,):
             raise UserError(
-                f"the levels are an array of shape {t.shape}: give one per example, {len(x)}"
+                f"the levels are an array of shape {t.shape}: give one per example, {n}"
             )
+        if not jnp.issubdtype(t.dtype, jnp.integer):
+            raise UserError(f"the levels are of dtype {t.dtype}: give integers")
         if not isinstance(t, jax.core.Tracer):
             chains_lib.require_levels(np.asarray(t), self.T)
-        return x, t
 
     def _recover_strips(
-        self, key: Key[Array, ""], strips: Float[Array, "pairs frames H W C"], level: int
+        self, key: AnyKey, strips: Float[Array, "pairs frames H W C"], level: int
     ) -> Float[np.ndarray, "pairs frames H W C"]:
         """Recovers images from strips of x_level; the frames of a strip share their noise."""
         pairs, frames, *shape = strips.shape
@@ -521,25 +548,30 @@ class Model:
         return _concatenate(images).reshape(strips.shape)
 
 
-def require_positive(**numbers: int) -> None:
-    """Checks that numbers are 1 or more.
+def require_at_least(minimum: int, **numbers: int) -> None:
+    """Checks that numbers are not smaller than the minimum.
 
     Raises:
-      UserError: with the name and value of one that is not.
+      UserError: with the name and value of one that is.
     """
     for name, number in numbers.items():
-        if number < 1:
-            raise UserError(f"{name} is {number}: it must be 1 or more")
+        if number < minimum:
+            raise UserError(f"{name} is {number}: it must be {minimum} or more")
 
 
-def require_shape(x: Shaped[ArrayLike, "..."], shape: tuple[int, ...]) -> None:
-    """Checks that x is an array of examples of this shape.
+def require_examples(x: Shaped[Array | np.ndarray, "..."], shape: tuple[int, ...]) -> None:
+    """Checks that x contains examples of this shape, as floating-point numbers.
 
     Raises:
-      UserError: with both shapes.
+      UserError: with the dtype, or with both shapes.
     """
-    if np.ndim(x) != 1 + len(shape) or np.shape(x)[1:] != shape:
-        given, wanted = ("x".join(map(str, shape)) for shape in (np.shape(x), shape))
+    if not jnp.issubdtype(x.dtype, jnp.floating):  # such images are not scaled to [-1, 1]
+        raise UserError(
+            f"the examples are of dtype {x.dtype}: give floating-point numbers; convert 8-bit "
+            "images by x / 127.5 - 1"
+        )
+    if x.ndim != 1 + len(shape) or x.shape[1:] != shape:
+        given, wanted = ("x".join(map(str, shape)) for shape in (x.shape, shape))
         raise UserError(f"the examples are an array of shape {given}: give nx{wanted}")
 
 
@@ -550,17 +582,9 @@ def as_images(x: ArrayLike, shape: tuple[int, ...]) -> Float[np.ndarray, "n H W 
       UserError: naming the dtype, shape or range that is wrong.
     """
     x = np.asarray(x)
-    if x.dtype.kind in "biu":  # integers have not been scaled to [-1, 1]
-        raise UserError(
-            f"the images are of dtype {x.dtype}: give floating-point numbers in [-1, 1]"
-        )
+    require_examples(x, shape)
     x = x.astype(np.float32)
-    if x.ndim != 4 or x.shape[1:] != shape or not len(x):
-        given, wanted = ("x".join(map(str, shape)) for shape in (x.shape, shape))
-        raise UserError(
-            f"the images are an array of shape {given}: give one or more images of {wanted}"
-        )
-    if not np.abs(x).max() <= 1 + PIXEL_TOLERANCE:  # also true of NaN
+    if not np.abs(x).max(initial=0) <= 1 + PIXEL_TOLERANCE:  # also true of NaN
         raise UserError(
             f"the images' pixels lie in [{x.min():g}, {x.max():g}]: scale or clip them to "
             "[-1, 1]"

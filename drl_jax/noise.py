@@ -11,11 +11,16 @@ same chain in float32.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key, Shaped
+from jaxtyping import Array, Float, Int, Key, Shaped, UInt32
+
+# What `jax.random.key` or `jax.random.PRNGKey` returns.
+AnyKey = Key[Array, ""] | UInt32[Array, "_"]
 
 
-def example_keys(key: Key[Array, ""], examples: Int[Array, "B"]) -> Key[Array, "B"]:
+def example_keys(key: AnyKey, examples: Int[Array, "B"]) -> Key[Array, "B"]:
     """Returns one key per example, from its index in the global batch."""
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, examples)
 
 

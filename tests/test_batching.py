@@ -19,7 +19,7 @@ def scale(shared, examples):
     return {"y": shared["factor"] * examples["x"], "index": examples["index"]}
 
 
-@pytest.mark.parametrize("n", [1, 5, 16, 17, 40])
+@pytest.mark.parametrize("n", [0, 1, 5, 16, 17, 40])
 def test_results_are_those_of_the_single_examples_in_order(engine, n):
     examples = {"x": np.random.default_rng(0).normal(size=(n, 3)).astype(np.float32)}
     examples["index"] = np.arange(n)

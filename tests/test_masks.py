@@ -26,6 +26,11 @@ def test_a_mask_hides_the_region_that_it_is_named_after(name, hidden):
     assert ["".join(".#"[int(not k)] for k in row) for row in known[..., 0]] == hidden
 
 
+def test_a_raw_key_hides_the_same_pixels_as_a_typed_one():
+    raw = masks.named("random:0.5", 8, jax.random.PRNGKey(0))
+    np.testing.assert_array_equal(raw, masks.named("random:0.5", 8, KEY))
+
+
 @pytest.mark.parametrize("size", [2, 3, 5, 8, 33])
 def test_opposite_halves_hide_every_pixel_once(size):
     for half, opposite in (("left", "right"), ("top", "bottom")):

@@ -279,18 +279,35 @@ def test_the_log_density_of_exact_energies_is_that_of_the_data(model):
     ],
 )
 def test_examples_and_levels_that_do_not_fit_are_errors(model, x, t, words):
-    """A wrong level would otherwise silently select the parameters of another one."""
+    """A wrong level would otherwise silently select the parameters of another one.
+
+    Fails if the check is left out where other values are traced.
+    """
     x, t = np.asarray(x, np.float32), np.asarray(t)
     for function in model.f, model.log_density:
         with pytest.raises(UserError, match=words):
             function(x, t)
+        with pytest.raises(UserError, match=words):
+            jax.jit(lambda x, function=function: function(x, t))(x)
+        with pytest.raises(UserError, match=words):
+            jax.grad(lambda x, function=function: function(x, jnp.array(t)).sum())(x)
 
 
-@pytest.mark.parametrize("t", [0, [0], [0, 0, 0]])
-def test_there_is_one_level_per_example(model, t):
-    """Checked below `f` and `log_density`, whose annotations reject other shapes in tests."""
-    with pytest.raises(UserError, match="give one per example, 2"):
-        model._examples_and_levels(np.zeros((2, 2, 2, 1), np.float32), np.asarray(t))
+@pytest.mark.parametrize(
+    ("x", "t", "words"),
+    [
+        (np.zeros((2, 2, 2, 1)), 0, "give one per example, 2"),
+        (np.zeros((2, 2, 2, 1)), [0], "give one per example, 2"),
+        (np.zeros((2, 2, 2, 1)), [0, 0, 0], "give one per example, 2"),
+        (np.zeros((2, 2, 2, 1)), [0.0, 1.0], "levels are of dtype float64: give integers"),
+        (np.zeros((2, 2, 2, 1), np.uint8), [0, 0], r"dtype uint8: .* by x / 127.5 - 1"),
+        (np.zeros((2, 2, 2, 1), int), [0, 0], r"dtype int32: .* by x / 127.5 - 1"),
+    ],
+)
+def test_levels_are_one_integer_per_example_and_examples_are_no_integers(model, x, t, words):
+    """Checked below `f` and `log_density`, whose annotations reject such arrays in tests."""
+    with pytest.raises(UserError, match=words):
+        model._evaluate(model.programs.f, x, np.asarray(t))
 
 
 def test_log_densities_can_be_differentiated_and_compiled(model):
@@ -302,16 +319,21 @@ def test_log_densities_can_be_differentiated_and_compiled(model):
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda model, key: model.sample(key, 0), "n is 0: "),
-        (lambda model, key: model.interpolate(key, 0, 3), "pairs is 0: "),
+        (lambda model, key: model.sample(key, -1), "n is -1: "),
+        (lambda model, key: model.sample_batches(key, -1), "n is -1: "),
+        (lambda model, key: model.interpolate(key, -1, 3), "pairs is -1: "),
         (lambda model, key: model.interpolate(key, 1, 0), "frames is 0: "),
         (lambda model, key: model.descend(key, np.zeros((1, 2, 3, 1)), 6, 0), "1x2x3x1: "),
         (lambda model, key: model.with_step_size(np.ones(3)), r"\(3,\): give 6"),
         (
             lambda model, key: model.inpaint(
-                key, np.zeros((1, 2, 2, 1)), np.eye(2)[..., None] > 0, completions=0
+                key, np.zeros((1, 2, 2, 1)), np.eye(2)[..., None] > 0, completions=-1
             ),
-            "completions is 0: ",
+            "completions is -1: ",
+        ),
+        (
+            lambda model, key: model.long_run(key, np.zeros((1, 2, 3, 1)), np.array([0]), 1),
+            "1x2x3x1: ",
         ),
     ],
 )
@@ -320,18 +342,74 @@ def test_numbers_and_shapes_that_make_no_sense_are_errors(model, call, words):
         call(model, jax.random.key(0))
 
 
-def test_repr_names_the_shape_levels_sampler_and_devices(model):
-    for part in ("(2, 2, 1)", "T=6", "langevin", f"devices={model.mesh.size}"):
-        assert part in repr(model)
+KNOWN = np.eye(2)[..., None] > 0
+
+
+def images(n):
+    return np.full((n, 2, 2, 1), 0.25, np.float32)
+
+
+# Every method that draws n examples: (model, key, n) -> arrays whose first axis has length n.
+DRAWS = {
+    "sample": lambda model, key, n: model.sample(key, n),
+    "descend": lambda model, key, n: model.descend(key, images(n), top=6, bottom=0),
+    "interpolate": lambda model, key, n: model.interpolate(key, pairs=n, frames=3),
+    "interpolate_images": lambda model, key, n: model.interpolate_images(
+        key, images(n), -images(n), frames=3, level=2
+    ),
+    "inpaint": lambda model, key, n: model.inpaint(key, images(n), KNOWN, completions=2),
+    "long_run": lambda model, key, n: model.long_run(
+        key, images(n), np.zeros(n, int), num_steps=2, points=4
+    ),
+}
+
+
+@pytest.mark.parametrize("draw", DRAWS.values(), ids=DRAWS)
+def test_no_examples_are_arrays_of_length_0_and_raw_keys_draw_the_same_as_typed_ones(
+    model, draw
+):
+    """Raw keys are those of `jax.random.PRNGKey`."""
+    drawn = draw(model, jax.random.key(3), 2)
+    raw = draw(model, jax.random.PRNGKey(3), 2)
+    none = draw(model, jax.random.key(3), 0)
+    for x, same, empty in zip(*map(jax.tree.leaves, (drawn, raw, none)), strict=True):
+        np.testing.assert_array_equal(same, x)
+        assert (empty.shape, empty.dtype) == ((0, *x.shape[1:]), x.dtype)
+
+
+def test_no_completions_and_no_log_densities_are_empty_arrays(model):
+    key = jax.random.key(0)
+    assert model.inpaint(key, images(3), KNOWN, completions=0).shape == (3, 0, 2, 2, 1)
+    assert model.log_density(images(0), np.zeros(0, int)).shape == (0,)
+    assert model.f(images(0), np.zeros(0, int)).shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        (
+            "digits",
+            "Model(shape=(8, 8, 1), levels=100, network=ImageMLP, parameters=932,948,\n"
+            "      sampler=one draw per level, devices=DEVICES)",
+        ),
+        (
+            "digits_t6",
+            "Model(shape=(8, 8, 1), levels=6, network=ResNet, parameters=134,112,\n"
+            "      sampler=langevin (K=15), devices=DEVICES)",
+        ),
+    ],
+)
+def test_repr_describes_data_levels_network_sampler_and_devices(name, expected):
+    model = drl_jax.load(name)
+    assert repr(model) == expected.replace("DEVICES", str(model.mesh.size))
 
 
 @pytest.mark.parametrize(
     ("x", "words"),
     [
-        (np.zeros((1, 2, 2, 1), np.uint8), "uint8"),
-        (np.zeros((1, 2, 3, 1)), "1x2x3x1.* 2x2x1"),
+        (np.zeros((1, 2, 2, 1), np.uint8), r"uint8: .* by x / 127.5 - 1"),
+        (np.zeros((1, 2, 3, 1)), "1x2x3x1: give nx2x2x1"),
         (np.zeros((2, 2, 1)), "2x2x1"),
-        (np.zeros((0, 2, 2, 1)), "0x2x2x1"),
         (np.full((1, 2, 2, 1), 255.0), r"\[255, 255\]"),
         (np.full((1, 2, 2, 1), np.nan), "nan"),
     ],

@@ -14,6 +14,13 @@ def test_noise_of_an_example_depends_only_on_its_index():
     np.testing.assert_array_equal(alone[0], among[5])
 
 
+def test_a_raw_key_gives_the_same_example_keys_as_a_typed_one():
+    raw, key = jax.random.PRNGKey(3), jax.random.key(3)
+    assert jnp.all(
+        noise.example_keys(raw, jnp.arange(4)) == noise.example_keys(key, jnp.arange(4))
+    )
+
+
 def test_noise_differs_between_folded_numbers_and_between_examples():
     keys = noise.example_keys(jax.random.key(0), jnp.arange(50))
     draws = [noise.normal(noise.fold(keys, d), (3,)).ravel() for d in range(50)]

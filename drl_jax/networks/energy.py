@@ -29,12 +29,14 @@ class Energy(NamedTuple):
         normalised parameters. Training passes one random key per example, for dropout; without
         keys there is no dropout.
       shape: shape of one example.
+      name: name of the network.
     """
 
     init: Callable[[Key[Array, ""]], tuple[Params, Vectors]]
     normalise: Callable[[Params, Vectors], tuple[Params, Vectors]]
     f: Callable[..., Float[Array, "B"]]
     shape: tuple[int, ...]
+    name: str = "custom"
 
 
 # (x [B, ...], U(x, t), t [B]) -> f [B]
@@ -92,7 +94,7 @@ def from_network(network: nn.Module, shape: tuple[int, ...], rule: spectral.Rule
         del keys  # no dropout
         return network.apply({"params": params}, x, t)
 
-    return Energy(init, normalise, f, shape)
+    return Energy(init, normalise, f, shape, type(network).__name__)
 
 
 def from_image_to_image(
@@ -124,7 +126,7 @@ def from_image_to_image(
         u: Any = network.apply({"params": params}, x, level, keys)
         return form(x, u, t)
 
-    return Energy(init, normalise, f, shape)
+    return Energy(init, normalise, f, shape, type(network).__name__)
 
 
 def with_dtype(dtype: DTypeLike, energy: Energy) -> Energy:

@@ -56,8 +56,8 @@ class Engine:
         Args:
           compiled: program returned by `compile`.
           shared: its first argument, the same for all batches.
-          batches: pytrees of numpy arrays [n, ...] of n examples; n is at least 1, and at most
-            that of the first batch.
+          batches: pytrees of numpy arrays [n, ...] of n examples; n is at most that of the
+            first batch. If it is 0, the results are arrays [0, ...], and nothing is compiled.
         """
         split = sharding.by_example(self.mesh)
         size = 0
@@ -65,6 +65,8 @@ class Engine:
         def start(batch: PyTree) -> tuple[int, Any]:
             nonlocal size
             n = _length(batch)
+            if not n:
+                return 0, self._no_results(compiled, shared, batch)
             size = size or _round_up(n, self.mesh.size)
             if n < size:
                 rows = np.minimum(np.arange(size), n - 1)
@@ -78,8 +80,11 @@ class Engine:
             yield jax.tree.map(lambda array, n=n: array[:n], sharding.fetch(results))
 
     def split(self, arrays: PyTree) -> Iterator[PyTree]:
-        """Yields a pytree of arrays [n, ...] in batches of at most `batch_size` rows."""
-        for start in range(0, _length(arrays), self.batch_size):
+        """Yields a pytree of arrays [n, ...] in batches of at most `batch_size` rows.
+
+        If n is 0, it yields one batch without rows.
+        """
+        for start in range(0, max(1, _length(arrays)), self.batch_size):
             rows = slice(start, start + self.batch_size)
             yield jax.tree.map(lambda array, rows=rows: array[rows], arrays)
 
@@ -88,6 +93,16 @@ class Engine:
         examples = iter(examples)
         while batch := list(itertools.islice(examples, self.batch_size)):
             yield jax.tree.map(lambda *leaves: np.stack(leaves), *batch)
+
+    def _no_results(self, compiled: Program, shared: PyTree, batch: PyTree) -> PyTree:
+        """Returns the results of a program for a batch of no examples, arrays [0, ...]."""
+        examples = jax.tree.map(
+            lambda array: np.zeros((self.mesh.size, *array.shape[1:]), array.dtype), batch
+        )
+        return jax.tree.map(
+            lambda leaf: np.zeros((0, *leaf.shape[1:]), leaf.dtype),
+            jax.eval_shape(compiled, shared, examples),
+        )
 
 
 def _length(arrays: PyTree) -> int:

@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-from jaxtyping import Array, Bool, Int, Key, Shaped
+from jaxtyping import Bool, Int, Shaped
 
 from drl_jax.errors import UserError
+from drl_jax.noise import AnyKey
 
 # (row, column, size) -> whether that pixel of a size x size image is hidden.
 _HIDDEN: dict[str, Callable[[Int[np.ndarray, "h 1"], Int[np.ndarray, "1 w"], int], np.ndarray]]
@@ -28,7 +29,7 @@ def _middle(i: Int[np.ndarray, "*D"], size: int) -> Bool[np.ndarray, "*D"]:
     return (i >= size // 4) & (i < size - size // 4)
 
 
-def named(name: str, size: int, key: Key[Array, ""]) -> Bool[np.ndarray, "size size 1"]:
+def named(name: str, size: int, key: AnyKey) -> Bool[np.ndarray, "size size 1"]:
     """Returns the mask of this name, true where a pixel is known.
 
     Args:
