@@ -261,19 +261,35 @@ CHANGEABLE_ON_RESUME = (
 )
 
 
+def named() -> dict[str, Path]:
+    """Returns the files of the configurations that come with the package, by name.
+
+    They are in the folder `configs`, next to the package in a clone, and inside it where it is
+    installed.
+    """
+    package = Path(__file__).parent
+    inside = package / "configs"
+    folder = inside if inside.is_dir() else package.parent / "configs"
+    return {file.stem: file for file in sorted(folder.glob("*.py"))}
+
+
 def load(file: str) -> ConfigDict:
     """Returns what `get_config()` of a Python file returns.
+
+    Args:
+      file: path of the file, or the name of a configuration that comes with the package.
 
     Raises:
       UserError: if the file does not exist or raises, or if its configuration does not have
         the fields of `default()`.
     """
-    if not file.endswith(".py") or not Path(file).is_file():
+    path = named().get(file, Path(file))
+    if path.suffix != ".py" or not path.is_file():
         raise UserError(
-            f"--config={file}: no such Python file; give one such as configs/digits.py"
+            f"--config={file}: no such Python file; give one, or a name: {', '.join(named())}"
         )
     try:
-        config = runpy.run_path(file)["get_config"]()
+        config = runpy.run_path(str(path))["get_config"]()
     except (Exception, SystemExit) as error:  # the file is a program: it can raise anything
         reason = " ".join(str(error).split())
         raise UserError(f"--config={file}: {type(error).__name__}: {reason}") from error

@@ -32,18 +32,19 @@ from drl_jax.tools.plan import chips
 log = logging.getLogger("drl_jax")
 
 
-def main(argv: Sequence[str]) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Runs one task and returns the exit status.
 
     It is 0, or 1 after a `UserError` (printed to stderr as one line), or 128 plus the number of
-    the signal that stopped the task. `argv` begins with the name of the program.
+    the signal that stopped the task. `argv` replaces `sys.argv`.
     """
+    argv = sys.argv if argv is None else argv
     logging.basicConfig(format="%(message)s", level=logging.ERROR)
     log.setLevel(logging.INFO)
     # Orbax also logs each exception, with its traceback, through absl.
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
-        if text := command_line.help_text(argv, introduction=__doc__):
+        if text := command_line.help_text(argv, __doc__) or command_line.version_text(argv):
             command_line.show(text)
         else:
             # The first prints log lines above progress bars.
@@ -124,4 +125,4 @@ def run_task(command: Command, config: ConfigDict | None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv))
+    sys.exit(main())

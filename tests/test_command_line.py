@@ -92,6 +92,9 @@ def test_the_examples_in_the_help_are_valid(line):
         ([CONFIG, "--distributed"], "distributed", True),
         ([CONFIG, "--distributed=1"], "distributed", True),
         ([CONFIG, "--nodistributed"], "distributed", False),
+        ([CONFIG, "--distributed", "--timeout=20"], "distributed", True),
+        ([CONFIG, "--distributed", "false"], "distributed", False),
+        (["--config", "a.py"], "config", "a.py"),
         ([*SAMPLE, "--seed=4294967295"], "seed", 2**32 - 1),
         (["--mode", "long_run", "--workdir=x", "--levels=0, 3,5"], "levels", [0, 3, 5]),
         (["--mode=long_run", "--workdir=x", "--levels="], "levels", []),
@@ -102,6 +105,8 @@ def test_the_examples_in_the_help_are_valid(line):
         ),
         (["--mode=ood", "--workdir=x"], "against", ["shuffled", "inverted", "uniform"]),
         (["--mode=ood", "--workdir=x", "--against=mnist"], "against", ["mnist"]),
+        (["--mode=ood", "--workdir", "x", "--against", "a,b"], "against", ["a", "b"]),
+        (["--mode", "long_run", "--workdir", "x", "--levels", "0,3"], "levels", [0, 3]),
     ],
 )
 def test_values_have_the_type_of_their_flag(args, name, value):
@@ -128,6 +133,9 @@ def test_values_have_the_type_of_their_flag(args, name, value):
         ([*IMPORT, "--image_size=0"], "--image_size=0: .*at least 1"),
         ([CONFIG, "--distributed=maybe"], "--distributed=maybe: .*true or false"),
         ([CONFIG, "--nodistributed=3"], "--nodistributed=3"),
+        ([CONFIG, "--nodistributed", "3"], "unexpected argument '3'"),
+        ([CONFIG, "--distributed", "maybe"], "--distributed=maybe: .*true or false"),
+        ([*SAMPLE, "--seed", "-1"], "--seed=-1: .*at least 0"),
         ([CONFIG, "train"], "'train'.*--name=value"),
         (["--mode=long_run", "--workdir=x", "--levels=0,a"], "--levels=0,a: 'a' is not"),
         (["--mode=long_run", "--workdir=x", "--levels=-1"], "'-1' is not .*at least 0"),
@@ -183,10 +191,16 @@ def test_changes_of_the_configuration_are_kept_apart_from_the_flags():
 
 
 def test_the_value_of_a_change_may_follow_as_an_argument():
-    args = "--config.seed", "1", "--config.mesh.data", "-1", "--config.data.flip", CONFIG
-    command = parse(*args)
-    assert command.changes == ("--config.seed=1", "--config.mesh.data=-1", "--config.data.flip")
+    args = "--config.seed", "1", "--config.mesh.data", "-1", "--config.energy.mult", "(1,3)"
+    command = parse(*args, "--config.data.flip", "false", "--config.data.dequantise", CONFIG)
+    changes = "seed=1", "mesh.data=-1", "energy.mult=(1,3)", "data.flip=false"
+    assert command.changes == (
+        *(f"--config.{change}" for change in changes),
+        "--config.data.dequantise",
+    )
     assert command.values["config"] == "a.py"
+    config = command_line.changed(config_lib.default(), command.changes[:-1])
+    assert (config.mesh.data, config.energy.mult, config.data.flip) == (-1, (1, 3), False)
 
 
 @pytest.mark.parametrize(
@@ -270,7 +284,9 @@ def test_the_help_names_every_flag_once_with_its_default():
     text = command_line.help_text(["", "--help"], introduction="The program.")
     assert text.startswith("The program.\n")
     found = entries(text)
-    assert sorted(n for n, _ in found) == sorted([*table.all_flags(), "config.FIELD"])
+    assert sorted(n for n, _ in found) == sorted(
+        [*table.all_flags(), "config.FIELD", "version"]
+    )
     descriptions = dict(found)
     for name, flag in table.all_flags().items():
         default = ",".join(flag.default) if isinstance(flag.default, tuple) else flag.default

@@ -4,12 +4,14 @@ import ast
 import functools
 import pathlib
 import re
+import tomllib
 
 import jax
 import pytest
 
 from drl_jax import config as config_lib
 from drl_jax import diffusion, method
+from drl_jax.errors import UserError
 from drl_jax.runtime import sharding
 from drl_jax.training import state, step
 
@@ -139,3 +141,23 @@ def test_the_papers_settings(name):
     assert (config.diffusion.T, config.mcmc.K, config.mcmc.b_squared) == (6, 30, 2e-4)
     assert (config.optim.learning_rate, config.optim.warmup_steps) == (1e-4, 1000)
     assert (config.optim.ema_decay, config.data.flip) == (0.999, True)
+
+
+def test_every_configuration_has_a_name():
+    assert config_lib.named() == {path.stem: path for path in CONFIGS}
+    with pytest.raises(UserError, match=r"--config=cifar: .*, cifar10, .*, digits, .*toy2d$"):
+        config_lib.load("cifar")
+
+
+def test_an_installed_package_has_its_configurations_inside(tmp_path, monkeypatch):
+    """There they take precedence, because other packages can own a folder next to it."""
+    inside, beside = tmp_path / "drl_jax" / "configs", tmp_path / "configs"
+    for folder, name in ((inside, "mine"), (beside, "theirs")):
+        folder.mkdir(parents=True)
+        (folder / f"{name}.py").write_text("")
+    monkeypatch.setattr(config_lib, "__file__", str(tmp_path / "drl_jax" / "config.py"))
+    assert config_lib.named() == {"mine": inside / "mine.py"}
+    project = tomllib.loads((FOLDER.parent / "pyproject.toml").read_text())
+    setuptools = project["tool"]["setuptools"]
+    assert setuptools["package-dir"] == {"drl_jax.configs": FOLDER.name}
+    assert "drl_jax.configs" in setuptools["packages"]

@@ -1,5 +1,7 @@
 """The public names of the package."""
 
+import re
+import rlcompleter
 import subprocess
 import sys
 import tomllib
@@ -23,6 +25,13 @@ def test_importing_the_package_does_not_load_jax():
 def test_every_public_name_exists_and_is_listed(name):
     assert getattr(drl_jax, name)
     assert name in dir(drl_jax)
+
+
+def test_the_tab_key_completes_the_public_names():
+    completer = rlcompleter.Completer({"drl_jax": drl_jax})
+    found = {completer.complete("drl_jax.", i) for i in range(len(drl_jax.__all__))} - {None}
+    names = {name for name in drl_jax.__all__ if not name.startswith("_")}
+    assert {re.sub(r"\(.*", "", name) for name in found} == {f"drl_jax.{n}" for n in names}
 
 
 def test_an_unknown_name_is_an_attribute_error():

@@ -25,6 +25,7 @@ LAYERS = (
     ("tools",),
     ("tasks",),
     ("main",),
+    ("__main__",),
 )
 LAYER = {unit: number for number, units in enumerate(LAYERS) for unit in units}
 

@@ -1,9 +1,11 @@
 import importlib.util
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
+import tomllib
 import types
 
 import pytest
@@ -11,6 +13,7 @@ from etils import epath
 from helpers import tiny
 from PIL import Image
 
+import drl_jax
 from drl_jax import config as config_lib
 from drl_jax import main as main_lib
 from drl_jax.errors import Interrupted, UserError
@@ -161,6 +164,27 @@ def test_help_is_printed_without_loading_jax(args):
     assert done.stdout == f"{help_text}\nFalse\n"
 
 
+def test_the_version_is_printed(capsys):
+    assert tiny.main("--version", "--xyzzy") == 0
+    assert capsys.readouterr().out == f"drl_jax {drl_jax.__version__}\n"
+
+
+def test_the_package_runs_as_a_module(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["drl_jax", "--version"])
+    with pytest.raises(SystemExit, match=r"^0$"):
+        runpy.run_module("drl_jax", run_name="__main__")
+    assert capsys.readouterr().out == f"drl_jax {drl_jax.__version__}\n"
+
+
+def test_the_console_script_calls_main_without_arguments(monkeypatch, capsys):
+    project = tomllib.loads((tiny.ROOT / "pyproject.toml").read_text())["project"]
+    (script,) = project["scripts"].items()
+    assert script == ("drl_jax", f"{main_lib.__name__}:{main_lib.main.__name__}")
+    monkeypatch.setattr(sys, "argv", ["drl_jax", "--version"])
+    assert main_lib.main() == 0
+    assert capsys.readouterr().out.startswith("drl_jax ")
+
+
 def test_the_program_in_a_shell_ends_with_one_line_and_status_1():
     with tiny.start(
         "--config=nonesuch.py", stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -205,6 +229,17 @@ def test_a_workdir_is_chosen_and_reported_if_none_is_given(
     (arguments,) = called
     assert re.fullmatch(r"runs/digits_t6-\d{8}-\d{6}", str(arguments["workdir"]))
     assert f"using {arguments['workdir']}" in caplog.text
+
+
+def test_a_configuration_is_found_by_its_name_from_any_folder(
+    tmp_path, monkeypatch, caplog, called
+):
+    monkeypatch.chdir(tmp_path)
+    assert tiny.main("--config=digits_t6") == 0
+    (arguments,) = called
+    expected = config_lib.load(str(tiny.DIGITS))
+    assert config_lib.to_json(arguments["config"]) == config_lib.to_json(expected)
+    assert re.fullmatch(r"runs/digits_t6-\d{8}-\d{6}", str(arguments["workdir"]))
 
 
 def test_a_task_on_a_configuration_gets_it_with_the_changes(called):

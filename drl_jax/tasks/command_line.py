@@ -15,6 +15,7 @@ from typing import Any, get_args
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+import drl_jax
 from drl_jax import config as config_lib
 from drl_jax.errors import UserError
 from drl_jax.tasks import table
@@ -125,8 +126,13 @@ def help_text(argv: Sequence[str], introduction: str) -> str | None:
     return _help_on_all(introduction)
 
 
+def version_text(argv: Sequence[str]) -> str | None:
+    """Returns what to print if the arguments ask for the version, and None if they do not."""
+    return f"drl_jax {drl_jax.__version__}" if "--version" in argv else None
+
+
 def show(text: str) -> None:
-    """Prints the help, without an error if the reader of a pipe, such as `head`, has ended."""
+    """Prints a text, without an error if the reader of a pipe, such as `head`, has ended."""
     try:
         print(text, flush=True)
     except BrokenPipeError:
@@ -206,19 +212,19 @@ def _define(flag: Flag, flag_values: flags.FlagValues) -> None:
 def _split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Returns the arguments --config.FIELD=VALUE, then all others.
 
-    A value that follows --config.FIELD as an argument of its own is joined to it by "=".
+    A value that follows --NAME as an argument of its own is joined to it by "=".
     """
     changes, others = [], []
     remaining = list(arguments)
     while remaining:
         argument = remaining.pop(0)
-        if not re.match(r"--?(no)?config\.", argument):
-            others.append(argument)
-            continue
-        lacks_value = "=" not in argument and not argument.lstrip("-").startswith("no")
-        if lacks_value and remaining and not re.match("--?[a-zA-Z]", remaining[0]):
+        lacks_value = re.fullmatch(r"--?(?!no)[a-zA-Z][^=]*", argument)
+        if lacks_value and remaining and not re.match("--?([a-zA-Z]|$)", remaining[0]):
             argument += f"={remaining.pop(0)}"
-        changes.append(argument)
+        if re.match(r"--?(no)?config\.", argument):
+            changes.append(argument)
+        else:
+            others.append(argument)
     return changes, others
 
 
@@ -281,6 +287,7 @@ def _help_on_all(introduction: str) -> str:
     lines += [_flag_line(flag) for flag in (table.MODE, table.WORKDIR)]
     lines += [_change_line("--mode=TASK --help lists the fields that a task can change")]
     lines += [_flag_line(flag) for flag in table.JOB]
+    lines += [_line("--version", "Prints the version of drl_jax.")]
     lines += ["", "Flags of several tasks:"]
     lines += [
         _flag_line(flag, f"[{', '.join(table.tasks_of(flag))}] {flag.help}") for flag in shared

@@ -94,7 +94,8 @@ class Task:
 
 CONFIG = Flag(
     "config",
-    "Python file with the configuration, such as configs/digits.py",
+    "Configuration: a Python file, or the name of one that comes with the package, such as "
+    "digits for configs/digits.py",
     default_help={"import_original": "the paper's settings for CIFAR-10"},
     metavar="FILE",
 )
