@@ -58,7 +58,8 @@ class Programs(NamedTuple):
 class Model:
     """A network with its parameters, on the devices of a mesh. Immutable.
 
-    Use `Model.create`, `drl_jax.load` or `storage.runs.load` to make one.
+    Use `Model.create`, `drl_jax.load` or `storage.runs.load` to make one. Its methods take the
+    keys of `jax.random.key` and of `jax.random.PRNGKey`.
 
     Attributes:
       method: network, noise levels and sampler.

@@ -16,6 +16,7 @@ TASKS = pytest.mark.parametrize("task", table.TASKS.values(), ids=table.TASKS)
 VALUES = {
     "distributed": "true",
     "dtype": "float16",
+    "find_largest_batch": "true",
     "images": "a.png,b.png",
     "marginal": "true",
     "mode": "train",

@@ -30,8 +30,6 @@ def plan():
             "clock": topology.chip.clock,
             "jax": "0",
             "programs": [report.values(program, topology)],
-            "largest_batch_size": 0,
-            "tried": [],
             "config": {"data": {"name": "digits"}},
         }
 
@@ -70,4 +68,17 @@ def test_unknown_memory_is_reported_as_unknown(plan):
     text = report.markdown(plan(REFUSED, "v5e:2x2"))
     assert "| verdict | **does not fit** |" in text
     assert "| memory per device | ? |" in text
-    assert "No batch size was found that fits" in text
+
+
+def test_the_largest_batch_size_is_reported_with_its_memory():
+    tried = [
+        {"batch_size": 64, "bytes_needed": 9 * 2**30, "fits": True},
+        {"batch_size": 128, "bytes_needed": 18 * 2**30, "fits": False},
+    ]
+    plan = {"memory": 16 * 2**30, "tried": tried}
+    assert report.largest_batch(plan | {"largest_batch_size": 64}) == (
+        "Largest global batch size that was compiled and fits: 64 (9.00 GiB per device)."
+    )
+    assert "No batch size was found" in report.largest_batch(plan | {"largest_batch_size": 0})
+    smaller = plan | {"largest_batch_size": 64, "tried": tried[:1]}
+    assert report.largest_batch(smaller).endswith("which would also fit, were not tried.")

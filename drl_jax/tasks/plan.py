@@ -19,17 +19,20 @@ from drl_jax.tools.plan.programs import Compiled
 log = logging.getLogger(__name__)
 
 
-def run(*, config: ConfigDict, workdir: epath.Path | None, topology: str) -> None:
+def run(
+    *, config: ConfigDict, workdir: epath.Path | None, topology: str, find_largest_batch: bool
+) -> None:
     """Compiles the training step and the sampler for a topology and prints the plan.
 
-    The plan contains their memory, their estimated time, their communication, and the largest
-    batch size that fits. With a work directory, it is also written there, as plan_TOPOLOGY.md
-    and plan_TOPOLOGY.json.
+    The plan contains their memory, their estimated time and their communication. With a work
+    directory, it is also written there, as plan_TOPOLOGY.md and plan_TOPOLOGY.json.
 
     Args:
       config: configuration of the job.
       workdir: directory to write the plan to, or None.
       topology: name of the topology, such as `v5e:2x4` (`chips.parse`).
+      find_largest_batch: whether to add the largest batch size with which the training step
+        fits. Each batch size that is tried is compiled.
 
     Raises:
       UserError: if the topology is unknown, its compiler is not installed, the batch size is
@@ -74,7 +77,6 @@ def run(*, config: ConfigDict, workdir: epath.Path | None, topology: str) -> Non
             unknown_trips=unknown_trips,
         ),
     ]
-    largest = batches.largest(compile_step, B // unit, needed, target.chip.memory)
     plan: dict[str, Any] = {
         "topology": topology,
         "chip": target.chip.title,
@@ -84,24 +86,27 @@ def run(*, config: ConfigDict, workdir: epath.Path | None, topology: str) -> Non
         "clock": target.chip.clock,
         "jax": jax.__version__,
         "programs": [report.values(each, target) for each in reported],
-        "largest_batch_size": largest * unit,
-        "tried": [
-            {
-                "batch_size": batch,
-                "bytes_needed": step.needed,
-                "fits": report.fits(step, target),
-            }
-            for batch, step in steps.items()
-        ],
         "config": config_lib.to_json(config),
     }
     text = report.markdown(plan)
-    print(text, end="")
-    if workdir:
-        path = workdir / f"plan_{topology.replace(':', '_')}"
-        write_atomically(path.with_suffix(".md"), text.encode())
-        write_json(path.with_suffix(".json"), plan)
-        log.info("wrote %s and .json", path.with_suffix(".md"))
+    print(text, end="", flush=True)
+    _write(plan, text, workdir)
+    if find_largest_batch:
+        largest = batches.largest(compile_step, B // unit, needed, target.chip.memory)
+        plan |= {
+            "largest_batch_size": largest * unit,
+            "tried": [
+                {
+                    "batch_size": batch,
+                    "bytes_needed": step.needed,
+                    "fits": report.fits(step, target),
+                }
+                for batch, step in steps.items()
+            ],
+        }
+        addition = f"\n{report.largest_batch(plan)}\n"
+        print(addition, end="")
+        _write(plan, text + addition, workdir)
 
 
 def compiled(name: str, batch_size: int, lower: Callable[[], jax.stages.Lowered]) -> Compiled:
@@ -120,3 +125,12 @@ def compiled(name: str, batch_size: int, lower: Callable[[], jax.stages.Lowered]
         memory = f"{result.memory.total / GIB:.2f} GiB per device"
     log.info("  %s; compiled in %.0f s", memory, result.seconds)
     return result
+
+
+def _write(plan: dict[str, Any], text: str, workdir: epath.Path | None) -> None:
+    """Writes a plan, as JSON and as Markdown, to the work directory, if there is one."""
+    if workdir:
+        path = workdir / f"plan_{plan['topology'].replace(':', '_')}"
+        write_atomically(path.with_suffix(".md"), text.encode())
+        write_json(path.with_suffix(".json"), plan)
+        log.info("wrote %s and .json", path.with_suffix(".md"))

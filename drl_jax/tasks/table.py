@@ -346,6 +346,13 @@ _TASKS = (
                 "Devices to plan for, which need not be present, such as v5e:16x16 or h100:8",
                 metavar="CHIP:SHAPE",
             ),
+            Flag(
+                "find_largest_batch",
+                "Whether to search for the largest batch size that fits, which compiles the "
+                "training step up to four more times",
+                type=bool,
+                default=False,
+            ),
         ),
         required=("config", "topology"),
         trained=False,

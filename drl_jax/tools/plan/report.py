@@ -130,14 +130,30 @@ def markdown(plan: dict[str, Any]) -> str:
         "",
         *(f"| {' | '.join(row)} |" for row in rows),
         "",
-        _largest(plan),
-        "",
         TPU_NOTE if plan["clock"] else GPU_NOTE,
         "",
     ]
     for each in programs:
         lines += [*_communication(each), ""]
-    return "\n".join(lines)
+    return "\n".join(lines).rstrip("\n") + "\n"
+
+
+def largest_batch(plan: dict[str, Any]) -> str:
+    """Describes the largest batch size that was found to fit."""
+    largest = plan["largest_batch_size"]
+    if not largest:
+        return "No batch size was found that fits: use a device with more memory."
+    needed = next(
+        each["bytes_needed"] for each in plan["tried"] if each["batch_size"] == largest
+    )
+    text = (
+        f"Largest global batch size that was compiled and fits: {largest} "
+        f"({_size(needed)} per device)."
+    )
+    is_small = needed < (batches.TARGET - batches.TOLERANCE) * plan["memory"]
+    if is_small and all(each["fits"] for each in plan["tried"]):
+        text += " Larger batch sizes, which would also fit, were not tried."
+    return text
 
 
 def _size(amount: float | None) -> str:
@@ -160,24 +176,6 @@ def _memory(program: dict[str, Any]) -> str:
 def _number(program: dict[str, Any], name: str, unit: float = 1.0, suffix: str = "") -> str:
     """Formats a number of the plan in the given unit, or as '-' if the plan lacks it."""
     return f"{program[name] / unit:.4g}{suffix}" if name in program else "-"
-
-
-def _largest(plan: dict[str, Any]) -> str:
-    """Describes the largest batch size that was found to fit."""
-    largest = plan["largest_batch_size"]
-    if not largest:
-        return "No batch size was found that fits: use a device with more memory."
-    needed = next(
-        each["bytes_needed"] for each in plan["tried"] if each["batch_size"] == largest
-    )
-    text = (
-        f"Largest global batch size that was compiled and fits: {largest} "
-        f"({_size(needed)} per device)."
-    )
-    is_small = needed < (batches.TARGET - batches.TOLERANCE) * plan["memory"]
-    if is_small and all(each["fits"] for each in plan["tried"]):
-        text += " Larger batch sizes, which would also fit, were not tried."
-    return text
 
 
 def _communication(program: dict[str, Any]) -> list[str]:
