@@ -7,7 +7,6 @@ python -m drl_jax.main --mode=plan --config=configs/cifar10.py --topology=v5e:2x
 """
 
 import importlib
-import importlib.util
 import logging
 import sys
 import time
@@ -18,12 +17,7 @@ from ml_collections import ConfigDict
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from drl_jax import config as config_lib
-from drl_jax.errors import (
-    Interrupted,
-    UserError,
-    not_installed,
-    out_of_memory_as_user_error,
-)
+from drl_jax.errors import Interrupted, UserError, out_of_memory_as_user_error
 from drl_jax.runtime import cpu_devices, jax_setup, processes
 from drl_jax.tasks import command_line
 from drl_jax.tasks.command_line import Command
@@ -105,8 +99,6 @@ def run_task(command: Command, config: ConfigDict | None) -> None:
     """Imports the task's module, which loads JAX, and calls it."""
     module = importlib.import_module(f"drl_jax.tasks.{command.task.name}")
     workdir = command.values["workdir"]
-    if workdir.startswith("gs://") and importlib.util.find_spec("tensorflow") is None:
-        raise not_installed(f"--workdir={workdir}", "tensorflow")
     path = epath.Path(workdir).expanduser() if workdir else None
     if not command.task.trained:
         if path is None and command.task.creates_workdir:

@@ -5,6 +5,7 @@ Nothing here loads JAX, so that a mistake is reported at once.
 
 import dataclasses
 import difflib
+import importlib.util
 import os
 import re
 import sys
@@ -17,7 +18,7 @@ from ml_collections import ConfigDict, config_flags
 
 import drl_jax
 from drl_jax import config as config_lib
-from drl_jax.errors import UserError
+from drl_jax.errors import UserError, not_installed
 from drl_jax.tasks import table
 from drl_jax.tasks.table import Flag, Task
 
@@ -52,7 +53,8 @@ def parse(argv: Sequence[str]) -> Command:
 
     Raises:
       UserError: if a flag or its value is unknown or out of range, if the task does not take
-        it, or if the task needs another one.
+        it, if the task needs another one, or if the work directory is in a bucket and the
+        library that reads buckets is not installed.
     """
     program, *arguments = argv
     changes, others = _split(arguments)
@@ -75,6 +77,9 @@ def parse(argv: Sequence[str]) -> Command:
             raise UserError(
                 f"--mode={task.name} needs --{flag.name}={flag.metavar}: {flag.help}"
             )
+    workdir = values["workdir"] or ""
+    if workdir.startswith("gs://") and importlib.util.find_spec("tensorflow") is None:
+        raise not_installed(f"--workdir={workdir}", "tensorflow")
     _require_changeable(changes, task)
     for flag in accepted:
         value = values[flag.name]
