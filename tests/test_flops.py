@@ -107,9 +107,10 @@ def test_starting_from_the_posterior_costs_one_gradient_per_level(
     assert passes(config, flops.training_step) == 2 * gradients + 6
 
 
-def test_an_image_mlp_costs_two_flops_per_weight(config):
+@pytest.mark.parametrize("form", ["inner_product", "mixture"])
+def test_an_image_mlp_costs_two_flops_per_weight(config, form):
     config.energy.network, config.data.image_size, config.data.channels = "image_mlp", 8, 1
-    config.energy.ch, config.energy.N = 32, 3
+    config.energy.update(ch=32, N=3, form=form, parameterisation="uniform")
     energy = method.from_config(config).energy
     params, _ = jax.eval_shape(energy.init, jax.random.key(0))
     weights = sum(leaf.size for leaf in jax.tree.leaves(params) if leaf.ndim == 2)
