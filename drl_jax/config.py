@@ -59,9 +59,12 @@ def default() -> ConfigDict:
                 # Sizes [pixels] at which the U-Net has attention, such as (8,), for images of
                 # 32x32 that are halved twice; (): none
                 "attention": (),
+                # Side [pixels] of the squares that the U-Net treats as one pixel with more
+                # channels. All its sizes are those of the image, divided by this.
+                "patch": 1,
                 # f from x and the network's output U, for 'unet' and 'image_mlp':
-                # 'inner_product', 'squared_distance', or, for 'image_mlp' and images of which
-                # many pixels are black, 'mixture'
+                # 'inner_product', 'squared_distance', or, for images of which many pixels are
+                # black, 'mixture'
                 "form": "inner_product",
                 "dropout": 0.0,  # probability, in training; for 'unet' and 'image_mlp'
                 # F from f: 'step': f / s_t²; 'noise': f / sigma_bar_t - |x|² / 2;
@@ -369,6 +372,8 @@ def validate(config: ConfigDict) -> None:
         )
     if config.energy.attention and config.energy.network != "unet":
         raise invalid("energy.attention", "only config.energy.network 'unet' has attention")
+    if config.energy.patch != 1 and config.energy.network != "unet":
+        raise invalid("energy.patch", "only config.energy.network 'unet' has patches")
     if config.energy.dropout and config.energy.network not in ("unet", "image_mlp"):
         raise invalid(
             "energy.dropout", "only config.energy.network 'unet' or 'image_mlp' has dropout"
@@ -378,12 +383,13 @@ def validate(config: ConfigDict) -> None:
             "energy.dropout", "this needs config.train.objective 'denoising'; set it to 0"
         )
     if config.energy.form == "mixture" and (
-        config.energy.network != "image_mlp" or config.energy.parameterisation != "uniform"
+        config.energy.network not in ("unet", "image_mlp")
+        or config.energy.parameterisation != "uniform"
     ):
         raise invalid(
             "energy.form",
-            "this needs config.energy.network 'image_mlp' and config.energy.parameterisation "
-            "'uniform'",
+            "this needs config.energy.network 'unet' or 'image_mlp', and "
+            "config.energy.parameterisation 'uniform'",
         )
     if config.diffusion.min_noise and config.diffusion.schedule != "cosine":
         raise invalid("diffusion.min_noise", "only config.diffusion.schedule 'cosine' has it")

@@ -197,6 +197,7 @@ def make_energy(config: ConfigDict, schedule: NoiseSchedule, dtype: str) -> Ener
     attention, dropout = config.energy.attention, config.energy.dropout
     form = FORMS.get(config.energy.form) or _mixture(config, schedule)
     levels = schedule.conditioning[:-1]
+    outputs = 2 if config.energy.form == "mixture" else 1
     if config.energy.network == "mlp":
         energy = mlp.energy(channels, ch, N, config.diffusion.T)
     elif config.energy.network == "image_mlp":
@@ -207,10 +208,12 @@ def make_energy(config: ConfigDict, schedule: NoiseSchedule, dtype: str) -> Ener
             dropout=dropout,
             form=form,
             levels=levels,
-            outputs=2 if config.energy.form == "mixture" else 1,
+            outputs=outputs,
         )
     elif config.energy.network == "unet":
-        network = unet.network(size, ch, mult, N, attention, dropout)
+        network = unet.network(
+            size, ch, mult, N, attention, dropout, patch=config.energy.patch, outputs=outputs
+        )
         energy = from_image_to_image(network, (size, size, channels), form, levels)
     else:
         energy = resnet.energy(size, channels, ch, mult, N)

@@ -129,6 +129,7 @@ def test_the_tables_of_checks_name_fields(names):
             "evaluation.dtype is 'bfloat16': .*'mala' .*'float32'",
         ),
         ({"energy__attention": (8,)}, r"attention is \(8,\): .*network 'unet' has"),
+        ({"energy__patch": 2}, "patch is 2: only .*network 'unet' has patches"),
         ({"energy__dropout": 0.1}, "dropout is 0.1: .*network 'unet' or 'image_mlp'"),
         (
             {"energy__dropout": 0.1, "energy__network": "image_mlp"},
@@ -145,6 +146,10 @@ def test_the_tables_of_checks_name_fields(names):
         (
             {"energy__network": "image_mlp", "energy__form": "mixture"},
             "form is 'mixture': .*parameterisation 'uniform'",
+        ),
+        (
+            {"energy__form": "mixture", "energy__parameterisation": "uniform"},
+            "form is 'mixture': .*network 'unet' or 'image_mlp'",
         ),
         (
             {"energy__network": "mlp", "energy__parameterisation": "gaussians"},

@@ -53,11 +53,16 @@ def config():
     return config
 
 
-def test_forward_flops_of_a_u_net_agree_with_xlas_count(config):
-    config.energy.update(network="unet", ch=32, mult=(1, 2), attention=(16,))
+@pytest.mark.parametrize(
+    ("patch", "form"), [(1, "inner_product"), (2, "inner_product"), (2, "mixture")]
+)
+def test_forward_flops_of_a_u_net_agree_with_xlas_count(config, patch, form):
+    size = config.data.image_size = 32 * patch
+    config.energy.update(network="unet", ch=32, mult=(1, 2), attention=(16,), patch=patch)
+    config.energy.update(form=form, parameterisation="uniform")
     energy = method.from_config(config).energy
     params, _ = jax.eval_shape(energy.init, jax.eval_shape(lambda: jax.random.key(0)))
-    x, t = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32), jnp.zeros((1,), jnp.int32)
+    x, t = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32), jnp.zeros((1,), jnp.int32)
     lowered = jax.jit(energy.f).trace(params, x, t).lower(lowering_platforms=("cuda",))
     assert flops.forward(config) == pytest.approx(lowered.cost_analysis()["flops"], rel=0.05)
 
@@ -102,9 +107,10 @@ def test_starting_from_the_posterior_costs_one_gradient_per_level(
     assert passes(config, flops.training_step) == 2 * gradients + 6
 
 
-def test_an_image_mlp_costs_two_flops_per_weight(config):
+@pytest.mark.parametrize("form", ["inner_product", "mixture"])
+def test_an_image_mlp_costs_two_flops_per_weight(config, form):
     config.energy.network, config.data.image_size, config.data.channels = "image_mlp", 8, 1
-    config.energy.ch, config.energy.N = 32, 3
+    config.energy.update(ch=32, N=3, form=form, parameterisation="uniform")
     energy = method.from_config(config).energy
     params, _ = jax.eval_shape(energy.init, jax.random.key(0))
     weights = sum(leaf.size for leaf in jax.tree.leaves(params) if leaf.ndim == 2)

@@ -75,6 +75,37 @@ def test_the_result_has_the_shape_of_the_images(size, channels, mult, N, attenti
     assert shape == (2, size, size, channels)
 
 
+def test_patches_are_squares_of_pixels():
+    """Fails if rows and columns are swapped."""
+    x = images(2, 4, 6, 3)
+    patches = np.asarray(unet.to_patches(jnp.asarray(x), 2))
+    assert patches.shape == (2, 2, 3, 12)
+    for row, column in np.ndindex(2, 3):
+        square = x[:, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
+        np.testing.assert_array_equal(patches[:, row, column], square.reshape(2, -1))
+    np.testing.assert_array_equal(unet.from_patches(jnp.asarray(patches), 2), x)
+
+
+def test_a_network_of_patches_is_that_of_images_of_patches():
+    """With two outputs, U has an axis for them."""
+    x, level = images(3, 4, 4, 1), np.float32([3, 500, 990])
+    network = unet.network(4, ch=4, mult=(1,), N=0, groups=2, patch=2, outputs=2)
+    params = random_parameters(network, x, level)
+    inner = unet.network(2, ch=4, mult=(1,), N=0, groups=2, outputs=2)
+
+    @FAST
+    def both(x):
+        patches = unet.to_patches(x, 2)
+        u = inner.apply({"params": params}, patches, level)
+        return network.apply({"params": params}, x, level), u
+
+    u, patches = both(x)
+    assert u.shape == (3, 2, 4, 4, 1)
+    for i in range(2):
+        np.testing.assert_allclose(unet.from_patches(patches[:, i], 2), u[:, i], rtol=1e-5)
+    assert np.abs(u[:, 0] - u[:, 1]).max() > 0.01
+
+
 def test_the_number_of_parameters_counted_by_hand():
     """Width 32 at 32, 16 and 8 pixels, and attention at 16 and 8.
 
@@ -364,5 +395,9 @@ def test_the_gradients_have_the_dtypes_of_the_images_and_parameters(tiny):
 def test_sizes_that_do_not_fit_raise():
     with pytest.raises(UserError, match=r"12x12 .* 3 times .* multiple of 8"):
         unet.network(12, ch=8, mult=(1, 2, 2, 2), N=1)
+    with pytest.raises(UserError, match=r"28x28 .* patches of 3x3; use a divisor of 28"):
+        unet.network(28, ch=8, mult=(1,), N=1, patch=3)
+    with pytest.raises(UserError, match=r"7x7 cannot be halved"):
+        unet.network(28, ch=8, mult=(1, 2), N=1, patch=4)
     with pytest.raises(UserError, match=r"attention at \(16, 5\): .* sizes \[16, 8\]"):
         unet.network(16, ch=8, mult=(1, 2), N=1, attention=(16, 5))

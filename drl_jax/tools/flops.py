@@ -16,14 +16,14 @@ from drl_jax.networks.image_mlp import EMBEDDING
 def forward(config: ConfigDict) -> float:
     """Returns the FLOPs of f for one example: its convolutions, dense layers and attention."""
     energy, data = config.energy, config.data
+    outputs = 2 if energy.form == "mixture" else 1
     if energy.network == "mlp":
         return mlp(data.channels, energy.ch, energy.N)
     if energy.network == "unet":
-        return unet(
-            data.image_size, data.channels, energy.ch, energy.mult, energy.N, energy.attention
-        )
+        size, channels = data.image_size // energy.patch, data.channels * energy.patch**2
+        return unet(size, channels, energy.ch, energy.mult, energy.N, energy.attention, outputs)
     if energy.network == "image_mlp":
-        return image_mlp(data.image_size**2 * data.channels, energy.ch, energy.N)
+        return image_mlp(data.image_size**2 * data.channels, energy.ch, energy.N, outputs)
     return resnet(data.image_size, data.channels, energy.ch, energy.mult, energy.N)
 
 
@@ -35,10 +35,10 @@ def mlp(dimension: int, width: int, depth: int) -> float:
     return 2.0 * (embedding + ends + depth * 2 * width**2)
 
 
-def image_mlp(dimension: int, width: int, depth: int) -> float:
+def image_mlp(dimension: int, width: int, depth: int, outputs: int = 1) -> float:
     """Returns the FLOPs of `networks.image_mlp` for one image of `dimension` pixel values."""
     E = 2 * EMBEDDING  # width of the level's embedding
-    embedding, ends = EMBEDDING * E + E * E, 2 * dimension * width
+    embedding, ends = EMBEDDING * E + E * E, (1 + outputs) * dimension * width
     return 2.0 * (embedding + ends + depth * (2 * width**2 + 2 * E * width))
 
 
@@ -72,8 +72,9 @@ def unet(
     mult: Sequence[int],
     N: int,
     attention: Sequence[int] = (),
+    outputs: int = 1,
 ) -> float:
-    """Returns the FLOPs of `networks.unet` for one image.
+    """Returns the FLOPs of `networks.unet` for one image, without patches.
 
     Like `resnet`, it includes products with the padding. Halving or doubling the resolution and
     the normalisations are not counted.
@@ -115,7 +116,7 @@ def unet(
             width = m * ch
         if resolution:
             total += block(2 * size, width, width)
-    return float(total + conv(image_size, width, channels))
+    return float(total + conv(image_size, width, outputs * channels))
 
 
 def training_step(config: ConfigDict) -> float:
