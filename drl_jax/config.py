@@ -218,6 +218,8 @@ MINIMUM = {
     "optim.decay_steps": 0,
     "optim.beta1": 0,
     "optim.ema_decay": 0,
+    "evaluation.num_samples": 2,  # two images have a covariance,
+    "evaluation.num_data": 4,  # and so have both halves of four
     "likelihood.burn_in": 0,
     "likelihood.tempered_std": 1,
 }

@@ -24,7 +24,11 @@ def test_the_grid_shows_known_pixels_mask_completions_and_original(tmp_path):
     command = ["--mode=inpaint", f"--workdir={workdir}", "--completions=2", "--rounds=1"]
     assert tiny.main(*command, f"--mask={tmp_path / 'patch.PNG'}", "--seed=3") == 0
     folder = workdir / "inpaintings" / f"step_{tiny.STEPS}_seed_3_patch"
-    assert sorted(path.name for path in folder.iterdir()) == ["grid.png", "metrics.json"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "grid.png",
+        "metrics.json",
+        "settings.json",
+    ]
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics.keys() == {
         "step",
@@ -40,7 +44,8 @@ def test_the_grid_shows_known_pixels_mask_completions_and_original(tmp_path):
     np.testing.assert_allclose(
         original / 127.5 - 1, np.stack(list(examples))[..., 0], atol=0.5 / 127
     )
-    np.testing.assert_array_equal(tiles[:, 0], np.where(hidden, 128, original))
+    checkerboard = np.where(np.indices((8, 8)).sum(0) % 2, 159, 96)
+    np.testing.assert_array_equal(tiles[:, 0], np.where(hidden, checkerboard, original))
     np.testing.assert_array_equal(tiles[:, 1], np.broadcast_to(hidden, original.shape))
     for completion in (tiles[:, 2], tiles[:, 3]):
         np.testing.assert_array_equal(np.where(hidden, original, completion), original)

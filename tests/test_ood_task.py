@@ -37,7 +37,11 @@ def test_the_shipped_model_distinguishes_digits_from_synthetic_images(tmp_path, 
     with caplog.at_level("INFO", logger="drl_jax"):
         assert tiny.main("--mode=ood", "--model=digits_t6", *args) == 0
     folder = tmp_path / "ood" / "step_5000_seed_0"
-    assert sorted(path.name for path in folder.iterdir()) == ["histograms.png", "ood.json"]
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "histograms.png",
+        "ood.json",
+        "settings.json",
+    ]
     assert min(Image.open(folder / "histograms.png").size) > 400
     results = json.loads((folder / "ood.json").read_text())
     assert results["levels"] == [*range(T)]

@@ -147,7 +147,7 @@ def test_one_process_or_two_draw_the_same_samples(pair):
         statuses, outputs = ended(*begin(args))
         assert set(statuses) == {0}, outputs
         found.append(np.load(folder / "samples.npy"))
-        assert len(list(folder.iterdir())) == 12
+        assert len(list(folder.iterdir())) == 13
         folder.rmtree()
     np.testing.assert_allclose(*found, atol=1e-4)
 

@@ -32,6 +32,7 @@ def samples_of(workdir, n, seed=0):
         *(f"{i:06d}.png" for i in range(n)),
         "grid.png",
         "samples.npy",
+        "settings.json",
     ]
     for i in (0, n - 1):
         png = np.asarray(Image.open(io.BytesIO((folder / f"{i:06d}.png").read_bytes())))

@@ -1,5 +1,6 @@
 """What the tasks share, and the tasks train, sample, evaluate and export."""
 
+import dataclasses
 import json
 import logging
 import math
@@ -22,7 +23,7 @@ from drl_jax.errors import UserError
 from drl_jax.metrics import classifier, inception, weights
 from drl_jax.storage import runs
 from drl_jax.storage.runs import Run
-from drl_jax.tasks import common, evaluate, export, labelled, sample, table
+from drl_jax.tasks import common, evaluate, export, labelled, ood, sample, table
 
 
 @pytest.fixture
@@ -339,7 +340,51 @@ def test_samples_are_written_batch_by_batch(exact_run, monkeypatch, tmp_path):
     sample.run(run=exact_run, workdir=epath.Path(tmp_path), num_samples=700, seed=0)
     folder = tmp_path / "samples" / "step_5_seed_0"
     np.testing.assert_array_equal(np.load(folder / "samples.npy"), x)
-    assert len(list(folder.iterdir())) == 702
+    assert len(list(folder.iterdir())) == 703
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--mode=sample", "--num_samples=3"],
+        ["--mode=inpaint", "--completions=2", "--rounds=1"],
+        ["--mode=interpolate", "--pairs=1", "--frames=3"],
+        ["--mode=evaluate"],
+    ],
+)
+def test_samples_that_are_not_finite_are_an_error_and_nothing_is_written(
+    tmp_path, capsys, args
+):
+    workdir = tiny.trained(copy=epath.Path(tmp_path) / "run")
+    before = {path: path.read_bytes() for path in workdir.iterdir() if path.is_file()}
+    assert tiny.main(*args, f"--workdir={workdir}", "--config.mcmc.b_squared=1e38") == 1
+    errors = re.findall(r"^error: .*", capsys.readouterr().err, re.MULTILINE)
+    assert len(errors) == 1
+    assert "not finite numbers: lower --config.mcmc.b_squared" in errors[0]
+    assert {path: path.read_bytes() for path in workdir.iterdir() if path.is_file()} == before
+    assert not [*workdir.glob("samples/*"), *workdir.glob("in*/*")]
+
+
+def test_scores_that_are_not_finite_are_an_error(tmp_path):
+    run = runs.load(tiny.trained())
+    params = jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), run.model.params)
+    run.config.evaluation.num_data = 9
+    run = run._replace(model=dataclasses.replace(run.model, params=params))
+    with pytest.raises(UserError, match=r"^9 of 9 scores are not finite numbers"):
+        ood.run(run=run, workdir=epath.Path(tmp_path), model=None, against=["inverted"], seed=0)
+    assert not list((tmp_path / "ood").iterdir())
+
+
+def test_data_that_are_too_few_to_compare_with_are_refused_before_training(tmp_path, capsys):
+    folder, workdir = tmp_path / "images", epath.Path(tmp_path / "run")
+    folder.mkdir()
+    for i in range(3):
+        Image.new("L", (8, 8), i).save(folder / f"{i}.png")
+    assert tiny.main(*tiny.training(workdir, data__name=f"folder:{folder}")) == 1
+    error = capsys.readouterr().err
+    assert re.fullmatch(r"error: the data \(.*\) are 3 examples: .* needs 4 or more\n", error)
+    assert not workdir.exists()
 
 
 def test_a_langevin_chain_has_no_warm_up(exact_run):

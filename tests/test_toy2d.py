@@ -53,7 +53,11 @@ def test_evaluating_repeats_the_metrics_of_training(trained_toy):
 def test_samples_are_written_as_an_array_and_a_histogram(trained_toy):
     assert tiny.main("--mode=sample", f"--workdir={trained_toy}", "--num_samples=100") == 0
     folder = trained_toy / "samples" / "step_30_seed_0"
-    assert {path.name for path in folder.iterdir()} == {"grid.png", "samples.npy"}
+    assert {path.name for path in folder.iterdir()} == {
+        "grid.png",
+        "samples.npy",
+        "settings.json",
+    }
     x = np.load(io.BytesIO((folder / "samples.npy").read_bytes()))
     assert (x.shape, x.dtype) == ((100, 2), np.float32)
     np.testing.assert_array_equal(png(folder / "grid.png"), images.histogram(x)[..., 0])

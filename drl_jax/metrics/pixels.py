@@ -7,6 +7,8 @@ from jaxtyping import Float
 
 from drl_jax.metrics import frechet
 
+FAR = 1.5  # a pixel beyond ±FAR is far outside [-1, 1]
+
 
 def pixel_metrics(
     samples: Float[np.ndarray, "n H W C"], data: Float[np.ndarray, "m H W C"]
@@ -23,6 +25,7 @@ def pixel_metrics(
         pixel_frechet_of_data_halves: the same between two random halves of the data. A perfect
           model has about this distance if both sets have half as many images as the data.
         pixel_min, pixel_max: range of the samples' pixels.
+        num_outside: number of samples with a pixel below -`FAR` or above `FAR`.
         num_samples, num_data: numbers of images.
     """
     samples_flat, data_flat = samples.reshape(len(samples), -1), data.reshape(len(data), -1)
@@ -33,6 +36,7 @@ def pixel_metrics(
         "pixel_frechet_of_data_halves": frechet.split_half_distance(data_flat),
         "pixel_min": float(samples.min()),
         "pixel_max": float(samples.max()),
+        "num_outside": int(np.sum(np.abs(samples_flat).max(axis=1) > FAR)),
         "num_samples": len(samples),
         "num_data": len(data),
     }

@@ -16,6 +16,7 @@ from drl_jax.method import METROPOLIS
 from drl_jax.model import Model
 from drl_jax.plots import images
 from drl_jax.runtime.progress import Progress
+from drl_jax.storage import results
 from drl_jax.storage.runs import Run
 
 log = logging.getLogger(__name__)
@@ -101,11 +102,50 @@ def adapted(run: Run) -> Run:
 
 
 def draw(model: Model, key: Key[Array, ""], n: int) -> Iterator[Float[np.ndarray, "B *D"]]:
-    """Yields n samples in batches (`Model.sample_batches`), and shows the progress."""
+    """Yields n samples in batches (`Model.sample_batches`), and shows the progress.
+
+    Raises:
+      UserError: if a sample is not finite.
+    """
     with Progress(n, "image") as progress:
         for batch in model.sample_batches(key, n):
+            require_finite(batch, "samples")
             yield batch
             progress.add(len(batch))
+
+
+def require_finite(x: Float[np.ndarray, "n *D"], what: str) -> None:
+    """Checks that neither a model nor its chains have diverged.
+
+    Args:
+      x: results of the model.
+      what: names them in the message, in the plural.
+
+    Raises:
+      UserError: if any value is infinite or not a number.
+    """
+    diverged = np.count_nonzero(~np.isfinite(x).reshape(len(x), -1).all(axis=1))
+    if diverged:
+        raise UserError(
+            f"{diverged} of {len(x)} {what} are not finite numbers: lower "
+            "--config.mcmc.b_squared, with which chains diverge if it is too large, or train "
+            "with a lower --config.optim.learning_rate"
+        )
+
+
+def result_settings(run: Run, task: str, seed: int, **others: Any) -> dict[str, Any]:
+    """Returns everything on which the results of a task depend, for `storage.results.folder`.
+
+    Args:
+      run: the trained model.
+      task: the value of --mode.
+      seed: random seed.
+      **others: settings of this task.
+    """
+    fields = resume_settings(run.config, ("seed", "data.", "diffusion.", "energy.", "mcmc."))
+    parameters = results.digest(run.model.params)
+    shared = {"mode": task, "step": run.step, "parameters": parameters, "seed": seed}
+    return shared | others | fields
 
 
 def resume_settings(config: ConfigDict, prefixes: tuple[str, ...]) -> dict[str, Any]:

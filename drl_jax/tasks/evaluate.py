@@ -12,6 +12,7 @@ from etils import epath
 from jaxtyping import Array, Float, Key
 from ml_collections import ConfigDict
 
+from drl_jax import config as config_lib
 from drl_jax import noise
 from drl_jax.data import mixtures, pipeline, sources
 from drl_jax.data.sources import Source
@@ -84,6 +85,7 @@ def run(run: Run, workdir: epath.Path, protocol: str) -> None:
         written to, or there are no weights for the paper's protocol.
     """
     source = sources.open_source(run.config)
+    require_comparable(source)
     inception_weights = load_inception_weights(run.config)
     if protocol == "paper" and not inception_weights:
         raise UserError(
@@ -98,6 +100,20 @@ def run(run: Run, workdir: epath.Path, protocol: str) -> None:
         inception_weights=inception_weights,
         protocol=protocol,
     )
+
+
+def require_comparable(source: Source) -> None:
+    """Checks that there are enough examples to compare samples with.
+
+    Raises:
+      UserError: if there are fewer than the least value of `config.evaluation.num_data`.
+    """
+    least = config_lib.MINIMUM["evaluation.num_data"]
+    if len(source) < least:
+        raise UserError(
+            f"the data ({source.identity}) are {len(source)} examples: the evaluation, which "
+            f"compares samples with them, needs {least:g} or more"
+        )
 
 
 def load_inception_weights(config: ConfigDict) -> Weights | None:
@@ -205,11 +221,14 @@ def measure_images(
     write_json(workdir / "metrics.json", metrics)
     log.info(
         "pixel Fréchet distance %.3f (between two halves of the data: %.3f); pixel values "
-        "from %.2f to %.2f",
+        "from %.2f to %.2f; %d of %d samples have a pixel beyond ±%g",
         metrics["pixel_frechet"],
         metrics["pixel_frechet_of_data_halves"],
         metrics["pixel_min"],
         metrics["pixel_max"],
+        metrics["num_outside"],
+        metrics["num_samples"],
+        pixels.FAR,
     )
     log.info("wrote samples.png and metrics.json to %s", workdir)
 

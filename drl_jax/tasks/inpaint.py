@@ -6,18 +6,20 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 from etils import epath
-from jaxtyping import Array, Bool, Key
+from jaxtyping import Array, Bool, Float, Key
 
 from drl_jax.data import pipeline, sources
 from drl_jax.plots import images as images_lib
 from drl_jax.sampling import inpainting, masks
-from drl_jax.storage.atomic import make_writable, write_json
+from drl_jax.storage import results
+from drl_jax.storage.atomic import write_json
 from drl_jax.storage.runs import Run
 from drl_jax.tasks import common
 
 log = logging.getLogger(__name__)
 
 NUM_IMAGES = 8  # images of the data that are completed if no files are given
+UNKNOWN = 0.25  # lightness of the checkerboard, in [-1, 1], shown in place of unknown pixels
 WHITE = 128  # pixel value at and above which a mask file hides a pixel
 
 
@@ -32,9 +34,11 @@ def run(
 ) -> None:
     """Hides some pixels of images, completes them, and compares with the original pixels.
 
-    Writes to `workdir`/inpaintings/step_STEP_seed_SEED_MASK:
-      grid.png: one row per image: the known pixels, the mask (white: hidden), the
-        completions, and the original.
+    Writes to `workdir`/inpaintings/step_STEP_seed_SEED_MASK, or to a folder with a number after
+    this name if there are results with other settings (`storage.results.folder`):
+      settings.json: everything on which the completions depend.
+      grid.png: one row per image: the known pixels (the others are a checkerboard), the mask
+        (white: hidden), the completions, and the original.
       metrics.json: step, and the mean squared distances of `inpainting.errors`.
 
     Args:
@@ -47,8 +51,8 @@ def run(
       seed: random seed of the completions and of a random mask.
 
     Raises:
-      UserError: if the data, the mask or a file cannot be used, or the folder cannot be
-        written to.
+      UserError: if the data, the mask or a file cannot be used, the folder cannot be
+        written to, or a completion is not finite.
     """
     config, model = run.config, run.model
     common.require_images(model, "inpaint")
@@ -60,21 +64,33 @@ def run(
     else:
         source = sources.open_source(config)
         x = np.stack(list(pipeline.all_examples(config, source, limit=NUM_IMAGES)))
-    folder = workdir / "inpaintings" / f"step_{run.step}_seed_{seed}_{mask_name}"
-    make_writable(folder)
-    model = common.adapted(run).model
-    completed = model.inpaint(key, x, known, completions, rounds)
-    samples = model.sample(samples_key, len(x) * completions).reshape(completed.shape)
-    columns = [
-        np.where(known, x, 0.0),
-        np.broadcast_to(np.where(known, -1.0, 1.0), x.shape),
-        *completed.swapaxes(0, 1),
-        x,
-    ]
-    tiles = np.stack(columns, axis=1).reshape(-1, *model.shape)
-    images_lib.write_png(folder / "grid.png", images_lib.grid(tiles, columns=len(columns)))
-    errors = inpainting.errors(completed, samples, x, known)
-    write_json(folder / "metrics.json", {"step": run.step, **errors})
+    settings = common.result_settings(
+        run,
+        "inpaint",
+        seed,
+        images=results.digest(x),
+        mask=results.digest(known),
+        completions=completions,
+        rounds=rounds,
+    )
+    path = workdir / "inpaintings" / f"step_{run.step}_seed_{seed}_{mask_name}"
+    with results.folder(path, settings) as folder:
+        model = common.adapted(run).model
+        completed = model.inpaint(key, x, known, completions, rounds)
+        common.require_finite(completed, "images")
+        samples = model.sample(samples_key, len(x) * completions).reshape(completed.shape)
+        common.require_finite(samples, "images")
+        columns = [
+            np.where(known, x, unknown_pixels(config.data.image_size)),
+            np.broadcast_to(np.where(known, -1.0, 1.0), x.shape),
+            *completed.swapaxes(0, 1),
+            x,
+        ]
+        tiles = np.stack(columns, axis=1).reshape(-1, *model.shape)
+        grid = images_lib.grid(tiles, columns=len(columns))
+        images_lib.write_png(folder / "grid.png", grid)
+        errors = inpainting.errors(completed, samples, x, known)
+        write_json(folder / "metrics.json", {"step": run.step, **errors})
     log.info(
         "mean squared distance per hidden pixel: completion to original %.3f, between "
         "completions %.3f, unrelated sample to original %.3f",
@@ -83,6 +99,15 @@ def run(
         errors["sample_to_truth"],
     )
     log.info("wrote %d completions of each of %d images to %s", completions, len(x), folder)
+
+
+def unknown_pixels(size: int) -> Float[np.ndarray, "size size 1"]:
+    """Returns what is shown in place of unknown pixels: a checkerboard of two greys.
+
+    Both differ from the grey of the gaps between images.
+    """
+    rows, columns = np.indices((size, size))
+    return np.where((rows + columns) % 2, UNKNOWN, -UNKNOWN)[..., None]
 
 
 def load_mask(

@@ -9,7 +9,8 @@ from etils import epath
 from drl_jax.data import pipeline
 from drl_jax.plots import images as images_lib
 from drl_jax.sampling import interpolation
-from drl_jax.storage.atomic import make_writable, write_json
+from drl_jax.storage import results
+from drl_jax.storage.atomic import write_json
 from drl_jax.storage.runs import Run
 from drl_jax.tasks import common
 
@@ -28,7 +29,9 @@ def run(
     """Interpolates between samples, or between the given images.
 
     Writes to `workdir`/interpolations/step_STEP_seed_SEED_KIND_level_LEVEL, where KIND is
-    'samples' or 'images':
+    'samples' or 'images', or to a folder with a number after this name if there are results
+    with other settings (`storage.results.folder`):
+      settings.json: everything on which the strips depend.
       000.png, ...: one strip per pair. If there are `images`, the two of a pair are added at
         the ends of its strip, next to the frames recovered from their diffused versions.
       grid.png: all strips.
@@ -50,7 +53,8 @@ def run(
       seed: random seed.
 
     Raises:
-      UserError: if a file or the level cannot be used, or the folder cannot be written to.
+      UserError: if a file or the level cannot be used, the folder cannot be written to, or a
+        strip is not finite.
     """
     model = run.model
     common.require_images(model, "interpolate")
@@ -61,39 +65,45 @@ def run(
     ends = pipeline.prepared_files(run.config, images) if images else None
     kind = "images" if images else "samples"
     name = f"step_{run.step}_seed_{seed}_{kind}_level_{level}"
-    folder = workdir / "interpolations" / name
-    make_writable(folder)
-    model = common.adapted(run).model
-    key = common.task_key("interpolate", seed)
-    if ends is None:
-        strips = shown = model.interpolate(key, pairs, frames, level)
-    else:
-        strips = model.interpolate_images(key, ends[::2], ends[1::2], frames, level)
-        # The first and the last frame are recovered from noise, so they differ from the
-        # images: show the images too.
-        shown = np.concatenate([ends[::2, None], strips, ends[1::2, None]], axis=1)
-    for i, strip in enumerate(shown):
-        row = images_lib.grid(strip, columns=len(strip))
-        images_lib.write_png(folder / f"{i:03d}.png", row)
-    frames_in_rows = shown.reshape(-1, *shown.shape[2:])
-    grid = images_lib.grid(frames_in_rows, columns=shown.shape[1])
-    images_lib.write_png(folder / "grid.png", grid)
-    smoothness = [interpolation.smoothness(strip) for strip in strips]
-    length = [interpolation.length(strip) for strip in strips]
-    distance = [interpolation.length(strip[[0, -1]]) for strip in strips]
-    metrics = {
-        "step": run.step,
-        "smoothness": smoothness,
-        "length": length,
-        "distance": distance,
-    }
-    write_json(folder / "metrics.json", metrics)
+    settings = common.result_settings(
+        run,
+        "interpolate",
+        seed,
+        images=None if ends is None else results.digest(ends),
+        pairs=None if images else pairs,
+        frames=frames,
+        level=level,
+    )
+    with results.folder(workdir / "interpolations" / name, settings) as folder:
+        model = common.adapted(run).model
+        key = common.task_key("interpolate", seed)
+        if ends is None:
+            strips = shown = model.interpolate(key, pairs, frames, level)
+        else:
+            strips = model.interpolate_images(key, ends[::2], ends[1::2], frames, level)
+            # The first and the last frame are recovered from noise, so they differ from the
+            # images: show the images too.
+            shown = np.concatenate([ends[::2, None], strips, ends[1::2, None]], axis=1)
+        common.require_finite(strips, "strips")
+        for i, strip in enumerate(shown):
+            row = images_lib.grid(strip, columns=len(strip))
+            images_lib.write_png(folder / f"{i:03d}.png", row)
+        frames_in_rows = shown.reshape(-1, *shown.shape[2:])
+        grid = images_lib.grid(frames_in_rows, columns=shown.shape[1])
+        images_lib.write_png(folder / "grid.png", grid)
+        metrics = {
+            "smoothness": [interpolation.smoothness(strip) for strip in strips],
+            "length": [interpolation.length(strip) for strip in strips],
+            "distance": [interpolation.length(strip[[0, -1]]) for strip in strips],
+        }
+        write_json(folder / "metrics.json", {"step": run.step, **metrics})
     log.info(
         "means over the strips: largest step / mean step %.2f (equal steps: 1; a single jump: "
         "%d), length %.2f, distance between the ends %.2f",
-        np.mean(smoothness),
+        np.mean(metrics["smoothness"]),
         frames - 1,
-        np.mean(length),
-        np.mean(distance),
+        np.mean(metrics["length"]),
+        np.mean(metrics["distance"]),
     )
-    log.info("wrote %d strips to %s", len(strips), folder)
+    noun = "strip" if len(strips) == 1 else "strips"
+    log.info("wrote %d %s to %s", len(strips), noun, folder)

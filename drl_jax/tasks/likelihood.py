@@ -19,6 +19,7 @@ from drl_jax.plots import figures
 from drl_jax.runtime.progress import Progress
 from drl_jax.sampling import annealing as annealing_lib
 from drl_jax.sampling.annealing import Bound, Partition
+from drl_jax.storage import results as results_lib
 from drl_jax.storage.atomic import make_writable, remove, write_json
 from drl_jax.storage.runs import Run
 from drl_jax.storage.snapshots import Autosave, Snapshot
@@ -164,6 +165,7 @@ def run(run: Run, workdir: epath.Path, model: str | None, seed: int) -> None:
     history = density.history(annealing, schedule, budget)
     figures.write_annealing(folder / "likelihood.png", history, log_q - middle)
     write_json(folder / "likelihood.json", results)
+    results_lib.write_settings(folder, settings | {"step": run.step, "seed": seed})
     log.info("wrote likelihood.json and likelihood.png to %s", folder)
 
 
@@ -173,6 +175,12 @@ def described(bounds: Partition) -> list[str]:
     lines += [row(bounds, name, title) for name, title in LOWER.items()]
     lines += ["log Z is at most (if the chains start from exact samples of level 0):"]
     lines += [row(bounds, name, title) for name, title in UPPER.items()]
+    excess = bounds.lower.log_Z - bounds.upper.log_Z
+    if excess > 0:
+        lines.append(
+            f"the lower bound exceeds the upper one by {excess:.3f} nats; bounds that hold in "
+            "expectation can do so by chance"
+        )
     p = bounds.agreement
     return [
         *lines,

@@ -18,7 +18,8 @@ from drl_jax.metrics.ood import Scores
 from drl_jax.plots import figures
 from drl_jax.plots.figures import Histograms
 from drl_jax.runtime.progress import bar
-from drl_jax.storage.atomic import make_writable, write_json
+from drl_jax.storage import results
+from drl_jax.storage.atomic import write_json
 from drl_jax.storage.runs import Run
 from drl_jax.tasks import common
 
@@ -37,7 +38,9 @@ def run(
     (`sources.open_held_out`). At most `config.evaluation.num_data` images of each set are
     scored, in their order.
 
-    Writes to `workdir`/ood/step_STEP_seed_SEED:
+    Writes to `workdir`/ood/step_STEP_seed_SEED, or to a folder with a number after this name if
+    there are results with other settings (`storage.results.folder`):
+      settings.json: everything on which the scores depend.
       histograms.png: histograms of both scores at several levels.
       ood.json, with the fields:
         step: training steps of the model.
@@ -59,7 +62,7 @@ def run(
 
     Raises:
       UserError: if the data cannot be used, a set is unknown, cannot be read or has another
-        number of channels, or the folder cannot be written to.
+        number of channels, a score is not finite, or the folder cannot be written to.
     """
     config = run.config
     against = list(dict.fromkeys(against))
@@ -72,54 +75,66 @@ def run(
     limit = config.evaluation.num_data
     x = read(config, source, limit)
     other_images = {name: read(config, other, limit) for name, other in others.items()}
-    folder = workdir / "ood" / f"step_{run.step}_seed_{seed}"
-    make_writable(folder)
-
-    scorer = ood.Scorer(run.model)
-    key, synthetic_key = jax.random.split(common.task_key("ood", seed))
-
-    def score(name: str, images: Iterable[Float[np.ndarray, "H W C"]], n: int) -> Scores:
-        log.info("scoring %d images: %s", n, name)
-        shown = bar(iterable=images, desc=name, total=n, unit="image", leave=False)
-        return scorer(key, iter(shown))  # a bar has a length, but can be read only once
-
-    data_scores = score(f"{config.data.name}, {source.described_split()}", x, len(x))
-    other_scores = {}
-    for name in against:
-        if name in ood.SYNTHETIC:
-            synthetic = ood.synthetic_images(name, synthetic_key, x)
-            other_scores[name] = score(name, synthetic, len(x))
-        else:
-            other_scores[name] = score(name, other_images[name], len(other_images[name]))
-    aurocs = {name: ood.aurocs(data_scores, scores) for name, scores in other_scores.items()}
-    figures.write_histograms(
-        folder / "histograms.png",
-        [short_name(config.data.name), *map(short_name, against)],
-        histograms(scorer.levels, [data_scores, *other_scores.values()], list(aurocs.values())),
-        notes="numbers: AUROC",
+    settings = common.result_settings(
+        run,
+        "ood",
+        seed,
+        against=against,
+        images=[results.digest(images) for images in (x, *other_images.values())],
     )
-    results = {
-        "step": run.step,
-        "seed": seed,
-        "model": model or str(workdir),
-        "levels": scorer.levels,
-        "in": {
-            "name": config.data.name,
-            "identity": source.identity,
-            "split": source.split,
-            "held_out": source.held_out,
-            **summarise(data_scores),
-        },
-        "against": {
-            name: {
-                **({"split": others[name].split} if name in others else {}),
-                **summarise(scores),
-                "auroc": aurocs[name],
-            }
-            for name, scores in other_scores.items()
-        },
-    }
-    write_json(folder / "ood.json", results)
+    path = workdir / "ood" / f"step_{run.step}_seed_{seed}"
+    with results.folder(path, settings) as folder:
+        scorer = ood.Scorer(run.model)
+        key, synthetic_key = jax.random.split(common.task_key("ood", seed))
+
+        def score(name: str, images: Iterable[Float[np.ndarray, "H W C"]], n: int) -> Scores:
+            log.info("scoring %d images: %s", n, name)
+            shown = bar(iterable=images, desc=name, total=n, unit="image", leave=False)
+            return scorer(key, iter(shown))  # a bar has a length, but can be read only once
+
+        data_scores = score(f"{config.data.name}, {source.described_split()}", x, len(x))
+        other_scores = {}
+        for name in against:
+            if name in ood.SYNTHETIC:
+                synthetic = ood.synthetic_images(name, synthetic_key, x)
+                other_scores[name] = score(name, synthetic, len(x))
+            else:
+                other_scores[name] = score(name, other_images[name], len(other_images[name]))
+        for scores in (data_scores, *other_scores.values()):
+            common.require_finite(np.stack(scores).T, "scores")
+        aurocs = {
+            name: ood.aurocs(data_scores, scores) for name, scores in other_scores.items()
+        }
+        figures.write_histograms(
+            folder / "histograms.png",
+            [short_name(config.data.name), *map(short_name, against)],
+            histograms(
+                scorer.levels, [data_scores, *other_scores.values()], list(aurocs.values())
+            ),
+            notes="numbers: AUROC",
+        )
+        values = {
+            "step": run.step,
+            "seed": seed,
+            "model": model or str(workdir),
+            "levels": scorer.levels,
+            "in": {
+                "name": config.data.name,
+                "identity": source.identity,
+                "split": source.split,
+                "held_out": source.held_out,
+                **summarise(data_scores),
+            },
+            "against": {
+                name: {
+                    **({"split": others[name].split} if name in others else {}),
+                    **summarise(scores),
+                    "auroc": aurocs[name],
+                }
+                for name, scores in other_scores.items()
+            },
+        }
+        write_json(folder / "ood.json", values)
     name = f"{short_name(config.data.name)} ({source.described_split()})"
     for line in table(scorer.levels, name, aurocs):
         log.info("%s", line)

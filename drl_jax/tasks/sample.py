@@ -1,14 +1,17 @@
 """The task `sample`: draws samples and writes them."""
 
 import logging
+from collections.abc import Iterable
 
 import numpy as np
 from etils import epath
+from jaxtyping import Float
 
 from drl_jax.data import pipeline
 from drl_jax.errors import as_user_error
 from drl_jax.plots import images
-from drl_jax.storage.atomic import make_writable, replacing
+from drl_jax.storage import results
+from drl_jax.storage.atomic import replacing
 from drl_jax.storage.runs import Run
 from drl_jax.tasks import common
 
@@ -20,7 +23,9 @@ def run(run: Run, workdir: epath.Path, num_samples: int, seed: int) -> None:
 
     Memory does not grow with `num_samples`.
 
-    Writes to `workdir`/samples/step_STEP_seed_SEED:
+    Writes to `workdir`/samples/step_STEP_seed_SEED, or to a folder with a number after this
+    name if there are samples with other settings (`storage.results.folder`):
+      settings.json: everything on which the samples depend.
       samples.npy: all samples, float32 [num_samples, H, W, C] in [-1, 1], or [num_samples, 2].
       000000.png, ...: one file per image; none for points.
       grid.png: the first 100 images, or a histogram of the points.
@@ -32,12 +37,34 @@ def run(run: Run, workdir: epath.Path, num_samples: int, seed: int) -> None:
       seed: random seed of the samples.
 
     Raises:
-      UserError: if the folder cannot be written to.
+      UserError: if the folder cannot be written to, or a sample is not finite.
     """
-    folder = workdir / "samples" / f"step_{run.step}_seed_{seed}"
-    make_writable(folder)
-    model = common.adapted(run).model
-    shape = model.shape
+    settings = common.result_settings(run, "sample", seed, num_samples=num_samples)
+    path = workdir / "samples" / f"step_{run.step}_seed_{seed}"
+    with results.folder(path, settings) as folder:
+        model = common.adapted(run).model
+        batches = common.draw(model, common.task_key("sample", seed), num_samples)
+        write(folder, batches, num_samples, model.shape)
+    log.info("wrote %d samples to %s", num_samples, folder)
+
+
+def write(
+    folder: epath.Path,
+    batches: Iterable[Float[np.ndarray, "B *D"]],
+    num_samples: int,
+    shape: tuple[int, ...],
+) -> None:
+    """Writes the samples of `run`, and a picture of the first ones.
+
+    Args:
+      folder: folder of the files.
+      batches: the samples.
+      num_samples: their number.
+      shape: shape of one sample.
+
+    Raises:
+      UserError: if a file cannot be written.
+    """
     in_grid: list[np.ndarray] = []
     grid_size, done = images.grid_size(shape, common.COLUMNS), 0
     header = {"descr": "<f4", "fortran_order": False, "shape": (num_samples, *shape)}
@@ -46,7 +73,7 @@ def run(run: Run, workdir: epath.Path, num_samples: int, seed: int) -> None:
     with replacing(path) as file:
         with as_user_error(failure):
             np.lib.format.write_array_header_1_0(file, header)
-        for batch in common.draw(model, common.task_key("sample", seed), num_samples):
+        for batch in batches:
             with as_user_error(failure):
                 file.write(batch.astype("<f4").tobytes())
             if not images.are_points(shape):
@@ -57,4 +84,3 @@ def run(run: Run, workdir: epath.Path, num_samples: int, seed: int) -> None:
             done += len(batch)
     grid = images.picture(np.concatenate(in_grid), common.COLUMNS)
     images.write_png(folder / "grid.png", grid)
-    log.info("wrote %d samples to %s", num_samples, folder)

@@ -23,6 +23,7 @@ def run(config: ConfigDict, workdir: epath.Path) -> None:
       Interrupted: if a signal stopped the training; the state is saved.
     """
     source = sources.open_source(config)
+    evaluate.require_comparable(source)
     inception_weights = evaluate.load_inception_weights(config)
     trained = common.adapted(loop.train(config=config, source=source, workdir=workdir))
     evaluate.measure(

@@ -13,6 +13,7 @@ from drl_jax.method import METROPOLIS
 from drl_jax.metrics import levels as levels_lib
 from drl_jax.metrics.frechet import fit
 from drl_jax.sampling import chains
+from drl_jax.storage import results
 from drl_jax.storage.atomic import make_writable
 from drl_jax.storage.runs import Run
 from drl_jax.storage.snapshots import Autosave
@@ -41,6 +42,7 @@ def run(
     finished one.
 
     Writes to `workdir`/long_run/step_STEP_SAMPLER_seed_SEED, or ..._marginal_seed_SEED:
+      settings.json: how the results were computed.
       chains.snapshot: the state from which a later run continues.
       level_T.png, ladder.png, curves.png and long_run.json: see `report.write`.
 
@@ -99,4 +101,6 @@ def run(
     settings |= common.resume_settings(config, SETTINGS)
     autosave = Autosave(folder / "chains.snapshot", settings)
     state = runner.run(model, key, experiment, num_steps, autosave)
+    others = {"step": run.step, "seed": seed, "marginal": marginal, "num_steps": num_steps}
+    results.write_settings(folder, settings | others)
     report.write(folder, state, experiment, model.T)
