@@ -93,7 +93,9 @@ def default() -> ConfigDict:
             "optim": {
                 "learning_rate": 1e-4,
                 "warmup_steps": 1000,  # linear increase from zero
-                "decay_steps": 0,  # cosine decay, zero at this step; 0: constant
+                # Cosine decay, zero at this step; 0: constant. A file in `configs/` can make it
+                # follow `train.num_steps`: `config.train.get_oneway_ref("num_steps")`.
+                "decay_steps": 0,
                 "beta1": 0.9,
                 # 'keras': as in the authors' program; 'optax': another epsilon, and no first
                 # update with a learning rate of zero. See `training.state.optimiser`.
@@ -365,10 +367,11 @@ def validate(config: ConfigDict) -> None:
         raise invalid("mcmc.noise_scale", f"the accept step of {sampler!r} requires 1")
     if sampler in ("mala", "hmc") and config.evaluation.dtype != "float32":
         raise invalid("evaluation.dtype", f"the accept step of {sampler!r} requires 'float32'")
-    if 0 < config.optim.decay_steps <= config.optim.warmup_steps:
+    # A run that ends during the warm-up has no decay.
+    decay, warmup = config.optim.decay_steps, config.optim.warmup_steps
+    if 0 < decay <= warmup and decay < config.train.num_steps:
         raise invalid(
-            "optim.decay_steps",
-            f"it must exceed config.optim.warmup_steps, {config.optim.warmup_steps}, or be 0",
+            "optim.decay_steps", f"it must exceed config.optim.warmup_steps, {warmup}, or be 0"
         )
     if config.energy.attention and config.energy.network != "unet":
         raise invalid("energy.attention", "only config.energy.network 'unet' has attention")

@@ -168,6 +168,11 @@ def test_values_that_do_not_fit_each_other_are_refused(fields, words):
         config_lib.validate(changed(**fields))
 
 
+def test_a_run_may_end_during_the_warm_up():
+    """Its learning rate would begin to decay only after the end."""
+    config_lib.validate(changed(optim__decay_steps=500, train__num_steps=500))
+
+
 def test_chains_from_the_posterior_may_have_no_steps():
     config_lib.validate(changed(mcmc__K=0, mcmc__start="posterior"))
 
@@ -242,6 +247,7 @@ def test_a_file_that_is_not_a_python_file_is_refused(file):
 
 def test_a_configuration_survives_json():
     config = changed(energy__mult=(1, 2, 3), mcmc__b_squared=0.1)
+    config.optim.decay_steps = config.train.get_oneway_ref("num_steps")
     values = json.loads(json.dumps(config_lib.to_json(config)))
     again = config_lib.from_json(values)
     assert dict(config_lib.flatten(again)) == dict(config_lib.flatten(config))

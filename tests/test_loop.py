@@ -311,6 +311,16 @@ def test_a_diverging_run_ends_with_an_error_of_one_line_and_saves_only_sound_sta
         assert all(np.isfinite(a).all() for a in jax.tree.leaves(state_of(workdir)))
 
 
+@pytest.mark.parametrize(("decay_steps", "reported"), [(0, False), (9, True), (10, False)])
+def test_a_learning_rate_that_is_zero_before_the_end_is_reported(decay_steps, reported, caplog):
+    config = config_lib.default()
+    config.optim.update(decay_steps=decay_steps, warmup_steps=2)
+    config.train.num_steps = 10
+    loop.warn_of_early_decay(config)
+    pattern = "the learning rate is zero from step 9 on, so the steps up to 10 .*"
+    assert [bool(re.match(pattern, line)) for line in caplog.messages] == [True] * reported
+
+
 def make_metrics(**changes):
     nan = np.float32(np.nan)  # level 1 has no examples
     values = {

@@ -66,6 +66,7 @@ def train(config: ConfigDict, source: Source, workdir: epath.Path) -> Run:
         require_enough_images(len(source), config.energy.components)
     method = method_lib.from_config(config)
     training = train_step.from_config(config)
+    warn_of_early_decay(config)
     warn_of_replicated_kernels(method, training, mesh)
     make_writable(workdir)  # only now, so that mistakes found above leave no folder behind
 
@@ -159,6 +160,19 @@ def with_fitted_mixture(
         return method_lib.with_mixture(params, Mixture(*placed))
 
     return dataclasses.replace(state, params=fitted(state.params), ema=fitted(state.ema))
+
+
+def warn_of_early_decay(config: ConfigDict) -> None:
+    """Logs that the last steps have no effect if the learning rate is zero before the end."""
+    end, num_steps = config.optim.decay_steps, config.train.num_steps
+    if 0 < end < num_steps:
+        log.warning(
+            "the learning rate is zero from step %d on, so the steps up to %d have no effect: "
+            "use --config.optim.decay_steps=%d, or 0 for a constant learning rate",
+            end,
+            num_steps,
+            num_steps,
+        )
 
 
 def warn_of_replicated_kernels(method: Method, training: Training, mesh: Mesh) -> None:

@@ -54,7 +54,7 @@ def optimiser(config: ConfigDict) -> optax.GradientTransformation:
     """
     rate, warmup = config.optim.learning_rate, config.optim.warmup_steps
     if end := config.optim.decay_steps:
-        after = optax.cosine_decay_schedule(rate, end - warmup)
+        after = optax.cosine_decay_schedule(rate, max(end - warmup, 1))
     else:
         after = optax.constant_schedule(rate)
     schedule = optax.join_schedules([optax.linear_schedule(0.0, rate, warmup), after], [warmup])
