@@ -1,6 +1,8 @@
+import copy
 import os
 import pty
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,13 +18,14 @@ import numpy as np
 import optax
 import pytest
 from etils import epath
-from helpers import tiny
+from helpers import tiny, toy
 from helpers.runs import assert_same, state_of, steps, wait_until
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from drl_jax import config as config_lib
 from drl_jax import diffusion, recovery
+from drl_jax import method as method_lib
 from drl_jax.data import sources
 from drl_jax.errors import UserError
 from drl_jax.mcmc import langevin
@@ -31,6 +34,7 @@ from drl_jax.networks.energy import Energy
 from drl_jax.recovery import Parameterisation
 from drl_jax.runtime import sharding
 from drl_jax.sampling.ladder import Sampler
+from drl_jax.storage.checkpoints import Checkpoints
 from drl_jax.training import loop
 from drl_jax.training import state as train_state
 from drl_jax.training import step as train_step
@@ -245,6 +249,107 @@ def test_later_starts_compile_neither_the_step_nor_the_sampler_again(record):
 
 
 # --- tests in this process ---
+
+
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory):
+    """A run on points: its work directory, its configuration, and states of steps 3 and 7."""
+    config = toy.toy(energy__ch=8, energy__N=1, train__num_steps=300, train__batch_size=16)
+    energy, states = method_lib.from_config(config).energy, {}
+    workdir = epath.Path(tmp_path_factory.mktemp("untrained"))
+    with Checkpoints(workdir, config) as checkpoints:
+        for step in (3, 7):
+            key = jax.random.key(100 + step)
+            state = train_state.create(key, energy, train_state.optimiser(config))
+            ema = jax.tree.map(lambda a: a + 0.5, state.params)
+            states[step] = state.replace(step=jnp.int32(step), ema=ema)
+            checkpoints.save(step, states[step])
+    return workdir, config, states
+
+
+@pytest.fixture
+def begun(monkeypatch, caplog):
+    """Returns a function like `loop.train` that returns the state before its first step."""
+    caplog.set_level("INFO", logger="drl_jax")
+    states = []
+    monkeypatch.setattr(loop, "fit", lambda state, *_: states.append(state) or state)
+
+    def begin(config, workdir, **options):
+        loop.train(config, sources.open_source(config), workdir, **options)
+        return states.pop()
+
+    return begin
+
+
+def changed(config, changes):
+    config = copy.deepcopy(config)
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def test_a_run_resumes_with_changes_only_on_request(untrained, begun, tmp_path, caplog):
+    workdir, config, states = untrained
+    workdir = shutil.copytree(workdir, epath.Path(tmp_path) / "run")
+    other = changed(config, {"optim.learning_rate": 0.5, "mcmc.K": 3, "log.every_steps": 7})
+    with pytest.raises(UserError, match=r"learning_rate was 0\.005, now 0\.5\)"):
+        begun(other, workdir)
+    caplog.clear()
+    assert_same(begun(other, workdir, resume_with_changes=True), states[7])
+    assert [line for line in caplog.messages if "resuming" in line or "config." in line] == [
+        "resuming from step 7 of 300",
+        "  config.log.every_steps was 500, now 7",
+        "  config.mcmc.K was 0, now 3",
+        "  config.optim.learning_rate was 0.005, now 0.5",
+    ]
+
+
+@pytest.mark.parametrize(("suffix", "step"), [("", 7), (":3", 3)])
+def test_a_new_run_starts_from_the_parameters_of_another(
+    untrained, begun, workdir, suffix, step, caplog
+):
+    """Fails if the other run's optimiser or number of steps is used, or the wrong step."""
+    other_workdir, config, states = untrained
+    config = changed(config, {"diffusion.T": 501, "seed": 3})
+    state = begun(config, workdir, init_from=f"{other_workdir}{suffix}")
+    start = states[step]
+    training = train_step.from_config(config)
+    assert_same(state.params, start.params)
+    assert_same(state.ema, start.ema)
+    assert_same(state.vectors, start.vectors)
+    assert_same(state.opt_state, training.optimiser.init(start.params))
+    assert state.step == 0
+    assert f"of another run, after {step} steps" in caplog.text
+    assert "  config.diffusion.T was 1000, now 501" in caplog.messages
+
+
+def test_a_run_that_has_checkpoints_resumes_instead_of_starting_from_another(untrained, begun):
+    workdir, config, states = untrained
+    assert_same(begun(config, workdir, init_from="nonesuch"), states[7])
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "words"),
+    [
+        ({}, {"resume_with_changes": True}, "--resume_with_changes: there is no checkpoint in"),
+        ({}, {"init_from": "nonesuch"}, "there is no checkpoint in nonesuch"),
+        ({}, {"init_from": "UNTRAINED:5"}, "no checkpoint of step 5 in .*: the steps are 7, 3"),
+        (
+            {"energy.ch": 16, "seed": 1},
+            {"init_from": "UNTRAINED"},
+            r"do not fit the network of this configuration \(energy.ch was 8, now 16\)",
+        ),
+    ],
+)
+def test_a_start_that_is_impossible_is_one_line_and_leaves_no_folder(
+    untrained, begun, workdir, changes, options, words
+):
+    other_workdir, config, _ = untrained
+    if "init_from" in options:
+        name = options["init_from"].replace("UNTRAINED", str(other_workdir))
+        options = {"init_from": name}
+    with pytest.raises(UserError, match=f"^[^\n]*{words}[^\n]*$"):
+        begun(changed(config, changes), workdir, **options)
+    assert not workdir.exists()
 
 
 @pytest.mark.slow

@@ -21,7 +21,7 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from drl_jax import config as config_lib
-from drl_jax.errors import UserError
+from drl_jax.errors import UserError, as_user_error
 from drl_jax.runtime import processes
 
 log = logging.getLogger(__name__)
@@ -135,6 +135,7 @@ class Checkpoints:
         self,
         abstract: Callable[[ConfigDict], PyTree],
         sharding: Callable[[tuple[int, ...]], Sharding],
+        only: int | None = None,
     ) -> tuple[ConfigDict, Any] | None:
         """Returns (config, state) of the newest undamaged checkpoint, None if there is none.
 
@@ -143,13 +144,22 @@ class Checkpoints:
             it returns a dict of some fields of the state, only these are restored. May raise
             `UserError` to reject the configuration.
           sharding: shape of an array -> its sharding.
+          only: step of the checkpoint to restore, instead of the newest undamaged one.
 
         Raises:
-          UserError: if all checkpoints are damaged, or the arrays of the newest undamaged one
-            do not have the shapes that `abstract` returns.
+          UserError: if all checkpoints are damaged, there is none of the step `only`, or the
+            arrays do not have the shapes that `abstract` returns.
         """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        if only is not None:
+            if only not in steps:
+                raise UserError(
+                    f"there is no checkpoint of step {only} in {self._folder}: the steps are "
+                    f"{', '.join(map(str, steps)) or 'none'}"
+                )
+            steps = [only]
         faults: dict[int, str] = {}
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        for step in steps:
             is_first = jax.process_index() == 0
             fault = processes.broadcast_from_first(
                 find_fault(self._folder / str(step)) if is_first else None
@@ -225,6 +235,17 @@ class Checkpoints:
             name, _, suffix = folder.name.partition(".")  # Orbax adds a suffix until the rename
             if name == str(self._saving) and suffix != DAMAGED:
                 (folder / CHECKSUMS).write_text(json.dumps(checksums(folder)))
+
+
+def exist(workdir: epath.Path) -> bool:
+    """Returns whether a work directory has checkpoints, damaged or not.
+
+    Raises:
+      UserError: if the folder cannot be read.
+    """
+    folder = workdir / FOLDER
+    with as_user_error(f"cannot read {workdir}"):
+        return folder.exists() and any(path.name.isdecimal() for path in folder.iterdir())
 
 
 def checksums(folder: epath.Path) -> dict[str, int]:

@@ -30,10 +30,11 @@ from drl_jax.plots import images
 from drl_jax.plots.metric_writer import MetricWriter
 from drl_jax.runtime import preemption, sharding
 from drl_jax.runtime.progress import bar
+from drl_jax.storage import checkpoints as checkpoints_lib
 from drl_jax.storage import runs
 from drl_jax.storage.atomic import make_writable
 from drl_jax.storage.checkpoints import Checkpoints
-from drl_jax.storage.runs import Run
+from drl_jax.storage.runs import Parameters, Run
 from drl_jax.training import state as train_state
 from drl_jax.training import step as train_step
 from drl_jax.training.state import TrainState
@@ -42,20 +43,30 @@ from drl_jax.training.step import Metrics, Training
 log = logging.getLogger(__name__)
 
 
-def train(config: ConfigDict, source: Source, workdir: epath.Path) -> Run:
+def train(
+    config: ConfigDict,
+    source: Source,
+    workdir: epath.Path,
+    resume_with_changes: bool = False,
+    init_from: str | None = None,
+) -> Run:
     """Trains up to step `config.train.num_steps`, from the newest checkpoint if there is one.
 
     Args:
       config: configuration of the run.
       source: training data.
       workdir: folder for checkpoints, TensorBoard files and sample grids.
+      resume_with_changes: whether the run may resume although `config` changes its training
+        steps (`config.require_resumable`).
+      init_from: WORKDIR or WORKDIR:STEP of another run; a new run starts from its parameters.
+        Adam's moments and the number of steps start at zero.
 
     Returns:
       the run, whose model has the averaged parameters.
 
     Raises:
-      UserError: if the configuration or the work directory cannot be used, or training
-        diverged.
+      UserError: if the configuration, the work directory or `init_from` cannot be used, there
+        is nothing to resume with changes, or training diverged.
       Interrupted: if a signal stopped training; the state has been saved.
     """
     mesh = sharding.make_mesh(**config.mesh)
@@ -68,10 +79,19 @@ def train(config: ConfigDict, source: Source, workdir: epath.Path) -> Run:
     training = train_step.from_config(config)
     warn_of_early_decay(config)
     warn_of_replicated_kernels(method, training, mesh)
+    is_new = not checkpoints_lib.exist(workdir)
+    if resume_with_changes and is_new:
+        raise UserError(
+            f"--resume_with_changes: there is no checkpoint in {workdir} to resume from; give "
+            "the --workdir of a run, or omit the flag"
+        )
+    start = runs.load_parameters(init_from, config, mesh) if init_from and is_new else None
     make_writable(workdir)  # only now, so that mistakes found above leave no folder behind
 
     with Checkpoints(workdir, config) as checkpoints:
-        state = initial_state(config, method, training, source, checkpoints, mesh)
+        state = restored_state(config, method, training, checkpoints, mesh, resume_with_changes)
+        if state is None:
+            state = new_state(config, method, training, source, mesh, start)
         sampler = Model.create(
             method_lib.for_generation(method, config),
             generation_params(method, state, mesh),
@@ -105,37 +125,72 @@ class Context(NamedTuple):
     checkpoints: Checkpoints
 
 
-def initial_state(
+def restored_state(
     config: ConfigDict,
     method: Method,
     training: Training,
-    source: Source,
     checkpoints: Checkpoints,
     mesh: Mesh,
-) -> TrainState:
-    """Returns the state of the newest checkpoint, or a new state if there is none.
+    with_changes: bool = False,
+) -> TrainState | None:
+    """Returns the state of the newest checkpoint, sharded over the mesh; None without any.
 
-    The state is sharded over the devices of the mesh. A new one has the mixture that
-    `data.mixtures.fit` finds, if the parameterisation has one.
+    Logs every field of the configuration that has changed.
 
     Raises:
-      UserError: if all checkpoints are damaged, or resuming from the newest undamaged one with
-        this configuration would change the training steps (`config.require_resumable`).
+      UserError: if all checkpoints are damaged, or the run cannot resume with this
+        configuration (`config.require_resumable`).
     """
+    changes: list[str] = []
 
     def abstract_state(saved: ConfigDict) -> PyTree:
-        config_lib.require_resumable(saved, config)
+        changes[:] = config_lib.require_resumable(saved, config, with_changes)
         return train_state.abstract(method.energy, training.optimiser)
 
     restored = checkpoints.restore(
         abstract_state, lambda shape: sharding.fully_sharded(shape, mesh)
     )
-    if restored:
-        _, state = restored
-        log.info("resuming from step %d of %d", int(state.step), config.train.num_steps)
-        return state
+    if not restored:
+        return None
+    _, state = restored
+    log.info("resuming from step %d of %d", int(state.step), config.train.num_steps)
+    for change in changes:
+        log.info("  config.%s", change)
+    return state
+
+
+def new_state(
+    config: ConfigDict,
+    method: Method,
+    training: Training,
+    source: Source,
+    mesh: Mesh,
+    start: Parameters | None = None,
+) -> TrainState:
+    """Returns the state before the first step, sharded over the devices of the mesh.
+
+    Its parameters are random, with the mixture that `data.mixtures.fit` finds if the
+    parameterisation has one; or those of another run.
+
+    Args:
+      config: configuration.
+      method: network and noise levels.
+      training: the optimiser.
+      source: training data.
+      mesh: devices of the state.
+      start: parameters of another run. Differences of its configuration are logged.
+    """
     init_key, _, _ = run_keys(config.seed)
     state = train_state.create_on(mesh, init_key, method.energy, training.optimiser)
+    if start:
+        log.info("starting from the parameters of another run, after %d steps", start.step)
+        for change in config_lib.differences(
+            dict(config_lib.flatten(start.config)), dict(config_lib.flatten(config))
+        ):
+            log.info("  config.%s", change)
+        return dataclasses.replace(
+            state, params=start.params, ema=start.ema, vectors=start.vectors
+        )
     if config.energy.parameterisation in config_lib.FITTED:
         state = with_fitted_mixture(state, config, source, mesh)
     return state
@@ -368,9 +423,10 @@ def raise_if_diverged(step: int, metrics: Metrics, limits: Limits) -> None:
         return
     raise UserError(
         f"training diverged at step {step}: loss {loss:.3g} (limit {limits.loss:g}), "
-        f"|f| {f:.3g} (limit {limits.f:g}), gradient norm {grad_norm:.3g}; try a "
-        "smaller --config.optim.learning_rate or more chain steps (--config.mcmc.K) in a new "
-        "--workdir. The checkpoints in the present one precede the divergence"
+        f"|f| {f:.3g} (limit {limits.f:g}), gradient norm {grad_norm:.3g}; the checkpoints "
+        "precede the divergence: resume from the newest with a smaller "
+        "--config.optim.learning_rate or more chain steps (--config.mcmc.K), and "
+        "--resume_with_changes"
     )
 
 
