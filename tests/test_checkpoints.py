@@ -194,6 +194,23 @@ def test_a_step_that_donates_the_state_does_not_change_what_is_being_written(wor
     assert restored_step(workdir) == 1
 
 
+def test_the_work_directory_has_the_configuration_of_the_newest_checkpoint(workdir):
+    for step, every_steps in ((1, 7), (2, 8)):
+        save(workdir, step, every_steps=every_steps)
+        with Checkpoints(workdir) as manager:
+            saved, _ = manager.restore(abstract, replicated)
+        assert saved.checkpoint.every_steps == every_steps
+        assert json.loads((workdir / "config.json").read_text()) == config.to_json(saved)
+
+
+def test_opening_the_checkpoints_does_not_change_the_configuration(workdir):
+    save(workdir, 1, every_steps=7)
+    before = (workdir / "config.json").read_text()
+    with Checkpoints(workdir, make_config(every_steps=8)):
+        pass
+    assert (workdir / "config.json").read_text() == before
+
+
 def test_the_last_k_and_every_nth_are_kept(workdir):
     save(workdir, *range(2, 24, 2), keep_last=3, keep_every_steps=8)
     assert steps(workdir) == [8, 16, 18, 20, 22]

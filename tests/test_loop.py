@@ -227,8 +227,10 @@ def test_log_lines_do_not_break_the_progress_bar_on_a_terminal(record):
 @pytest.mark.slow
 def test_a_log_file_contains_only_plain_lines(record):
     known = [
+        r"(devices|data|network|steps|output)  .*",
+        r"compiling the training step",
         r"resuming from step \d+ of 300",
-        r"step \d+/300  [\d.]+ steps/s  \d\d:\d\d:\d\d left  loss -?\d\.\d{5}",
+        r"step \d+/300(  [\d.]+ steps/s  \d\d:\d\d:\d\d left)?  loss -?\d\.\d{5}",
         r"stopped by signal 15; step \d+ .*",
         r"not comparing samples with a classifier of the data, .*",
         r"pixel Fréchet distance .*",
@@ -377,7 +379,8 @@ def test_scalars_and_images_are_written_for_tensorboard():
     levels = [
         f"{name}/level_{t}" for name in ("f_pos", "f_neg", "displacement") for t in range(6)
     ]
-    for tag in ["loss", "grad_norm", "steps_per_second", *levels]:
+    names = ["loss", "grad_norm", "learning_rate", "steps_per_second", "examples_per_second"]
+    for tag in [*names, *levels]:
         found = events.Tensors(tag)
         assert [event.step for event in found] == [50, 100, 150, 200, 250, 300]
         assert all(np.isfinite(tf.make_ndarray(event.tensor_proto)) for event in found)
@@ -427,22 +430,28 @@ def test_a_learning_rate_that_is_zero_before_the_end_is_reported(decay_steps, re
 
 
 def make_metrics(**changes):
-    nan = np.float32(np.nan)  # level 1 has no examples
     values = {
         "loss": 0.1,
         "grad_norm": 1.0,
-        "f_pos": [1.0, nan],
-        "f_neg": [-2.0, nan],
-        "displacement": [0.5, nan],
-        "acceptance": [1.0, nan],
+        "examples": [8.0, 0.0],
+        "f_pos": [1.0, 0.0],
+        "f_neg": [-2.0, 0.0],
+        "displacement": [0.5, 0.0],
+        "acceptance": [1.0, 0.0],
     }
     values |= changes
     return Metrics(**{name: np.asarray(value, np.float32) for name, value in values.items()})
 
 
+def without_chain(**changes):
+    none = {"f_neg": None, "displacement": None, "acceptance": None}
+    return make_metrics(**changes)._replace(**none)
+
+
 def test_metrics_within_the_limits_are_accepted():
     loop.raise_if_diverged(7, make_metrics(), LIMITS)
     loop.raise_if_diverged(7, make_metrics(loss=-99.0, f_neg=[-9e3, 9e3]), LIMITS)
+    loop.raise_if_diverged(7, without_chain(), LIMITS)
 
 
 @pytest.mark.parametrize(
@@ -454,8 +463,9 @@ def test_metrics_within_the_limits_are_accepted():
         {"loss": -np.inf},
         {"grad_norm": np.inf},
         {"grad_norm": np.nan},
-        {"f_pos": [2e4, np.nan], "f_neg": [2e4, np.nan]},  # these cancel in the loss
-        {"f_neg": [np.nan, -2e4]},
+        {"f_pos": [2e4, 0], "f_neg": [2e4, 0]},  # these cancel in the loss
+        {"f_neg": [0, -2e4]},
+        {"f_pos": [np.nan, 0]},
         {"f_neg": [1.0, -np.inf]},
         {"loss": np.nan, "f_pos": [np.nan, np.nan], "f_neg": [np.nan, np.nan]},
     ],
@@ -562,6 +572,109 @@ def test_a_run_whose_chains_diverge_is_ended_at_any_size(size):
         quadratic_run(size, precision=400.0, num_steps=5)
 
 
-def test_the_mean_over_steps_ignores_nan():
-    values = np.array([[1.0, np.nan, np.nan], [3.0, 5.0, np.nan]])
-    np.testing.assert_array_equal(loop.nan_mean(values), [2.0, 5.0, np.nan])
+def test_the_mean_over_steps_is_that_of_all_examples():
+    """Fails if every step has the same weight, or a step without examples counts as 0."""
+    steps = [
+        make_metrics(f_pos=[1.0, 0.0], examples=[6, 0]),
+        make_metrics(f_pos=[5.0, 7.0], examples=[2, 1]),
+        make_metrics(f_pos=[0.0, 3.0], examples=[0, 1]),
+    ]
+    np.testing.assert_allclose(loop.mean_of_groups(steps, "f_pos"), [2.0, 5.0])
+    assert np.isnan(loop.mean_of_groups(steps[:1], "f_pos")[1])
+    assert loop.mean_of_groups([without_chain()], "f_neg").size == 0
+
+
+class Scalars:
+    """Takes the place of a `MetricWriter` and keeps the scalars, by step."""
+
+    def __init__(self):
+        self.written = {}
+
+    def write_scalars(self, step, scalars):
+        self.written[step] = {name: float(value) for name, value in scalars.items()}
+
+
+def progress_of(num_steps, metrics, first_step=0.0, start=0, **fields):
+    """Reports a run whose first step takes `first_step` seconds, and the others none.
+
+    Returns the scalars by step.
+    """
+    config = config_lib.default()
+    config.diffusion.T, config.train.num_steps, config.train.batch_size = 2, num_steps, 8
+    config.update_from_flattened_dict(fields)
+    writer = Scalars()
+    with loop.Progress(start, config, writer) as progress:
+        time.sleep(first_step)
+        for _ in range(start, num_steps):
+            progress.add(metrics)
+    return writer.written
+
+
+@pytest.mark.parametrize(
+    ("sampler", "metrics", "names"),
+    [
+        ("langevin", make_metrics(), {"f_pos", "f_neg", "displacement"}),
+        ("hmc", make_metrics(), {"f_pos", "f_neg", "displacement", "acceptance"}),
+        ("langevin", without_chain(), {"f_pos"}),
+    ],
+)
+def test_scalars_are_those_of_the_sampler_and_of_groups_with_examples(sampler, metrics, names):
+    """Fails if Langevin dynamics, which has no accept step, has an acceptance."""
+    fields = {"mcmc.sampler": sampler, "log.every_steps": 2}
+    written = progress_of(4, metrics, **fields)
+    assert written.keys() == {2, 4}
+    always = {"loss", "grad_norm", "learning_rate", "steps_per_second", "examples_per_second"}
+    assert written[4].keys() == always | {f"{name}/level_0" for name in names}
+    assert written[4]["examples_per_second"] == 8 * written[4]["steps_per_second"]
+
+
+@pytest.mark.parametrize("adam", ["keras", "optax"])
+def test_the_reported_learning_rate_is_that_of_the_last_update(adam):
+    fields = {"optim.adam": adam, "optim.warmup_steps": 10, "optim.learning_rate": 1.0}
+    written = progress_of(4, make_metrics(), **fields, **{"log.every_steps": 4})
+    assert written[4]["learning_rate"] == pytest.approx(0.3 if adam == "keras" else 0.4)
+
+
+def test_the_speed_and_the_time_that_is_left_do_not_include_the_first_step(caplog):
+    caplog.set_level("INFO", logger="drl_jax")
+    fields = {"log.every_steps": 2, "train.num_steps": 10_000}
+    written = progress_of(4, make_metrics(), first_step=1.0, **fields)
+    assert written[2]["steps_per_second"] > 100
+    (first, *_) = caplog.messages
+    assert re.fullmatch(
+        r"step 2/10000  \d+\.\d steps/s  00:0\d:\d\d left  loss 0\.10000", first
+    )
+
+
+def test_lines_are_logged_between_reports_if_these_are_rare(caplog, monkeypatch):
+    caplog.set_level("INFO", logger="drl_jax")
+    progress_of(4, make_metrics())
+    assert [line.split()[1] for line in caplog.messages] == ["4/4"]
+    caplog.clear()
+    monkeypatch.setattr(loop, "LOG_INTERVAL", -1.0)
+    progress_of(4, make_metrics())
+    assert [line.split()[1] for line in caplog.messages] == ["1/4", "2/4", "3/4", "4/4"]
+
+
+def test_a_run_of_a_single_step_is_reported_without_a_speed(caplog):
+    caplog.set_level("INFO", logger="drl_jax")
+    (scalars,) = progress_of(4, make_metrics(), start=3).values()
+    assert "steps_per_second" not in scalars
+    assert caplog.messages == ["step 4/4  loss 0.10000"]
+
+
+def test_a_run_begins_with_a_description(untrained, begun, workdir, caplog):
+    _, config, _ = untrained
+    begun(config, workdir)
+    params = method_lib.from_config(config).energy.init(jax.random.key(0))[0]
+    lines = [re.split(r"  +", line) for line in caplog.messages[:5]]
+    assert lines == [
+        ["devices", f"{jax.device_count()} x cpu"],
+        ["data", "moons: 100,000 examples of shape 2"],
+        [
+            "network",
+            f"mlp: {sum(a.size for a in jax.tree.leaves(params)):,} parameters, 1000 levels",
+        ],
+        ["steps", "300, of 16 examples each"],
+        ["output", str(workdir)],
+    ]

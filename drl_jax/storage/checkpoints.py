@@ -23,11 +23,13 @@ from ml_collections import ConfigDict
 from drl_jax import config as config_lib
 from drl_jax.errors import UserError, as_user_error
 from drl_jax.runtime import processes
+from drl_jax.storage.atomic import write_json
 
 log = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"  # folder of all checkpoints in the work directory
 ITEMS = ("state", "config")  # folders in each checkpoint
+CONFIG = "config.json"  # file in the work directory with the newest checkpoint's configuration
 CHECKSUMS = "crc32.json"  # file beside these folders, with the checksums of their files
 DAMAGED = "damaged"  # suffix of the name of a damaged checkpoint
 BLOCK = 2**24  # number of bytes of a file that are read at a time for its checksum
@@ -62,11 +64,12 @@ class Checkpoints:
                 ),
                 cleanup_tmp_directories=True,
                 async_options=ocp.AsyncOptions(
-                    post_finalization_callback=self._write_checksums,
+                    post_finalization_callback=self._complete,
                     # Otherwise a folder that cannot be created blocks a thread for minutes.
                     create_directories_asynchronously=False,
                 ),
             )
+        self._workdir = workdir
         folder = workdir / FOLDER
         # Orbax requires an absolute path; for etils, addresses such as gs:// are absolute.
         self._folder = folder if folder.is_absolute() else folder.absolute()
@@ -227,14 +230,25 @@ class Checkpoints:
         processes.broadcast_from_first(None)  # makes the other processes wait for the renaming
         self._manager.reload()
 
-    def _write_checksums(self) -> None:
+    def write_config(self) -> None:
+        """Writes config.json to the work directory: the configuration of the checkpoints.
+
+        This also happens whenever a checkpoint is complete, so call it only for a new run.
+
+        Raises:
+          UserError: if the file cannot be written.
+        """
+        write_json(self._workdir / CONFIG, config_lib.to_json(self._config))
+
+    def _complete(self) -> None:
         """Adds checksums; Orbax's thread calls this after writing, before the final rename."""
         if jax.process_index():
             return
-        for folder in self._folder.glob(f"{self._saving}*"):
+        for folder in self._folder.iterdir():
             name, _, suffix = folder.name.partition(".")  # Orbax adds a suffix until the rename
             if name == str(self._saving) and suffix != DAMAGED:
                 (folder / CHECKSUMS).write_text(json.dumps(checksums(folder)))
+        self.write_config()
 
 
 def exist(workdir: epath.Path) -> bool:

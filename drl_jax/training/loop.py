@@ -2,11 +2,12 @@
 
 import contextlib
 import dataclasses
+import json
 import logging
 import math
 import time
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from etils import epath
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key, PyTree
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
 from drl_jax import config as config_lib
 from drl_jax import diffusion
@@ -23,17 +25,18 @@ from drl_jax.data import mixtures, pipeline
 from drl_jax.data.mixtures import Mixture
 from drl_jax.data.sources import Source
 from drl_jax.errors import Interrupted, UserError
-from drl_jax.method import Method
+from drl_jax.method import METROPOLIS, Method
 from drl_jax.model import Model
 from drl_jax.networks.energy import Params
 from drl_jax.plots import images
 from drl_jax.plots.metric_writer import MetricWriter
 from drl_jax.runtime import preemption, sharding
-from drl_jax.runtime.progress import bar
+from drl_jax.runtime.progress import LOG_INTERVAL, bar, duration
 from drl_jax.storage import checkpoints as checkpoints_lib
 from drl_jax.storage import runs
 from drl_jax.storage.atomic import make_writable
 from drl_jax.storage.checkpoints import Checkpoints
+from drl_jax.storage.log_file import LogFile
 from drl_jax.storage.runs import Parameters, Run
 from drl_jax.training import state as train_state
 from drl_jax.training import step as train_step
@@ -42,6 +45,8 @@ from drl_jax.training.step import Metrics, Training
 
 log = logging.getLogger(__name__)
 
+LOG_FILE = "log.txt"  # file in the work directory with everything that has been logged
+
 
 def train(
     config: ConfigDict,
@@ -49,6 +54,8 @@ def train(
     workdir: epath.Path,
     resume_with_changes: bool = False,
     init_from: str | None = None,
+    writer: MetricWriter | None = None,
+    log_file: LogFile | None = None,
 ) -> Run:
     """Trains up to step `config.train.num_steps`, from the newest checkpoint if there is one.
 
@@ -60,6 +67,9 @@ def train(
         steps (`config.require_resumable`).
       init_from: WORKDIR or WORKDIR:STEP of another run; a new run starts from its parameters.
         Adam's moments and the number of steps start at zero.
+      writer: writes to TensorBoard; None: nothing is written.
+      log_file: collects the log. It is opened in the work directory when the run is known to be
+        possible.
 
     Returns:
       the run, whose model has the averaged parameters.
@@ -90,7 +100,14 @@ def train(
 
     with Checkpoints(workdir, config) as checkpoints:
         state = restored_state(config, method, training, checkpoints, mesh, resume_with_changes)
+        if log_file:
+            log_file.open(workdir / LOG_FILE)
+        trains = state is None or state.step < config.train.num_steps
+        if trains:
+            for line in describe(config, method, source, mesh, workdir):
+                log.info(line)
         if state is None:
+            checkpoints.write_config()
             state = new_state(config, method, training, source, mesh, start)
         sampler = Model.create(
             method_lib.for_generation(method, config),
@@ -98,8 +115,11 @@ def train(
             mesh,
             config.evaluation.batch_size,
         )
-        if state.step < config.train.num_steps:
-            context = Context(config, method, training, sampler, workdir, checkpoints)
+        if trains:
+            writer = writer or MetricWriter(None)
+            text = json.dumps(config_lib.to_json(config), indent=2)
+            writer.write_texts(int(state.step), {"config": f"```json\n{text}\n```"})
+            context = Context(config, method, training, sampler, workdir, checkpoints, writer)
             state = fit(state, context, source)
     params = generation_params(method, state, mesh)
     return Run(config, sampler.with_params(params), int(state.step))
@@ -115,6 +135,7 @@ class Context(NamedTuple):
       sampler: model for sample grids, with the sampler used in generation.
       workdir: work directory.
       checkpoints: checkpoints in the work directory.
+      writer: writes to TensorBoard.
     """
 
     config: ConfigDict
@@ -123,6 +144,7 @@ class Context(NamedTuple):
     sampler: Model
     workdir: epath.Path
     checkpoints: Checkpoints
+    writer: MetricWriter
 
 
 def restored_state(
@@ -312,14 +334,12 @@ def fit(state: TrainState, context: Context, source: Source) -> TrainState:
         return metrics
 
     with contextlib.ExitStack() as stack:
-        writer = stack.enter_context(
-            MetricWriter(None if jax.process_index() else context.workdir)
-        )
-        T, every = context.method.schedule.T, config.log.every_steps
-        progress = stack.enter_context(Progress(start, end, every, T, writer))
+        writer = context.writer
+        progress = stack.enter_context(Progress(start, config, writer))
         received_signal: Callable[[], int | None] = lambda: None  # noqa: E731
         signum = None
         unchecked: tuple[int, Metrics, TrainState | None] | None = None
+        log.info("compiling the training step")
         for step in range(start, end):
             if signum := received_signal():
                 break
@@ -416,9 +436,7 @@ def raise_if_diverged(step: int, metrics: Metrics, limits: Limits) -> None:
       UserError: with the values, and what to try.
     """
     loss, grad_norm = float(metrics.loss), float(metrics.grad_norm)
-    # A group of levels without examples has the mean NaN. The energy of an example is NaN only
-    # if the loss is NaN too, which fails the comparison with its limit.
-    f = float(np.nan_to_num(np.abs([metrics.f_pos, metrics.f_neg]), posinf=np.inf).max())
+    f = float(max(np.abs(f).max() for f in (metrics.f_pos, metrics.f_neg) if f is not None))
     if abs(loss) <= limits.loss and f <= limits.f and math.isfinite(grad_norm):
         return
     raise UserError(
@@ -433,70 +451,129 @@ def raise_if_diverged(step: int, metrics: Metrics, limits: Limits) -> None:
 class Progress:
     """Reports the progress of training: as a bar or log lines, and as scalars for TensorBoard.
 
-    The bar is shown on a terminal; without one, lines are logged. Use it as a context manager.
+    The bar is shown on a terminal; without one, lines are logged, at the latest every
+    `LOG_INTERVAL` seconds. Speeds do not include the first step, most of whose time is
+    compilation. Use it as a context manager.
     """
 
-    def __init__(self, start: int, end: int, every_steps: int, T: int, writer: MetricWriter):
-        """Starts the bar.
+    def __init__(self, start: int, config: ConfigDict, writer: MetricWriter):
+        """Prepares the reports.
 
         Args:
           start: number of steps made already.
-          end: total number of steps, including those made already.
-          every_steps: number of steps between two reports, which are means over these steps.
-          T: number of levels.
+          config: configuration. Reports are means over the last `log.every_steps` steps.
           writer: writes the scalars.
         """
-        self._groups = diffusion.level_groups(T)
-        self._done, self._end, self._every, self._writer = start, end, every_steps, writer
-        self._bar = bar(initial=start, total=end, unit="step", smoothing=0.1)
+        self._groups = diffusion.level_groups(config.diffusion.T)
+        self._names = ["f_pos", "f_neg", "displacement"]
+        if config.mcmc.sampler in METROPOLIS:  # the others accept every step
+            self._names.append("acceptance")
+        self._learning_rate = train_state.learning_rate(config)
+        self._batch_size = config.train.batch_size
+        self._done, self._end = start, config.train.num_steps
+        self._every, self._writer = config.log.every_steps, writer
+        self._bar: tqdm | None = None
         self._recent: list[Metrics] = []
-        self._last_report = (start, time.monotonic())
+        self._timed_from = start, math.nan  # number of steps, time
+        self._last_line = math.nan
 
     def __enter__(self) -> "Progress":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()
 
     def add(self, metrics: Metrics) -> None:
         """Adds the metrics of one step, as numpy arrays."""
         self._done += 1
         self._recent.append(metrics)
+        if self._bar is None:
+            self._bar = bar(initial=self._done, total=self._end, unit="step", smoothing=0.1)
+            self._last_line = time.monotonic()
+            self._timed_from = self._done, self._last_line
+        else:
+            self._bar.update()
         self._bar.set_postfix(loss=f"{metrics.loss:.4f}", refresh=False)
-        self._bar.update()
         if self._done % self._every == 0 or self._done == self._end:
             self._report()
+        elif time.monotonic() - self._last_line > LOG_INTERVAL:
+            self._log(self._speed())
+
+    def _speed(self) -> float | None:
+        """Returns the number of steps per second since the last report; None if not known."""
+        steps, then = self._timed_from
+        return (self._done - steps) / (time.monotonic() - then) if self._done > steps else None
+
+    def _log(self, speed: float | None) -> None:
+        """Logs a line, unless there is a bar."""
+        if self._bar is None or not self._bar.disable:
+            return
+        self._last_line = time.monotonic()
+        words = [f"step {self._done}/{self._end}"]
+        if speed:
+            left = duration((self._end - self._done) / speed)
+            words += [f"{speed:.{1 if speed >= 1 else 3}f} steps/s", f"{left} left"]
+        loss = np.mean([metrics.loss for metrics in self._recent])
+        log.info("  ".join([*words, f"loss {loss:.5f}"]))
 
     def _report(self) -> None:
         """Reports the means of the metrics and the speed since the last report."""
-        done = self._done
-        mean = jax.tree.map(lambda *v: nan_mean(np.stack(v)), *self._recent)
-        self._recent = []
-        before, then = self._last_report
-        self._last_report = done, time.monotonic()
-        rate = (done - before) / (self._last_report[1] - then)
-        scalars = {"loss": mean.loss, "grad_norm": mean.grad_norm, "steps_per_second": rate}
-        for name in ("f_pos", "f_neg", "displacement", "acceptance"):
-            for levels, value in zip(self._groups, getattr(mean, name), strict=True):
+        speed = self._speed()
+        scalars: dict[str, Any] = {
+            "loss": np.mean([metrics.loss for metrics in self._recent]),
+            "grad_norm": np.mean([metrics.grad_norm for metrics in self._recent]),
+            "learning_rate": self._learning_rate(self._done - 1),
+        }
+        if speed:
+            scalars["steps_per_second"] = speed
+            scalars["examples_per_second"] = speed * self._batch_size
+        for name in self._names:
+            means = mean_of_groups(self._recent, name)
+            for levels, value in zip(self._groups, means, strict=False):
                 if np.isfinite(value):
                     scalars[f"{name}/level_{levels[0]}"] = value
-        self._writer.write_scalars(done, scalars)
-        if self._bar.disable:
-            left = time.strftime("%H:%M:%S", time.gmtime((self._end - done) / rate))
-            log.info(
-                "step %d/%d  %.1f steps/s  %s left  loss %.5f",
-                done,
-                self._end,
-                rate,
-                left,
-                mean.loss,
-            )
+        self._writer.write_scalars(self._done, scalars)
+        self._log(speed)
+        self._recent = []
+        self._timed_from = self._done, time.monotonic()
 
 
-def nan_mean(values: Float[np.ndarray, "n *D"]) -> Float[np.ndarray, "*D"]:
-    """Returns the mean over the first axis of the values that are not NaN; NaN without any.
+def mean_of_groups(metrics: Sequence[Metrics], name: str) -> Float[np.ndarray, "G"]:
+    """Returns the means of one of the metrics over the examples of several steps.
 
-    Unlike `np.nanmean`, it does not warn of slices that are all NaN.
+    Args:
+      metrics: metrics of the steps, as numpy arrays.
+      name: name of the metric, which has one value for each group of levels.
+
+    Returns:
+      one mean for each of the groups, NaN for a group without examples; [0] without a chain.
     """
-    count = np.sum(np.isfinite(values), axis=0)
-    return np.where(count, np.nansum(values, axis=0) / np.maximum(count, 1), np.nan)
+    if getattr(metrics[0], name) is None:
+        return np.zeros(0)
+    count = np.stack([step.examples for step in metrics])
+    total = np.sum(count * np.stack([getattr(step, name) for step in metrics]), axis=0)
+    n = np.sum(count, axis=0)
+    return np.where(n, total / np.maximum(n, 1), np.nan)
+
+
+def describe(
+    config: ConfigDict, method: Method, source: Source, mesh: Mesh, workdir: epath.Path
+) -> list[str]:
+    """Returns lines that describe a run: devices, data, network, steps and output."""
+    processes = jax.process_count()
+    n = sum(
+        math.prod(a.shape)
+        for a in jax.tree.leaves(
+            jax.eval_shape(lambda key: method.energy.init(key)[0], jax.random.key(0))
+        )
+    )
+    shape = "x".join(map(str, method.energy.shape))
+    return [
+        f"devices  {mesh.size} x {mesh.devices.flat[0].device_kind}"
+        + f", {processes} processes" * (processes > 1),
+        f"data     {config.data.name}: {len(source):,} examples of shape {shape}",
+        f"network  {config.energy.network}: {n:,} parameters, {config.diffusion.T} levels",
+        f"steps    {config.train.num_steps:,}, of {config.train.batch_size} examples each",
+        f"output   {workdir}",
+    ]
