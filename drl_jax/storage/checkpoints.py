@@ -32,6 +32,9 @@ ITEMS = ("state", "config")  # folders in each checkpoint
 CONFIG = "config.json"  # file in the work directory with the newest checkpoint's configuration
 CHECKSUMS = "crc32.json"  # file beside these folders, with the checksums of their files
 DAMAGED = "damaged"  # suffix of the name of a damaged checkpoint
+# Characters of a path that Orbax and TensorStore take for patterns: they write checkpoints that
+# they cannot read, or touch those of other folders.
+UNUSABLE = "[]\\*?"
 BLOCK = 2**24  # number of bytes of a file that are read at a time for its checksum
 
 
@@ -48,7 +51,11 @@ class Checkpoints:
           workdir: the work directory.
           config: configuration of the run, saved in each checkpoint; `config.checkpoint` says
             which checkpoints are kept. None opens the folder for reading only.
+
+        Raises:
+          UserError: as `require_usable` does.
         """
+        require_usable(workdir)
         if config is None:
             options = ocp.CheckpointManagerOptions(
                 read_only=True, save_interval_steps=0, create=False
@@ -249,6 +256,24 @@ class Checkpoints:
             if name == str(self._saving) and suffix != DAMAGED:
                 (folder / CHECKSUMS).write_text(json.dumps(checksums(folder)))
         self.write_config()
+
+
+def require_usable(workdir: epath.Path) -> None:
+    """Raises unless checkpoints can be written to and read from a work directory.
+
+    Orbax cannot if its absolute path has one of the characters `UNUSABLE`, or is not UTF-8.
+
+    Raises:
+      UserError: naming the characters.
+    """
+    path = (workdir if workdir.is_absolute() else workdir.absolute()).as_posix()
+    wrong = [character for character in UNUSABLE if character in path]
+    wrong += sorted({character for character in path if "\ud800" <= character <= "\udfff"})
+    if wrong:
+        raise UserError(
+            f"checkpoints cannot be kept in {path!r}, because its path contains "
+            f"{' and '.join(map(repr, wrong))}: rename the folder, or give another --workdir"
+        )
 
 
 def exist(workdir: epath.Path) -> bool:

@@ -66,7 +66,7 @@ def load(path_or_name: str | os.PathLike) -> Run:
         return _load_exported(path)
     if "/" not in name and shipped.is_file():
         return _load_exported(shipped)
-    names = ", ".join(repr(file.stem) for file in SHIPPED.glob(f"*{exported.SUFFIX}"))
+    names = ", ".join(repr(file.stem) for file in SHIPPED.iterdir())
     raise UserError(
         f"{name!r} is not a work directory, an exported model ({exported.SUFFIX}) or the name "
         f"of a model that comes with the package ({names})"

@@ -89,6 +89,7 @@ def train(
     training = train_step.from_config(config)
     warn_of_early_decay(config)
     warn_of_replicated_kernels(method, training, mesh)
+    checkpoints_lib.require_usable(workdir)
     is_new = not checkpoints_lib.exist(workdir)
     if resume_with_changes and is_new:
         raise UserError(
