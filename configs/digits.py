@@ -39,7 +39,7 @@ def get_config():
     config.mcmc.K = 0
     config.optim.learning_rate = 1e-3
     config.optim.warmup_steps = 200
-    config.optim.decay_steps = 5000
+    config.optim.decay_steps = config.train.get_oneway_ref("num_steps")
     config.optim.ema_decay = 0.995
     config.train.objective = "denoising"
     config.train.batch_size = 128

@@ -30,7 +30,7 @@ def get_config():
     config.optim.learning_rate = 1e-3
     config.optim.adam = "optax"
     config.optim.warmup_steps = 200
-    config.optim.decay_steps = 5000
+    config.optim.decay_steps = config.train.get_oneway_ref("num_steps")
     config.optim.ema_decay = 0.99
     config.train.batch_size = 64
     config.train.num_steps = 5000

@@ -32,7 +32,7 @@ def get_config():
     config.optim.learning_rate = 5e-3
     config.optim.adam = "optax"
     config.optim.warmup_steps = 200
-    config.optim.decay_steps = 3000
+    config.optim.decay_steps = config.train.get_oneway_ref("num_steps")
     config.optim.ema_decay = 0.99
     config.train.objective = "denoising"
     config.train.levels = "log_snr"

@@ -93,7 +93,9 @@ def default() -> ConfigDict:
             "optim": {
                 "learning_rate": 1e-4,
                 "warmup_steps": 1000,  # linear increase from zero
-                "decay_steps": 0,  # cosine decay, zero at this step; 0: constant
+                # Cosine decay, zero at this step; 0: constant. A file in `configs/` can make it
+                # follow `train.num_steps`: `config.train.get_oneway_ref("num_steps")`.
+                "decay_steps": 0,
                 "beta1": 0.9,
                 # 'keras': as in the authors' program; 'optax': another epsilon, and no first
                 # update with a learning rate of zero. See `training.state.optimiser`.
@@ -250,6 +252,13 @@ REQUIRED_FOR_POINTS = {
     "evaluation.dtype": "float32",
 }
 
+# Fields and sections that determine what the parameters mean. They cannot change when a run
+# resumes; but a new run can start from the parameters (--init_from).
+DEFINING = ("data.image_size", "data.channels", "data.dequantise", "diffusion.", "energy.")
+
+# Of these, the fields that only change how the parameters are trained.
+TRAINING_ONLY = ("energy.dropout", "energy.dtype")
+
 # Fields and sections that may change when a run resumes. The training steps do not depend on
 # them, except for rounding errors.
 CHANGEABLE_ON_RESUME = (
@@ -367,10 +376,11 @@ def validate(config: ConfigDict) -> None:
         raise invalid("mcmc.noise_scale", f"the accept step of {sampler!r} requires 1")
     if sampler in ("mala", "hmc") and config.evaluation.dtype != "float32":
         raise invalid("evaluation.dtype", f"the accept step of {sampler!r} requires 'float32'")
-    if 0 < config.optim.decay_steps <= config.optim.warmup_steps:
+    # A run that ends during the warm-up has no decay.
+    decay, warmup = config.optim.decay_steps, config.optim.warmup_steps
+    if 0 < decay <= warmup and decay < config.train.num_steps:
         raise invalid(
-            "optim.decay_steps",
-            f"it must exceed config.optim.warmup_steps, {config.optim.warmup_steps}, or be 0",
+            "optim.decay_steps", f"it must exceed config.optim.warmup_steps, {warmup}, or be 0"
         )
     if config.energy.attention and config.energy.network != "unet":
         raise invalid("energy.attention", "only config.energy.network 'unet' has attention")
@@ -483,22 +493,44 @@ def from_json(values: dict[str, Any]) -> ConfigDict:
     return config
 
 
-def require_resumable(saved: ConfigDict, wanted: ConfigDict) -> None:
-    """Raises if resuming a run with another configuration would change its training steps.
+def require_resumable(
+    saved: ConfigDict, wanted: ConfigDict, with_changes: bool = False
+) -> list[str]:
+    """Returns the differences between a run's configuration and one to resume it with.
+
+    Args:
+      saved: configuration of the run.
+      wanted: configuration to resume it with.
+      with_changes: whether they may differ in fields that change the training steps, such as
+        those of the optimiser and the sampler.
+
+    Returns:
+      one line per field that differs, with both values.
 
     Raises:
-      UserError: naming every field that differs, with both values.
+      UserError: naming every field that differs and must not: without `with_changes`, those
+        that would change the training steps; with it, those that determine what the parameters
+        mean.
     """
-    different = [
-        difference
-        for difference in differences(dict(flatten(saved)), dict(flatten(wanted)))
-        if not difference.startswith(CHANGEABLE_ON_RESUME)
-    ]
-    if different:
-        raise UserError(
-            f"the work directory has another configuration ({'; '.join(different)}): restore "
-            "the old values, or give another --workdir"
+    different = differences(dict(flatten(saved)), dict(flatten(wanted)))
+    if with_changes:
+        # F is f divided by the squared step sizes, with the parameterisation 'step'.
+        is_step = wanted.energy.parameterisation == "step"
+        defining = (*DEFINING, "mcmc.b_squared") if is_step else DEFINING
+        fixed = [line for line in different if line.startswith(defining)]
+        fixed = [line for line in fixed if not line.startswith(TRAINING_ONLY)]
+        advice = "restore the old values, or start a new run from its parameters (--init_from)"
+    else:
+        fixed = [line for line in different if not line.startswith(CHANGEABLE_ON_RESUME)]
+        advice = (
+            "restore the old values, give another --workdir, or add --resume_with_changes to "
+            "continue with the new ones"
         )
+    if fixed:
+        raise UserError(
+            f"the work directory has another configuration ({'; '.join(fixed)}): {advice}"
+        )
+    return different
 
 
 def differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -178,6 +178,37 @@ def test_the_work_directory_may_be_a_relative_path(workdir, monkeypatch):
     assert steps(workdir / "here") == [1]
 
 
+@pytest.mark.parametrize("name", ["lr[1e-4]", "[exp]/x", "a\\b", "**", "s*", "q?", "\udcff"])
+def test_a_path_from_which_orbax_cannot_restore_is_refused(workdir, name):
+    save(workdir / "ss", 1)
+    before = files(workdir)
+    for settings in (make_config(), None):
+        with pytest.raises(UserError, match=r"^checkpoints cannot be kept in [^\n]*rename"):
+            Checkpoints(workdir / name, settings)
+    assert files(workdir) == before
+
+
+def test_a_relative_path_is_refused_if_the_folder_around_it_is(workdir, monkeypatch):
+    (workdir / "[exp]").mkdir()
+    monkeypatch.chdir(workdir / "[exp]")
+    with pytest.raises(UserError, match=r"contains '\[' and '\]': "):
+        Checkpoints(epath.Path("here"), make_config())
+
+
+@pytest.mark.parametrize("name", ["a b", "{a,b}", "a%5B#&$!@+=;:'\"|<>~-", "日本"])
+def test_other_paths_can_be_used(workdir, name):
+    save(workdir / name, 1)
+    assert restored_step(workdir / name) == 1
+
+
+def test_only_the_checkpoint_that_was_written_gets_checksums(workdir):
+    """Fails if checksums are written for the files of other steps or runs."""
+    for name in ("2", "19", "20.damaged"):
+        (workdir / "checkpoints" / name).mkdir(parents=True)
+    save(workdir, 20)
+    assert [f for f in files(workdir) if f.endswith(CHECKSUMS)] == ["checkpoints/20/crc32.json"]
+
+
 def test_there_is_nothing_to_restore_in_a_new_directory(workdir):
     with Checkpoints(workdir, make_config()) as manager:
         assert manager.restore(abstract, replicated) is None
@@ -192,6 +223,23 @@ def test_a_step_that_donates_the_state_does_not_change_what_is_being_written(wor
             state = double(state)
         jax.block_until_ready(state)
     assert restored_step(workdir) == 1
+
+
+def test_the_work_directory_has_the_configuration_of_the_newest_checkpoint(workdir):
+    for step, every_steps in ((1, 7), (2, 8)):
+        save(workdir, step, every_steps=every_steps)
+        with Checkpoints(workdir) as manager:
+            saved, _ = manager.restore(abstract, replicated)
+        assert saved.checkpoint.every_steps == every_steps
+        assert json.loads((workdir / "config.json").read_text()) == config.to_json(saved)
+
+
+def test_opening_the_checkpoints_does_not_change_the_configuration(workdir):
+    save(workdir, 1, every_steps=7)
+    before = (workdir / "config.json").read_text()
+    with Checkpoints(workdir, make_config(every_steps=8)):
+        pass
+    assert (workdir / "config.json").read_text() == before
 
 
 def test_the_last_k_and_every_nth_are_kept(workdir):

@@ -21,6 +21,7 @@ VALUES = {
     "marginal": "true",
     "mode": "train",
     "protocol": "paper",
+    "resume_with_changes": "true",
 }
 CONFIG = "--config=a.py"
 IMPORT = "--mode=import_original", "--tf_checkpoint=x", "--image_size=8", "--workdir=x"

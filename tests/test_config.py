@@ -168,6 +168,11 @@ def test_values_that_do_not_fit_each_other_are_refused(fields, words):
         config_lib.validate(changed(**fields))
 
 
+def test_a_run_may_end_during_the_warm_up():
+    """Its learning rate would begin to decay only after the end."""
+    config_lib.validate(changed(optim__decay_steps=500, train__num_steps=500))
+
+
 def test_chains_from_the_posterior_may_have_no_steps():
     config_lib.validate(changed(mcmc__K=0, mcmc__start="posterior"))
 
@@ -242,6 +247,7 @@ def test_a_file_that_is_not_a_python_file_is_refused(file):
 
 def test_a_configuration_survives_json():
     config = changed(energy__mult=(1, 2, 3), mcmc__b_squared=0.1)
+    config.optim.decay_steps = config.train.get_oneway_ref("num_steps")
     values = json.loads(json.dumps(config_lib.to_json(config)))
     again = config_lib.from_json(values)
     assert dict(config_lib.flatten(again)) == dict(config_lib.flatten(config))
@@ -338,6 +344,63 @@ def test_a_run_may_resume_with_changes_that_no_training_step_depends_on():
         likelihood__chains=7,
     )
     config_lib.require_resumable(changed(), free)
+
+
+def test_a_run_may_resume_with_changes_of_optimiser_seed_sampler_data_and_length_on_request():
+    changes = {
+        "optim__learning_rate": 0.1,
+        "optim__adam": "optax",
+        "optim__decay_steps": 5000,
+        "seed": 7,
+        "mcmc__sampler": "hmc",
+        "mcmc__K": 7,
+        "energy__dropout": 0.1,
+        "data__name": "svhn_cropped",
+        "train__batch_size": 128,
+        "log__every_steps": 7,
+    }
+    wanted = changed(**changes)
+    assert config_lib.require_resumable(changed(), wanted, with_changes=True) == [
+        "data.name was 'cifar10', now 'svhn_cropped'",
+        "energy.dropout was 0.0, now 0.1",
+        "log.every_steps was 100, now 7",
+        "mcmc.K was 30, now 7",
+        "mcmc.sampler was 'langevin', now 'hmc'",
+        "optim.adam was 'keras', now 'optax'",
+        "optim.decay_steps was 0, now 5000",
+        "optim.learning_rate was 0.0001, now 0.1",
+        "seed was 0, now 7",
+        "train.batch_size was 256, now 128",
+    ]
+    with pytest.raises(UserError, match=r"learning_rate was .*--resume_with_changes"):
+        config_lib.require_resumable(changed(), wanted)
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"diffusion__T": 7},
+        {"energy__ch": 64},
+        {"energy__parameterisation": "noise"},
+        {"data__image_size": 64},
+        {"data__dequantise": 0.1},
+        {"mcmc__b_squared": 1e-4},
+    ],
+    ids=str,
+)
+def test_no_run_resumes_with_changes_of_what_the_parameters_mean(field):
+    ((name, value),) = field.items()
+    words = rf"\({name.replace('__', '.')} was [^;]*, now {value!r}\): .*--init_from"
+    with pytest.raises(UserError, match=words):
+        config_lib.require_resumable(changed(), changed(**field, mcmc__K=7), with_changes=True)
+
+
+def test_the_step_size_of_other_parameterisations_may_change():
+    noise = {"energy__parameterisation": "noise"}
+    changes = config_lib.require_resumable(
+        changed(**noise), changed(**noise, mcmc__b_squared=1e-4), with_changes=True
+    )
+    assert changes == ["mcmc.b_squared was 0.0002, now 0.0001"]
 
 
 def test_a_field_that_one_side_lacks_is_a_difference():

@@ -13,6 +13,7 @@ from drl_jax import config as config_lib
 from drl_jax import diffusion, method
 from drl_jax.errors import UserError
 from drl_jax.runtime import sharding
+from drl_jax.tasks import command_line
 from drl_jax.training import state, step
 
 FOLDER = pathlib.Path(__file__).resolve().parents[1] / "configs"
@@ -76,6 +77,29 @@ def test_all_t1k_configs_have_the_objective_that_works_on_digits():
     fields = [name for name in digits if name.startswith(("diffusion.", "mcmc."))]
     for name in (*fields, "energy.parameterisation", "train.objective", "train.levels"):
         assert [other[name] for other in others] == 2 * [digits[name]], name
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("changes", [[], ["--config.train.num_steps=777"]])
+def test_the_learning_rate_is_constant_or_decays_until_the_end_of_the_run(path, changes):
+    """Fails if the decay has a length of its own, which longer runs would not change."""
+    config = command_line.changed(config_lib.load(str(path)), changes)
+    paper = path.stem not in ("mnist", "mnist_t1k", "toy2d") and "digits" not in path.stem
+    assert config.optim.decay_steps == (0 if paper else config.train.num_steps)
+
+
+@pytest.mark.parametrize(
+    "order", [["decay_steps", "num_steps"], ["num_steps", "decay_steps"]], ids=str
+)
+def test_an_explicit_decay_takes_precedence_over_the_length_of_the_run(order):
+    flags = {
+        "decay_steps": "--config.optim.decay_steps=3000",
+        "num_steps": "--config.train.num_steps=777",
+    }
+    config = config_lib.load(str(FOLDER / "digits.py"))
+    changed = command_line.changed(config, [flags[name] for name in order])
+    assert (changed.optim.decay_steps, changed.train.num_steps) == (3000, 777)
+    assert (config.optim.decay_steps, config.train.num_steps) == (5000, 5000)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

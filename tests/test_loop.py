@@ -1,6 +1,8 @@
+import copy
 import os
 import pty
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,13 +18,14 @@ import numpy as np
 import optax
 import pytest
 from etils import epath
-from helpers import tiny
+from helpers import tiny, toy
 from helpers.runs import assert_same, state_of, steps, wait_until
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from drl_jax import config as config_lib
 from drl_jax import diffusion, recovery
+from drl_jax import method as method_lib
 from drl_jax.data import sources
 from drl_jax.errors import UserError
 from drl_jax.mcmc import langevin
@@ -31,6 +34,7 @@ from drl_jax.networks.energy import Energy
 from drl_jax.recovery import Parameterisation
 from drl_jax.runtime import sharding
 from drl_jax.sampling.ladder import Sampler
+from drl_jax.storage.checkpoints import Checkpoints
 from drl_jax.training import loop
 from drl_jax.training import state as train_state
 from drl_jax.training import step as train_step
@@ -223,8 +227,10 @@ def test_log_lines_do_not_break_the_progress_bar_on_a_terminal(record):
 @pytest.mark.slow
 def test_a_log_file_contains_only_plain_lines(record):
     known = [
+        r"(devices|data|network|steps|output)  .*",
+        r"compiling the training step",
         r"resuming from step \d+ of 300",
-        r"step \d+/300  [\d.]+ steps/s  \d\d:\d\d:\d\d left  loss -?\d\.\d{5}",
+        r"step \d+/300(  [\d.]+ steps/s  \d\d:\d\d:\d\d left)?  loss -?\d\.\d{5}",
         r"stopped by signal 15; step \d+ .*",
         r"not comparing samples with a classifier of the data, .*",
         r"pixel Fréchet distance .*",
@@ -245,6 +251,107 @@ def test_later_starts_compile_neither_the_step_nor_the_sampler_again(record):
 
 
 # --- tests in this process ---
+
+
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory):
+    """A run on points: its work directory, its configuration, and states of steps 3 and 7."""
+    config = toy.toy(energy__ch=8, energy__N=1, train__num_steps=300, train__batch_size=16)
+    energy, states = method_lib.from_config(config).energy, {}
+    workdir = epath.Path(tmp_path_factory.mktemp("untrained"))
+    with Checkpoints(workdir, config) as checkpoints:
+        for step in (3, 7):
+            key = jax.random.key(100 + step)
+            state = train_state.create(key, energy, train_state.optimiser(config))
+            ema = jax.tree.map(lambda a: a + 0.5, state.params)
+            states[step] = state.replace(step=jnp.int32(step), ema=ema)
+            checkpoints.save(step, states[step])
+    return workdir, config, states
+
+
+@pytest.fixture
+def begun(monkeypatch, caplog):
+    """Returns a function like `loop.train` that returns the state before its first step."""
+    caplog.set_level("INFO", logger="drl_jax")
+    states = []
+    monkeypatch.setattr(loop, "fit", lambda state, *_: states.append(state) or state)
+
+    def begin(config, workdir, **options):
+        loop.train(config, sources.open_source(config), workdir, **options)
+        return states.pop()
+
+    return begin
+
+
+def changed(config, changes):
+    config = copy.deepcopy(config)
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+def test_a_run_resumes_with_changes_only_on_request(untrained, begun, tmp_path, caplog):
+    workdir, config, states = untrained
+    workdir = shutil.copytree(workdir, epath.Path(tmp_path) / "run")
+    other = changed(config, {"optim.learning_rate": 0.5, "mcmc.K": 3, "log.every_steps": 7})
+    with pytest.raises(UserError, match=r"learning_rate was 0\.005, now 0\.5\)"):
+        begun(other, workdir)
+    caplog.clear()
+    assert_same(begun(other, workdir, resume_with_changes=True), states[7])
+    assert [line for line in caplog.messages if "resuming" in line or "config." in line] == [
+        "resuming from step 7 of 300",
+        "  config.log.every_steps was 500, now 7",
+        "  config.mcmc.K was 0, now 3",
+        "  config.optim.learning_rate was 0.005, now 0.5",
+    ]
+
+
+@pytest.mark.parametrize(("suffix", "step"), [("", 7), (":3", 3)])
+def test_a_new_run_starts_from_the_parameters_of_another(
+    untrained, begun, workdir, suffix, step, caplog
+):
+    """Fails if the other run's optimiser or number of steps is used, or the wrong step."""
+    other_workdir, config, states = untrained
+    config = changed(config, {"diffusion.T": 501, "seed": 3})
+    state = begun(config, workdir, init_from=f"{other_workdir}{suffix}")
+    start = states[step]
+    training = train_step.from_config(config)
+    assert_same(state.params, start.params)
+    assert_same(state.ema, start.ema)
+    assert_same(state.vectors, start.vectors)
+    assert_same(state.opt_state, training.optimiser.init(start.params))
+    assert state.step == 0
+    assert f"of another run, after {step} steps" in caplog.text
+    assert "  config.diffusion.T was 1000, now 501" in caplog.messages
+
+
+def test_a_run_that_has_checkpoints_resumes_instead_of_starting_from_another(untrained, begun):
+    workdir, config, states = untrained
+    assert_same(begun(config, workdir, init_from="nonesuch"), states[7])
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "words"),
+    [
+        ({}, {"resume_with_changes": True}, "--resume_with_changes: there is no checkpoint in"),
+        ({}, {"init_from": "nonesuch"}, "there is no checkpoint in nonesuch"),
+        ({}, {"init_from": "UNTRAINED:5"}, "no checkpoint of step 5 in .*: the steps are 7, 3"),
+        (
+            {"energy.ch": 16, "seed": 1},
+            {"init_from": "UNTRAINED"},
+            r"do not fit the network of this configuration \(energy.ch was 8, now 16\)",
+        ),
+    ],
+)
+def test_a_start_that_is_impossible_is_one_line_and_leaves_no_folder(
+    untrained, begun, workdir, changes, options, words
+):
+    other_workdir, config, _ = untrained
+    if "init_from" in options:
+        name = options["init_from"].replace("UNTRAINED", str(other_workdir))
+        options = {"init_from": name}
+    with pytest.raises(UserError, match=f"^[^\n]*{words}[^\n]*$"):
+        begun(changed(config, changes), workdir, **options)
+    assert not workdir.exists()
 
 
 @pytest.mark.slow
@@ -272,7 +379,8 @@ def test_scalars_and_images_are_written_for_tensorboard():
     levels = [
         f"{name}/level_{t}" for name in ("f_pos", "f_neg", "displacement") for t in range(6)
     ]
-    for tag in ["loss", "grad_norm", "steps_per_second", *levels]:
+    names = ["loss", "grad_norm", "learning_rate", "steps_per_second", "examples_per_second"]
+    for tag in [*names, *levels]:
         found = events.Tensors(tag)
         assert [event.step for event in found] == [50, 100, 150, 200, 250, 300]
         assert all(np.isfinite(tf.make_ndarray(event.tensor_proto)) for event in found)
@@ -311,23 +419,39 @@ def test_a_diverging_run_ends_with_an_error_of_one_line_and_saves_only_sound_sta
         assert all(np.isfinite(a).all() for a in jax.tree.leaves(state_of(workdir)))
 
 
+@pytest.mark.parametrize(("decay_steps", "reported"), [(0, False), (9, True), (10, False)])
+def test_a_learning_rate_that_is_zero_before_the_end_is_reported(decay_steps, reported, caplog):
+    config = config_lib.default()
+    config.optim.update(decay_steps=decay_steps, warmup_steps=2)
+    config.train.num_steps = 10
+    loop.warn_of_early_decay(config)
+    pattern = "the learning rate is zero from step 9 on, so the steps up to 10 .*"
+    assert [bool(re.match(pattern, line)) for line in caplog.messages] == [True] * reported
+
+
 def make_metrics(**changes):
-    nan = np.float32(np.nan)  # level 1 has no examples
     values = {
         "loss": 0.1,
         "grad_norm": 1.0,
-        "f_pos": [1.0, nan],
-        "f_neg": [-2.0, nan],
-        "displacement": [0.5, nan],
-        "acceptance": [1.0, nan],
+        "examples": [8.0, 0.0],
+        "f_pos": [1.0, 0.0],
+        "f_neg": [-2.0, 0.0],
+        "displacement": [0.5, 0.0],
+        "acceptance": [1.0, 0.0],
     }
     values |= changes
     return Metrics(**{name: np.asarray(value, np.float32) for name, value in values.items()})
 
 
+def without_chain(**changes):
+    none = {"f_neg": None, "displacement": None, "acceptance": None}
+    return make_metrics(**changes)._replace(**none)
+
+
 def test_metrics_within_the_limits_are_accepted():
     loop.raise_if_diverged(7, make_metrics(), LIMITS)
     loop.raise_if_diverged(7, make_metrics(loss=-99.0, f_neg=[-9e3, 9e3]), LIMITS)
+    loop.raise_if_diverged(7, without_chain(), LIMITS)
 
 
 @pytest.mark.parametrize(
@@ -339,8 +463,9 @@ def test_metrics_within_the_limits_are_accepted():
         {"loss": -np.inf},
         {"grad_norm": np.inf},
         {"grad_norm": np.nan},
-        {"f_pos": [2e4, np.nan], "f_neg": [2e4, np.nan]},  # these cancel in the loss
-        {"f_neg": [np.nan, -2e4]},
+        {"f_pos": [2e4, 0], "f_neg": [2e4, 0]},  # these cancel in the loss
+        {"f_neg": [0, -2e4]},
+        {"f_pos": [np.nan, 0]},
         {"f_neg": [1.0, -np.inf]},
         {"loss": np.nan, "f_pos": [np.nan, np.nan], "f_neg": [np.nan, np.nan]},
     ],
@@ -447,6 +572,109 @@ def test_a_run_whose_chains_diverge_is_ended_at_any_size(size):
         quadratic_run(size, precision=400.0, num_steps=5)
 
 
-def test_the_mean_over_steps_ignores_nan():
-    values = np.array([[1.0, np.nan, np.nan], [3.0, 5.0, np.nan]])
-    np.testing.assert_array_equal(loop.nan_mean(values), [2.0, 5.0, np.nan])
+def test_the_mean_over_steps_is_that_of_all_examples():
+    """Fails if every step has the same weight, or a step without examples counts as 0."""
+    steps = [
+        make_metrics(f_pos=[1.0, 0.0], examples=[6, 0]),
+        make_metrics(f_pos=[5.0, 7.0], examples=[2, 1]),
+        make_metrics(f_pos=[0.0, 3.0], examples=[0, 1]),
+    ]
+    np.testing.assert_allclose(loop.mean_of_groups(steps, "f_pos"), [2.0, 5.0])
+    assert np.isnan(loop.mean_of_groups(steps[:1], "f_pos")[1])
+    assert loop.mean_of_groups([without_chain()], "f_neg").size == 0
+
+
+class Scalars:
+    """Takes the place of a `MetricWriter` and keeps the scalars, by step."""
+
+    def __init__(self):
+        self.written = {}
+
+    def write_scalars(self, step, scalars):
+        self.written[step] = {name: float(value) for name, value in scalars.items()}
+
+
+def progress_of(num_steps, metrics, first_step=0.0, start=0, **fields):
+    """Reports a run whose first step takes `first_step` seconds, and the others none.
+
+    Returns the scalars by step.
+    """
+    config = config_lib.default()
+    config.diffusion.T, config.train.num_steps, config.train.batch_size = 2, num_steps, 8
+    config.update_from_flattened_dict(fields)
+    writer = Scalars()
+    with loop.Progress(start, config, writer) as progress:
+        time.sleep(first_step)
+        for _ in range(start, num_steps):
+            progress.add(metrics)
+    return writer.written
+
+
+@pytest.mark.parametrize(
+    ("sampler", "metrics", "names"),
+    [
+        ("langevin", make_metrics(), {"f_pos", "f_neg", "displacement"}),
+        ("hmc", make_metrics(), {"f_pos", "f_neg", "displacement", "acceptance"}),
+        ("langevin", without_chain(), {"f_pos"}),
+    ],
+)
+def test_scalars_are_those_of_the_sampler_and_of_groups_with_examples(sampler, metrics, names):
+    """Fails if Langevin dynamics, which has no accept step, has an acceptance."""
+    fields = {"mcmc.sampler": sampler, "log.every_steps": 2}
+    written = progress_of(4, metrics, **fields)
+    assert written.keys() == {2, 4}
+    always = {"loss", "grad_norm", "learning_rate", "steps_per_second", "examples_per_second"}
+    assert written[4].keys() == always | {f"{name}/level_0" for name in names}
+    assert written[4]["examples_per_second"] == 8 * written[4]["steps_per_second"]
+
+
+@pytest.mark.parametrize("adam", ["keras", "optax"])
+def test_the_reported_learning_rate_is_that_of_the_last_update(adam):
+    fields = {"optim.adam": adam, "optim.warmup_steps": 10, "optim.learning_rate": 1.0}
+    written = progress_of(4, make_metrics(), **fields, **{"log.every_steps": 4})
+    assert written[4]["learning_rate"] == pytest.approx(0.3 if adam == "keras" else 0.4)
+
+
+def test_the_speed_and_the_time_that_is_left_do_not_include_the_first_step(caplog):
+    caplog.set_level("INFO", logger="drl_jax")
+    fields = {"log.every_steps": 2, "train.num_steps": 10_000}
+    written = progress_of(4, make_metrics(), first_step=1.0, **fields)
+    assert written[2]["steps_per_second"] > 100
+    (first, *_) = caplog.messages
+    assert re.fullmatch(
+        r"step 2/10000  \d+\.\d steps/s  00:0\d:\d\d left  loss 0\.10000", first
+    )
+
+
+def test_lines_are_logged_between_reports_if_these_are_rare(caplog, monkeypatch):
+    caplog.set_level("INFO", logger="drl_jax")
+    progress_of(4, make_metrics())
+    assert [line.split()[1] for line in caplog.messages] == ["4/4"]
+    caplog.clear()
+    monkeypatch.setattr(loop, "LOG_INTERVAL", -1.0)
+    progress_of(4, make_metrics())
+    assert [line.split()[1] for line in caplog.messages] == ["1/4", "2/4", "3/4", "4/4"]
+
+
+def test_a_run_of_a_single_step_is_reported_without_a_speed(caplog):
+    caplog.set_level("INFO", logger="drl_jax")
+    (scalars,) = progress_of(4, make_metrics(), start=3).values()
+    assert "steps_per_second" not in scalars
+    assert caplog.messages == ["step 4/4  loss 0.10000"]
+
+
+def test_a_run_begins_with_a_description(untrained, begun, workdir, caplog):
+    _, config, _ = untrained
+    begun(config, workdir)
+    params = method_lib.from_config(config).energy.init(jax.random.key(0))[0]
+    lines = [re.split(r"  +", line) for line in caplog.messages[:5]]
+    assert lines == [
+        ["devices", f"{jax.device_count()} x cpu"],
+        ["data", "moons: 100,000 examples of shape 2"],
+        [
+            "network",
+            f"mlp: {sum(a.size for a in jax.tree.leaves(params)):,} parameters, 1000 levels",
+        ],
+        ["steps", "300, of 16 examples each"],
+        ["output", str(workdir)],
+    ]

@@ -98,6 +98,8 @@ def test_main_is_short():
         (["--mode=evaluate", "--workdir=nonesuch"], "no checkpoint.*nonesuch"),
         (["--mode=sample", "--workdir=digits"], "no checkpoint.*digits"),
         (["--mode=ood", "--workdir=x", "--model=nonesuch"], "'nonesuch'"),
+        (tiny.training("runs/lr[1e-4]"), r"cannot be kept in .*runs/lr\[1e-4\].* rename"),
+        ([*IMPORT[:-1], "--workdir=a*"], r"cannot be kept in .*/a\*'.* rename"),
     ],
 )
 def test_a_wrong_command_is_one_clear_line(fails, args, words):

@@ -1,6 +1,7 @@
 """What is written for TensorBoard, and which calls wait for it."""
 
 import io
+import re
 import subprocess
 import sys
 import threading
@@ -13,7 +14,6 @@ from etils import epath
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
 
-from drl_jax.errors import UserError
 from drl_jax.plots.metric_writer import MetricWriter, TensorboardX, open_writer
 
 
@@ -89,36 +89,69 @@ def test_a_writer_without_a_folder_writes_nothing():
 
 
 class FailingWriter:
+    def __init__(self):
+        self.calls = 0
+
     def write_scalars(self, *_):
-        raise OSError("cannot be written")
+        self.calls += 1
+        raise OSError(28, "No space left on device")
 
     def write_images(self, *_):
-        raise AssertionError("not called")
+        self.calls += 1
 
-    def close(self):
-        raise OSError("cannot be closed")
+    write_texts = close = write_images
 
 
 @pytest.mark.parametrize("failing", ["opened", "written"])
-def test_calls_do_not_wait_and_errors_are_raised_at_the_end(tmp_path, failing):
+def test_calls_do_not_wait_and_a_failure_is_one_warning(tmp_path, caplog, failing):
+    """Training continues. Fails if a file is written after the failure."""
     released = threading.Event()
+    writer = FailingWriter()
 
     def open_file(_):
         assert released.wait(60)
         if failing == "opened":
-            raise OSError("cannot be opened")
-        return FailingWriter()
+            raise OSError(28, "No space left on device")
+        return writer
 
-    writer = MetricWriter(epath.Path(tmp_path), open_file)
-    writer.write_scalars(1, {"loss": 0.0})  # returns although no file has been opened
-    released.set()
-    with pytest.raises(UserError, match=f"^cannot write TensorBoard .*: cannot be {failing}$"):
-        writer.__exit__()
+    with MetricWriter(epath.Path(tmp_path), open_file) as metric_writer:
+        # This returns although no file has been opened.
+        metric_writer.write_scalars(1, {"loss": 0.0})
+        released.set()
+        metric_writer.write_scalars(2, {"loss": 0.0})
+        metric_writer.write_texts(2, {"config": "x"})
+    assert writer.calls == (failing == "written")
+    assert caplog.messages == [
+        f"cannot write TensorBoard files to {tmp_path} (No space left on device): continuing "
+        "without them"
+    ]
 
 
-def test_a_folder_that_cannot_be_written_is_a_user_error_without_tensorflow(tmp_path):
+def test_the_many_lines_of_an_error_of_tensorflow_become_one(tmp_path, caplog):
+    def open_file(_):
+        raise RuntimeError("{{node x}} /a/events; No space left on device\n\tFailed to flush 3")
+
+    with MetricWriter(epath.Path(tmp_path), open_file) as writer:
+        writer.write_scalars(1, {"loss": 0.0})
+    assert "(No space left on device): " in caplog.text
+
+
+@WRITERS
+def test_a_folder_that_cannot_be_written_is_one_warning(tmp_path, open_file, caplog):
     (tmp_path / "file").touch()
-    writer = MetricWriter(epath.Path(tmp_path / "file" / "run"), TensorboardX)
-    writer.write_scalars(1, {"loss": 0.0})
-    with pytest.raises(UserError, match=r"^cannot write TensorBoard files to "):
-        writer.__exit__()
+    with MetricWriter(epath.Path(tmp_path / "file" / "run"), open_file) as writer:
+        writer.write_scalars(1, {"loss": 0.0})
+    (message,) = caplog.messages
+    assert re.match(r"cannot write TensorBoard files to \S+ \([^\n]+\): continuing", message)
+
+
+@WRITERS
+def test_texts_are_shown_by_tensorboard(tmp_path, open_file):
+    with MetricWriter(epath.Path(tmp_path), open_file) as writer:
+        writer.write_texts(3, {"config": "K = 30"})
+    events = EventAccumulator(str(tmp_path)).Reload()
+    (tag,) = events.Tags()["tensors"]
+    (event,) = events.Tensors(tag)
+    assert tag.startswith("config")
+    assert event.step == 3
+    assert make_ndarray(event.tensor_proto).reshape(-1).tolist() == [b"K = 30"]

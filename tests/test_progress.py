@@ -30,3 +30,18 @@ def test_a_terminal_gets_a_bar_and_no_lines(monkeypatch, caplog):
         images.add(40)
     assert "40/100" in sys.stderr.getvalue()
     assert caplog.messages == []
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0.4, "00:00:00"),
+        (59.6, "00:01:00"),
+        (86_399, "23:59:59"),
+        (86_400 + 3723, "1 d 01:02:03"),
+        (100 * 86_400, "100 d 00:00:00"),
+    ],
+)
+def test_durations_of_more_than_a_day_have_days(seconds, words):
+    """Fails if hours are counted modulo 24."""
+    assert progress.duration(seconds) == words

@@ -50,6 +50,13 @@ def test_learning_rate_decays_as_a_cosine_to_zero_after_the_warm_up(adam):
     np.testing.assert_allclose(rates, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("adam", FIRST)
+def test_a_decay_that_ends_during_the_warm_up_ends_with_the_warm_up(adam):
+    rates = learning_rates(6, learning_rate=1.0, warmup_steps=4, decay_steps=3, adam=adam)
+    expected = [0, 0.25, 0.5, 0.75, 1, 0, 0][FIRST[adam] :][:6]
+    np.testing.assert_allclose(rates, expected, rtol=1e-4, atol=1e-6)
+
+
 def test_the_gradient_is_averaged_with_decay_beta1():
     """After the gradients 1 and -1, Adam's mean is (b (1 - b) - (1 - b)) / (1 - b²)."""
     config = config_lib.default()

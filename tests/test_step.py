@@ -80,7 +80,8 @@ def one_step():
     key = jax.random.key(2)
     before = jax.tree.map(np.asarray, state)
     step = train_step.compile_step(mesh, METHOD, training(optimiser))
-    after, metrics = step(state, x, key)
+    with jax.debug_nans(True):  # most levels have no example
+        after, metrics = step(state, x, key)
     return OneStep(before, x, key, optimiser, after, metrics)
 
 
@@ -142,7 +143,8 @@ def test_a_step_descends_the_gradient_of_the_recovery_loss(one_step):
                 metrics.displacement[level], np.mean(displacement[at_level]), rtol=1e-4
             )
         else:
-            assert np.isnan(metrics.f_pos[level])
+            assert metrics.f_pos[level] == 0
+    np.testing.assert_array_equal(metrics.examples, np.bincount(t, minlength=6))
 
 
 @pytest.mark.slow
@@ -170,7 +172,8 @@ def test_a_denoising_step_descends_the_error_of_the_noise():
     x = jax.random.uniform(jax.random.key(1), (B, 4, 4, 1), minval=-1, maxval=1)
     key = jax.random.key(2)
     denoising = training(optimiser, objective="denoising")
-    after, metrics = train_step.compile_step(mesh, method, denoising)(state, x, key)
+    with jax.debug_nans(True):  # some levels have no example, and there is no chain
+        after, metrics = train_step.compile_step(mesh, method, denoising)(state, x, key)
 
     keys = noise.example_keys(jax.random.fold_in(key, 0), jnp.arange(B))
     t = jnp.stack([jax.random.randint(k, (), 0, 20) for k in noise.fold(keys, 0)])
@@ -196,7 +199,7 @@ def test_a_denoising_step_descends_the_error_of_the_noise():
     assert optax.tree.norm(error) < 1e-3 * optax.tree.norm(grads)
     assert metrics.f_pos.shape == (10,)
     for of_chain in (metrics.f_neg, metrics.displacement, metrics.acceptance):
-        assert np.all(np.isnan(of_chain))
+        assert of_chain is None
 
 
 @pytest.mark.slow

@@ -175,7 +175,6 @@ def test_an_mlp_learns_a_mixture_and_samples_it(tmp_path):
         "energy.N": 2,
         "train.batch_size": 512,
         "train.num_steps": 1000,
-        "optim.decay_steps": 1000,
         "log.sample_every_steps": 10_000,
         "evaluation.num_samples": 1000,
         "evaluation.batch_size": 1000,

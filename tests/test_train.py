@@ -9,10 +9,14 @@ import pytest
 from etils import epath
 from helpers import tiny
 from sklearn.datasets import load_digits
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.util.tensor_util import make_ndarray
 
+from drl_jax import config as config_lib
 from drl_jax import method
 from drl_jax.data import mixtures
 from drl_jax.storage import runs
+from drl_jax.tasks import train
 
 RESULTS = ("metrics.json", "samples.png")
 MANY_LEVELS = {
@@ -44,10 +48,41 @@ def test_training_that_is_finished_is_only_evaluated_again(workdir, num_steps):
     before = files(workdir)
     assert tiny.main(*tiny.training(workdir, train__num_steps=num_steps)) == 0
     after = files(workdir)
-    assert {name for name in after if after[name] != before.get(name)} == {*RESULTS}
-    assert before.keys() == after.keys()
+    changed = {name for name in after if after[name] != before.get(name)}
+    (events,) = changed - {*RESULTS, "log.txt"}
+    assert events.startswith("events")
+    assert before.keys() == after.keys() - {events}
+    assert after["log.txt"][1].startswith(before["log.txt"][1])
     for name in RESULTS:
         assert before[name][1] == after[name][1]
+
+
+def test_the_configuration_and_the_log_are_at_the_top_of_the_work_directory():
+    workdir = tiny.trained()
+    saved = runs.load(workdir).config
+    assert json.loads((workdir / "config.json").read_text()) == config_lib.to_json(saved)
+    lines = (workdir / "log.txt").read_text().splitlines()
+    for words in ("devices  ", "step 50/300  ", "step 300/300  ", "wrote samples.png and"):
+        assert any(words in line for line in lines), words
+
+
+def test_the_final_metrics_are_the_numbers_in_the_file_of_metrics():
+    metrics = {"step": 7, "a": 1, "b": {"c": 2.5, "list": [1, 2]}, "protocol": "paper"}
+    assert train.final_scalars(metrics) == {"final/a": 1.0, "final/b/c": 2.5}
+
+
+def test_tensorboard_shows_the_final_metrics_and_the_configuration():
+    events = EventAccumulator(str(tiny.trained()), size_guidance={"tensors": 0}).Reload()
+    metrics = json.loads((tiny.trained() / "metrics.json").read_text())
+    (final,) = events.Tensors("final/pixel_frechet")
+    assert final.step == tiny.STEPS
+    assert make_ndarray(final.tensor_proto) == pytest.approx(metrics["pixel_frechet"])
+    (config,) = events.Tensors("config")
+    assert config.step == 0
+    text = make_ndarray(config.tensor_proto).reshape(-1)[0].decode()
+    assert json.loads(text.removeprefix("```json\n").removesuffix("\n```")) == json.loads(
+        (tiny.trained() / "config.json").read_text()
+    )
 
 
 def test_evaluation_repeats_the_results_of_training(workdir):

@@ -1,18 +1,18 @@
-"""TensorBoard summaries: scalars and images of a run."""
+"""TensorBoard summaries: scalars, images and texts of a run."""
 
-import contextlib
 import functools
 import importlib.util
+import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from clu import asynclib
 from etils import epath
 
-from drl_jax.errors import as_user_error
+log = logging.getLogger(__name__)
 
 
 @runtime_checkable
@@ -24,6 +24,9 @@ class Writer(Protocol):
 
     def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
         """Writes images, by name, at a training step: uint8 arrays [n, H, W, C]."""
+
+    def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
+        """Writes texts in Markdown, by name, at a training step."""
 
     def close(self) -> None:
         """Writes what has not been written, and closes the file."""
@@ -62,6 +65,13 @@ class TensorboardX:
         for name, image in images.items():
             self._write(step, summary.image(name, image, dataformats="NHWC"))
 
+    def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
+        """Writes texts in Markdown, by name, at a training step."""
+        from tensorboardX import summary
+
+        for name, text in texts.items():
+            self._write(step, summary.text(name, text))
+
     def _write(self, step: int, summary: Any) -> None:
         from tensorboardX.proto import event_pb2
 
@@ -90,6 +100,9 @@ def open_writer(workdir: str) -> Writer:
 class MetricWriter:
     """Writes summaries in a background thread. Use it as a context manager.
 
+    If a file cannot be written, for example because the disk is full, one line of the log says
+    so, and nothing more is written: curves must not end a training run.
+
     Where TensorFlow is installed, it writes with CLU, which imports TensorFlow; elsewhere with
     tensorboardX. The thread imports the library when the first summary is written, so that the
     first training step does not have to wait.
@@ -108,21 +121,15 @@ class MetricWriter:
         self._workdir = workdir
         self._open_file = open_file
         # A single worker, so that everything is written in order.
-        self._pool = asynclib.Pool("metric_writer", max_workers=1)
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="metric_writer")
 
     def __enter__(self) -> "MetricWriter":
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Waits until everything is written.
-
-        Raises:
-          UserError: if something could not be written. The `write_` methods raise it too, for
-            what was to be written before.
-        """
-        with self._writing():
-            self._pool(self._close)()
-            self._pool.close()
+        """Waits until everything is written."""
+        self._pool.submit(self._close)
+        self._pool.shutdown()
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
         """Writes the values of scalars, by name, at a training step."""
@@ -132,24 +139,32 @@ class MetricWriter:
         """Writes images, by name, at a training step: uint8 arrays [n, H, W, C]."""
         self._submit(lambda writer: writer.write_images(step, images))
 
+    def write_texts(self, step: int, texts: Mapping[str, str]) -> None:
+        """Writes texts in Markdown, by name, at a training step."""
+        self._submit(lambda writer: writer.write_texts(step, texts))
+
     def _submit(self, write: Callable[[Writer], None]) -> None:
+        self._pool.submit(self._write, write)
+
+    def _write(self, write: Callable[[Writer], None]) -> None:
+        """Writes in the thread. After a failure, which is logged, nothing more is written."""
         if self._workdir is None:
             return
-        with self._writing():
-            self._pool(lambda: write(self._writer))()
-
-    @contextlib.contextmanager
-    def _writing(self) -> Iterator[None]:
-        """Re-raises what the thread raised as a `UserError`."""
         try:
-            yield
-        except asynclib.AsyncError as error:
-            with as_user_error(f"cannot write TensorBoard files to {self._workdir}"):
-                raise error.__cause__ or error from None
+            write(self._writer)
+        except Exception as error:  # disks raise OSError, TensorFlow its own errors
+            # TensorFlow's message begins with the operation and the path, and has many lines.
+            reason = str(error).partition("\n")[0].rpartition("; ")[2]
+            log.warning(
+                "cannot write TensorBoard files to %s (%s): continuing without them",
+                self._workdir,
+                getattr(error, "strerror", None) or reason,
+            )
+            self._workdir = None
 
     def _close(self) -> None:
         if "_writer" in vars(self):  # `cached_property` has opened a file
-            self._writer.close()
+            self._write(lambda writer: writer.close())
 
     @functools.cached_property
     def _writer(self) -> Writer:

@@ -21,6 +21,14 @@ def bar(**settings: Any) -> tqdm:
     return tqdm(disable=True if jax.process_index() else None, **settings)
 
 
+def duration(seconds: float) -> str:
+    """Returns a duration as HH:MM:SS, with the number of days before it if there are any."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    return f"{days} d " * bool(days) + f"{hours:02d}:{minutes:02d}:{seconds:02d}"
+
+
 class Progress:
     """Counts and shows finished work. Use it as a context manager.
 

@@ -21,15 +21,20 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from drl_jax import config as config_lib
-from drl_jax.errors import UserError
+from drl_jax.errors import UserError, as_user_error
 from drl_jax.runtime import processes
+from drl_jax.storage.atomic import write_json
 
 log = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"  # folder of all checkpoints in the work directory
 ITEMS = ("state", "config")  # folders in each checkpoint
+CONFIG = "config.json"  # file in the work directory with the newest checkpoint's configuration
 CHECKSUMS = "crc32.json"  # file beside these folders, with the checksums of their files
 DAMAGED = "damaged"  # suffix of the name of a damaged checkpoint
+# Characters of a path that Orbax and TensorStore take for patterns: they write checkpoints that
+# they cannot read, or touch those of other folders.
+UNUSABLE = "[]\\*?"
 BLOCK = 2**24  # number of bytes of a file that are read at a time for its checksum
 
 
@@ -46,7 +51,11 @@ class Checkpoints:
           workdir: the work directory.
           config: configuration of the run, saved in each checkpoint; `config.checkpoint` says
             which checkpoints are kept. None opens the folder for reading only.
+
+        Raises:
+          UserError: as `require_usable` does.
         """
+        require_usable(workdir)
         if config is None:
             options = ocp.CheckpointManagerOptions(
                 read_only=True, save_interval_steps=0, create=False
@@ -62,11 +71,12 @@ class Checkpoints:
                 ),
                 cleanup_tmp_directories=True,
                 async_options=ocp.AsyncOptions(
-                    post_finalization_callback=self._write_checksums,
+                    post_finalization_callback=self._complete,
                     # Otherwise a folder that cannot be created blocks a thread for minutes.
                     create_directories_asynchronously=False,
                 ),
             )
+        self._workdir = workdir
         folder = workdir / FOLDER
         # Orbax requires an absolute path; for etils, addresses such as gs:// are absolute.
         self._folder = folder if folder.is_absolute() else folder.absolute()
@@ -135,6 +145,7 @@ class Checkpoints:
         self,
         abstract: Callable[[ConfigDict], PyTree],
         sharding: Callable[[tuple[int, ...]], Sharding],
+        only: int | None = None,
     ) -> tuple[ConfigDict, Any] | None:
         """Returns (config, state) of the newest undamaged checkpoint, None if there is none.
 
@@ -143,13 +154,22 @@ class Checkpoints:
             it returns a dict of some fields of the state, only these are restored. May raise
             `UserError` to reject the configuration.
           sharding: shape of an array -> its sharding.
+          only: step of the checkpoint to restore, instead of the newest undamaged one.
 
         Raises:
-          UserError: if all checkpoints are damaged, or the arrays of the newest undamaged one
-            do not have the shapes that `abstract` returns.
+          UserError: if all checkpoints are damaged, there is none of the step `only`, or the
+            arrays do not have the shapes that `abstract` returns.
         """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        if only is not None:
+            if only not in steps:
+                raise UserError(
+                    f"there is no checkpoint of step {only} in {self._folder}: the steps are "
+                    f"{', '.join(map(str, steps)) or 'none'}"
+                )
+            steps = [only]
         faults: dict[int, str] = {}
-        for step in sorted(self._manager.all_steps(), reverse=True):
+        for step in steps:
             is_first = jax.process_index() == 0
             fault = processes.broadcast_from_first(
                 find_fault(self._folder / str(step)) if is_first else None
@@ -217,14 +237,54 @@ class Checkpoints:
         processes.broadcast_from_first(None)  # makes the other processes wait for the renaming
         self._manager.reload()
 
-    def _write_checksums(self) -> None:
+    def write_config(self) -> None:
+        """Writes config.json to the work directory: the configuration of the checkpoints.
+
+        This also happens whenever a checkpoint is complete, so call it only for a new run.
+
+        Raises:
+          UserError: if the file cannot be written.
+        """
+        write_json(self._workdir / CONFIG, config_lib.to_json(self._config))
+
+    def _complete(self) -> None:
         """Adds checksums; Orbax's thread calls this after writing, before the final rename."""
         if jax.process_index():
             return
-        for folder in self._folder.glob(f"{self._saving}*"):
+        for folder in self._folder.iterdir():
             name, _, suffix = folder.name.partition(".")  # Orbax adds a suffix until the rename
             if name == str(self._saving) and suffix != DAMAGED:
                 (folder / CHECKSUMS).write_text(json.dumps(checksums(folder)))
+        self.write_config()
+
+
+def require_usable(workdir: epath.Path) -> None:
+    """Raises unless checkpoints can be written to and read from a work directory.
+
+    Orbax cannot if its absolute path has one of the characters `UNUSABLE`, or is not UTF-8.
+
+    Raises:
+      UserError: naming the characters.
+    """
+    path = (workdir if workdir.is_absolute() else workdir.absolute()).as_posix()
+    wrong = [character for character in UNUSABLE if character in path]
+    wrong += sorted({character for character in path if "\ud800" <= character <= "\udfff"})
+    if wrong:
+        raise UserError(
+            f"checkpoints cannot be kept in {path!r}, because its path contains "
+            f"{' and '.join(map(repr, wrong))}: rename the folder, or give another --workdir"
+        )
+
+
+def exist(workdir: epath.Path) -> bool:
+    """Returns whether a work directory has checkpoints, damaged or not.
+
+    Raises:
+      UserError: if the folder cannot be read.
+    """
+    folder = workdir / FOLDER
+    with as_user_error(f"cannot read {workdir}"):
+        return folder.exists() and any(path.name.isdecimal() for path in folder.iterdir())
 
 
 def checksums(folder: epath.Path) -> dict[str, int]:

@@ -7,6 +7,7 @@ its share of every kernel, and the shares are gathered when the parameters are n
 
 import functools
 import os
+import re
 from typing import NamedTuple
 
 import jax
@@ -16,6 +17,7 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
+from drl_jax import config as config_lib
 from drl_jax import method
 from drl_jax.errors import UserError, as_user_error
 from drl_jax.model import Model
@@ -64,7 +66,7 @@ def load(path_or_name: str | os.PathLike) -> Run:
         return _load_exported(path)
     if "/" not in name and shipped.is_file():
         return _load_exported(shipped)
-    names = ", ".join(repr(file.stem) for file in SHIPPED.glob(f"*{exported.SUFFIX}"))
+    names = ", ".join(repr(file.stem) for file in SHIPPED.iterdir())
     raise UserError(
         f"{name!r} is not a work directory, an exported model ({exported.SUFFIX}) or the name "
         f"of a model that comes with the package ({names})"
@@ -78,10 +80,8 @@ def load_workdir(workdir: epath.Path) -> Run:
       UserError: if the folder cannot be read or has no undamaged checkpoint, or the checkpoint
         does not fit this version's network.
     """
-    with as_user_error(f"cannot read {workdir}"):
-        has_checkpoints = (workdir / checkpoints.FOLDER).exists()
     restored = None
-    if has_checkpoints:
+    if checkpoints.exist(workdir):
         mesh = sharding.make_mesh(fsdp=jax.device_count())
         with Checkpoints(workdir) as saved:
             restored = saved.restore(
@@ -96,6 +96,65 @@ def load_workdir(workdir: epath.Path) -> Run:
     energy = method.from_config(config).energy
     params = generation_params(energy, state["ema"], state["vectors"], sharding.make_mesh())
     return _run(config, params, int(state["step"]))
+
+
+class Parameters(NamedTuple):
+    """The parameters of a checkpoint, from which another run can start.
+
+    Attributes:
+      config: configuration of the run that trained them.
+      step: number of training steps.
+      params: raw parameters.
+      ema: exponential moving average of the raw parameters.
+      vectors: vectors of the power iterations.
+    """
+
+    config: ConfigDict
+    step: int
+    params: Params
+    ema: Params
+    vectors: Vectors
+
+
+def load_parameters(path: str, config: ConfigDict, mesh: Mesh) -> Parameters:
+    """Loads the parameters of a checkpoint for the network of another configuration.
+
+    Args:
+      path: WORKDIR, for its newest undamaged checkpoint, or WORKDIR:STEP.
+      config: the other configuration. Its network must have parameters of the same shapes.
+      mesh: devices over which the parameters are sharded (`sharding.fully_sharded`).
+
+    Raises:
+      UserError: if there is no such checkpoint, it is damaged, or its parameters have other
+        shapes; the message then names the fields of the network that differ.
+    """
+    match = re.fullmatch(r"(.+):(\d+)", path)
+    folder, step = (match[1], int(match[2])) if match else (path, None)
+    workdir = epath.Path(folder).expanduser()
+
+    def abstract(saved: ConfigDict) -> PyTree:
+        found = _abstract(saved)
+        if found != _abstract(config):
+            different = config_lib.differences(
+                dict(config_lib.flatten(saved)), dict(config_lib.flatten(config))
+            )
+            fields = [line for line in different if line.startswith(config_lib.DEFINING)]
+            raise UserError(
+                f"the parameters in {workdir} do not fit the network of this configuration "
+                f"({'; '.join(fields)}): use the old values"
+            )
+        return found | {"params": found["ema"]}
+
+    restored = None
+    if checkpoints.exist(workdir):
+        with Checkpoints(workdir) as saved:
+            restored = saved.restore(
+                abstract, lambda shape: sharding.fully_sharded(shape, mesh), step
+            )
+    if restored is None:
+        raise UserError(f"there is no checkpoint in {workdir}: give a trained work directory")
+    found, state = restored
+    return Parameters(config=found, **state | {"step": int(state["step"])})
 
 
 def reconfigure(run: Run, config: ConfigDict) -> Run:

@@ -3,6 +3,7 @@
 Nothing here loads JAX, so that a mistake is reported at once.
 """
 
+import copy
 import dataclasses
 import difflib
 import importlib.util
@@ -96,7 +97,7 @@ def changed(config: ConfigDict, changes: Sequence[str]) -> ConfigDict:
     Raises:
       UserError: if a value has the wrong type or cannot be used.
     """
-    config = config.copy_and_resolve_references()
+    config = copy.deepcopy(config)
     for change in changes:
         flag_values, argv = flags.FlagValues(), ["", change]
         config_flags.DEFINE_config_dict(
@@ -107,6 +108,7 @@ def changed(config: ConfigDict, changes: Sequence[str]) -> ConfigDict:
         except (flags.Error, ValueError) as error:
             example = dict(config_lib.flatten(config))[_field(change)]
             raise UserError(f"{change}: give a value such as {example!r}") from error
+    config = config.copy_and_resolve_references()
     config_lib.validate(config)
     return config
 

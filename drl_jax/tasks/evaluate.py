@@ -141,8 +141,11 @@ def measure(
     workdir: epath.Path,
     inception_weights: Weights | None,
     protocol: str = "default",
-) -> None:
+) -> dict[str, Any]:
     """Samples the model, compares with the data, and writes the results (see `run`).
+
+    Returns:
+      the content of metrics.json.
 
     Args:
       run: the trained model, with adapted step sizes.
@@ -153,9 +156,8 @@ def measure(
     """
     key, levels_key = jax.random.split(common.task_key("evaluate", run.config.seed))
     if images.are_points(run.model.shape):
-        measure_points(run, workdir, key)
-    else:
-        measure_images(run, source, workdir, key, levels_key, inception_weights, protocol)
+        return measure_points(run, workdir, key)
+    return measure_images(run, source, workdir, key, levels_key, inception_weights, protocol)
 
 
 def measure_images(
@@ -166,8 +168,8 @@ def measure_images(
     levels_key: Key[Array, ""],
     inception_weights: Weights | None,
     protocol: str,
-) -> None:
-    """Compares generated images with the data.
+) -> dict[str, Any]:
+    """Compares generated images with the data, and returns the content of metrics.json.
 
     Writes to `workdir`:
       samples.png: a grid of samples.
@@ -231,6 +233,7 @@ def measure_images(
         pixels.FAR,
     )
     log.info("wrote samples.png and metrics.json to %s", workdir)
+    return metrics
 
 
 def classifier_metrics(
@@ -273,8 +276,10 @@ def classifier_metrics(
     return metrics
 
 
-def measure_points(run: Run, workdir: epath.Path, key: Key[Array, ""]) -> None:
+def measure_points(run: Run, workdir: epath.Path, key: Key[Array, ""]) -> dict[str, Any]:
     """Compares densities in the plane with the true ones, and samples with exact samples.
+
+    Returns the content of metrics.json.
 
     Writes to `workdir`:
       samples.png: a histogram of the samples.
@@ -339,6 +344,7 @@ def measure_points(run: Run, workdir: epath.Path, key: Key[Array, ""]) -> None:
         p_value,
     )
     log.info("wrote toy2d.png, samples.png and metrics.json to %s", workdir)
+    return metrics
 
 
 def inception_metrics(

@@ -9,6 +9,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from drl_jax.errors import UserError
+from drl_jax.storage import checkpoints as checkpoints_lib
 from drl_jax.storage import tf_checkpoint as tf_checkpoint_lib
 from drl_jax.storage.atomic import make_writable
 from drl_jax.storage.checkpoints import Checkpoints
@@ -35,7 +36,8 @@ def run(config: ConfigDict, workdir: epath.Path, tf_checkpoint: str, image_size:
       UserError: if `workdir` already holds checkpoints or cannot be written to, or the
         checkpoint cannot be used (see `storage.tf_checkpoint`).
     """
-    folder = workdir / "checkpoints"
+    checkpoints_lib.require_usable(workdir)
+    folder = workdir / checkpoints_lib.FOLDER
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{workdir} already holds checkpoints: give another --workdir")
     tensors = tf_checkpoint_lib.read(tf_checkpoint)

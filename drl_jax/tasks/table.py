@@ -159,7 +159,23 @@ _TASKS = (
     Task(
         "train",
         "Trains a model, or resumes its training, and evaluates it.",
-        flags=(CONFIG,),
+        flags=(
+            CONFIG,
+            Flag(
+                "resume_with_changes",
+                "Whether to resume although the configuration changes the training steps, such "
+                "as the optimiser, the seed, the sampler or the data",
+                type=bool,
+                default=False,
+            ),
+            Flag(
+                "init_from",
+                "Work directory of another run, from whose parameters a new run starts; its "
+                "newest checkpoint, or that of a step",
+                default_help="random parameters",
+                metavar="DIR[:STEP]",
+            ),
+        ),
         required=("config",),
         trained=False,
         changeable=("",),

@@ -2,11 +2,12 @@
 
 import contextlib
 import dataclasses
+import json
 import logging
 import math
 import time
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from etils import epath
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Key, PyTree
 from ml_collections import ConfigDict
+from tqdm import tqdm
 
 from drl_jax import config as config_lib
 from drl_jax import diffusion
@@ -23,17 +25,19 @@ from drl_jax.data import mixtures, pipeline
 from drl_jax.data.mixtures import Mixture
 from drl_jax.data.sources import Source
 from drl_jax.errors import Interrupted, UserError
-from drl_jax.method import Method
+from drl_jax.method import METROPOLIS, Method
 from drl_jax.model import Model
 from drl_jax.networks.energy import Params
 from drl_jax.plots import images
 from drl_jax.plots.metric_writer import MetricWriter
 from drl_jax.runtime import preemption, sharding
-from drl_jax.runtime.progress import bar
+from drl_jax.runtime.progress import LOG_INTERVAL, bar, duration
+from drl_jax.storage import checkpoints as checkpoints_lib
 from drl_jax.storage import runs
 from drl_jax.storage.atomic import make_writable
 from drl_jax.storage.checkpoints import Checkpoints
-from drl_jax.storage.runs import Run
+from drl_jax.storage.log_file import LogFile
+from drl_jax.storage.runs import Parameters, Run
 from drl_jax.training import state as train_state
 from drl_jax.training import step as train_step
 from drl_jax.training.state import TrainState
@@ -41,21 +45,38 @@ from drl_jax.training.step import Metrics, Training
 
 log = logging.getLogger(__name__)
 
+LOG_FILE = "log.txt"  # file in the work directory with everything that has been logged
 
-def train(config: ConfigDict, source: Source, workdir: epath.Path) -> Run:
+
+def train(
+    config: ConfigDict,
+    source: Source,
+    workdir: epath.Path,
+    resume_with_changes: bool = False,
+    init_from: str | None = None,
+    writer: MetricWriter | None = None,
+    log_file: LogFile | None = None,
+) -> Run:
     """Trains up to step `config.train.num_steps`, from the newest checkpoint if there is one.
 
     Args:
       config: configuration of the run.
       source: training data.
       workdir: folder for checkpoints, TensorBoard files and sample grids.
+      resume_with_changes: whether the run may resume although `config` changes its training
+        steps (`config.require_resumable`).
+      init_from: WORKDIR or WORKDIR:STEP of another run; a new run starts from its parameters.
+        Adam's moments and the number of steps start at zero.
+      writer: writes to TensorBoard; None: nothing is written.
+      log_file: collects the log. It is opened in the work directory when the run is known to be
+        possible.
 
     Returns:
       the run, whose model has the averaged parameters.
 
     Raises:
-      UserError: if the configuration or the work directory cannot be used, or training
-        diverged.
+      UserError: if the configuration, the work directory or `init_from` cannot be used, there
+        is nothing to resume with changes, or training diverged.
       Interrupted: if a signal stopped training; the state has been saved.
     """
     mesh = sharding.make_mesh(**config.mesh)
@@ -66,19 +87,40 @@ def train(config: ConfigDict, source: Source, workdir: epath.Path) -> Run:
         require_enough_images(len(source), config.energy.components)
     method = method_lib.from_config(config)
     training = train_step.from_config(config)
+    warn_of_early_decay(config)
     warn_of_replicated_kernels(method, training, mesh)
+    checkpoints_lib.require_usable(workdir)
+    is_new = not checkpoints_lib.exist(workdir)
+    if resume_with_changes and is_new:
+        raise UserError(
+            f"--resume_with_changes: there is no checkpoint in {workdir} to resume from; give "
+            "the --workdir of a run, or omit the flag"
+        )
+    start = runs.load_parameters(init_from, config, mesh) if init_from and is_new else None
     make_writable(workdir)  # only now, so that mistakes found above leave no folder behind
 
     with Checkpoints(workdir, config) as checkpoints:
-        state = initial_state(config, method, training, source, checkpoints, mesh)
+        state = restored_state(config, method, training, checkpoints, mesh, resume_with_changes)
+        if log_file:
+            log_file.open(workdir / LOG_FILE)
+        trains = state is None or state.step < config.train.num_steps
+        if trains:
+            for line in describe(config, method, source, mesh, workdir):
+                log.info(line)
+        if state is None:
+            checkpoints.write_config()
+            state = new_state(config, method, training, source, mesh, start)
         sampler = Model.create(
             method_lib.for_generation(method, config),
             generation_params(method, state, mesh),
             mesh,
             config.evaluation.batch_size,
         )
-        if state.step < config.train.num_steps:
-            context = Context(config, method, training, sampler, workdir, checkpoints)
+        if trains:
+            writer = writer or MetricWriter(None)
+            text = json.dumps(config_lib.to_json(config), indent=2)
+            writer.write_texts(int(state.step), {"config": f"```json\n{text}\n```"})
+            context = Context(config, method, training, sampler, workdir, checkpoints, writer)
             state = fit(state, context, source)
     params = generation_params(method, state, mesh)
     return Run(config, sampler.with_params(params), int(state.step))
@@ -94,6 +136,7 @@ class Context(NamedTuple):
       sampler: model for sample grids, with the sampler used in generation.
       workdir: work directory.
       checkpoints: checkpoints in the work directory.
+      writer: writes to TensorBoard.
     """
 
     config: ConfigDict
@@ -102,39 +145,75 @@ class Context(NamedTuple):
     sampler: Model
     workdir: epath.Path
     checkpoints: Checkpoints
+    writer: MetricWriter
 
 
-def initial_state(
+def restored_state(
     config: ConfigDict,
     method: Method,
     training: Training,
-    source: Source,
     checkpoints: Checkpoints,
     mesh: Mesh,
-) -> TrainState:
-    """Returns the state of the newest checkpoint, or a new state if there is none.
+    with_changes: bool = False,
+) -> TrainState | None:
+    """Returns the state of the newest checkpoint, sharded over the mesh; None without any.
 
-    The state is sharded over the devices of the mesh. A new one has the mixture that
-    `data.mixtures.fit` finds, if the parameterisation has one.
+    Logs every field of the configuration that has changed.
 
     Raises:
-      UserError: if all checkpoints are damaged, or resuming from the newest undamaged one with
-        this configuration would change the training steps (`config.require_resumable`).
+      UserError: if all checkpoints are damaged, or the run cannot resume with this
+        configuration (`config.require_resumable`).
     """
+    changes: list[str] = []
 
     def abstract_state(saved: ConfigDict) -> PyTree:
-        config_lib.require_resumable(saved, config)
+        changes[:] = config_lib.require_resumable(saved, config, with_changes)
         return train_state.abstract(method.energy, training.optimiser)
 
     restored = checkpoints.restore(
         abstract_state, lambda shape: sharding.fully_sharded(shape, mesh)
     )
-    if restored:
-        _, state = restored
-        log.info("resuming from step %d of %d", int(state.step), config.train.num_steps)
-        return state
+    if not restored:
+        return None
+    _, state = restored
+    log.info("resuming from step %d of %d", int(state.step), config.train.num_steps)
+    for change in changes:
+        log.info("  config.%s", change)
+    return state
+
+
+def new_state(
+    config: ConfigDict,
+    method: Method,
+    training: Training,
+    source: Source,
+    mesh: Mesh,
+    start: Parameters | None = None,
+) -> TrainState:
+    """Returns the state before the first step, sharded over the devices of the mesh.
+
+    Its parameters are random, with the mixture that `data.mixtures.fit` finds if the
+    parameterisation has one; or those of another run.
+
+    Args:
+      config: configuration.
+      method: network and noise levels.
+      training: the optimiser.
+      source: training data.
+      mesh: devices of the state.
+      start: parameters of another run. Differences of its configuration are logged.
+    """
     init_key, _, _ = run_keys(config.seed)
     state = train_state.create_on(mesh, init_key, method.energy, training.optimiser)
+    if start:
+        log.info("starting from the parameters of another run, after %d steps", start.step)
+        for change in config_lib.differences(
+            dict(config_lib.flatten(start.config)), dict(config_lib.flatten(config))
+        ):
+            log.info("  config.%s", change)
+        return dataclasses.replace(
+            state, params=start.params, ema=start.ema, vectors=start.vectors
+        )
     if config.energy.parameterisation in config_lib.FITTED:
         state = with_fitted_mixture(state, config, source, mesh)
     return state
@@ -159,6 +238,19 @@ def with_fitted_mixture(
         return method_lib.with_mixture(params, Mixture(*placed))
 
     return dataclasses.replace(state, params=fitted(state.params), ema=fitted(state.ema))
+
+
+def warn_of_early_decay(config: ConfigDict) -> None:
+    """Logs that the last steps have no effect if the learning rate is zero before the end."""
+    end, num_steps = config.optim.decay_steps, config.train.num_steps
+    if 0 < end < num_steps:
+        log.warning(
+            "the learning rate is zero from step %d on, so the steps up to %d have no effect: "
+            "use --config.optim.decay_steps=%d, or 0 for a constant learning rate",
+            end,
+            num_steps,
+            num_steps,
+        )
 
 
 def warn_of_replicated_kernels(method: Method, training: Training, mesh: Mesh) -> None:
@@ -243,14 +335,12 @@ def fit(state: TrainState, context: Context, source: Source) -> TrainState:
         return metrics
 
     with contextlib.ExitStack() as stack:
-        writer = stack.enter_context(
-            MetricWriter(None if jax.process_index() else context.workdir)
-        )
-        T, every = context.method.schedule.T, config.log.every_steps
-        progress = stack.enter_context(Progress(start, end, every, T, writer))
+        writer = context.writer
+        progress = stack.enter_context(Progress(start, config, writer))
         received_signal: Callable[[], int | None] = lambda: None  # noqa: E731
         signum = None
         unchecked: tuple[int, Metrics, TrainState | None] | None = None
+        log.info("compiling the training step")
         for step in range(start, end):
             if signum := received_signal():
                 break
@@ -347,86 +437,144 @@ def raise_if_diverged(step: int, metrics: Metrics, limits: Limits) -> None:
       UserError: with the values, and what to try.
     """
     loss, grad_norm = float(metrics.loss), float(metrics.grad_norm)
-    # A group of levels without examples has the mean NaN. The energy of an example is NaN only
-    # if the loss is NaN too, which fails the comparison with its limit.
-    f = float(np.nan_to_num(np.abs([metrics.f_pos, metrics.f_neg]), posinf=np.inf).max())
+    f = float(max(np.abs(f).max() for f in (metrics.f_pos, metrics.f_neg) if f is not None))
     if abs(loss) <= limits.loss and f <= limits.f and math.isfinite(grad_norm):
         return
     raise UserError(
         f"training diverged at step {step}: loss {loss:.3g} (limit {limits.loss:g}), "
-        f"|f| {f:.3g} (limit {limits.f:g}), gradient norm {grad_norm:.3g}; try a "
-        "smaller --config.optim.learning_rate or more chain steps (--config.mcmc.K) in a new "
-        "--workdir. The checkpoints in the present one precede the divergence"
+        f"|f| {f:.3g} (limit {limits.f:g}), gradient norm {grad_norm:.3g}; the checkpoints "
+        "precede the divergence: resume from the newest with a smaller "
+        "--config.optim.learning_rate or more chain steps (--config.mcmc.K), and "
+        "--resume_with_changes"
     )
 
 
 class Progress:
     """Reports the progress of training: as a bar or log lines, and as scalars for TensorBoard.
 
-    The bar is shown on a terminal; without one, lines are logged. Use it as a context manager.
+    The bar is shown on a terminal; without one, lines are logged, at the latest every
+    `LOG_INTERVAL` seconds. Speeds do not include the first step, most of whose time is
+    compilation. Use it as a context manager.
     """
 
-    def __init__(self, start: int, end: int, every_steps: int, T: int, writer: MetricWriter):
-        """Starts the bar.
+    def __init__(self, start: int, config: ConfigDict, writer: MetricWriter):
+        """Prepares the reports.
 
         Args:
           start: number of steps made already.
-          end: total number of steps, including those made already.
-          every_steps: number of steps between two reports, which are means over these steps.
-          T: number of levels.
+          config: configuration. Reports are means over the last `log.every_steps` steps.
           writer: writes the scalars.
         """
-        self._groups = diffusion.level_groups(T)
-        self._done, self._end, self._every, self._writer = start, end, every_steps, writer
-        self._bar = bar(initial=start, total=end, unit="step", smoothing=0.1)
+        self._groups = diffusion.level_groups(config.diffusion.T)
+        self._names = ["f_pos", "f_neg", "displacement"]
+        if config.mcmc.sampler in METROPOLIS:  # the others accept every step
+            self._names.append("acceptance")
+        self._learning_rate = train_state.learning_rate(config)
+        self._batch_size = config.train.batch_size
+        self._done, self._end = start, config.train.num_steps
+        self._every, self._writer = config.log.every_steps, writer
+        self._bar: tqdm | None = None
         self._recent: list[Metrics] = []
-        self._last_report = (start, time.monotonic())
+        self._timed_from = start, math.nan  # number of steps, time
+        self._last_line = math.nan
 
     def __enter__(self) -> "Progress":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()
 
     def add(self, metrics: Metrics) -> None:
         """Adds the metrics of one step, as numpy arrays."""
         self._done += 1
         self._recent.append(metrics)
+        if self._bar is None:
+            self._bar = bar(initial=self._done, total=self._end, unit="step", smoothing=0.1)
+            self._last_line = time.monotonic()
+            self._timed_from = self._done, self._last_line
+        else:
+            self._bar.update()
         self._bar.set_postfix(loss=f"{metrics.loss:.4f}", refresh=False)
-        self._bar.update()
         if self._done % self._every == 0 or self._done == self._end:
             self._report()
+        elif time.monotonic() - self._last_line > LOG_INTERVAL:
+            self._log(self._speed())
+
+    def _speed(self) -> float | None:
+        """Returns the number of steps per second since the last report; None if not known."""
+        steps, then = self._timed_from
+        return (self._done - steps) / (time.monotonic() - then) if self._done > steps else None
+
+    def _log(self, speed: float | None) -> None:
+        """Logs a line, unless there is a bar."""
+        if self._bar is None or not self._bar.disable:
+            return
+        self._last_line = time.monotonic()
+        words = [f"step {self._done}/{self._end}"]
+        if speed:
+            left = duration((self._end - self._done) / speed)
+            words += [f"{speed:.{1 if speed >= 1 else 3}f} steps/s", f"{left} left"]
+        loss = np.mean([metrics.loss for metrics in self._recent])
+        log.info("  ".join([*words, f"loss {loss:.5f}"]))
 
     def _report(self) -> None:
         """Reports the means of the metrics and the speed since the last report."""
-        done = self._done
-        mean = jax.tree.map(lambda *v: nan_mean(np.stack(v)), *self._recent)
-        self._recent = []
-        before, then = self._last_report
-        self._last_report = done, time.monotonic()
-        rate = (done - before) / (self._last_report[1] - then)
-        scalars = {"loss": mean.loss, "grad_norm": mean.grad_norm, "steps_per_second": rate}
-        for name in ("f_pos", "f_neg", "displacement", "acceptance"):
-            for levels, value in zip(self._groups, getattr(mean, name), strict=True):
+        speed = self._speed()
+        scalars: dict[str, Any] = {
+            "loss": np.mean([metrics.loss for metrics in self._recent]),
+            "grad_norm": np.mean([metrics.grad_norm for metrics in self._recent]),
+            "learning_rate": self._learning_rate(self._done - 1),
+        }
+        if speed:
+            scalars["steps_per_second"] = speed
+            scalars["examples_per_second"] = speed * self._batch_size
+        for name in self._names:
+            means = mean_of_groups(self._recent, name)
+            for levels, value in zip(self._groups, means, strict=False):
                 if np.isfinite(value):
                     scalars[f"{name}/level_{levels[0]}"] = value
-        self._writer.write_scalars(done, scalars)
-        if self._bar.disable:
-            left = time.strftime("%H:%M:%S", time.gmtime((self._end - done) / rate))
-            log.info(
-                "step %d/%d  %.1f steps/s  %s left  loss %.5f",
-                done,
-                self._end,
-                rate,
-                left,
-                mean.loss,
-            )
+        self._writer.write_scalars(self._done, scalars)
+        self._log(speed)
+        self._recent = []
+        self._timed_from = self._done, time.monotonic()
 
 
-def nan_mean(values: Float[np.ndarray, "n *D"]) -> Float[np.ndarray, "*D"]:
-    """Returns the mean over the first axis of the values that are not NaN; NaN without any.
+def mean_of_groups(metrics: Sequence[Metrics], name: str) -> Float[np.ndarray, "G"]:
+    """Returns the means of one of the metrics over the examples of several steps.
 
-    Unlike `np.nanmean`, it does not warn of slices that are all NaN.
+    Args:
+      metrics: metrics of the steps, as numpy arrays.
+      name: name of the metric, which has one value for each group of levels.
+
+    Returns:
+      one mean for each of the groups, NaN for a group without examples; [0] without a chain.
     """
-    count = np.sum(np.isfinite(values), axis=0)
-    return np.where(count, np.nansum(values, axis=0) / np.maximum(count, 1), np.nan)
+    if getattr(metrics[0], name) is None:
+        return np.zeros(0)
+    count = np.stack([step.examples for step in metrics])
+    total = np.sum(count * np.stack([getattr(step, name) for step in metrics]), axis=0)
+    n = np.sum(count, axis=0)
+    return np.where(n, total / np.maximum(n, 1), np.nan)
+
+
+def describe(
+    config: ConfigDict, method: Method, source: Source, mesh: Mesh, workdir: epath.Path
+) -> list[str]:
+    """Returns lines that describe a run: devices, data, network, steps and output."""
+    processes = jax.process_count()
+    n = sum(
+        math.prod(a.shape)
+        for a in jax.tree.leaves(
+            jax.eval_shape(lambda key: method.energy.init(key)[0], jax.random.key(0))
+        )
+    )
+    shape = "x".join(map(str, method.energy.shape))
+    return [
+        f"devices  {mesh.size} x {mesh.devices.flat[0].device_kind}"
+        + f", {processes} processes" * (processes > 1),
+        f"data     {config.data.name}: {len(source):,} examples of shape {shape}",
+        f"network  {config.energy.network}: {n:,} parameters, {config.diffusion.T} levels",
+        f"steps    {config.train.num_steps:,}, of {config.train.batch_size} examples each",
+        f"output   {workdir}",
+    ]

@@ -35,11 +35,25 @@ class TrainState:
     opt_state: optax.OptState
 
 
-def optimiser(config: ConfigDict) -> optax.GradientTransformation:
-    """Returns Adam with a linear warm-up (Gao et al. 2021, appendix B).
+def learning_rate(config: ConfigDict) -> optax.Schedule:
+    """Returns the learning rate of an update, given the number of updates before it.
 
-    After the warm-up, the learning rate is constant if `config.optim.decay_steps` is 0.
-    Otherwise it decays as a cosine and reaches zero at that step.
+    It increases linearly during the warm-up. After the warm-up it is constant if
+    `config.optim.decay_steps` is 0. Otherwise it decays as a cosine and reaches zero at that
+    step.
+    """
+    rate, warmup = config.optim.learning_rate, config.optim.warmup_steps
+    if end := config.optim.decay_steps:
+        after = optax.cosine_decay_schedule(rate, max(end - warmup, 1))
+    else:
+        after = optax.constant_schedule(rate)
+    schedule = optax.join_schedules([optax.linear_schedule(0.0, rate, warmup), after], [warmup])
+    # The first update has the rate of step 0 in the authors' program, and of step 1 in ours.
+    return (lambda count: schedule(count + 1)) if config.optim.adam == "optax" else schedule
+
+
+def optimiser(config: ConfigDict) -> optax.GradientTransformation:
+    """Returns Adam with the schedule `learning_rate` (Gao et al. 2021, appendix B).
 
     Update n = 1, 2, ... is -rate · m_hat / (sqrt(v_hat) + epsilon), with the moments
     m_hat = m / (1 - b1^n) and v_hat = v / (1 - b2^n). `config.optim.adam` selects:
@@ -52,16 +66,11 @@ def optimiser(config: ConfigDict) -> optax.GradientTransformation:
 
     The state of the optimiser has the same form with both.
     """
-    rate, warmup = config.optim.learning_rate, config.optim.warmup_steps
-    if end := config.optim.decay_steps:
-        after = optax.cosine_decay_schedule(rate, end - warmup)
-    else:
-        after = optax.constant_schedule(rate)
-    schedule = optax.join_schedules([optax.linear_schedule(0.0, rate, warmup), after], [warmup])
+    rate = learning_rate(config)
     if config.optim.adam == "optax":
-        return optax.adam(lambda count: schedule(count + 1), b1=config.optim.beta1)
+        return optax.adam(rate, b1=config.optim.beta1)
     return optax.chain(
-        _scale_by_keras_adam(config.optim.beta1), optax.scale_by_learning_rate(schedule)
+        _scale_by_keras_adam(config.optim.beta1), optax.scale_by_learning_rate(rate)
     )
 
 

@@ -26,7 +26,7 @@ from drl_jax.training.state import TrainState
 class Statistics(NamedTuple):
     """Per-example statistics of a training step, before reduction.
 
-    `f_neg`, `displacement` and `acceptance` are NaN for an objective without a chain.
+    `f_neg`, `displacement` and `acceptance` are None for an objective without a chain.
 
     Attributes:
       t: level.
@@ -40,27 +40,31 @@ class Statistics(NamedTuple):
     t: Int[Array, "B"]
     loss: Float[Array, "B"]
     f_pos: Float[Array, "B"]
-    f_neg: Float[Array, "B"]
-    displacement: Float[Array, "B"]
-    acceptance: Float[Array, "B"]
+    f_neg: Float[Array, "B"] | None = None
+    displacement: Float[Array, "B"] | None = None
+    acceptance: Float[Array, "B"] | None = None
 
 
 class Metrics(NamedTuple):
     """Metrics of a training step: means over the batch.
 
+    No number is NaN unless something is wrong, so that training can run with JAX_DEBUG_NANS.
+
     Attributes:
       loss: mean over all examples.
       grad_norm: Euclidean norm of the gradient with respect to all raw parameters together.
+      examples: number of examples in each of the G `diffusion.level_groups`.
       f_pos, f_neg, displacement, acceptance: means of the `Statistics` of the same names, one
-        mean for each of the G `diffusion.level_groups`; NaN for a group without examples.
+        for each group, 0 for a group without examples; None for an objective without a chain.
     """
 
     loss: Float[Array, ""]
     grad_norm: Float[Array, ""]
+    examples: Float[Array, "G"]
     f_pos: Float[Array, "G"]
-    f_neg: Float[Array, "G"]
-    displacement: Float[Array, "G"]
-    acceptance: Float[Array, "G"]
+    f_neg: Float[Array, "G"] | None = None
+    displacement: Float[Array, "G"] | None = None
+    acceptance: Float[Array, "G"] | None = None
 
 
 # (keys [B], normalised parameters, data x [B, ...], levels t [B], method)
@@ -231,7 +235,6 @@ def denoising_gradient(
     schedule = method.schedule
     y, eps = recovery.positives_with_noise(noise.fold(keys, 1), x, t, schedule)
     dropout_keys = noise.fold(keys, 2)
-    no_chain = jnp.full_like(x, jnp.nan, shape=t.shape)
 
     def mean_loss(params):
         loss = recovery.denoising_loss(method.F(params, dropout_keys), y, eps, t, schedule)
@@ -239,7 +242,7 @@ def denoising_gradient(
         return jnp.mean(loss), (loss, method.energy.f(params, y, t, dropout_keys))
 
     grads, (loss, f_pos) = jax.grad(mean_loss, has_aux=True)(params)
-    return grads, Statistics(t, loss, f_pos, no_chain, no_chain, no_chain)
+    return grads, Statistics(t, loss, f_pos)
 
 
 def uniform_levels(keys: Key[Array, "B"], schedule: NoiseSchedule) -> Int[Array, "B"]:
@@ -333,11 +336,12 @@ def summarise(statistics: Statistics, grad_norm: Float[Array, ""], T: int) -> Me
     count = jnp.sum(in_group, axis=0)
 
     def group_mean(values):
-        return jnp.where(count > 0, values @ in_group / count, jnp.nan)
+        return None if values is None else values @ in_group / jnp.maximum(count, 1)
 
     return Metrics(
         loss=jnp.mean(statistics.loss),
         grad_norm=grad_norm,
+        examples=count,
         f_pos=group_mean(statistics.f_pos),
         f_neg=group_mean(statistics.f_neg),
         displacement=group_mean(statistics.displacement),

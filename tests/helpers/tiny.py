@@ -45,6 +45,7 @@ CONFIG = {
     "energy.ch": 8,
     "energy.mult": "(1,)",
     "mcmc.K": 2,
+    "optim.decay_steps": 5000,  # the same for runs of any length
     "train.batch_size": 16,
     "train.num_steps": STEPS,
     "log.every_steps": 50,
