@@ -14,16 +14,27 @@ class UserError(ValueError):
     """
 
 
-class Interrupted(Exception):  # noqa: N818  (not an error: the run can be resumed)
-    """A signal asked the run to stop, and its state was saved.
+class Interrupted(Exception):  # noqa: N818  (not an error)
+    """A signal asked the program to stop.
 
     Attributes:
       signum: number of the signal.
     """
 
-    def __init__(self, signum: int, step: int):
-        super().__init__(f"stopped by signal {signum}; step {step} is saved")
+    def __init__(self, signum: int, report: str):
+        """The message is "stopped by signal <signum>; <report>".
+
+        Args:
+          signum: number of the signal.
+          report: what is saved.
+        """
+        super().__init__(f"stopped by signal {signum}; {report}")
         self.signum = signum
+
+
+def resumable(step: int) -> str:
+    """Returns the report of `Interrupted` if the state after a step is saved."""
+    return f"step {step} is saved: the same command resumes from here"
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from drl_jax import config as config_lib
 from drl_jax.errors import Interrupted, UserError, out_of_memory_as_user_error
-from drl_jax.runtime import cpu_devices, jax_setup, processes
+from drl_jax.runtime import cpu_devices, jax_setup, preemption, processes
 from drl_jax.tasks import command_line
 from drl_jax.tasks.command_line import Command
 from drl_jax.tools.plan import chips
@@ -48,18 +48,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except Interrupted as interrupted:
-        log.info("%s: the same command resumes from here", interrupted)
+        log.info("%s", interrupted)
         return 128 + interrupted.signum
-    except KeyboardInterrupt:  # Ctrl-C while there is nothing to save
+    except KeyboardInterrupt:  # Ctrl-C before the task has begun
         return 130
     return 0
 
 
 def run(command: Command) -> None:
-    """Sets up JAX and the processes of the job, and runs the task.
+    """Sets up JAX and the processes of the job, and runs the task, which can raise errors.
 
     The configuration of a task without a trained model is loaded first, because the number of
-    CPU devices depends on it. Passes on the `UserError` or `Interrupted` that a task raises.
+    CPU devices depends on it.
     """
     values, task = command.values, command.task
     job = processes.Job(**{name: values[name] for name in processes.Job._fields})
@@ -78,7 +78,7 @@ def run(command: Command) -> None:
         cpu_devices=1 if job.has_others else cpu_devices.count(config),
         environment=chips.parse(topology).environment if topology else {},
     )
-    with processes.connected(job):
+    with processes.connected(job), preemption.reporting("nothing new is saved", job.has_others):
         if job.has_others:
             processes.require_same(settings(command, config))
             if not processes.is_first():

@@ -7,6 +7,7 @@ from drl_jax.errors import (
     UserError,
     as_user_error,
     out_of_memory_as_user_error,
+    resumable,
 )
 
 
@@ -49,6 +50,6 @@ def test_other_errors_of_programs_are_not_taken_for_a_lack_of_memory():
 
 
 def test_interrupted_holds_the_signal_and_states_the_saved_step():
-    interrupted = Interrupted(15, step=300)
+    interrupted = Interrupted(15, resumable(300))
     assert interrupted.signum == 15
-    assert "300" in str(interrupted)
+    assert str(interrupted).startswith("stopped by signal 15; step 300 is saved")

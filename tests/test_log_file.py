@@ -66,7 +66,7 @@ def test_a_program_that_is_refused_leaves_no_file(path):
     ("error", "line"),
     [
         (UserError("diverged"), "error: diverged"),
-        (Interrupted(15, 7), "stopped by signal 15; step 7 is saved"),
+        (Interrupted(15, "step 7 is saved"), "stopped by signal 15; step 7 is saved"),
     ],
 )
 def test_the_last_line_says_why_the_program_ended_early(path, error, line):

@@ -200,8 +200,8 @@ def test_the_program_in_a_shell_ends_with_one_line_and_status_1():
     ("error", "status", "words"),
     [
         (UserError("wrong"), 1, "error: wrong\n"),
-        (Interrupted(signal.SIGTERM, 7), 143, ""),
-        (Interrupted(signal.SIGINT, 7), 130, ""),
+        (Interrupted(signal.SIGTERM, "step 7 is saved"), 143, ""),
+        (Interrupted(signal.SIGINT, "step 7 is saved"), 130, ""),
         (KeyboardInterrupt(), 130, ""),
     ],
 )

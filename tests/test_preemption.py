@@ -5,6 +5,7 @@ import time
 
 import pytest
 
+from drl_jax.errors import Interrupted
 from drl_jax.runtime import preemption
 
 
@@ -46,3 +47,32 @@ def test_outside_the_main_thread_no_signal_is_reported():
     thread.start()
     thread.join()
     assert found == [None]
+
+
+@pytest.mark.parametrize(("signum", "has_others"), [(15, False), (2, False), (2, True)])
+def test_a_signal_ends_the_body_with_a_report(signum, has_others):
+    before = signal.getsignal(signal.SIGTERM)
+    with (
+        pytest.raises(
+            Interrupted, match=rf"^stopped by signal {signum}; all is saved$"
+        ) as found,
+        preemption.reporting("all is saved", has_others),
+    ):
+        signal.raise_signal(signum)
+    assert found.value.signum == signum
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_the_inner_report_is_the_one_that_counts():
+    with (
+        pytest.raises(Interrupted, match="; the samples are saved$"),
+        preemption.reporting("nothing is saved", has_others=False),
+        preemption.reporting("the samples are saved", has_others=False),
+    ):
+        signal.raise_signal(signal.SIGTERM)
+
+
+def test_among_several_processes_sigterm_is_left_to_jax():
+    before = signal.getsignal(signal.SIGTERM)
+    with preemption.reporting("nothing is saved", has_others=True):
+        assert signal.getsignal(signal.SIGTERM) is before

@@ -74,7 +74,7 @@ def test_after_an_error_nothing_new_is_left(path):
 
 def test_after_a_signal_unfinished_results_are_kept(path):
     with pytest.raises(Interrupted):
-        fail(path, {}, Interrupted(15, 3))
+        fail(path, {}, Interrupted(15, "nothing is saved"))
     assert files(path) == ["b", "settings.json"]
 
 

@@ -10,6 +10,8 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
+from drl_jax.errors import Interrupted
+
 
 @contextlib.contextmanager
 def stop_on_signal() -> Iterator[Callable[[], int | None]]:
@@ -41,6 +43,34 @@ def stop_on_signal() -> Iterator[Callable[[], int | None]]:
         )
         with _signal_handlers(collect):
             yield lambda: received[0] if received else None
+
+
+@contextlib.contextmanager
+def reporting(report: str, has_others: bool) -> Iterator[None]:
+    """Ends its body on SIGTERM or Ctrl-C, and reports what is saved.
+
+    Inner contexts of this kind and `stop_on_signal` take precedence.
+
+    Args:
+      report: what is saved, for the message of `Interrupted`.
+      has_others: whether this is one of several processes. JAX's runtime then handles SIGTERM.
+
+    Raises:
+      Interrupted: if a signal has arrived.
+    """
+
+    def stop(signum: int, _: object) -> None:
+        raise KeyboardInterrupt(signum)
+
+    handlers = {}
+    if not has_others and threading.current_thread() is threading.main_thread():
+        handlers = {signal.SIGTERM: stop}
+    with _signal_handlers(handlers):
+        try:
+            yield
+        except KeyboardInterrupt as interrupt:
+            signum = interrupt.args[0] if interrupt.args else signal.SIGINT
+            raise Interrupted(signum, report) from None
 
 
 @contextlib.contextmanager

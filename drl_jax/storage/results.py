@@ -18,7 +18,7 @@ from etils import epath
 from jaxtyping import PyTree
 
 from drl_jax.errors import UserError, as_user_error
-from drl_jax.runtime import processes
+from drl_jax.runtime import preemption, processes
 from drl_jax.storage.atomic import make_writable, write_json
 
 log = logging.getLogger(__name__)
@@ -40,6 +40,7 @@ def folder(path: epath.Path, settings: dict[str, Any]) -> Iterator[epath.Path]:
 
     Raises:
       UserError: if the folder cannot be created, read or written to.
+      Interrupted: if a signal has stopped the body.
     """
     settings = json.loads(json.dumps(settings))  # tuples become lists, as in the file
     chosen, is_new = processes.broadcast_from_first(_choose(path, settings))
@@ -48,8 +49,10 @@ def folder(path: epath.Path, settings: dict[str, Any]) -> Iterator[epath.Path]:
     write_settings(chosen, settings)
     if chosen != path:
         log.info("%s contains results with other settings: using %s", path, chosen)
+    incomplete = f"the results in {chosen} are incomplete: the same command starts again"
     try:
-        yield chosen
+        with preemption.reporting(incomplete, has_others=jax.process_count() > 1):
+            yield chosen
     except UserError:
         if is_new and not jax.process_index():
             chosen.rmtree(missing_ok=True)

@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 
 from drl_jax import config as config_lib
-from drl_jax.errors import Interrupted, UserError, as_user_error
+from drl_jax.errors import Interrupted, UserError, as_user_error, resumable
 from drl_jax.runtime import preemption
 from drl_jax.storage import npz
 from drl_jax.storage.atomic import write_atomically
@@ -101,7 +101,7 @@ class Autosave:
         if signum or time.monotonic() - self._saved > INTERVAL:
             self.save(snapshot())
         if signum:
-            raise Interrupted(signum, done)
+            raise Interrupted(signum, resumable(done))
 
     def save(self, snapshot: Snapshot) -> None:
         """Saves now.

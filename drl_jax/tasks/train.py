@@ -3,12 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 from etils import epath
 from ml_collections import ConfigDict
 
 from drl_jax.data import sources
 from drl_jax.plots.metric_writer import MetricWriter
-from drl_jax.runtime import processes
+from drl_jax.runtime import preemption, processes
 from drl_jax.storage.log_file import LogFile
 from drl_jax.tasks import common, evaluate
 from drl_jax.training import loop
@@ -55,10 +56,14 @@ def run(
             writer=writer,
             log_file=log_file,
         )
-        trained = common.adapted(trained)
-        metrics = evaluate.measure(
-            run=trained, source=source, workdir=workdir, inception_weights=inception_weights
-        )
+        report = "the training is complete and saved; --mode=evaluate repeats the measurements"
+        with preemption.reporting(report, has_others=jax.process_count() > 1):
+            metrics = evaluate.measure(
+                run=common.adapted(trained),
+                source=source,
+                workdir=workdir,
+                inception_weights=inception_weights,
+            )
         writer.write_scalars(trained.step, final_scalars(metrics))
 
 

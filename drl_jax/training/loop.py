@@ -24,7 +24,7 @@ from drl_jax import method as method_lib
 from drl_jax.data import mixtures, pipeline
 from drl_jax.data.mixtures import Mixture
 from drl_jax.data.sources import Source
-from drl_jax.errors import Interrupted, UserError
+from drl_jax.errors import Interrupted, UserError, resumable
 from drl_jax.method import METROPOLIS, Method
 from drl_jax.model import Model
 from drl_jax.networks.energy import Params
@@ -366,7 +366,7 @@ def fit(state: TrainState, context: Context, source: Source) -> TrainState:
         check(int(newest.step), metrics, newest)
         context.checkpoints.wait()  # while signals are still caught
         if signum:
-            raise Interrupted(signum, int(newest.step))
+            raise Interrupted(signum, resumable(int(newest.step)))
     return newest
 
 
