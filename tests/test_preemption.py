@@ -8,7 +8,9 @@ import pytest
 from drl_jax.runtime import preemption
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1]
+)
 def test_a_signal_is_reported_and_its_handler_restored(signum):
     before = signal.getsignal(signum)
     with preemption.stop_on_signal() as stop:
@@ -46,3 +48,14 @@ def test_outside_the_main_thread_no_signal_is_reported():
     thread.start()
     thread.join()
     assert found == [None]
+
+
+def test_a_hangup_that_is_ignored_stays_ignored():
+    """As after nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with preemption.stop_on_signal() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert stop() is None
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -257,7 +257,8 @@ class Tfds(Source):
         import tensorflow_datasets as tfds  # imported here because only this source needs it
 
         try:
-            builder = tfds.builder(name, data_dir=data_dir or None)
+            folder = epath.Path(data_dir).expanduser() if data_dir else None
+            builder = tfds.builder(name, data_dir=folder)
         except Exception as error:  # TFDS raises many classes, with messages of many lines
             reason = str(error).strip().partition("\n")[0].removesuffix(".")
             known = tfds.list_builders(with_community_datasets=False)
