@@ -195,6 +195,9 @@ class Folder(Source):
                 "grey or RGB; set --config.data.channels to 1 or 3"
             )
         self.folder = folder = epath.Path(path).expanduser()
+        # In a bucket that cannot be accessed, `is_dir` is false.
+        with as_user_error(f"config.data.name is 'folder:{path}', which cannot be accessed"):
+            folder.exists()
         if not folder.is_dir():
             raise UserError(
                 f"config.data.name is 'folder:{path}', but there is no such folder; give the "
