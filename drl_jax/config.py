@@ -111,7 +111,8 @@ def default() -> ConfigDict:
                 "accumulate": 1,  # gradient accumulation: micro-batches per device and step
                 "num_steps": 1_000_000,  # n_iters in the authors' config.py
                 # Training has diverged if |loss| or |f| exceeds its limit. These are for 8x8
-                # grey images and grow with the size (`training.loop.divergence_limits`).
+                # grey images and grow with the size (`training.loop.divergence_limits`);
+                # inf: no limit.
                 "loss_limit": 100.0,
                 # Above it, the difference of f between positive and negative samples would be
                 # lost in float32's rounding errors.
@@ -238,6 +239,9 @@ BELOW = {
     "optim.ema_decay": 1,
     "likelihood.target_acceptance": 1,
 }
+
+# Limits, which can be infinite.
+CAN_BE_INFINITE = ("train.loss_limit", "train.energy_limit")
 
 # Largest number of values of an image for which the mixtures of `FITTED` have full covariances.
 MOST_VALUES = 256
@@ -429,10 +433,11 @@ def validate(config: ConfigDict) -> None:
 
 
 def _require_in_range(name: str, value: float) -> None:
-    """Raises unless a number is finite and within `MINIMUM` and `BELOW`."""
+    """Raises unless a number is within `MINIMUM` and `BELOW`, and finite if it must be."""
     low = MINIMUM.get(name)
     high = BELOW.get(name, 2**31 if isinstance(value, int) else math.inf)
-    if (value > 0 if low is None else value >= low) and value < high:
+    in_range = value < high or (value == math.inf and name in CAN_BE_INFINITE)
+    if in_range and (value > 0 if low is None else value >= low):
         return
     wanted = "positive" if low is None else f"{low} or more"
     if name in BELOW or high <= value < math.inf:

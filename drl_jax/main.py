@@ -99,7 +99,7 @@ def run_task(command: Command, config: ConfigDict | None) -> None:
     """Imports the task's module, which loads JAX, and calls it."""
     module = importlib.import_module(f"drl_jax.tasks.{command.task.name}")
     workdir = command.values["workdir"]
-    path = epath.Path(workdir).expanduser() if workdir else None
+    path = epath.Path(workdir) if workdir else None
     if not command.task.trained:
         if path is None and command.task.creates_workdir:
             name = epath.Path(command.values["config"]).stem

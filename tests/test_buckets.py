@@ -12,6 +12,8 @@ import pytest
 from helpers import tiny
 from helpers.bucket import Bucket
 
+from drl_jax.data import sources
+from drl_jax.errors import UserError
 from drl_jax.tasks import likelihood, table
 
 pytestmark = pytest.mark.infrastructure
@@ -124,6 +126,15 @@ def test_a_bucket_without_access_is_an_error_of_one_line(bucket, capsys, args):
     assert tiny.main(*args, "--workdir=gs://others/run") == 1
     *_, line = capsys.readouterr().err.splitlines()
     assert re.fullmatch(r"error: cannot (write to|read) gs://others/run: .* 403 .*", line)
+
+
+def test_images_in_a_bucket_without_access_are_not_called_missing(bucket):
+    for name, words in (
+        ("others", "cannot be accessed: .* 403 "),
+        ("bucket", "no such folder"),
+    ):
+        with pytest.raises(UserError, match=f"'folder:gs://{name}/images'[^\n]* {words}"):
+            sources.Folder(f"gs://{name}/images", 1)
 
 
 # The following tests cover code that the tests above do not reach: files may be accessed only

@@ -107,12 +107,33 @@ def test_the_examples_in_the_help_are_valid(line):
         ),
         (["--mode=ood", "--workdir=x"], "against", ["shuffled", "inverted", "uniform"]),
         (["--mode=ood", "--workdir=x", "--against=mnist"], "against", ["mnist"]),
+        ([CONFIG, "--workdir=file:///a%20b/c"], "workdir", "/a b/c"),
+        ([CONFIG, "--workdir=file://localhost/a"], "workdir", "/a"),
+        ([CONFIG, "--workdir=gs://bucket/run"], "workdir", "gs://bucket/run"),
+        ([CONFIG, "--workdir=a/~"], "workdir", "a/~"),
+        (["--mode=long_run", "--workdir=x", "--levels=1", "--levels=2"], "levels", [2]),
         (["--mode=ood", "--workdir", "x", "--against", "a,b"], "against", ["a", "b"]),
         (["--mode", "long_run", "--workdir", "x", "--levels", "0,3"], "levels", [0, 3]),
     ],
 )
 def test_values_have_the_type_of_their_flag(args, name, value):
     assert parse(*args).values[name] == value
+
+
+@TASKS
+def test_the_home_directory_is_expanded_in_every_flag_that_names_a_file_or_folder(task):
+    other = re.compile("NAME,...|NAME|TASK|N|N,...|HOST:PORT|CHIP:SHAPE")
+    flags = (*table.COMMON, *task.flags)
+    names = [flag.name for flag in flags if not other.fullmatch(flag.metavar)]
+    assert names == [flag.name for flag in flags if flag.is_path]
+    names = [name for name in names if name != "images"]  # a list, see below
+    values = parse(*required(task), *(f"--{name}=~/a" for name in names)).values
+    assert {values[name] for name in names} == {os.path.expanduser("~/a")}
+
+
+def test_the_home_directory_is_expanded_in_every_element_of_a_list():
+    values = parse("--mode=interpolate", "--workdir=x", "--images=~/a,b/~").values
+    assert values["images"] == [os.path.expanduser("~/a"), "b/~"]
 
 
 @pytest.mark.parametrize(
@@ -122,6 +143,10 @@ def test_values_have_the_type_of_their_flag(args, name, value):
         ([CONFIG, "--sed=1"], "--sed is unknown.*--seed"),
         ([CONFIG, "--xyzzy"], "--xyzzy is unknown.*--help"),
         (["--config"], "--config has no value: give --config=VALUE"),
+        ([CONFIG, "--workdir="], "--workdir=: it is empty"),
+        (["--config="], "--config=: it is empty"),
+        (["--mode=interpolate", "--workdir=x", "--images=a,,b"], "--images=a,,b: it is empty"),
+        ([CONFIG, "--workdir=file://host/a"], "--workdir=file://host/a: 'host' is another"),
         ([*SAMPLE, "--seed=a"], "--seed=a: .*whole number"),
         ([*SAMPLE, "--seed=1.5"], "--seed=1.5: .*whole number"),
         ([*SAMPLE, "--seed=-1"], "--seed=-1: .*at least 0"),
@@ -236,6 +261,12 @@ def test_a_change_of_a_field_that_a_task_may_not_change_is_refused(args, words):
 def test_a_renamed_field_is_refused_by_its_new_name(old, new):
     with pytest.raises(UserError, match=f"config.{old} .*renamed.*config.{new}$"):
         parse(CONFIG, f"--config.{old}=4")
+
+
+def test_the_last_of_two_values_of_a_field_counts():
+    changes = ["--config.energy.mult=(1,2)", "--config.energy.mult=(3,)", "--config.seed=1"]
+    changed = command_line.changed(config_lib.default(), [*changes, "--config.seed=2"])
+    assert (changed.energy.mult, changed.seed) == ((3,), 2)
 
 
 def test_changed_leaves_the_original_alone():

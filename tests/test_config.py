@@ -82,6 +82,8 @@ def test_an_impossible_value_is_refused_by_name(name, value):
         ("mcmc.K", 1),
         ("mcmc.noise_scale", 0.0),
         ("mesh.data", -1),
+        ("train.loss_limit", float("inf")),
+        ("train.energy_limit", float("inf")),
         ("optim.beta1", 0.0),
         ("optim.warmup_steps", 0),
         ("likelihood.burn_in", 0),

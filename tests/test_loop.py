@@ -475,6 +475,16 @@ def test_a_loss_energy_or_gradient_that_is_too_large_or_not_finite_is_an_error(c
         loop.raise_if_diverged(7, make_metrics(**changes), LIMITS)
 
 
+def test_without_limits_only_numbers_that_are_not_finite_are_errors():
+    config = config_lib.default()
+    config.train.loss_limit = config.train.energy_limit = float("inf")
+    limits = loop.divergence_limits(config, 64)
+    loop.raise_if_diverged(7, make_metrics(loss=1e30, f_neg=[1e30, 0]), limits)
+    for changes in ({"loss": np.inf}, {"f_neg": [-np.inf, 0]}, {"f_pos": [np.nan, 0]}):
+        with pytest.raises(UserError, match="diverged"):
+            loop.raise_if_diverged(7, make_metrics(**changes), limits)
+
+
 @pytest.mark.parametrize(
     ("objective", "dimension", "loss", "f"),
     [

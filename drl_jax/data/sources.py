@@ -195,6 +195,9 @@ class Folder(Source):
                 "grey or RGB; set --config.data.channels to 1 or 3"
             )
         self.folder = folder = epath.Path(path).expanduser()
+        # In a bucket that cannot be accessed, `is_dir` is false.
+        with as_user_error(f"config.data.name is 'folder:{path}', which cannot be accessed"):
+            folder.exists()
         if not folder.is_dir():
             raise UserError(
                 f"config.data.name is 'folder:{path}', but there is no such folder; give the "
@@ -257,7 +260,8 @@ class Tfds(Source):
         import tensorflow_datasets as tfds  # imported here because only this source needs it
 
         try:
-            builder = tfds.builder(name, data_dir=data_dir or None)
+            folder = epath.Path(data_dir).expanduser() if data_dir else None
+            builder = tfds.builder(name, data_dir=folder)
         except Exception as error:  # TFDS raises many classes, with messages of many lines
             reason = str(error).strip().partition("\n")[0].removesuffix(".")
             known = tfds.list_builders(with_community_datasets=False)

@@ -3,7 +3,6 @@
 import functools
 import importlib.util
 import logging
-import os
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -49,7 +48,7 @@ class TensorboardX:
         from tensorboardX import event_file_writer, record_writer
 
         record_writer.directory_check(workdir)
-        self._events = event_file_writer.EventsWriter(os.path.join(workdir, "events"))
+        self._events = event_file_writer.EventsWriter(str(epath.Path(workdir) / "events"))
 
     def write_scalars(self, step: int, scalars: Mapping[str, Any]) -> None:
         """Writes the values of scalars, by name, at a training step."""

@@ -12,22 +12,42 @@ from jax.experimental import multihost_utils
 
 from drl_jax.errors import Interrupted
 
+# SIGHUP: the terminal has been closed; SIGUSR1: what clusters can send before the end of a job.
+# Windows has neither.
+NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
+
+
+def handled_signals() -> tuple[signal.Signals, ...]:
+    """Returns the signals that stop a run.
+
+    SIGHUP is not one of them if it is ignored, as after nohup.
+    """
+    present = [signal.Signals[name] for name in NAMES if name in signal.Signals.__members__]
+    return tuple(
+        signum
+        for signum in present
+        if signum.name != "SIGHUP" or signal.getsignal(signum) != signal.SIG_IGN
+    )
+
 
 @contextlib.contextmanager
 def stop_on_signal() -> Iterator[Callable[[], int | None]]:
-    """Catches SIGTERM and SIGINT, so that a loop can end between two steps.
+    """Catches SIGTERM, SIGINT, SIGHUP and SIGUSR1, so that a loop can end between two steps.
 
     Yields a function that returns the number of the signal received, or None; call it before
     every step. If there are several processes, all must call it equally often: a signal to one
     of them is then returned in all of them, before the same step. Its number is always that of
-    SIGTERM, the only signal that JAX's runtime forwards; SIGINT is converted to it.
+    SIGTERM, the only signal that JAX's runtime forwards; the others are converted to it.
 
     Outside the main thread, Python cannot handle signals, and the function returns None.
     """
+    signals = handled_signals()
     if threading.current_thread() is not threading.main_thread():
         yield lambda: None
     elif jax.process_count() > 1:
-        with _signal_handlers({signal.SIGINT: lambda *_: signal.raise_signal(signal.SIGTERM)}):
+        others = [signum for signum in signals if signum != signal.SIGTERM]
+        convert = dict.fromkeys(others, lambda *_: signal.raise_signal(signal.SIGTERM))
+        with _signal_handlers(convert):
             step = itertools.count()
             yield (
                 lambda: (
@@ -38,22 +58,21 @@ def stop_on_signal() -> Iterator[Callable[[], int | None]]:
             )
     else:
         received: list[int] = []
-        collect = dict.fromkeys(
-            (signal.SIGTERM, signal.SIGINT), lambda signum, _: received.append(signum)
-        )
+        collect = dict.fromkeys(signals, lambda signum, _: received.append(signum))
         with _signal_handlers(collect):
             yield lambda: received[0] if received else None
 
 
 @contextlib.contextmanager
 def reporting(report: str, has_others: bool) -> Iterator[None]:
-    """Ends its body on SIGTERM or Ctrl-C, and reports what is saved.
+    """Ends its body on one of `handled_signals`, and reports what is saved.
 
     Inner contexts of this kind and `stop_on_signal` take precedence.
 
     Args:
       report: what is saved, for the message of `Interrupted`.
-      has_others: whether this is one of several processes. JAX's runtime then handles SIGTERM.
+      has_others: whether this is one of several processes. JAX's runtime then handles SIGTERM,
+        and only Ctrl-C is reported here.
 
     Raises:
       Interrupted: if a signal has arrived.
@@ -64,7 +83,7 @@ def reporting(report: str, has_others: bool) -> Iterator[None]:
 
     handlers = {}
     if not has_others and threading.current_thread() is threading.main_thread():
-        handlers = {signal.SIGTERM: stop}
+        handlers = dict.fromkeys(set(handled_signals()) - {signal.SIGINT}, stop)
     with _signal_handlers(handlers):
         try:
             yield

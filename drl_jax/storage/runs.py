@@ -130,7 +130,7 @@ def load_parameters(path: str, config: ConfigDict, mesh: Mesh) -> Parameters:
     """
     match = re.fullmatch(r"(.+):(\d+)", path)
     folder, step = (match[1], int(match[2])) if match else (path, None)
-    workdir = epath.Path(folder).expanduser()
+    workdir = epath.Path(folder)
 
     def abstract(saved: ConfigDict) -> PyTree:
         found = _abstract(saved)

@@ -11,10 +11,13 @@ import os
 import re
 import sys
 import textwrap
+import urllib.parse
+import urllib.request
 from collections.abc import Iterable, Sequence
 from typing import Any, get_args
 
 from absl import flags
+from etils import epath
 from ml_collections import ConfigDict, config_flags
 
 import drl_jax
@@ -173,7 +176,9 @@ class _Parser(flags.ArgumentParser):
         if flag.choices and text not in flag.choices:
             raise ValueError(f"give {_enumerate(flag.choices)}")
         if to is str:
-            return text
+            if not text:
+                raise ValueError("it is empty: give a value, or omit the flag")
+            return _path(text) if flag.is_path else text
         if to is bool:
             if text.lower() not in BOOLEANS:
                 raise ValueError("give true or false")
@@ -186,6 +191,20 @@ class _Parser(flags.ArgumentParser):
         if value > flag.maximum:
             raise ValueError(f"give a number of at most {flag.maximum}")
         return value
+
+
+def _path(text: str) -> str:
+    """Returns a path in which ~ is expanded, and the path of an address file:///PATH.
+
+    Raises:
+      ValueError: if the address names another machine.
+    """
+    if text.startswith("file:"):
+        address = urllib.parse.urlsplit(text)
+        if address.netloc not in ("", "localhost"):
+            raise ValueError(f"{address.netloc!r} is another machine: give a path")
+        return urllib.request.url2pathname(address.path)
+    return str(epath.Path(text).expanduser()) if text.startswith("~") else text
 
 
 def _parsed(flag_values: flags.FlagValues, argv: Sequence[str], **options: Any) -> list[str]:

@@ -31,6 +31,8 @@ class Flag:
         the flag sets. A field with the value None keeps its value from training.
         --config.FIELD=VALUE must not give any of these fields another value.
       metavar: placeholder for the value in --help.
+      is_path: whether the value may be a path, in which ~ is expanded and file:///PATH is
+        accepted.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Flag:
         default_factory=dict, hash=False
     )
     metavar: str = "N"
+    is_path: bool = False
 
 
 # (values of all flags by name, names of the flags that the user gave) -> an error message, or
@@ -98,6 +101,7 @@ CONFIG = Flag(
     "digits for configs/digits.py",
     default_help={"import_original": "the paper's settings for CIFAR-10"},
     metavar="FILE",
+    is_path=True,
 )
 MODEL = Flag(
     "model",
@@ -105,6 +109,7 @@ MODEL = Flag(
     "with the package, such as digits",
     default_help="the model in --workdir",
     metavar="MODEL",
+    is_path=True,
 )
 IMAGES = Flag(
     "images",
@@ -113,6 +118,7 @@ IMAGES = Flag(
     default=(),
     default_help={"interpolate": "samples", "inpaint": "the first images of the data set"},
     metavar="FILE,...",
+    is_path=True,
 )
 SEED = Flag("seed", "Random seed", type=int, default=0, minimum=0, maximum=2**32 - 1)
 
@@ -174,6 +180,7 @@ _TASKS = (
                 "newest checkpoint, or that of a step",
                 default_help="random parameters",
                 metavar="DIR[:STEP]",
+                is_path=True,
             ),
         ),
         required=("config",),
@@ -242,6 +249,7 @@ _TASKS = (
                 "random:0.5, or a PNG file in which they are white",
                 default="centre",
                 metavar="MASK",
+                is_path=True,
             ),
             IMAGES,
             Flag(
@@ -338,6 +346,7 @@ _TASKS = (
                 "tf_checkpoint",
                 "Prefix of the checkpoint's files, such as DIR/ckpt-iter5000",
                 metavar="PREFIX",
+                is_path=True,
             ),
             Flag(
                 "image_size",
@@ -385,6 +394,7 @@ WORKDIR = Flag(
     "Directory of the run and of all results, local or in a bucket (gs://...)",
     default_help={"train": "a new one in runs/", "plan": "none: the plan is only printed"},
     metavar="DIR",
+    is_path=True,
 )
 
 # How the processes of one job find each other (`runtime.processes.Job`).

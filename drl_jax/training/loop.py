@@ -33,7 +33,7 @@ from drl_jax.plots.metric_writer import MetricWriter
 from drl_jax.runtime import preemption, sharding
 from drl_jax.runtime.progress import LOG_INTERVAL, bar, duration
 from drl_jax.storage import checkpoints as checkpoints_lib
-from drl_jax.storage import runs
+from drl_jax.storage import lock, runs
 from drl_jax.storage.atomic import make_writable
 from drl_jax.storage.checkpoints import Checkpoints
 from drl_jax.storage.log_file import LogFile
@@ -75,8 +75,9 @@ def train(
       the run, whose model has the averaged parameters.
 
     Raises:
-      UserError: if the configuration, the work directory or `init_from` cannot be used, there
-        is nothing to resume with changes, or training diverged.
+      UserError: if the configuration, the work directory or `init_from` cannot be used, another
+        run is using the work directory, there is nothing to resume with changes, or training
+        diverged.
       Interrupted: if a signal stopped training; the state has been saved.
     """
     mesh = sharding.make_mesh(**config.mesh)
@@ -99,7 +100,7 @@ def train(
     start = runs.load_parameters(init_from, config, mesh) if init_from and is_new else None
     make_writable(workdir)  # only now, so that mistakes found above leave no folder behind
 
-    with Checkpoints(workdir, config) as checkpoints:
+    with lock.held(workdir), Checkpoints(workdir, config) as checkpoints:
         state = restored_state(config, method, training, checkpoints, mesh, resume_with_changes)
         if log_file:
             log_file.open(workdir / LOG_FILE)
@@ -426,7 +427,7 @@ def divergence_limits(config: ConfigDict, dimension: int) -> Limits:
 
 
 def raise_if_diverged(step: int, metrics: Metrics, limits: Limits) -> None:
-    """Raises if the loss or the energies exceed their limits, or the gradient is not finite.
+    """Raises if the loss or the energies exceed their limits, or a number is not finite.
 
     Args:
       step: number of steps made before this one.
@@ -438,7 +439,8 @@ def raise_if_diverged(step: int, metrics: Metrics, limits: Limits) -> None:
     """
     loss, grad_norm = float(metrics.loss), float(metrics.grad_norm)
     f = float(max(np.abs(f).max() for f in (metrics.f_pos, metrics.f_neg) if f is not None))
-    if abs(loss) <= limits.loss and f <= limits.f and math.isfinite(grad_norm):
+    finite = all(math.isfinite(value) for value in (loss, f, grad_norm))
+    if finite and abs(loss) <= limits.loss and f <= limits.f:
         return
     raise UserError(
         f"training diverged at step {step}: loss {loss:.3g} (limit {limits.loss:g}), "
