@@ -338,6 +338,23 @@ def job(**changes):
         ({"SLURM_NTASKS": "8", "SLURM_STEP_NODELIST": "node[1-2]"}, True),
         ({"SLURM_NTASKS": "8"}, False),  # the batch script itself, outside srun
         ({"SLURM_NTASKS": "1", "SLURM_STEP_NODELIST": "node1"}, False),
+        # an interactive step of a job of several tasks
+        (
+            {
+                "SLURM_NTASKS": "8",
+                "SLURM_STEP_NUM_TASKS": "1",
+                "SLURM_STEP_NODELIST": "node1",
+            },
+            False,
+        ),
+        (
+            {
+                "SLURM_NTASKS": "1",
+                "SLURM_STEP_NUM_TASKS": "2",
+                "SLURM_STEP_NODELIST": "node1",
+            },
+            True,
+        ),
         ({"TPU_WORKER_HOSTNAMES": "host-0,host-1"}, True),
         ({"TPU_WORKER_HOSTNAMES": "localhost"}, False),
     ],
@@ -345,13 +362,51 @@ def job(**changes):
 def test_slurm_and_tpu_pods_are_detected_and_flags_override_them(
     monkeypatch, variables, several
 ):
-    for name in ("SLURM_NTASKS", "SLURM_STEP_NODELIST", "TPU_WORKER_HOSTNAMES"):
+    slurm = "SLURM_NTASKS", "SLURM_STEP_NUM_TASKS", "SLURM_STEP_NODELIST"
+    for name in (*slurm, "TPU_WORKER_HOSTNAMES"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert job().has_others is several
     assert job(distributed=False).has_others is False
     assert job(distributed=True).has_others is True
+
+
+def test_jax_waits_for_the_tasks_of_the_slurm_step(monkeypatch, caplog):
+    """By itself, JAX waits for those of the whole job."""
+    caplog.set_level("INFO", logger="drl_jax")
+    settings = {}
+    monkeypatch.setattr(jax.distributed, "initialize", settings.update)
+    monkeypatch.setenv("SLURM_NTASKS", "8")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
+    monkeypatch.setenv("SLURM_STEP_NODELIST", "node1")
+    with processes.connected(job()):
+        pass
+    assert settings["num_processes"] == 2
+    assert re.search("for all 2 processes .*--nodistributed", caplog.messages[0])
+
+
+@pytest.mark.parametrize("distributed", [False, True])
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (AssertionError(), "plugin for it is not installed"),
+        (RuntimeError("Unable to initialize\nbackend"), "Unable to initialize"),
+    ],
+)
+def test_a_platform_that_jax_cannot_use_is_one_line(monkeypatch, distributed, error, words):
+    def devices():
+        raise error
+
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    monkeypatch.setattr(jax, "devices", devices)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **_: None)
+    pattern = rf"^JAX_PLATFORMS=cuda cannot be used \([^\n]*{words}\): [^\n]*$"
+    with (
+        pytest.raises(UserError, match=pattern),
+        processes.connected(job(distributed=distributed)),
+    ):
+        pass
 
 
 @pytest.mark.parametrize(

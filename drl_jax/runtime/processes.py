@@ -51,13 +51,24 @@ class Job(NamedTuple):
         if self.distributed is not None:
             return self.distributed
         flags = self.coordinator_address, self.num_processes, self.process_id
-        in_slurm = "SLURM_STEP_NODELIST" in os.environ
         return (
             any(value is not None for value in flags)
-            or (in_slurm and os.environ.get("SLURM_NTASKS", "1") != "1")
+            or (_slurm_tasks() or 1) > 1
             or "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
             or "," in _cloud_tpu_workers()
         )
+
+
+def _slurm_tasks() -> int | None:
+    """Returns the number of tasks of this Slurm step; None outside a step.
+
+    SLURM_NTASKS is that of the job, which is larger in an interactive step, for example. JAX
+    would wait for that many processes.
+    """
+    if "SLURM_STEP_NODELIST" not in os.environ:
+        return None
+    names = "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS"
+    return next((int(os.environ[name]) for name in names if name in os.environ), 1)
 
 
 def _cloud_tpu_workers() -> str:
@@ -122,20 +133,28 @@ def connected(job: Job) -> Iterator[None]:
 
     Raises:
       UserError: if the coordinator does not answer in time, the cluster does not say which
-        process this is, or JAX fails, as it does when a collective operation loses a process.
+        process this is, there is no device, or JAX fails, as it does when a collective
+        operation loses a process.
     """
     if not job.has_others:
+        require_devices()
         yield
         return
     import jax
 
-    log.info("waiting up to --timeout=%d seconds for all processes to start", job.timeout)
+    num_processes = job.num_processes or _slurm_tasks()
+    log.info(
+        "waiting up to --timeout=%d seconds for all %sprocesses to start; to run a single one, "
+        "use --nodistributed",
+        job.timeout,
+        f"{num_processes} " if num_processes else "",
+    )
     if job.process_id and job.coordinator_address:
         _await_coordinator(job.coordinator_address, job.timeout)
     try:
         jax.distributed.initialize(
             coordinator_address=job.coordinator_address,
-            num_processes=job.num_processes,
+            num_processes=num_processes,
             process_id=job.process_id,
             initialization_timeout=job.timeout,
             heartbeat_timeout_seconds=job.timeout,
@@ -148,6 +167,7 @@ def connected(job: Job) -> Iterator[None]:
             "--nodistributed"
         ) from error
     try:
+        require_devices()
         log.info(
             "connected as process %d of %d: if one is lost, the others end within about "
             "--timeout=%d seconds, and the same command resumes from the newest checkpoint",
@@ -190,9 +210,31 @@ def _await_coordinator(address: str, timeout: float) -> None:
                 reason = error.strerror or str(error)
                 raise UserError(
                     f"--coordinator_address={address} did not answer within {timeout} seconds "
-                    f"({reason}): check that the process with --process_id=0 is running"
+                    f"({reason}): check that the process with --process_id=0 is running, or "
+                    "run a single process (--nodistributed)"
                 ) from error
             time.sleep(0.2)
+
+
+def require_devices() -> None:
+    """Initialises JAX's devices.
+
+    Raises:
+      UserError: if JAX has no device of the kind that JAX_PLATFORMS names.
+    """
+    import jax
+
+    try:
+        jax.devices()
+    except (AssertionError, RuntimeError) as error:
+        platforms = os.environ.get("JAX_PLATFORMS")
+        if platforms is None or isinstance(error, jax.errors.JaxRuntimeError):
+            raise
+        reason = str(error).partition("\n")[0] or "JAX's plugin for it is not installed"
+        raise UserError(
+            f"JAX_PLATFORMS={platforms} cannot be used ({reason}): install what it needs, or "
+            "unset the variable"
+        ) from error
 
 
 def is_first() -> bool:
