@@ -357,3 +357,13 @@ def test_help_is_given_whatever_else_is_wrong(flag):
 def test_help_on_an_unknown_task_lists_the_tasks():
     with pytest.raises(UserError, match=r"--mode=foo: .*inpaint"):
         command_line.help_text(["", "--mode=foo", "--help"], introduction="")
+
+
+def test_the_last_of_two_values_counts():
+    arguments = ["", "--config=digits", "--workdir=x"]
+    arguments += ["--config.mcmc.leapfrog=(2,)", "--config.mcmc.leapfrog=(3,)"]
+    changes = command_line.parse(arguments).changes
+    changed = command_line.changed(config_lib.load("digits"), changes)
+    assert changed.mcmc.leapfrog == (3,)
+    arguments = ["", "--mode=long_run", "--workdir=x", "--levels=0,1", "--levels=3"]
+    assert command_line.parse(arguments).values["levels"] == [3]
