@@ -1,3 +1,5 @@
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -89,6 +91,27 @@ def test_other_weights_or_data_have_another_file(config, workdir, tmp_path, chan
     summary, count = summary_of_data(config, workdir, network)
     assert count == summary.moments.n > 0
     assert len(list(tmp_path.glob("*.npz"))) == 2
+
+
+def test_images_that_were_replaced_under_the_same_names_have_another_file(
+    config, workdir, tmp_path, caplog
+):
+    """Fails if only the names are compared."""
+    first, _ = summary_of_data(config, workdir)
+    for i in range(6):
+        Image.new("RGB", (8, 8), (40 * i, 0, 0)).save(tmp_path / "images" / f"{i}.png")
+    replaced, count = summary_of_data(config, workdir)
+    assert count == 6
+    assert np.abs(replaced.moments.mean - first.moments.mean).max() > 0
+    with caplog.at_level("INFO"):
+        summary_of_data(config, workdir)
+    assert re.search("using the Inception statistics .* cached in .*images.incep", caplog.text)
+
+
+def test_unreadable_images_are_left_out_of_the_statistics(config, workdir, tmp_path):
+    (tmp_path / "images" / "3.png").write_bytes(b"no image")
+    summary, count = summary_of_data(config, workdir)
+    assert count == summary.moments.n == 5
 
 
 def test_settings_that_do_not_change_the_images_share_the_file(config, workdir):

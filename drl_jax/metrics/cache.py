@@ -23,6 +23,7 @@ def of_data(
     description: str,
     key: list[object],
     source: Source,
+    n: int,
     workdir: epath.Path,
     compute: Callable[[], Arrays],
 ) -> Arrays:
@@ -30,18 +31,21 @@ def of_data(
 
     The file is next to the folder that contains the data, or in the work directory if that
     place does not exist or cannot be written to. Its name contains `kind` and a hash of the
-    source's identity and `key`. Replacing images in a folder by others with the same names is
-    not detected.
+    source's identity, n, the sizes and times of the files (`Source.version`) and `key`.
 
     Args:
       kind: first part of the file's name.
       description: what the arrays are, for log lines.
-      key: JSON values on which the arrays depend, besides the source.
+      key: JSON values on which the arrays depend, besides the source and n.
       source: the data.
+      n: number of examples, the first of the source, on which the arrays depend.
       workdir: work directory of the run.
       compute: computes the arrays.
+
+    Raises:
+      UserError: if the files of the data cannot be accessed, and what `compute` raises.
     """
-    content = json.dumps([source.identity, *key])
+    content = json.dumps([source.identity, source.version(n), n, *key])
     name = f"{kind}-{hashlib.sha256(content.encode()).hexdigest()[:16]}.npz"
     files = [workdir / name]
     if source.folder is not None:
@@ -49,7 +53,7 @@ def of_data(
     for file in files:
         arrays = read(file)
         if arrays is not None:
-            log.info("read %s from %s", description, file)
+            log.info("using %s that were cached in %s", description, file)
             return arrays
     arrays = compute()
     for file in files:

@@ -191,8 +191,9 @@ def of_data(
     arrays = cache.of_data(
         kind="classifier",
         description="the classifier of the data",
-        key=[len(x), config.data.image_size, config.data.crop, config.data.channels, VERSION],
+        key=[config.data.image_size, config.data.crop, config.data.channels, VERSION],
         source=source,
+        n=len(x),
         workdir=workdir,
         compute=compute,
     )

@@ -16,6 +16,9 @@ from drl_jax.runtime import progress
 
 log = logging.getLogger(__name__)
 
+# Fields of config.data on which the pixels of prepared images depend.
+PREPARATION = ("image_size", "crop", "channels", "background")
+
 
 def of_data(
     config: ConfigDict, source: Source, extractor: FeatureFn, network: str, workdir: epath.Path
@@ -47,8 +50,9 @@ def of_data(
     arrays = cache.of_data(
         kind="inception",
         description="the Inception statistics of the data",
-        key=[n, config.data.image_size, config.data.crop, config.data.channels, network],
+        key=[*(config.data[name] for name in PREPARATION), network],
         source=source,
+        n=n,
         workdir=workdir,
         compute=compute,
     )
