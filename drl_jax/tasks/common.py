@@ -151,9 +151,13 @@ def result_settings(run: Run, task: str, seed: int, **others: Any) -> dict[str, 
 def resume_settings(config: ConfigDict, prefixes: tuple[str, ...]) -> dict[str, Any]:
     """Returns the fields of the configuration that must not change while work is unfinished.
 
+    Where the data are stored may change (`config.without_place`).
+
     Args:
       config: the configuration.
       prefixes: names of these fields, or of whole sections, such as 'mcmc.'.
     """
-    fields = config_lib.flatten(config)
-    return {f"config.{name}": value for name, value in fields if name.startswith(prefixes)}
+    fields = config_lib.without_place(config)
+    return {
+        f"config.{name}": value for name, value in fields.items() if name.startswith(prefixes)
+    }

@@ -31,6 +31,7 @@ from drl_jax.metrics.weights import Weights
 from drl_jax.model import Model
 from drl_jax.plots import figures, images
 from drl_jax.sampling import ladder
+from drl_jax.storage import data_record
 from drl_jax.storage.atomic import make_writable, write_json
 from drl_jax.storage.runs import Run
 from drl_jax.tasks import common, labelled
@@ -85,6 +86,7 @@ def run(run: Run, workdir: epath.Path, protocol: str) -> None:
         written to, or there are no weights for the paper's protocol.
     """
     source = sources.open_source(run.config)
+    data_record.warn_if_changed(workdir, source)
     require_comparable(source)
     inception_weights = load_inception_weights(run.config)
     if protocol == "paper" and not inception_weights:

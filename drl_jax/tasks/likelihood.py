@@ -19,6 +19,7 @@ from drl_jax.plots import figures
 from drl_jax.runtime.progress import Progress
 from drl_jax.sampling import annealing as annealing_lib
 from drl_jax.sampling.annealing import Bound, Partition
+from drl_jax.storage import data_record
 from drl_jax.storage import results as results_lib
 from drl_jax.storage.atomic import make_writable, remove, write_json
 from drl_jax.storage.runs import Run
@@ -103,12 +104,14 @@ def run(run: Run, workdir: epath.Path, model: str | None, seed: int) -> None:
         )
     budget = Budget(**config.likelihood)
     source = sources.open_held_out(config)
+    data_record.warn_if_changed(model or workdir, source)
     limit = config.evaluation.num_data
     x = np.stack(list(pipeline.all_examples(config, source, limit=limit)))
     folder = workdir / "likelihood" / f"step_{run.step}_seed_{seed}"
     make_writable(folder)
     key, data_key = jax.random.split(common.task_key("likelihood", seed))
-    settings = common.resume_settings(config, SETTINGS) | {"model": model}
+    settings = common.resume_settings(config, SETTINGS)
+    settings |= {"model": model, "data": source.identity}
     autosave = Autosave(folder / "annealing.snapshot", settings)
     some = x[:RESOLUTION_EXAMPLES]
     f = np.asarray(run.model.f(some, np.zeros(len(some), int)))

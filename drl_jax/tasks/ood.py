@@ -18,7 +18,7 @@ from drl_jax.metrics.ood import Scores
 from drl_jax.plots import figures
 from drl_jax.plots.figures import Histograms
 from drl_jax.runtime.progress import bar
-from drl_jax.storage import results
+from drl_jax.storage import data_record, results
 from drl_jax.storage.atomic import write_json
 from drl_jax.storage.runs import Run
 from drl_jax.tasks import common
@@ -70,6 +70,7 @@ def run(
         raise UserError(f"--against is empty: give one or more of {', '.join(ood.SYNTHETIC)}")
     common.require_images(run.model, "ood")
     source = sources.open_held_out(config)
+    data_record.warn_if_changed(model or workdir, source)
     others = {name: open_other(config, name) for name in against if name not in ood.SYNTHETIC}
     # All images are read before anything is written, because one may be unreadable.
     limit = config.evaluation.num_data

@@ -24,6 +24,7 @@ def run(
       checkpoints/: the training state and its configuration (`storage.checkpoints`).
       config.json: the configuration of the newest checkpoint.
       log.txt: everything that was logged, also by earlier starts of the same run.
+      data.json: what identifies the data (`storage.data_record`).
       grids/STEP.png: samples during training.
       events.out.tfevents.*: for TensorBoard: loss, learning rate, speed and statistics of the
         levels (`training.loop.Progress`), sample grids, configuration and final metrics.

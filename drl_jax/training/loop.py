@@ -33,7 +33,7 @@ from drl_jax.plots.metric_writer import MetricWriter
 from drl_jax.runtime import preemption, sharding
 from drl_jax.runtime.progress import LOG_INTERVAL, bar, duration
 from drl_jax.storage import checkpoints as checkpoints_lib
-from drl_jax.storage import lock, runs
+from drl_jax.storage import data_record, lock, runs
 from drl_jax.storage.atomic import make_writable
 from drl_jax.storage.checkpoints import Checkpoints
 from drl_jax.storage.log_file import LogFile
@@ -104,6 +104,9 @@ def train(
         state = restored_state(config, method, training, checkpoints, mesh, resume_with_changes)
         if log_file:
             log_file.open(workdir / LOG_FILE)
+        data_record.update(
+            workdir, source, resumed=state is not None, may_differ=resume_with_changes
+        )
         trains = state is None or state.step < config.train.num_steps
         if trains:
             for line in describe(config, method, source, mesh, workdir):

@@ -13,7 +13,7 @@ from drl_jax.method import METROPOLIS
 from drl_jax.metrics import levels as levels_lib
 from drl_jax.metrics.frechet import fit
 from drl_jax.sampling import chains
-from drl_jax.storage import results
+from drl_jax.storage import data_record, results
 from drl_jax.storage.atomic import make_writable
 from drl_jax.storage.runs import Run
 from drl_jax.storage.snapshots import Autosave
@@ -71,6 +71,7 @@ def run(
         fitting = config.evaluation.batch_size // len(sampled_levels)
         num_chains = max(1, fitting // chains.MIN_SHARING) * chains.MIN_SHARING
     source = sources.open_source(config)
+    data_record.warn_if_changed(workdir, source)
     limit = config.evaluation.num_data
     images = np.stack(list(pipeline.all_examples(config, source, limit=limit)))
     key, experiment_key = jax.random.split(common.task_key("long_run", seed))
@@ -98,7 +99,7 @@ def run(
     settings |= {"random keys": "common.task_key"}
     if data:  # earlier records lack the distances
         settings |= {"feature distances": True}
-    settings |= common.resume_settings(config, SETTINGS)
+    settings |= common.resume_settings(config, SETTINGS) | {"data": source.identity}
     autosave = Autosave(folder / "chains.snapshot", settings)
     state = runner.run(model, key, experiment, num_steps, autosave)
     others = {"step": run.step, "seed": seed, "marginal": marginal, "num_steps": num_steps}
