@@ -34,6 +34,11 @@ def default() -> ConfigDict:
                 # TFDS data sets and points have test data of their own.
                 "test_fraction": 0.0,
                 "data_dir": "",  # where TFDS data sets are stored; '': TFDS's default
+                # Whether an unreadable image in a folder is an error, instead of being skipped.
+                "strict": False,
+                # Colour that shows through transparent pixels of images in a folder: a name
+                # such as 'white', or '#rrggbb'.
+                "background": "white",
                 "image_size": 32,  # height and width [pixels]; ignored for points
                 "channels": 3,  # per pixel; for points, the number of coordinates
                 "crop": "centre",  # 'centre': to a square before resizing; 'none': no crop
@@ -266,6 +271,8 @@ TRAINING_ONLY = ("energy.dropout", "energy.dtype")
 # Fields and sections that may change when a run resumes. The training steps do not depend on
 # them, except for rounding errors.
 CHANGEABLE_ON_RESUME = (
+    "data.data_dir",
+    "data.strict",
     "train.accumulate",
     "train.num_steps",
     "train.loss_limit",
@@ -371,6 +378,8 @@ def validate(config: ConfigDict) -> None:
                 raise invalid(name, f"give positive whole numbers, such as {example or (8,)!r}")
         elif isinstance(example, int | float) and not isinstance(example, bool):
             _require_in_range(name, value)
+    if not _is_colour(config.data.background):
+        raise invalid("data.background", "give a colour such as 'white' or '#ff8000'")
     if config.mesh.data == 0:
         raise invalid("mesh.data", "give a number of devices, or -1 for all")
     sampler = config.mcmc.sampler
@@ -430,6 +439,16 @@ def validate(config: ConfigDict) -> None:
             f"the covariances of images with {values} values are too large, the limit is "
             f"{MOST_VALUES}; use 'uniform'",
         )
+
+
+def _is_colour(name: str) -> bool:
+    """Returns whether Pillow knows this opaque colour."""
+    from PIL import ImageColor  # imported here because only this check needs it
+
+    try:
+        return len(ImageColor.getrgb(name)) == 3
+    except ValueError:
+        return False
 
 
 def _require_in_range(name: str, value: float) -> None:
@@ -503,6 +522,8 @@ def require_resumable(
 ) -> list[str]:
     """Returns the differences between a run's configuration and one to resume it with.
 
+    The path of a folder of images may change: `storage.data_record` compares the images.
+
     Args:
       saved: configuration of the run.
       wanted: configuration to resume it with.
@@ -526,7 +547,10 @@ def require_resumable(
         fixed = [line for line in fixed if not line.startswith(TRAINING_ONLY)]
         advice = "restore the old values, or start a new run from its parameters (--init_from)"
     else:
-        fixed = [line for line in different if not line.startswith(CHANGEABLE_ON_RESUME)]
+        changeable = CHANGEABLE_ON_RESUME
+        if all(config.data.name.startswith("folder:") for config in (saved, wanted)):
+            changeable = (*changeable, "data.name")
+        fixed = [line for line in different if not line.startswith(changeable)]
         advice = (
             "restore the old values, give another --workdir, or add --resume_with_changes to "
             "continue with the new ones"

@@ -34,6 +34,8 @@ def test_the_default_is_valid():
     [
         ("seed", 2**32),
         ("data.crop", "middle"),
+        ("data.background", "whitish"),
+        ("data.background", "#ffffff80"),
         ("data.test_fraction", -0.1),
         ("data.test_fraction", 1.0),
         ("data.test_fraction", float("nan")),
@@ -262,13 +264,14 @@ def test_the_configuration_of_an_earlier_version_gets_the_new_names_values_and_f
     del values["train"]["accumulate"], values["likelihood"]["distributions"]
     values["train"]["parts"], values["likelihood"]["rungs"] = 4, 70
     values["train"]["levels"] = "log_noise"
-    del values["data"]["crop"], values["optim"]["adam"]
+    del values["data"]["crop"], values["data"]["strict"], values["data"]["background"]
+    del values["optim"]["adam"]
     before = json.dumps(values)
     config = config_lib.from_json(values)
     config_lib.validate(config)
     assert (config.train.accumulate, config.likelihood.distributions) == (4, 70)
     assert config.train.levels == "log_snr"
-    assert config.data.crop == config_lib.default().data.crop
+    assert config.data == config_lib.default().data
     assert (config.optim.adam, config_lib.default().optim.adam) == ("optax", "keras")
     assert json.dumps(values) == before
 
@@ -403,6 +406,18 @@ def test_the_step_size_of_other_parameterisations_may_change():
         changed(**noise), changed(**noise, mcmc__b_squared=1e-4), with_changes=True
     )
     assert changes == ["mcmc.b_squared was 0.0002, now 0.0001"]
+
+
+def test_a_run_may_resume_where_its_data_have_moved_to():
+    """Fails if other data are taken for moved ones."""
+    saved = changed(data__name="folder:/a", data__data_dir="/tfds")
+    moved = changed(data__name="folder:/b/c/", data__data_dir="/scratch", data__strict=True)
+    config_lib.require_resumable(saved, moved)
+    with pytest.raises(UserError, match=r"data\.name was 'cifar10', now 'folder:"):
+        config_lib.require_resumable(changed(), moved)
+    moved.data.background = "black"
+    with pytest.raises(UserError, match=r"\(data\.background was 'white', now 'black'\)"):
+        config_lib.require_resumable(saved, moved)
 
 
 def test_a_field_that_one_side_lacks_is_a_difference():

@@ -1,4 +1,5 @@
 import importlib.util
+import json
 import os
 import re
 import runpy
@@ -117,7 +118,7 @@ def test_a_wrong_command_is_one_clear_line(fails, args, words):
         ({"data__image_size": 8, "energy__mult": "(1,1,1,1,1)"}, "8x8 cannot be halved"),
         ({"data__channels": 3}, "channels"),
         ({"data__name": "folder:nonesuch"}, "data.name is 'folder:nonesuch'"),
-        ({"data__name": "folder:EMPTY"}, "empty.*.png, .jpg or .jpeg"),
+        ({"data__name": "folder:EMPTY"}, "empty.*.png, .jpg, .jpeg"),
         ({"data__name": "folder:BROKEN"}, r"cannot read image .*broken.png"),
         ({"data__name": "nonesuch"}, "nonesuch.*TFDS"),
     ],
@@ -144,14 +145,23 @@ def test_a_workdir_that_cannot_be_written_is_one_clear_line(fails, tmp_path, ins
 
 
 @pytest.mark.slow
-def test_an_image_that_turns_out_unreadable_is_named(workdir, tmp_path, capsys):
+def test_an_image_that_turns_out_unreadable_is_skipped_or_refused(
+    workdir, tmp_path, capsys, caplog
+):
     folder = tmp_path / "data"
     folder.mkdir()
     for i in range(20):
         Image.new("L", (8, 8), i).save(folder / f"{i:02d}.png")
-    (folder / "13.png").write_bytes(b"no image")
-    assert tiny.main(*tiny.training(workdir, data__name=f"folder:{folder}")) == 1
-    assert re.fullmatch(r"error: cannot read image .*13\.png.*\n", capsys.readouterr().err)
+    whole = (folder / "13.png").read_bytes()
+    (folder / "13.png").write_bytes(whole[:-20])  # only decoding it tells
+    args = tiny.training(workdir, data__name=f"folder:{folder}", train__num_steps=2)
+    assert tiny.main(*args, "--config.data.strict=True") == 1
+    assert re.search(r"^error: cannot read image .*13\.png.*$", capsys.readouterr().err)
+    assert tiny.main(*args) == 0
+    assert re.search(
+        r"skipping an image: cannot read image .*13\.png.* \(number 1\)", caplog.text
+    )
+    assert json.loads((workdir / "metrics.json").read_text())["num_data"] == 19
 
 
 @pytest.mark.parametrize("args", [["--help"], ["--mode=inpaint", "--help"]])

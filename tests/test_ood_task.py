@@ -111,7 +111,7 @@ def test_the_default_model_is_that_of_the_work_directory(tmp_path):
         (["--against=shufled"], "--against=shufled .*shuffled.*TFDS"),
         (["--against=uniform,folder:nonesuch"], "--against=folder:nonesuch"),
         (["--against=folder:empty"], "--against=folder:empty .*.png"),
-        (["--against=folder:broken"], "broken/1.png"),
+        (["--against=folder:broken", "--config.data.strict=True"], "broken/1.png"),
         (["--config.data.name=folder:nonesuch"], "data.name is 'folder:nonesuch'"),
         (["--config.data.channels=3"], "data.channels"),
         (["--config.evaluation.num_data=0"], "num_data is 0"),

@@ -317,18 +317,68 @@ sys.exit(3)
     assert end - float(re.search(r"leaving at (\S+)", output)[1]) < 6
 
 
-@pytest.mark.parametrize("spoil", [examples.save_damaged, examples.save_text])
-def test_an_unreadable_later_image_is_a_user_error_where_it_is_read(tmp_path, spoil):
-    save(tmp_path / "0.png", np.zeros((8, 8, 3), np.uint8))
-    spoil(tmp_path / "1.png")
-    config = make_config(f"folder:{tmp_path}", channels=3)
-    source = sources.open_source(config)
-    for start in (pipeline.training_batches, pipeline.all_examples):
-        iterator = start(config, source)
-        with pytest.raises(UserError) as error:
-            list(itertools.islice(iterator, 3))
-        assert type(error.value) is UserError
-        assert str(tmp_path / "1.png") in one_line(error)
+# Unreadable images
+
+
+def folder_with_damage(folder, count, damaged, **fields):
+    """Writes images, image i with the value i, and returns a config and the source."""
+    for i in range(count):
+        save(folder / f"{i:02d}.png", np.full((8, 8), i, np.uint8))
+    for i in damaged:
+        examples.save_damaged(folder / f"{i:02d}.png")  # its header is whole
+    config = make_config(f"folder:{folder}", flip=False, **fields)
+    return config, sources.open_source(config)
+
+
+def values(images):
+    return np.rint((np.stack(list(images))[..., 0, 0, 0] + 1) * 127.5).astype(int).tolist()
+
+
+def test_in_training_an_unreadable_image_is_replaced_by_random_ones_of_its_split(
+    tmp_path, caplog
+):
+    """Fails if the others come in another order, or if one takes the place every time."""
+    fields = {"batch_size": 6, "test_fraction": 0.25}
+    whole = take(*folder_with_damage(tmp_path / "a", 12, [], **fields), 40)
+    config, source = folder_with_damage(tmp_path / "b", 12, [4, 7, 9], **fields)
+    training = {*values(np.concatenate(whole))}
+    damaged = sorted(training & {4, 7, 9})
+    assert damaged
+    batches = take(config, source, 40)
+    pairs = list(
+        zip(values(np.concatenate(whole)), values(np.concatenate(batches)), strict=True)
+    )
+    assert all(new == old for old, new in pairs if old not in damaged)
+    substitutes = {new for old, new in pairs if old in damaged}
+    assert len(substitutes) > 1
+    assert substitutes <= training - {4, 7, 9}
+    assert caplog.text.count("skipping an image") == len(damaged)  # each is reported once
+    for start in (1, 5):  # and they depend only on the step
+        np.testing.assert_array_equal(
+            take(config, source, 2, start_step=start)[0], batches[start]
+        )
+
+
+def test_unreadable_images_are_left_out_where_all_examples_are_read(tmp_path):
+    config, source = folder_with_damage(tmp_path, 6, [0, 3])
+    assert values(pipeline.all_examples(config, source)) == [1, 2, 4, 5]
+    assert values(pipeline.all_examples(config, source, limit=3)) == [1, 2, 4]
+
+
+@pytest.mark.parametrize("start", [pipeline.training_batches, pipeline.all_examples])
+def test_an_unreadable_image_is_a_user_error_if_strict(tmp_path, start):
+    config, source = folder_with_damage(tmp_path, 2, [1], strict=True)
+    with pytest.raises(UserError) as error:
+        list(itertools.islice(start(config, source), 3))
+    assert str(tmp_path / "01.png") in one_line(error)
+
+
+def test_training_ends_if_the_folder_vanishes(tmp_path):
+    """Fails if substitutes are looked for without end."""
+    config, source = folder_with_damage(tmp_path / "a", 9, [])
+    (tmp_path / "a").rename(tmp_path / "b")
+    with pytest.raises(UserError, match=r"none of 100 images in \S*/a, chosen at random,"):
+        take(config, source, 1)
 
 
 # The paper's data sets

@@ -1,7 +1,8 @@
-import ast
 import json
+import os
 import re
 import shlex
+import shutil
 import sys
 
 import numpy as np
@@ -11,8 +12,10 @@ from helpers.examples import make_config, one_line, run_python, save
 from helpers.statistical import assert_mean
 from PIL import Image
 
+from drl_jax import config as config_lib
 from drl_jax.data import mixtures, sources
 from drl_jax.errors import UserError
+from drl_jax.tasks import command_line
 
 
 def read_all(config):
@@ -204,14 +207,22 @@ def test_a_folder_yields_its_png_and_jpeg_files_at_any_depth_sorted_by_path(tmp_
     np.testing.assert_allclose([image.mean() for image in images], [0, 40, 80, 160], atol=1)
 
 
-def test_a_folders_identity_changes_with_the_names_of_its_images(tmp_path):
-    save(tmp_path / "a.png", np.zeros((8, 8, 3), np.uint8))
-    config = make_config(f"folder:{tmp_path}", channels=3)
+def test_a_folders_identity_changes_with_its_images_and_not_with_its_place(tmp_path):
+    folder = tmp_path / "a"
+    save(folder / "a.png", np.zeros((8, 8, 3), np.uint8))
+    config = make_config(f"folder:{folder}", channels=3)
     source = sources.open_source(config)
-    assert source.folder == tmp_path
-    assert sources.open_source(config).identity == source.identity
-    save(tmp_path / "b.png", np.zeros((8, 8, 3), np.uint8))
-    assert sources.open_source(config).identity != source.identity
+    assert source.folder == folder
+    folder.rename(tmp_path / "b")
+    moved = sources.open_source(make_config(f"folder:{tmp_path}/b/", channels=3))
+    assert moved.identity == source.identity
+    assert moved.fingerprint == source.fingerprint
+    (tmp_path / "b").rename(folder)
+    save(folder / "b.png", np.zeros((8, 8, 3), np.uint8))
+    more = sources.open_source(config)
+    save(folder / "b.png", np.arange(192, dtype=np.uint8).reshape(8, 8, 3))
+    replaced = sources.open_source(config)
+    assert len({each.identity for each in (source, more, replaced)}) == 3
 
 
 def test_a_folders_images_are_converted_to_grey_or_rgb(tmp_path):
@@ -219,15 +230,18 @@ def test_a_folders_images_are_converted_to_grey_or_rgb(tmp_path):
     rgb = np.stack([grey, 2 * grey, 3 * grey], -1)
     save(tmp_path / "0.png", grey)
     save(tmp_path / "1.png", rgb)
-    save(tmp_path / "2.png", np.concatenate([rgb, grey[..., np.newaxis]], -1))
-    Image.fromarray(grey).convert("P").save(tmp_path / "3.png")
+    black = np.zeros_like(grey)
+    save(tmp_path / "2.png", np.dstack([rgb, black]))  # wholly transparent
     luma = np.rint(rgb @ [0.299, 0.587, 0.114])
 
-    in_rgb = np.stack(read_all(make_config(f"folder:{tmp_path}", channels=3)))
-    greys = np.stack([grey] * 3, -1)
-    np.testing.assert_array_equal(in_rgb, np.stack([greys, rgb, rgb, greys]))
-    in_grey = np.stack(read_all(make_config(f"folder:{tmp_path}", channels=1)))
-    expected = np.stack([grey, luma, luma, grey])[..., np.newaxis]
+    in_rgb = np.stack(
+        read_all(make_config(f"folder:{tmp_path}", channels=3, background="black"))
+    )
+    np.testing.assert_array_equal(in_rgb, [np.dstack([grey] * 3), rgb, np.zeros_like(rgb)])
+    in_grey = np.stack(
+        read_all(make_config(f"folder:{tmp_path}", channels=1, background="black"))
+    )
+    expected = np.stack([grey, luma, black])[..., np.newaxis]
     np.testing.assert_allclose(in_grey, expected, atol=1.01)  # one grey level
 
 
@@ -250,21 +264,116 @@ def test_a_folders_images_have_one_or_three_channels(tmp_path):
     assert "--config.data.channels to 1 or 3" in one_line(error)
 
 
+def survey(caplog, config):
+    """Opens a folder, and returns the line that the log has about it."""
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        sources.open_source(config)
+    (line,) = [line for line in caplog.messages if line.startswith("found")]
+    return line
+
+
+def test_one_line_says_what_was_found_in_a_folder(tmp_path, caplog):
+    config = make_config(f"folder:{tmp_path}", image_size=16)
+    save(tmp_path / "a.png", np.zeros((8, 40), np.uint8))
+    assert survey(caplog, config) == (
+        f"found 1 image in {tmp_path}, sizes 40x8, enlarging 1 smaller than 16x16"
+    )
+    save(tmp_path / "b.jpg", np.zeros((16, 16), np.uint8))
+    save(tmp_path / "c.bmp", np.zeros((30, 20), np.uint8))
+    examples.save_text(tmp_path / "d.png")
+    for name in ("a.txt", "b.txt", "c.heic"):
+        (tmp_path / name).write_text("")
+    assert survey(caplog, config) == (
+        f"found 4 images in {tmp_path}, sizes 16x16 to 20x30, enlarging 1 smaller than 16x16, "
+        f"skipping 1 (cannot read image {tmp_path}/d.png: it is damaged or not an image), "
+        "ignoring 3 other files (2 .txt, 1 .heic)"
+    )
+
+
+def test_of_a_large_folder_some_headers_are_read(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(sources, "MAX_EXAMINED", 3)
+    for i in range(7):
+        save(tmp_path / f"{i}.png", np.zeros((8 + i, 8 + i), np.uint8))
+    line = survey(caplog, make_config(f"folder:{tmp_path}"))
+    assert line == f"found 7 images in {tmp_path}, examined 3 of them, sizes 8x8 to 14x14"
+    line = survey(caplog, make_config(f"folder:{tmp_path}", strict=True))
+    assert "examined" not in line
+
+
+def test_an_unreadable_image_changes_neither_order_nor_split_of_the_others(tmp_path):
+    """Fails if it is taken out of the list."""
+    config = make_config(f"folder:{tmp_path}", test_fraction=0.5)
+    for i in range(8):
+        save(tmp_path / f"{i}.png", np.full((8, 8), i, np.uint8))
+    whole = [[int(x.max()) for x in opened(config)] for opened in BOTH]
+    examples.save_text(tmp_path / "0.png")
+    for opened, before in zip(BOTH, whole, strict=True):
+        source = opened(config)
+        images = source.read(range(len(source)))
+        found = [0 if image is None else int(image.max()) for image in images]
+        assert found == before
+        assert (None in [image if image is None else 1 for image in images]) == (0 in before)
+
+
+BOTH = sources.open_source, sources.open_held_out
+
+
+def test_strict_names_an_unreadable_image_and_the_number_of_them(tmp_path):
+    for i in range(3):
+        save(tmp_path / f"{i}.png", np.zeros((8, 8), np.uint8))
+    examples.save_text(tmp_path / "1.png")
+    examples.save_text(tmp_path / "2.png")
+    with pytest.raises(UserError) as error:
+        sources.open_source(make_config(f"folder:{tmp_path}", strict=True))
+    for words in (f"{tmp_path}/1.png: it is damaged", "2 of 3 images", "--config.data.strict"):
+        assert words in one_line(error)
+
+
 @pytest.mark.parametrize(
     ("spoil", "reason"),
     [
-        (examples.save_damaged, "truncated"),
-        (examples.save_text, "not an image"),
-        (examples.save_16_bit, "more than 8 bits"),
-        (examples.save_dangling_link, "No such file"),
+        (examples.save_damaged, "none of 100 images"),
+        (examples.save_text, "0.png: it is damaged or not an image; 1 of 1 images"),
+        (examples.save_dangling_link, "0.png: No such file"),
     ],
 )
-def test_an_unreadable_first_image_is_named_when_the_source_is_opened(tmp_path, spoil, reason):
+def test_a_folder_of_unreadable_images_is_reported_when_it_is_opened(tmp_path, spoil, reason):
     spoil(tmp_path / "0.png")
     with pytest.raises(UserError) as error:
         sources.open_source(make_config(f"folder:{tmp_path}", channels=3))
-    assert str(tmp_path / "0.png") in one_line(error)
     assert reason in one_line(error)
+
+
+@pytest.mark.parametrize("prefix", ["", "./", "~/"])
+def test_the_path_of_a_folder_is_answered_with_the_name_of_the_source(
+    tmp_path, monkeypatch, prefix
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    save(tmp_path / "my photos" / "a.png", np.zeros((8, 8), np.uint8))
+    name = f"{prefix}my photos"
+    with pytest.raises(UserError) as error:
+        sources.open_source(make_config(name))
+    assert one_line(error).endswith(f"give --config.data.name='folder:{name}'")
+    assert len(sources.open_source(make_config(f"folder:{name}"))) == 1
+
+
+def test_the_version_of_a_folder_changes_with_sizes_and_times_of_its_first_files(tmp_path):
+    for i in range(3):
+        save(tmp_path / f"{i}.png", np.full((8, 8), i, np.uint8))
+
+    def versions(n):
+        source = sources.open_source(make_config(f"folder:{tmp_path}"))
+        return source.version(n), source.identity
+
+    first, all_three = versions(2), versions(3)
+    os.utime(tmp_path / "2.png", ns=(1, 1))
+    assert versions(2) == first
+    assert versions(3)[0] != all_three[0]
+    assert versions(3)[1] == all_three[1]  # copies have other times
+    part = sources.open_source(make_config(f"folder:{tmp_path}", test_fraction=0.4))
+    assert part.version(1) == versions(3)[0]
 
 
 # TFDS
@@ -478,13 +587,13 @@ print("tensorflow", "tensorflow" in sys.modules)
     [
         ({"name": "cifar11"}, ["'cifar11'", "did you mean", "'cifar10'"]),
         ({"name": "CIFAR10"}, ["'CIFAR10'", "did you mean", "'cifar10'"]),
-        ({"name": "/home/me/images"}, ["'/home/me/images'", "'folder:/path'"]),
+        ({"name": "/home/me/images"}, ["'/home/me/images'", "=folder:/home/me/images"]),
         ({"name": "moon"}, ["'moon'", "'moons'", "'digits'"]),
         ({"name": ""}, ["''", "'digits'"]),
         ({"name": "stripes:9.9.9"}, ["'stripes:9.9.9'"]),
         ({"name": "mnist/no_such_config"}, ["'mnist/no_such_config'"]),
-        ({"name": "fashion_mnist"}, ["'fashion_mnist' is not prepared in", "python -c"]),
-        ({"name": "records"}, ["as tfrecord", "python -c", "data_dir"]),
+        ({"name": "fashion_mnist"}, ["'fashion_mnist' is not prepared in", sys.executable]),
+        ({"name": "records"}, ["as tfrecord", sys.executable, "data_dir"]),
         ({"name": "labels"}, ["no 8-bit image", "'image'", "label: ClassLabel"]),
         ({"split": "valid"}, ["'valid'", "its splits are train, test"]),
         ({"split": "train[:0]"}, ["'train[:0]'", "its splits are train, test"]),
@@ -499,10 +608,62 @@ def test_a_problem_with_tfds_data_is_one_line_that_says_what_to_do(tfds_dir, fie
     text = one_line(error)
     for word in words:
         assert word in text
-    if command := re.search(r"python -c .*\"", text):  # can be pasted into a shell
-        _, _, program = shlex.split(command[0])
-        assert "download_and_prepare(file_format='array_record')" in program
-        ast.parse(program)
+    if command := re.search(rf"{sys.executable} -m drl_jax .*", text):
+        _, _, _, *arguments = shlex.split(command[0])
+        changes = command_line.parse(["", *arguments]).changes
+        changed = command_line.changed(config_lib.default(), changes)
+        assert changed.data.name == fields["name"]
+        assert changed.data.data_dir in (str(tfds_dir), "ANOTHER_FOLDER")
+
+
+def test_prepare_prepares_a_data_set_that_can_then_be_read(tmp_path, capsys, caplog):
+    import tensorflow_datasets as tfds
+
+    class DrlJaxSquares(tfds.core.GeneratorBasedBuilder):  # known to TFDS by this name
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            image = tfds.features.Image(shape=(8, 8, 1))
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict({"image": image})
+            )
+
+        def _split_generators(self, dl_manager):
+            del dl_manager
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            for i in range(3):
+                yield i, {"image": np.full((8, 8, 1), i, np.uint8)}
+
+    config = make_config("drl_jax_squares", data_dir=str(tmp_path))
+    with pytest.raises(UserError) as error:
+        sources.open_source(config)
+    _, _, _, *arguments = shlex.split(one_line(error).partition("; run ")[2])
+    assert tiny.main(*arguments) == 0
+    assert "examples: 3 in 'train'" in caplog.text
+    assert sorted(int(image.max()) for image in sources.open_source(config)) == [0, 1, 2]
+    assert tiny.main(*arguments) == 0  # again
+    assert f"is prepared in {tmp_path}" in caplog.text
+    assert tiny.main("--mode=prepare", "--config.data.name=digits") == 1
+    assert re.search("^error: .*'digits', which needs no preparation", capsys.readouterr().err)
+
+
+def test_the_version_of_a_tfds_data_set_changes_when_it_is_prepared_again(tmp_path, stripes):
+    import tensorflow_datasets as tfds
+
+    _, files = stripes
+    image = {"image": tfds.features.Image(shape=(None, None, 3))}
+    found = []
+    for count in (3, 4):
+        written = [{"image": file} for file in files[:count]]
+        write_tfds("again", tmp_path, image, written)
+        source = sources.open_source(tfds_config(tmp_path, "again"))
+        found.append((source.version(1), source.identity, source.fingerprint))
+        shutil.rmtree(tmp_path / "again")
+    assert found[0][0] != found[1][0]
+    assert found[0][1] == found[1][1] == "again/1.0.0[train]"
+    assert [each[2]["number of images"] for each in found] == [5, 6]  # of train and test
 
 
 def test_an_unreadable_tfds_image_is_named(tmp_path, stripes):

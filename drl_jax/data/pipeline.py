@@ -1,9 +1,10 @@
 """The data pipeline: how examples are prepared, augmented, shuffled and batched.
 
 Most functions take an open `sources.Source`. Batches are read ahead in threads; if one raises a
-`UserError` (because of a damaged image, for example), the iterator of the batches raises it.
+`UserError` (because a disk fails, for example), the iterator of the batches raises it.
 """
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 
 import grain
@@ -13,7 +14,9 @@ from jaxtyping import Float, Num, UInt8
 from ml_collections import ConfigDict
 from PIL import Image
 
-from drl_jax.data.sources import Source, read_image
+from drl_jax.data import sources
+from drl_jax.data.image_files import read_image
+from drl_jax.data.sources import Source
 from drl_jax.errors import UserError
 
 # Each thread makes whole batches. At exit, a process waits for all batches that are begun or
@@ -86,7 +89,8 @@ def training_batches(
     The batch of a step depends only on config.seed and the step, not on where the run started
     or on the number of processes; the shares of the processes, concatenated in order, are the
     batch. Each epoch visits every example once, in a new order. A batch can span the end of
-    an epoch.
+    an epoch. In place of an example that is to be skipped, a random other one is read, which
+    also depends only on config.seed and the step.
 
     Args:
       config: uses seed, data and train.batch_size.
@@ -121,9 +125,12 @@ def training_batches(
 
     def read(indices_and_keys: tuple[np.ndarray, np.ndarray]) -> dict[str, np.ndarray]:
         indices, keys = indices_and_keys
-        examples = map(prepare_example, source.read(indices.tolist()))
-        pairs = zip(examples, keys.tolist(), strict=True)
-        return {"image": np.stack([augment(example, key) for example, key in pairs])}
+        pairs = zip(source.read(indices.tolist()), keys.tolist(), strict=True)
+        readable = (
+            (sources.random_example(source, key) if example is None else example, key)
+            for example, key in pairs
+        )
+        return {"image": np.stack([augment(prepare_example(x), key) for x, key in readable])}
 
     # grain handles indices, not examples: its overhead per element costs more than decoding
     # a small image.
@@ -137,7 +144,8 @@ def all_examples(
 ) -> Iterator[Float[np.ndarray, "*D"]]:
     """Returns an iterator over the examples in the source's order, prepared but not augmented.
 
-    Only a few examples are in memory at a time.
+    Examples that are to be skipped (`Source.read`) are left out. Only a few examples are in
+    memory at a time.
 
     Args:
       config: uses data.
@@ -147,8 +155,14 @@ def all_examples(
     Raises:
       UserError: from the iterator if an image is unreadable.
     """
-    examples = grain.MapDataset.source(source).map(_preparation(config, source))
-    return iter(examples[:limit].to_iter_dataset(_READ_OPTIONS))
+    prepare_example = _preparation(config, source)
+
+    def read(index: int) -> Float[np.ndarray, "*D"] | None:
+        (example,) = source.read([index])
+        return None if example is None else prepare_example(example)
+
+    examples = grain.MapDataset.range(len(source)).map(read)  # grain leaves out None
+    return itertools.islice(examples.to_iter_dataset(_READ_OPTIONS), limit)
 
 
 def prepared_files(
@@ -162,7 +176,12 @@ def prepared_files(
     data = config.data
     return np.stack(
         [
-            prepare(read_image(file, data.channels), data.image_size, data.crop, white=255.0)
+            prepare(
+                image=read_image(file, data.channels, data.background),
+                size=data.image_size,
+                crop=data.crop,
+                white=255.0,
+            )
             for file in files
         ]
     )

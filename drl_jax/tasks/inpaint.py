@@ -8,7 +8,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Array, Bool, Float, Key
 
-from drl_jax.data import pipeline, sources
+from drl_jax.data import image_files, pipeline, sources
 from drl_jax.plots import images as images_lib
 from drl_jax.sampling import inpainting, masks
 from drl_jax.storage import results
@@ -124,6 +124,6 @@ def load_mask(
       UserError: if the name is unknown or the file cannot be read.
     """
     if mask.lower().endswith(".png"):
-        hidden = sources.read_image(mask, channels=1) >= WHITE
+        hidden = image_files.read_image(mask, channels=1) >= WHITE
         return ~hidden, epath.Path(mask).stem
     return masks.named(mask, image_size, key), mask.replace(":", "_")

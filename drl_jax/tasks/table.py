@@ -99,7 +99,10 @@ CONFIG = Flag(
     "config",
     "Configuration: a Python file, or the name of one that comes with the package, such as "
     "digits for configs/digits.py",
-    default_help={"import_original": "the paper's settings for CIFAR-10"},
+    default_help={
+        "import_original": "the paper's settings for CIFAR-10",
+        "prepare": "the same; --config.data.name=NAME suffices",
+    },
     metavar="FILE",
     is_path=True,
 )
@@ -129,6 +132,7 @@ AFTER_TRAINING = (
     "likelihood.",
     "data.name",
     "data.data_dir",
+    "data.strict",
     "data.split",
 )
 
@@ -362,6 +366,15 @@ _TASKS = (
         fixed=("energy.", "data.channels", "data.image_size"),  # determined by the checkpoint
     ),
     Task(
+        "prepare",
+        "Downloads the TFDS data set config.data.name and prepares it for training.",
+        flags=(CONFIG,),
+        required=(),
+        trained=False,
+        changeable=("",),
+        distributed=False,
+    ),
+    Task(
         "plan",
         "Estimates the memory and time that training and sampling take on other devices.",
         flags=(
@@ -392,7 +405,11 @@ MODE = Flag("mode", "Task to run", default="train", choices=tuple(TASKS), metava
 WORKDIR = Flag(
     "workdir",
     "Directory of the run and of all results, local or in a bucket (gs://...)",
-    default_help={"train": "a new one in runs/", "plan": "none: the plan is only printed"},
+    default_help={
+        "train": "a new one in runs/",
+        "plan": "none: the plan is only printed",
+        "prepare": "none: it is not used",
+    },
     metavar="DIR",
     is_path=True,
 )

@@ -62,16 +62,17 @@ def encoded(pixels):
 
 def save_damaged(path):
     """Writes the first part of a PNG file."""
-    save(path, np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
-    path.write_bytes(path.read_bytes()[:2000])
+    path.write_bytes(
+        encoded(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8))[:2000]
+    )
 
 
 def save_text(path):
     path.write_text("not an image")
 
 
-def save_16_bit(path):
-    save(path, np.full((8, 8), 1000, np.uint16))
+def save_float(path):
+    Image.fromarray(np.ones((8, 8), np.float32)).save(path, "TIFF")
 
 
 def save_dangling_link(path):
