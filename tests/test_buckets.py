@@ -1,4 +1,4 @@
-"""Runs with their work directory in a bucket.
+"""Runs with their work directory or their data in a bucket.
 
 A stand-in for Google Cloud Storage answers the clients that access real buckets.
 """
@@ -8,9 +8,11 @@ import contextlib
 import json
 import re
 
+import numpy as np
 import pytest
 from helpers import tiny
 from helpers.bucket import Bucket
+from helpers.examples import encoded, make_config
 
 from drl_jax.data import sources
 from drl_jax.errors import UserError
@@ -100,6 +102,25 @@ def test_every_task_reads_the_run_and_writes_to_the_bucket(trained, task, monkey
     assert tiny.main(f"--mode={task}", "--workdir=gs://bucket/run", *args) == 0
     assert len(names(trained, result)) == 1
     assert_no_temporary_objects(trained)
+
+
+def test_images_in_a_bucket_are_found_without_reading_them(bucket, caplog):
+    images = {"a.png": 3, "x/b.png": 4, "._c.png": 5, "__MACOSX/a.png": 6}
+    for name, value in images.items():
+        bucket.put(f"images/{name}", encoded(np.full((8, 8), value, np.uint8)))
+    bucket.put("images/z.png", b"no image")
+    config = make_config("folder:gs://bucket/images")
+    with caplog.at_level("INFO"):
+        source = sources.open_source(config)
+    assert caplog.messages == ["found 3 images in gs://bucket/images"]
+    images = source.read(range(3))
+    assert [image if image is None else image.max() for image in images] == [3, 4, None]
+    assert "z.png" in caplog.messages[1]
+    before = source.version(3), source.identity
+    bucket.put("images/x/b.png", encoded(np.arange(64, dtype=np.uint8).reshape(8, 8)))
+    replaced = sources.open_source(config)
+    assert replaced.version(3) != before[0]
+    assert replaced.identity == before[1]  # each size would cost a request
 
 
 def test_every_task_is_tested():
