@@ -1,4 +1,5 @@
 import json
+import logging
 
 import numpy as np
 import pytest
@@ -16,6 +17,11 @@ def folder_of(path, count):
     for i in range(count):
         save(path / f"{i}.png", np.full((8, 8), i, np.uint8))
     return sources.open_source(make_config(f"folder:{path}"))
+
+
+@pytest.fixture(autouse=True)
+def _only_warnings(caplog):
+    caplog.set_level(logging.WARNING, logger="drl_jax")
 
 
 @pytest.fixture

@@ -642,7 +642,8 @@ def test_prepare_prepares_a_data_set_that_can_then_be_read(tmp_path, capsys, cap
     _, _, _, *arguments = shlex.split(one_line(error).partition("; run ")[2])
     assert tiny.main(*arguments) == 0
     assert "examples: 3 in 'train'" in caplog.text
-    assert sorted(int(image.max()) for image in sources.open_source(config)) == [0, 1, 2]
+    source = sources.open_source(config)
+    assert sorted(int(source[i].max()) for i in range(len(source))) == [0, 1, 2]
     assert tiny.main(*arguments) == 0  # again
     assert f"is prepared in {tmp_path}" in caplog.text
     assert tiny.main("--mode=prepare", "--config.data.name=digits") == 1
