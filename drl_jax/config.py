@@ -547,7 +547,7 @@ def require_resumable(
         fixed = [line for line in fixed if not line.startswith(TRAINING_ONLY)]
         advice = "restore the old values, or start a new run from its parameters (--init_from)"
     else:
-        changeable = CHANGEABLE_ON_RESUME
+        changeable: tuple[str, ...] = CHANGEABLE_ON_RESUME
         if all(config.data.name.startswith("folder:") for config in (saved, wanted)):
             changeable = (*changeable, "data.name")
         fixed = [line for line in different if not line.startswith(changeable)]

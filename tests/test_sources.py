@@ -647,7 +647,8 @@ def test_prepare_prepares_a_data_set_that_can_then_be_read(tmp_path, capsys, cap
     assert tiny.main(*arguments) == 0  # again
     assert f"is prepared in {tmp_path}" in caplog.text
     assert tiny.main("--mode=prepare", "--config.data.name=digits") == 1
-    assert re.search("^error: .*'digits', which needs no preparation", capsys.readouterr().err)
+    error = "^error: .*'digits', which needs no preparation"
+    assert re.search(error, capsys.readouterr().err, re.MULTILINE)
 
 
 def test_the_version_of_a_tfds_data_set_changes_when_it_is_prepared_again(tmp_path, stripes):
