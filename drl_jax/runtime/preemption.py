@@ -7,9 +7,6 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import jax
-from jax.experimental import multihost_utils
-
 from drl_jax.errors import Interrupted
 
 # SIGHUP: the terminal has been closed; SIGUSR1: what clusters can send before the end of a job.
@@ -41,6 +38,9 @@ def stop_on_signal() -> Iterator[Callable[[], int | None]]:
 
     Outside the main thread, Python cannot handle signals, and the function returns None.
     """
+    import jax  # not at the top: the command line uses this module before it loads JAX
+    from jax.experimental import multihost_utils
+
     signals = handled_signals()
     if threading.current_thread() is not threading.main_thread():
         yield lambda: None
