@@ -149,13 +149,13 @@ def test_a_bucket_without_access_is_an_error_of_one_line(bucket, capsys, args):
     assert re.fullmatch(r"error: cannot (write to|read) gs://others/run: .* 403 .*", line)
 
 
-def test_images_in_a_bucket_without_access_are_not_called_missing(bucket):
-    for name, words in (
-        ("others", "cannot be accessed: .* 403 "),
-        ("bucket", "no such folder"),
-    ):
-        with pytest.raises(UserError, match=f"'folder:gs://{name}/images'[^\n]* {words}"):
-            sources.Folder(f"gs://{name}/images", 1)
+@pytest.mark.parametrize(
+    ("name", "words"), [("others", "cannot be accessed: .* 403 "), ("bucket", "no such folder")]
+)
+def test_images_in_a_bucket_without_access_are_not_called_missing(bucket, name, words):
+    folder = f"folder:gs://{name}/nonesuch"
+    with pytest.raises(UserError, match=f"'{folder}'[^\n]* {words}"):
+        sources.open_source(make_config(folder))
 
 
 # The following tests cover code that the tests above do not reach: files may be accessed only
