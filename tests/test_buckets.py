@@ -106,9 +106,10 @@ def test_every_task_reads_the_run_and_writes_to_the_bucket(trained, task, monkey
 
 def test_images_in_a_bucket_are_found_without_reading_them(bucket, caplog):
     images = {"a.png": 3, "x/b.png": 4, "._c.png": 5, "__MACOSX/a.png": 6}
-    for name, value in images.items():
-        bucket.put(f"images/{name}", encoded(np.full((8, 8), value, np.uint8)))
-    bucket.put("images/z.png", b"no image")
+    for folder in ("images", "others"):
+        for name, value in images.items():
+            bucket.put(f"{folder}/{name}", encoded(np.full((8, 8), value, np.uint8)))
+        bucket.put(f"{folder}/z.png", b"no image")
     config = make_config("folder:gs://bucket/images")
     with caplog.at_level("INFO"):
         source = sources.open_source(config)
@@ -116,11 +117,11 @@ def test_images_in_a_bucket_are_found_without_reading_them(bucket, caplog):
     images = source.read(range(3))
     assert [image if image is None else image.max() for image in images] == [3, 4, None]
     assert "z.png" in caplog.messages[1]
-    before = source.version(3), source.identity
-    bucket.put("images/x/b.png", encoded(np.arange(64, dtype=np.uint8).reshape(8, 8)))
-    replaced = sources.open_source(config)
-    assert replaced.version(3) != before[0]
-    assert replaced.identity == before[1]  # each size would cost a request
+    # Another folder in place of another time: TensorFlow caches what it knows about a file.
+    bucket.put("others/x/b.png", encoded(np.arange(64, dtype=np.uint8).reshape(8, 8)))
+    others = sources.open_source(make_config("folder:gs://bucket/others"))
+    assert others.version(3) != source.version(3)
+    assert others.identity == source.identity  # each size would cost a request
 
 
 def test_every_task_is_tested():
