@@ -1,8 +1,15 @@
-"""Runs the command line by `python -m drl_jax`."""
+"""Runs the command line: `python -m drl_jax`, or the command `drl_jax`."""
 
-import sys
+from typing import NoReturn
 
 from drl_jax.main import main
+from drl_jax.runtime import preemption
+
+
+def program() -> NoReturn:
+    """Runs the command line of the process, and ends with its exit status."""
+    preemption.leave(main())
+
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

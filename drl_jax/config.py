@@ -362,7 +362,8 @@ def validate(config: ConfigDict) -> None:
     def invalid(name: str, advice: str) -> UserError:
         return UserError(f"config.{name} is {fields[name]!r}: {advice}")
 
-    for name, example in flatten(default()):
+    # First the number of steps, to which another field may refer.
+    for name, example in sorted(flatten(default()), key=lambda f: f[0] != "train.num_steps"):
         value = fields[name]
         types: Any = (int, float) if isinstance(example, float) else type(example)
         is_bool = isinstance(value, bool)  # and then also an instance of int

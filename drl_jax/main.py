@@ -117,4 +117,4 @@ def run_task(command: Command, config: ConfigDict | None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    preemption.leave(main())

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+import numbers
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -549,15 +550,15 @@ class Model:
         return _concatenate(images).reshape(strips.shape)
 
 
-def require_at_least(minimum: int, **numbers: int) -> None:
-    """Checks that numbers are not smaller than the minimum.
+def require_at_least(minimum: int, **counts: int) -> None:
+    """Checks that numbers are whole and not smaller than the minimum.
 
     Raises:
-      UserError: with the name and value of one that is.
+      UserError: with the name and value of one that is not.
     """
-    for name, number in numbers.items():
-        if number < minimum:
-            raise UserError(f"{name} is {number}: it must be {minimum} or more")
+    for name, number in counts.items():
+        if not isinstance(number, numbers.Integral) or number < minimum:
+            raise UserError(f"{name} is {number}: it must be a whole number, {minimum} or more")
 
 
 def require_examples(x: Shaped[Array | np.ndarray, "..."], shape: tuple[int, ...]) -> None:

@@ -422,3 +422,11 @@ def test_arrays_that_do_not_fit_the_model_are_errors(x, words):
 def test_images_may_leave_the_range_by_a_rounding_error():
     x = np.full((1, 2, 2, 1), 1.000001)
     np.testing.assert_array_equal(model_lib.as_images(x, (2, 2, 1)), np.float32(x))
+
+
+@pytest.mark.parametrize("number", [2.5, -1, np.float32(2)])
+def test_counts_are_whole_numbers(number):
+    require = inspect.unwrap(model_lib.require_at_least)  # without the tests' check of types
+    require(0, n=np.int64(2))
+    with pytest.raises(UserError, match=f"^n is {number}: it must be a whole number, 0 or mo"):
+        require(0, n=number)

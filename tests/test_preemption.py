@@ -1,5 +1,7 @@
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -89,3 +91,15 @@ def test_a_hangup_that_is_ignored_stays_ignored():
             assert stop() is None
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(("status", "ending"), [(0, "end"), (1, "end"), (143, "")])
+def test_after_a_signal_python_does_not_shut_down(status, ending):
+    """JAX's threads could crash that. What has been printed is not lost."""
+    program = (
+        "import atexit; from drl_jax.runtime import preemption\n"
+        "atexit.register(print, 'end', end='')\n"
+        f"print('printed', end=' ')\npreemption.leave({status})"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (status, f"printed {ending}")

@@ -2,12 +2,17 @@
 
 import contextlib
 import itertools
+import logging
+import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from drl_jax.errors import Interrupted
+
+SIGNALLED = 128  # the exit status after a signal is this plus the number of the signal
 
 # SIGHUP: the terminal has been closed; SIGUSR1: what clusters can send before the end of a job.
 # Windows has neither.
@@ -90,6 +95,20 @@ def reporting(report: str, has_others: bool) -> Iterator[None]:
         except KeyboardInterrupt as interrupt:
             signum = interrupt.args[0] if interrupt.args else signal.SIGINT
             raise Interrupted(signum, report) from None
+
+
+def leave(status: int) -> NoReturn:
+    """Ends the program with an exit status.
+
+    If a signal has stopped it, JAX may still be computing in other threads, which can crash
+    Python's shutdown. So the process then ends without it; all files have been written.
+    """
+    if status > SIGNALLED:
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 @contextlib.contextmanager

@@ -447,10 +447,10 @@ def raise_if_diverged(step: int, metrics: Metrics, limits: Limits) -> None:
         return
     raise UserError(
         f"training diverged at step {step}: loss {loss:.3g} (limit {limits.loss:g}), "
-        f"|f| {f:.3g} (limit {limits.f:g}), gradient norm {grad_norm:.3g}; the checkpoints "
-        "precede the divergence: resume from the newest with a smaller "
-        "--config.optim.learning_rate or more chain steps (--config.mcmc.K), and "
-        "--resume_with_changes"
+        f"|f| {f:.3g} (limit {limits.f:g}), gradient norm {grad_norm:.3g}; try a smaller "
+        "--config.optim.learning_rate or --config.mcmc.b_squared, or more chain steps "
+        "(--config.mcmc.K). If there are checkpoints, they precede the divergence: add "
+        "--resume_with_changes to go on from the newest"
     )
 
 
