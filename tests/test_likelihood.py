@@ -1,11 +1,13 @@
 """The task likelihood, as run from the command line."""
 
+import dataclasses
 import json
 import math
 import os
 import re
 import signal
 
+import jax
 import numpy as np
 import pytest
 from etils import epath
@@ -15,9 +17,10 @@ from drl_jax import config as config_lib
 from drl_jax.data import sources
 from drl_jax.errors import UserError
 from drl_jax.metrics import density
+from drl_jax.metrics.density import Annealing
 from drl_jax.plots import figures
 from drl_jax.sampling.annealing import Agreement, Bound, Partition
-from drl_jax.storage import snapshots
+from drl_jax.storage import runs, snapshots
 from drl_jax.storage.snapshots import Snapshot
 from drl_jax.tasks import common, likelihood
 
@@ -45,7 +48,7 @@ def test_an_interrupted_annealing_is_resumed_to_the_same_results(
     assert start(trained_toy, tmp_path / "whole") == 0
     folder = "likelihood/step_30_seed_0"
     files = {path.name: path.read_bytes() for path in (tmp_path / "whole" / folder).iterdir()}
-    assert files.keys() == {"likelihood.json", "likelihood.png"}
+    assert files.keys() == {"likelihood.json", "likelihood.png", "settings.json"}
     results = json.loads(files["likelihood.json"])
     lower = max(
         results["log_Z"]["lower"].values(),
@@ -57,11 +60,11 @@ def test_an_interrupted_annealing_is_resumed_to_the_same_results(
     assert (results["split"], results["held_out"]) == ("test", True)
     assert "on held-out data (test split)" in caplog.text
     log_density = results["log_density"]
-    assert log_density["to"] - log_density["from"] == pytest.approx(abs(results["gap"]))
+    assert log_density["to"] - log_density["from"] == pytest.approx(results["gap"])
     assert "bits_per_dim" not in results  # points are not discrete
     assert results["num_data"] == 10_000
     assert f"at most {log_density['to']:.3f} nats" in caplog.text
-    assert f"at least {log_density['from']:.3f} on the condition" in caplog.text
+    assert f"at least {log_density['from']:.3f} nats on the condition" in caplog.text
 
     add, calls = likelihood.Progress.add, []
 
@@ -71,6 +74,13 @@ def test_an_interrupted_annealing_is_resumed_to_the_same_results(
         if len(calls) % 130 == 0:
             os.kill(os.getpid(), signal.SIGTERM)
 
+    def stopped(**kwargs):
+        """Stands in for the measurement after the annealing, only once."""
+        monkeypatch.setattr(density, "log_likelihood", log_likelihood)
+        signal.raise_signal(signal.SIGTERM)
+
+    log_likelihood = density.log_likelihood
+    monkeypatch.setattr(density, "log_likelihood", stopped)
     monkeypatch.setattr(likelihood.Progress, "add", add_and_interrupt)
     interruptions = 0
     while (status := start(trained_toy, tmp_path / "cut")) == 128 + signal.SIGTERM:
@@ -78,7 +88,8 @@ def test_an_interrupted_annealing_is_resumed_to_the_same_results(
         if interruptions == 1:
             assert start(trained_toy, tmp_path / "cut", "--config.likelihood.chains=65") == 1
     assert status == 0
-    assert interruptions >= 2
+    assert interruptions >= 3
+    assert "the annealing is complete and saved" in caplog.text
     for name, content in files.items():
         assert (tmp_path / "cut" / folder / name).read_bytes() == content
 
@@ -231,14 +242,15 @@ def test_figures_say_what_they_bound_and_if_they_are_on_training_data(
     Fails if the data are opened as those to train on.
     """
 
-    class Annealed:
-        def partition(self, burn_in):
-            assert burn_in == 20
-            return partition(bound(1.0), bound(1.5))
+    def bounds_after(self, burn_in):
+        assert burn_in == 20
+        return partition(bound(1.0), bound(1.5))
 
+    annealed = Annealing(np.zeros(6), np.zeros(50), {})
     values = np.linspace(0, 1, 1797)
     monkeypatch.setattr(sources, "open_source", None)
-    monkeypatch.setattr(likelihood, "anneal", lambda *args: Annealed())
+    monkeypatch.setattr(Annealing, "partition", bounds_after)
+    monkeypatch.setattr(likelihood, "anneal", lambda *args: annealed)
     monkeypatch.setattr(density, "log_likelihood", lambda *args, **kwargs: (values, values))
     monkeypatch.setattr(density, "history", lambda *args: {})
     monkeypatch.setattr(figures, "write_annealing", lambda *args: None)
@@ -247,7 +259,7 @@ def test_figures_say_what_they_bound_and_if_they_are_on_training_data(
     assert (results["split"], results["held_out"]) == ("train", False)
     for figure, bounds in {
         # 1.0 and 1.5 less than the mean of the values, 0.5, and in bits divided by -64 log 2.
-        "mean log-density": "at most -0.500 nats, and at least -1.000 on the condition",
+        "mean log-density": "at most -0.500 nats, and at least -1.000 nats on the condition",
         "bits per dimension": r"at most 0.023 on .* condition \(with .* lower .*: 0.011\)",
     }.items():
         (line,) = [line for line in caplog.messages if line.startswith(figure)]
@@ -268,6 +280,32 @@ def test_the_mean_lies_between_the_bounds_in_either_unit():
     assert nats == pytest.approx({"from": -9.0, "to": -8.0, "std_error": 1 / math.sqrt(2)})
     bits = likelihood.mean_between(values, bounds, unit=-2.0)
     assert bits == pytest.approx({"from": 16.0, "to": 18.0, "std_error": math.sqrt(2)})
+
+
+@pytest.mark.parametrize("unit", [1.0, -2.0])
+def test_each_end_keeps_its_bound_if_the_bounds_cross(unit):
+    """What the log calls "at most" then is less than what it calls "at least"."""
+    bounds = partition(bound(11.0), bound(10.0))
+    found = likelihood.mean_between(np.array([2.0]), bounds, unit)
+    at_most = 2.0 - 11.0  # log q with the lower bound of log Z, which holds unconditionally
+    assert found["to" if unit > 0 else "from"] == pytest.approx(unit * at_most)
+    assert found["from"] - found["to"] == pytest.approx(abs(unit))
+
+
+def test_a_model_whose_parameters_have_diverged_is_refused_before_the_annealing(
+    tmp_path, monkeypatch
+):
+    run = runs.load("digits_t6")
+    params = jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), run.model.params)
+    run = run._replace(model=dataclasses.replace(run.model, params=params))
+    monkeypatch.setattr(density, "begin", None)
+    with pytest.raises(UserError, match=r"^16 of 16 values of f .* the training has diverged"):
+        likelihood.run(run=run, workdir=epath.Path(tmp_path), model=None, seed=0)
+
+
+def test_bounds_of_the_pilot_that_are_not_numbers_are_refused():
+    with pytest.raises(UserError, match=r"^bounds .* are not numbers.*learning_rate"):
+        likelihood.require_consistent(bound(1.0), bound(math.nan), density.DEFAULT)
 
 
 @pytest.mark.parametrize(

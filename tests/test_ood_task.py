@@ -116,7 +116,7 @@ def test_the_default_model_is_that_of_the_work_directory(tmp_path):
         (["--config.data.channels=3"], "data.channels"),
         (["--config.evaluation.num_data=0"], "num_data is 0"),
         (["--model=nonesuch"], "'nonesuch'"),
-        (["--model="], "checkpoint.*run"),
+        (["--model="], "--model=: it is empty"),
         (["--workdir="], "--workdir"),
         (["--workdir=", "--model="], "--workdir"),
         (["--workdir=broken/0.png"], "broken/0.png"),

@@ -133,7 +133,8 @@ def test_only_the_first_process_logs_and_writes(pair):
     assert own_lines(second) == []
     names = {path.name for path in workdir.iterdir()}
     (events,) = (name for name in names if name.startswith("events"))
-    files = {"config.json", "data.json", "log.txt", "metrics.json", "samples.png"}
+    written = ("config", "data", "metrics", "settings")
+    files = {*(f"{name}.json" for name in written), "log.txt", "samples.png"}
     assert names == {events, "checkpoints", "grids", *files}
     assert steps(workdir) == [2, 4, 5]
 

@@ -14,6 +14,7 @@ from helpers import tiny
 from PIL import Image
 
 from drl_jax import noise
+from drl_jax.errors import UserError
 from drl_jax.metrics import classifier
 from drl_jax.metrics.frechet import fit, frechet_distance
 from drl_jax.sampling import ladder
@@ -191,7 +192,8 @@ def test_feature_distances_are_those_of_completed_and_clipped_images(monkeypatch
     wanted = frechet_distance(fit(images), fit(data))
     assert features.distance(x, 3) == pytest.approx(wanted)
     x[0, 0] = np.inf
-    assert np.isnan(features.distance(x, 3))
+    with pytest.raises(UserError, match="1 of 20 images completed from level 3 are not finite"):
+        features.distance(x, 3)
 
 
 def test_wrong_arguments_are_reported_in_one_line(workdir, capsys):
@@ -247,9 +249,12 @@ def test_by_default_all_levels_share_one_batch(workdir):
     assert found["ladder"]["ladders"] == []
 
 
-def test_diverged_chains_have_no_frechet_distance():
+@pytest.mark.parametrize(
+    ("before", "advice"), [(0, "b_squared"), (20, "--num_steps=20 reports the steps before")]
+)
+def test_chains_that_diverge_are_an_error_that_says_when(before, advice):
     x = np.ones((8, 2, 2, 1))
-    reference = fit(np.ones((9, 4)))
-    assert runner.distance(x, reference) == pytest.approx(0)
+    runner.require_finite(x, made_before=before, step=50)
     x[3, 0] = np.inf
-    assert np.isnan(runner.distance(x, reference))
+    with pytest.raises(UserError, match=f"^1 of 8 chains after 50 steps .*{advice}"):
+        runner.require_finite(x, made_before=before, step=50)

@@ -107,4 +107,4 @@ def test_the_log_reports_the_progress_of_sampling(monkeypatch, caplog):
     with caplog.at_level("INFO", logger="drl_jax"):
         batches = common.draw(model, jax.random.key(0), 100)
         assert [len(batch) for batch in batches] == [40, 40, 20]
-    assert caplog.messages == ["40 of 100 images", "80 of 100 images", "100 of 100 images"]
+    assert caplog.messages == ["40 of 100 samples", "80 of 100 samples", "100 of 100 samples"]

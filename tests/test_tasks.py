@@ -151,6 +151,11 @@ def test_inception_sees_all_samples_although_few_are_in_memory(
     )
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert (metrics["num_samples"], metrics["num_data"]) == (100, 100)
+    assert metrics["levels"]["level"] == [*range(6)]
+    assert all(type(level) is int for level in metrics["levels"]["level"])
+    settings = json.loads((tmp_path / "settings.json").read_text())
+    assert (settings["mode"], settings["seed"], settings["step"]) == ("evaluate", 0, run.step)
+    assert (settings["config.evaluation.num_samples"], settings["config.mcmc.K"]) == (300, 2)
     if inception_weights is None:
         assert "inception" not in metrics
         return
@@ -351,6 +356,7 @@ def test_samples_are_written_batch_by_batch(exact_run, monkeypatch, tmp_path):
         ["--mode=inpaint", "--completions=2", "--rounds=1"],
         ["--mode=interpolate", "--pairs=1", "--frames=3"],
         ["--mode=evaluate"],
+        ["--mode=long_run", "--num_steps=1", "--num_chains=8", "--levels=0"],
     ],
 )
 def test_samples_that_are_not_finite_are_an_error_and_nothing_is_written(
@@ -363,7 +369,70 @@ def test_samples_that_are_not_finite_are_an_error_and_nothing_is_written(
     assert len(errors) == 1
     assert "not finite numbers: lower --config.mcmc.b_squared" in errors[0]
     assert {path: path.read_bytes() for path in workdir.iterdir() if path.is_file()} == before
-    assert not [*workdir.glob("samples/*"), *workdir.glob("in*/*")]
+    folders = (workdir / name for name in ("samples", "inpaintings", "interpolations"))
+    assert not [path for folder in folders if folder.exists() for path in folder.iterdir()]
+    assert not [path for path in workdir.glob("long_run/*/*") if path.is_file()]
+
+
+def test_points_that_are_not_finite_are_an_error_and_nothing_is_written(tmp_path):
+    config = config_lib.default()
+    config.data.name, config.evaluation.num_samples = "ellipse", 5
+    model = exact.model(mixtures.PLANAR_SHAPES["ellipse"](), 6)
+    run = Run(config, model.with_step_size(np.full(6, 1e30)), 5)
+    with pytest.raises(UserError, match=r"^5 of 5 samples are not finite"):
+        evaluate.measure_points(run, epath.Path(tmp_path), jax.random.key(0))
+    assert not list(tmp_path.iterdir())
+
+
+def test_measurements_that_are_killed_while_they_are_written_leave_no_old_metrics(
+    tmp_path, monkeypatch
+):
+    """The new metrics are written last, next to files that all belong to them."""
+    run = runs.load(tiny.trained())
+    run.config.evaluation.update(num_samples=4, num_data=4)
+    (tmp_path / "metrics.json").write_text("old")
+    written = []
+    monkeypatch.setattr(evaluate.levels, "level_statistics", lambda *_: {"f_data": [math.nan]})
+    monkeypatch.setattr(evaluate, "write_json", lambda path, values: written.append(values))
+    evaluate.measure(
+        run=run,
+        source=sources.open_source(run.config),
+        workdir=epath.Path(tmp_path),
+        inception_weights=None,
+    )
+    assert {path.name for path in tmp_path.iterdir()} == {"settings.json", "samples.png"}
+    assert written[0]["levels"] == {"f_data": [None]}
+
+
+def test_results_depend_on_sampler_seed_number_precision_and_parameters(exact_run):
+    """Also on the images, masks and so on that a task gives."""
+
+    def settings(run=exact_run, seed=0, num_samples=3, **changes):
+        config = run.config.copy_and_resolve_references()
+        config.update_from_flattened_dict(changes)
+        run = run._replace(config=config)
+        return common.result_settings(run, "sample", seed, num_samples=num_samples)
+
+    model = exact_run.model
+    params = jax.tree.map(lambda leaf: leaf + 1, model.params)
+    others = [
+        settings(seed=1),
+        settings(num_samples=4),
+        settings(run=exact_run._replace(step=6)),
+        settings(run=exact_run._replace(model=dataclasses.replace(model, params=params))),
+        *(
+            settings(**{name: value})
+            for name, value in {
+                "mcmc.sampler": "hmc",
+                "mcmc.K": 31,
+                "mcmc.noise_scale": 0.99,
+                "evaluation.dtype": "bfloat16",
+            }.items()
+        ),
+    ]
+    assert all(other != settings() for other in others)
+    same = {"evaluation.num_samples": 7, "log.every_steps": 7, "train.num_steps": 7}
+    assert settings(**same) == settings()
 
 
 def test_scores_that_are_not_finite_are_an_error(tmp_path):
@@ -371,7 +440,7 @@ def test_scores_that_are_not_finite_are_an_error(tmp_path):
     params = jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), run.model.params)
     run.config.evaluation.num_data = 9
     run = run._replace(model=dataclasses.replace(run.model, params=params))
-    with pytest.raises(UserError, match=r"^9 of 9 scores are not finite numbers"):
+    with pytest.raises(UserError, match=r"^9 of 9 scores .* the training has diverged"):
         ood.run(run=run, workdir=epath.Path(tmp_path), model=None, against=["inverted"], seed=0)
     assert not list((tmp_path / "ood").iterdir())
 

@@ -21,7 +21,7 @@ MAX_RESOLUTION = 0.1  # of F [nats]; a ratio of densities is then wrong by about
 
 def level_statistics(
     model: Model, key: Key[Array, ""], x: Float[np.ndarray, "n *D"]
-) -> dict[str, list[float]]:
+) -> dict[str, list[int | float]]:
     """Returns the statistics of each level, as means over the data.
 
     Every example is diffused to a level t (y, `recovery.positives`) and to level t + 1
@@ -60,7 +60,7 @@ def level_statistics(
 
     compiled = engine.compile(program)
     levels = [group[0] for group in diffusion.level_groups(method.schedule.T)]
-    statistics: dict[str, list[float]] = {"level": [float(t) for t in levels]}
+    statistics: dict[str, list[int | float]] = {"level": [*levels]}
     statistics |= {name: [] for name in (*STATISTICS, "resolution")}
     temperature = np.asarray(method.parameterisation.temperature)
     for level in levels:
@@ -91,7 +91,7 @@ def resolution(f: Num[np.ndarray, "n"], temperature: float | np.floating) -> flo
     return float(np.median(np.spacing(np.abs(np.float32(f)))) / np.float64(temperature))
 
 
-def warn_of_rounding(levels: Sequence[float], resolutions: Sequence[float]) -> None:
+def warn_of_rounding(levels: Sequence[int | float], resolutions: Sequence[float]) -> None:
     """Warns if the resolution of F exceeds `MAX_RESOLUTION` at a level.
 
     This matters where differences of F are exponentiated: in the accept decisions of MALA and

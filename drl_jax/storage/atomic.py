@@ -6,6 +6,7 @@ All processes of a job call these functions, but only process 0 writes the conte
 import contextlib
 import io
 import json
+import math
 import os
 from collections.abc import Iterator
 from typing import Any, BinaryIO
@@ -80,10 +81,24 @@ def write_json(path: epath.Path, values: Any) -> None:
     write_atomically(path, (json.dumps(values, indent=2) + "\n").encode())
 
 
+def finite_or_none(value: Any) -> Any:
+    """Replaces NaN and infinities, which JSON cannot represent, by None in JSON values."""
+    if isinstance(value, dict):
+        return {name: finite_or_none(v) for name, v in value.items()}
+    if isinstance(value, list):
+        return [finite_or_none(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def remove(path: epath.Path) -> None:
-    """Removes a file if it exists; only process 0 does."""
+    """Removes a file if it exists; only process 0 does.
+
+    Raises:
+      UserError: if it cannot be removed.
+    """
     if not jax.process_index():
-        path.unlink(missing_ok=True)
+        with as_user_error(f"cannot remove {path}"):
+            path.unlink(missing_ok=True)
 
 
 class _Discard(io.BytesIO):

@@ -1,7 +1,8 @@
 """Folders of results, in which those of different settings never mix.
 
 Each folder contains `settings.json`, which says how its results were computed. Results with
-other settings go to another folder: NAME, then NAME_2, NAME_3, ...
+other settings go to another folder: NAME, then NAME_2, NAME_3, ... A folder with one of these
+names is complete: results are written to NAME.unfinished_HASH, which is renamed at the end.
 """
 
 import contextlib
@@ -17,9 +18,9 @@ import numpy as np
 from etils import epath
 from jaxtyping import PyTree
 
-from drl_jax.errors import UserError, as_user_error
-from drl_jax.runtime import preemption, processes
-from drl_jax.storage.atomic import make_writable, write_json
+from drl_jax.errors import Interrupted, as_user_error
+from drl_jax.runtime import preemption
+from drl_jax.storage.atomic import make_writable, remove, write_json
 
 log = logging.getLogger(__name__)
 
@@ -28,43 +29,62 @@ SETTINGS = "settings.json"
 
 @contextlib.contextmanager
 def folder(path: epath.Path, settings: dict[str, Any]) -> Iterator[epath.Path]:
-    """Creates the folder for the results with these settings, and writes `settings.json`.
+    """Yields a new folder for results, which becomes `path` when the context ends.
 
-    This is `path` if it does not exist, is empty, or contains results with the same settings,
-    which are then replaced. Otherwise, a number is appended to its name. If the context ends
-    with a `UserError`, a folder that it has created is removed.
+    If `path` contains results with the same settings, all of them are replaced. If it contains
+    other files, a number is appended to its name. The final name is logged.
+
+    After an exception, all results are as before. The new folder is removed, unless the
+    exception is `Interrupted`.
+
+    Args:
+      path: the final folder.
+      settings: everything on which the results depend, as JSON values by name. They are written
+        to `settings.json`. Different settings can be used at the same time.
+
+    Raises:
+      UserError: if a folder cannot be created, read, written to or renamed.
+      Interrupted: if a signal has stopped the body.
+    """
+    encoded = json.dumps(settings, sort_keys=True)
+    settings = json.loads(encoded)  # tuples become lists, as in the file
+    name = f"{path.name}.unfinished_{hashlib.sha256(encoded.encode()).hexdigest()[:8]}"
+    unfinished = path.parent / name
+    make_writable(path.parent)
+    if not jax.process_index():
+        with as_user_error(f"cannot write to {unfinished}"):
+            unfinished.rmtree(missing_ok=True)  # of a process that was killed
+            unfinished.mkdir()
+    write_json(unfinished / SETTINGS, settings)
+    report = f"{unfinished} has the results up to here: the same command starts anew"
+    try:
+        with preemption.reporting(report, has_others=jax.process_count() > 1):
+            yield unfinished
+    except Interrupted:
+        raise
+    except Exception:
+        if not jax.process_index():
+            unfinished.rmtree(missing_ok=True)
+        raise
+    if not jax.process_index():
+        _publish(unfinished, path, settings)
+
+
+def begin(path: epath.Path, settings: dict[str, Any], last: str) -> None:
+    """Prepares a folder that also has other files, for the replacement of its results.
+
+    Removes the result that is written last, and writes `settings.json`. So if the program is
+    killed, results that do not belong together are never next to the last one.
 
     Args:
       path: the folder.
-      settings: everything on which the results depend, as JSON values by name.
+      settings: how the results were computed, as JSON values by name.
+      last: name of the file that is written last.
 
     Raises:
-      UserError: if the folder cannot be created, read or written to.
-      Interrupted: if a signal has stopped the body.
+      UserError: if a file cannot be removed or written.
     """
-    settings = json.loads(json.dumps(settings))  # tuples become lists, as in the file
-    chosen, is_new = processes.broadcast_from_first(_choose(path, settings))
-    chosen = epath.Path(chosen)
-    make_writable(chosen)
-    write_settings(chosen, settings)
-    if chosen != path:
-        log.info("%s contains results with other settings: using %s", path, chosen)
-    incomplete = f"the results in {chosen} are incomplete: the same command starts again"
-    try:
-        with preemption.reporting(incomplete, has_others=jax.process_count() > 1):
-            yield chosen
-    except UserError:
-        if is_new and not jax.process_index():
-            chosen.rmtree(missing_ok=True)
-        raise
-
-
-def write_settings(path: epath.Path, settings: dict[str, Any]) -> None:
-    """Writes `settings.json` to a folder.
-
-    Raises:
-      UserError: if it cannot be written.
-    """
+    remove(path / last)
     write_json(path / SETTINGS, settings)
 
 
@@ -76,15 +96,36 @@ def digest(arrays: PyTree) -> str:
     return total.hexdigest()[:16]
 
 
-def _choose(path: epath.Path, settings: dict[str, Any]) -> tuple[str, bool]:
-    """Returns the path of the folder to be used, and whether it has no results yet."""
-    with as_user_error(f"cannot read {path}"):
-        for number in itertools.count(1):
-            candidate = path if number == 1 else path.parent / f"{path.name}_{number}"
-            if not candidate.exists() or not any(candidate.iterdir()):
-                return str(candidate), True
-            if _read(candidate / SETTINGS) == settings:
-                return str(candidate), False
+def _publish(unfinished: epath.Path, path: epath.Path, settings: dict[str, Any]) -> None:
+    """Renames a finished folder, which replaces the one with the same settings.
+
+    The replaced folder is renamed before it is removed, so that no part of it is ever left
+    under its name.
+
+    Raises:
+      UserError: if this fails; the finished folder is then kept.
+    """
+    with as_user_error(f"cannot give {unfinished} its final name"):
+        chosen = _choose(path, settings)
+        replaced = path.parent / f"{unfinished.name}_replaced"
+        replaced.rmtree(missing_ok=True)  # of a process that was killed
+        if chosen.exists():
+            chosen.rename(replaced)
+        unfinished.rename(chosen)
+        replaced.rmtree(missing_ok=True)
+    if chosen != path:
+        log.info("%s contains results with other settings", path)
+    log.info("wrote all results to %s", chosen)
+
+
+def _choose(path: epath.Path, settings: dict[str, Any]) -> epath.Path:
+    """Returns the first of NAME, NAME_2, ... that is free or has these settings."""
+    names = (f"{path.name}_{number}" for number in itertools.count(2))
+    for candidate in itertools.chain([path], (path.parent / name for name in names)):
+        if not candidate.exists() or not any(candidate.iterdir()):
+            return candidate
+        if _read(candidate / SETTINGS) == settings:
+            return candidate
     raise AssertionError("unreachable")
 
 

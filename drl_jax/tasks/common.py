@@ -23,6 +23,16 @@ log = logging.getLogger(__name__)
 
 COLUMNS = 10  # a grid of samples has at most 10 x 10 images
 
+# What to do if results are not finite (`require_finite`): those that depend on chains, and
+# others.
+CHAINS_DIVERGED = (
+    "lower --config.mcmc.b_squared, with which chains diverge if it is too large, or train "
+    "with a lower --config.optim.learning_rate"
+)
+PARAMETERS_DIVERGED = (
+    "the training has diverged: train with a lower --config.optim.learning_rate"
+)
+
 # Numbers that are folded into the key of a seed, one per task. Never change a number, and never
 # give a number that has been removed to another task: equal seeds would give other results.
 KEY_NUMBERS = {
@@ -107,30 +117,29 @@ def draw(model: Model, key: Key[Array, ""], n: int) -> Iterator[Float[np.ndarray
     Raises:
       UserError: if a sample is not finite.
     """
-    with Progress(n, "image") as progress:
+    with Progress(n, "sample") as progress:
         for batch in model.sample_batches(key, n):
             require_finite(batch, "samples")
             yield batch
             progress.add(len(batch))
 
 
-def require_finite(x: Float[np.ndarray, "n *D"], what: str) -> None:
+def require_finite(
+    x: Float[np.ndarray, "n *D"], what: str, advice: str = CHAINS_DIVERGED
+) -> None:
     """Checks that neither a model nor its chains have diverged.
 
     Args:
       x: results of the model.
       what: names them in the message, in the plural.
+      advice: what to do, for the message.
 
     Raises:
       UserError: if any value is infinite or not a number.
     """
     diverged = np.count_nonzero(~np.isfinite(x).reshape(len(x), -1).all(axis=1))
     if diverged:
-        raise UserError(
-            f"{diverged} of {len(x)} {what} are not finite numbers: lower "
-            "--config.mcmc.b_squared, with which chains diverge if it is too large, or train "
-            "with a lower --config.optim.learning_rate"
-        )
+        raise UserError(f"{diverged} of {len(x)} {what} are not finite numbers: {advice}")
 
 
 def result_settings(run: Run, task: str, seed: int, **others: Any) -> dict[str, Any]:
@@ -142,7 +151,8 @@ def result_settings(run: Run, task: str, seed: int, **others: Any) -> dict[str, 
       seed: random seed.
       **others: settings of this task.
     """
-    fields = resume_settings(run.config, ("seed", "data.", "diffusion.", "energy.", "mcmc."))
+    sections = ("data.", "diffusion.", "energy.", "mcmc.")
+    fields = resume_settings(run.config, ("seed", *sections, "evaluation.dtype"))
     parameters = results.digest(run.model.params)
     shared = {"mode": task, "step": run.step, "parameters": parameters, "seed": seed}
     return shared | others | fields

@@ -31,8 +31,8 @@ from drl_jax.metrics.weights import Weights
 from drl_jax.model import Model
 from drl_jax.plots import figures, images
 from drl_jax.sampling import ladder
-from drl_jax.storage import data_record
-from drl_jax.storage.atomic import make_writable, write_json
+from drl_jax.storage import data_record, results
+from drl_jax.storage.atomic import finite_or_none, make_writable, write_json
 from drl_jax.storage.runs import Run
 from drl_jax.tasks import common, labelled
 from drl_jax.tasks.labelled import MAX_IN_MEMORY
@@ -72,9 +72,11 @@ def run(run: Run, workdir: epath.Path, protocol: str) -> None:
     first `config.evaluation.num_data` examples of the data.
 
     Writes to `workdir`:
+      settings.json: how the samples were drawn and compared.
       samples.png: a grid of samples, or a histogram of points.
       toy2d.png: for points, the learned and the true density at several levels.
-      metrics.json: the fields of `measure_images` or `measure_points`.
+      metrics.json: the fields of `measure_images` or `measure_points`. It is written last, so
+        that next to it all other files belong to it. A number that is undefined is null.
 
     Args:
       run: the trained model.
@@ -83,7 +85,7 @@ def run(run: Run, workdir: epath.Path, protocol: str) -> None:
 
     Raises:
       UserError: if the data or the Inception weights cannot be used, the folder cannot be
-        written to, or there are no weights for the paper's protocol.
+        written to, there are no weights for the paper's protocol, or a sample is not finite.
     """
     source = sources.open_source(run.config)
     data_record.warn_if_changed(workdir, source)
@@ -162,6 +164,17 @@ def measure(
     return measure_images(run, source, workdir, key, levels_key, inception_weights, protocol)
 
 
+def begin_results(run: Run, workdir: epath.Path) -> None:
+    """Writes settings.json, and removes metrics.json until it is written last.
+
+    Raises:
+      UserError: if a file cannot be removed or written.
+    """
+    evaluation = common.resume_settings(run.config, ("evaluation.",))
+    settings = common.result_settings(run, "evaluate", run.config.seed, **evaluation)
+    results.begin(workdir, settings, last="metrics.json")
+
+
 def measure_images(
     run: Run,
     source: Source,
@@ -206,7 +219,6 @@ def measure_images(
         if sum(map(len, in_memory)) > MAX_IN_MEMORY:
             break
     samples = np.concatenate(in_memory)
-    images.write_png(workdir / "samples.png", images.picture(samples, common.COLUMNS))
     limit = min(config.evaluation.num_data, MAX_IN_MEMORY)
     data = np.stack(list(pipeline.all_examples(config, source, limit)))
     metrics = {"step": run.step, **pixels.pixel_metrics(samples[:num_pixel_samples], data)}
@@ -222,6 +234,9 @@ def measure_images(
         metrics["inception"] = inception_metrics(
             config, source, model, all_batches, workdir, inception_weights, protocol
         )
+    metrics = finite_or_none(metrics)
+    begin_results(run, workdir)
+    images.write_png(workdir / "samples.png", images.picture(samples, common.COLUMNS))
     write_json(workdir / "metrics.json", metrics)
     log.info(
         "pixel Fréchet distance %.3f (between two halves of the data: %.3f); pixel values "
@@ -313,6 +328,7 @@ def measure_points(run: Run, workdir: epath.Path, key: Key[Array, ""]) -> dict[s
     for top, bottom in itertools.pairwise([schedule.T, *stops]):
         x[bottom] = model.descend(samples_key, x[top], top, bottom)
     samples = x[0]
+    common.require_finite(samples, "samples")
     exact = mixtures.marginal(data, 0, schedule).sample(jax.random.split(data_key, n))
     p_value = plane.two_sample_test(
         np.random.default_rng(config.seed), samples, np.asarray(exact)
@@ -330,6 +346,8 @@ def measure_points(run: Run, workdir: epath.Path, key: Key[Array, ""]) -> dict[s
             "edge_mass": [compared[t].edge_mass for t in shown],
         },
     }
+    metrics = finite_or_none(metrics)
+    begin_results(run, workdir)
     images.write_png(workdir / "samples.png", images.picture(samples, common.COLUMNS))
     figures.write_levels(workdir / "toy2d.png", compared, x, grid)
     write_json(workdir / "metrics.json", metrics)

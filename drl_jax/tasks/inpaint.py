@@ -91,14 +91,13 @@ def run(
         images_lib.write_png(folder / "grid.png", grid)
         errors = inpainting.errors(completed, samples, x, known)
         write_json(folder / "metrics.json", {"step": run.step, **errors})
-    log.info(
-        "mean squared distance per hidden pixel: completion to original %.3f, between "
-        "completions %.3f, unrelated sample to original %.3f",
-        errors["completion_to_truth"],
-        errors["between_completions"],
-        errors["sample_to_truth"],
-    )
-    log.info("wrote %d completions of each of %d images to %s", completions, len(x), folder)
+        log.info(
+            "mean squared distance per hidden pixel: completion to original %.3f, between "
+            "completions %.3f, unrelated sample to original %.3f",
+            errors["completion_to_truth"],
+            errors["between_completions"],
+            errors["sample_to_truth"],
+        )
 
 
 def unknown_pixels(size: int) -> Float[np.ndarray, "size size 1"]:

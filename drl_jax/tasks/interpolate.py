@@ -97,13 +97,11 @@ def run(
             "distance": [interpolation.length(strip[[0, -1]]) for strip in strips],
         }
         write_json(folder / "metrics.json", {"step": run.step, **metrics})
-    log.info(
-        "means over the strips: largest step / mean step %.2f (equal steps: 1; a single jump: "
-        "%d), length %.2f, distance between the ends %.2f",
-        np.mean(metrics["smoothness"]),
-        frames - 1,
-        np.mean(metrics["length"]),
-        np.mean(metrics["distance"]),
-    )
-    noun = "strip" if len(strips) == 1 else "strips"
-    log.info("wrote %d %s to %s", len(strips), noun, folder)
+        log.info(
+            "means over the strips: largest step / mean step %.2f (equal steps: 1; a single "
+            "jump: %d), length %.2f, distance between the ends %.2f",
+            np.mean(metrics["smoothness"]),
+            frames - 1,
+            np.mean(metrics["length"]),
+            np.mean(metrics["distance"]),
+        )

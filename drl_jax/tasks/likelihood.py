@@ -11,11 +11,13 @@ from etils import epath
 from jaxtyping import Array, Float, Key
 
 from drl_jax.data import pipeline, sources
+from drl_jax.data.sources import Source
 from drl_jax.errors import UserError
 from drl_jax.metrics import density, levels
 from drl_jax.metrics.density import Annealing, Budget
 from drl_jax.model import Model
 from drl_jax.plots import figures
+from drl_jax.runtime import preemption
 from drl_jax.runtime.progress import Progress
 from drl_jax.sampling import annealing as annealing_lib
 from drl_jax.sampling.annealing import Bound, Partition
@@ -60,6 +62,7 @@ def run(run: Run, workdir: epath.Path, model: str | None, seed: int) -> None:
 
     Writes to `workdir`/likelihood/step_STEP_seed_SEED:
       annealing.snapshot: unfinished work; removed at the end.
+      settings.json: how the results were computed.
       likelihood.png: the course of the annealing, and a histogram of the log-densities.
       likelihood.json, with the fields:
         step: training steps of the model.
@@ -76,12 +79,13 @@ def run(run: Run, workdir: epath.Path, model: str | None, seed: int) -> None:
           (`annealing.Agreement`).
         detectable: about how much undiscovered regions must raise log Z to be noticed
           (`annealing.Partition.detectable`) [nats].
-        gap: `Partition.upper` minus `Partition.lower` [nats].
+        gap: `Partition.upper` minus `Partition.lower` [nats]. Both hold in expectation, so
+          it can be negative by chance.
         log_density: mean log-density of level 0 at the examples with noise sigma_bar_0, as
           from (with `Partition.upper` as log Z), to (with `Partition.lower`), and std_error
-          over the examples [nats].
+          over the examples [nats]. If the gap is negative, from exceeds to.
         bits_per_dim: bound of -log2 P(x) / D, as from (with `Partition.lower` as log Z), to
-          (with `Partition.upper`), and std_error; for images only.
+          (with `Partition.upper`), and std_error; for images only. The same holds.
 
     Args:
       run: the trained model.
@@ -92,9 +96,9 @@ def run(run: Run, workdir: epath.Path, model: str | None, seed: int) -> None:
 
     Raises:
       UserError: if the data cannot be used, the folder cannot be written to, unfinished work
-        is damaged or has other settings, or the bounds are too far apart or contradict each
-        other.
-      Interrupted: if a signal stopped the annealing; the work is saved.
+        is damaged or has other settings, the bounds are too far apart or contradict each
+        other, or the model is not finite.
+      Interrupted: if a signal has arrived; the work is saved.
     """
     config = run.config
     if config.evaluation.dtype != "float32":
@@ -115,20 +119,58 @@ def run(run: Run, workdir: epath.Path, model: str | None, seed: int) -> None:
     autosave = Autosave(folder / "annealing.snapshot", settings)
     some = x[:RESOLUTION_EXAMPLES]
     f = np.asarray(run.model.f(some, np.zeros(len(some), int)))
+    common.require_finite(f, "values of f at examples", common.PARAMETERS_DIVERGED)
     temperature = np.asarray(run.model.method.parameterisation.temperature)
     levels.warn_of_rounding([0], [levels.resolution(f, temperature[0])])
     annealing = anneal(run.model, key, x, budget, autosave)
     bounds = annealing.partition(budget.burn_in)
-    schedule = run.model.method.schedule
-    require_usable(bounds, budget, D=x[0].size, T=schedule.T)
+    try:
+        require_usable(bounds, budget, D=x[0].size, T=run.model.T)
+    except UserError:
+        remove(autosave.path)  # what helps are other settings, with which it is not resumed
+        raise
+    saved = "the annealing is complete and saved: the same command writes the results"
+    with preemption.reporting(saved, has_others=jax.process_count() > 1):
+        settings = settings | {"step": run.step, "seed": seed}
+        write(folder, run, annealing, bounds, budget, x, source, data_key, settings)
+    remove(autosave.path)
 
+
+def write(
+    folder: epath.Path,
+    run: Run,
+    annealing: Annealing,
+    bounds: Partition,
+    budget: Budget,
+    x: Float[np.ndarray, "N *D"],
+    source: Source,
+    key: Key[Array, ""],
+    settings: dict[str, Any],
+) -> None:
+    """Computes the log-likelihood of the data, and writes and logs all results of `run`.
+
+    Args:
+      folder: folder of the results.
+      run: the trained model.
+      annealing: the finished annealing.
+      bounds: its bounds of log Z.
+      budget: its cost.
+      x: the data.
+      source: the data set that they are from.
+      key: random key of the noise of the data.
+      settings: how the results were computed, as JSON values by name.
+
+    Raises:
+      UserError: if a file cannot be written.
+    """
+    schedule = run.model.method.schedule
     values = round(source.white) + 1 if source.white else None
     log_q, log_P = density.log_likelihood(
         model=run.model,
-        key=data_key,
+        key=key,
         x=x,
         values=values,
-        dequantised=config.data.dequantise > 0,
+        dequantised=run.config.data.dequantise > 0,
     )
     results: dict[str, Any] = {
         "step": run.step,
@@ -151,8 +193,8 @@ def run(run: Run, workdir: epath.Path, model: str | None, seed: int) -> None:
     where = f"on {'held-out' if source.held_out else 'training'} data ({source.split} split)"
     log.info(
         "mean log-density of %(n)d examples with noise of standard deviation %(noise).2g, "
-        "%(where)s: at most %(to).3f nats, and at least %(from).3f on the condition of log Z's "
-        "upper bounds; standard error over the examples %(std_error).3f",
+        "%(where)s: at most %(to).3f nats, and at least %(from).3f nats on the condition of "
+        "log Z's upper bounds; standard error over the examples %(std_error).3f nats",
         results["log_density"] | {"n": len(x), "noise": schedule.sigma_bar[0], "where": where},
     )
     if log_P is not None:
@@ -166,9 +208,9 @@ def run(run: Run, workdir: epath.Path, model: str | None, seed: int) -> None:
         )
     middle = (bounds.lower.log_Z + bounds.upper.log_Z) / 2
     history = density.history(annealing, schedule, budget)
+    results_lib.begin(folder, settings, last="likelihood.json")
     figures.write_annealing(folder / "likelihood.png", history, log_q - middle)
     write_json(folder / "likelihood.json", results)
-    results_lib.write_settings(folder, settings | {"step": run.step, "seed": seed})
     log.info("wrote likelihood.json and likelihood.png to %s", folder)
 
 
@@ -220,7 +262,7 @@ def anneal(
       key: random key.
       x: data that the pass `from_data` starts from.
       budget: the cost.
-      autosave: saves the work; its file is removed at the end.
+      autosave: saves the work, also at the end.
 
     Raises:
       UserError: if unfinished work is damaged, or has other settings; or if the bounds of the
@@ -240,12 +282,12 @@ def anneal(
             progress.add(state.moves_done - annealing.moves_done)
             annealing = state
             autosave.step(annealing.moves_done, functools.partial(to_snapshot, annealing))
-    remove(autosave.path)
+        autosave.save(to_snapshot(annealing))
     return annealing
 
 
 def require_consistent(lower: Bound, upper: Bound, budget: Budget) -> None:
-    """Raises if the bounds of the pilot contradict each other.
+    """Raises if the bounds of the pilot contradict each other, or are not numbers.
 
     Args:
       lower: from chains through the levels.
@@ -255,10 +297,15 @@ def require_consistent(lower: Bound, upper: Bound, budget: Budget) -> None:
     Raises:
       UserError: with the bounds, what they mean, and what can be done.
     """
+    if math.isnan(lower.log_Z) or math.isnan(upper.log_Z):
+        raise UserError(
+            "bounds of log Z from a few chains are not numbers, because log-densities are not: "
+            f"{common.PARAMETERS_DIVERGED}"
+        )
     p = annealing_lib.contradiction(lower, upper)
     log.info(
-        "pilot with %d chains per pass: log Z is at least %.1f nats, and at most %.1f if those "
-        "from data start from level 0",
+        "pilot with %d chains per pass: log Z is at least %.1f nats, and at most %.1f nats if "
+        "those from data start from level 0",
         lower.chains,
         lower.log_Z,
         upper.log_Z,
@@ -266,10 +313,10 @@ def require_consistent(lower: Bound, upper: Bound, budget: Budget) -> None:
     if p < annealing_lib.PILOT_FALSE_ALARM:
         raise UserError(
             f"log Z is at least {lower.log_Z:.1f} nats, but chains from data give "
-            f"{upper.log_Z:.1f} (p-value at most {p:.1g}): they miss regions that are probable "
-            "at level 0 and contain no data, so the density that this model has learned is not "
-            "that of its data; train it further, or raise --config.likelihood.burn_in (now "
-            f"{budget.burn_in})"
+            f"{upper.log_Z:.1f} nats (p-value at most {max(p, 1e-99):.1g}): they miss regions "
+            "that are probable at level 0 and contain no data, so the density that this model "
+            "has learned is not that of its data; train it further, or raise "
+            f"--config.likelihood.burn_in (now {budget.burn_in})"
         )
 
 
@@ -355,14 +402,16 @@ def mean_between(
 ) -> dict[str, float]:
     """Returns the mean of `unit` * (values - log Z) for both bounds, and its standard error.
 
+    `from` is less than `to`, unless the bounds of log Z have crossed: these hold only in
+    expectation.
+
     Args:
       values: unnormalised log-densities, one per example [nats].
       bounds: of log Z.
       unit: what one nat is in the unit of the result; may be negative.
     """
     mean = np.mean(values, dtype=np.float64)
-    low, high = sorted(
-        float(mean - bound.log_Z) * unit for bound in (bounds.lower, bounds.upper)
-    )
+    ends = [unit * float(mean - bound.log_Z) for bound in (bounds.upper, bounds.lower)]
+    low, high = ends if unit > 0 else reversed(ends)
     error = abs(unit) * float(np.std(values, dtype=np.float64)) / math.sqrt(len(values))
     return {"from": low, "to": high, "std_error": error}

@@ -89,9 +89,11 @@ def run(
         key, synthetic_key = jax.random.split(common.task_key("ood", seed))
 
         def score(name: str, images: Iterable[Float[np.ndarray, "H W C"]], n: int) -> Scores:
-            log.info("scoring %d images: %s", n, name)
+            log.info("images to score: %d (%s)", n, name)
             shown = bar(iterable=images, desc=name, total=n, unit="image", leave=False)
-            return scorer(key, iter(shown))  # a bar has a length, but can be read only once
+            scores = scorer(key, iter(shown))  # a bar has a length, but can be read only once
+            common.require_finite(np.stack(scores).T, "scores", common.PARAMETERS_DIVERGED)
+            return scores
 
         data_scores = score(f"{config.data.name}, {source.described_split()}", x, len(x))
         other_scores = {}
@@ -101,8 +103,6 @@ def run(
                 other_scores[name] = score(name, synthetic, len(x))
             else:
                 other_scores[name] = score(name, other_images[name], len(other_images[name]))
-        for scores in (data_scores, *other_scores.values()):
-            common.require_finite(np.stack(scores).T, "scores")
         aurocs = {
             name: ood.aurocs(data_scores, scores) for name, scores in other_scores.items()
         }
@@ -136,10 +136,9 @@ def run(
             },
         }
         write_json(folder / "ood.json", values)
-    name = f"{short_name(config.data.name)} ({source.described_split()})"
-    for line in table(scorer.levels, name, aurocs):
-        log.info("%s", line)
-    log.info("wrote ood.json and histograms.png to %s", folder)
+        title = f"{short_name(config.data.name)} ({source.described_split()})"
+        for line in table(scorer.levels, title, aurocs):
+            log.info("%s", line)
 
 
 def open_other(config: ConfigDict, name: str) -> Source:

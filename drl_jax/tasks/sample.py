@@ -1,6 +1,5 @@
 """The task `sample`: draws samples and writes them."""
 
-import logging
 from collections.abc import Iterable
 
 import numpy as np
@@ -15,13 +14,12 @@ from drl_jax.storage.atomic import replacing
 from drl_jax.storage.runs import Run
 from drl_jax.tasks import common
 
-log = logging.getLogger(__name__)
-
 
 def run(run: Run, workdir: epath.Path, num_samples: int, seed: int) -> None:
     """Draws samples and writes each batch as it arrives.
 
-    Memory does not grow with `num_samples`.
+    Memory does not grow with `num_samples`. Until all are drawn, the name of the folder ends
+    with .unfinished_HASH.
 
     Writes to `workdir`/samples/step_STEP_seed_SEED, or to a folder with a number after this
     name if there are samples with other settings (`storage.results.folder`):
@@ -45,7 +43,6 @@ def run(run: Run, workdir: epath.Path, num_samples: int, seed: int) -> None:
         model = common.adapted(run).model
         batches = common.draw(model, common.task_key("sample", seed), num_samples)
         write(folder, batches, num_samples, model.shape)
-    log.info("wrote %d samples to %s", num_samples, folder)
 
 
 def write(

@@ -12,6 +12,7 @@ from drl_jax.data import pipeline, sources
 from drl_jax.method import METROPOLIS
 from drl_jax.metrics import levels as levels_lib
 from drl_jax.metrics.frechet import fit
+from drl_jax.runtime import preemption
 from drl_jax.sampling import chains
 from drl_jax.storage import data_record, results
 from drl_jax.storage.atomic import make_writable
@@ -59,7 +60,8 @@ def run(
 
     Raises:
       UserError: if the data, a level or the number of chains cannot be used, the unfinished
-        work in the folder was started with other settings, or the folder cannot be written to.
+        work in the folder was started with other settings, a chain diverges, or the folder
+        cannot be written to.
       Interrupted: if a signal stopped the chains; their state is saved.
     """
     config, model = run.config, run.model
@@ -103,5 +105,7 @@ def run(
     autosave = Autosave(folder / "chains.snapshot", settings)
     state = runner.run(model, key, experiment, num_steps, autosave)
     others = {"step": run.step, "seed": seed, "marginal": marginal, "num_steps": num_steps}
-    results.write_settings(folder, settings | others)
-    report.write(folder, state, experiment, model.T)
+    saved = "the chains are saved: the same command writes the results"
+    with preemption.reporting(saved, has_others=jax.process_count() > 1):
+        results.begin(folder, settings | others, last="long_run.json")
+        report.write(folder, state, experiment, model.T)

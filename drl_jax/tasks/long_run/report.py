@@ -2,7 +2,6 @@
 
 import logging
 import math
-from typing import Any
 
 import numpy as np
 from etils import epath
@@ -10,14 +9,14 @@ from etils import epath
 from drl_jax.metrics.diagnostics import FORGOTTEN
 from drl_jax.plots import figures, images
 from drl_jax.plots.figures import Panel
-from drl_jax.storage.atomic import write_json
+from drl_jax.storage.atomic import finite_or_none, write_json
 from drl_jax.tasks.long_run.runner import Experiment, State, steps_to_forget
 
 log = logging.getLogger(__name__)
 
 
 def write(folder: epath.Path, state: State, experiment: Experiment, T: int) -> None:
-    """Writes the results of an experiment, and logs the newest statistics.
+    """Writes the results of an experiment, long_run.json last, and logs the newest statistics.
 
     Writes to `folder`:
       level_LEVEL.png, one per level: a row of data diffused to the level, then a row of the
@@ -70,7 +69,7 @@ def write(folder: epath.Path, state: State, experiment: Experiment, T: int) -> N
             "ladders": state.ladders,
         },
     }
-    write_json(folder / "long_run.json", _finite_or_none(results))
+    write_json(folder / "long_run.json", finite_or_none(results))
     last, data = state.records[-1], experiment.data
     log.info("after %d steps (in brackets: data diffused to the level):", last["step"])
     for i, level in enumerate(experiment.levels):
@@ -162,12 +161,3 @@ def panels(state: State, experiment: Experiment) -> list[Panel]:
 def _or_nan(value: float | None) -> float:
     """Returns NaN for None."""
     return math.nan if value is None else value
-
-
-def _finite_or_none(value: Any) -> Any:
-    """Replaces NaN and infinities, which JSON cannot represent, by None."""
-    if isinstance(value, dict):
-        return {name: _finite_or_none(v) for name, v in value.items()}
-    if isinstance(value, list):
-        return [_finite_or_none(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

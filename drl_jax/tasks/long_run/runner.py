@@ -18,7 +18,6 @@ generation of one such set of samples.
 
 import functools
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -42,6 +41,7 @@ from drl_jax.sampling import chains as chains_lib
 from drl_jax.sampling import ladder
 from drl_jax.sampling.chains import Chains, Observation
 from drl_jax.storage.snapshots import Autosave, Snapshot
+from drl_jax.tasks import common
 
 log = logging.getLogger(__name__)
 
@@ -103,10 +103,14 @@ class Features(NamedTuple):
     to_images: Callable[..., Float[np.ndarray, "n H W C"]]
 
     def distance(self, x_t: Float[np.ndarray, "n H W C"], level: int) -> float:
-        """Returns the squared Fréchet distance from the training images; NaN if diverged."""
-        if not np.isfinite(x_t).all():
-            return math.nan
-        features, _ = self.classifier(np.clip(self.to_images(x_t, top=level), -1, 1))
+        """Returns the squared Fréchet distance from the training images.
+
+        Raises:
+          UserError: if a completed image is not finite.
+        """
+        images = self.to_images(x_t, top=level)
+        common.require_finite(images, f"images completed from level {level}")
+        features, _ = self.classifier(np.clip(images, -1, 1))
         return frechet_distance(fit(features), self.reference)
 
 
@@ -263,7 +267,8 @@ def run(
       autosave: restores the saved state, and saves it regularly and at the end.
 
     Raises:
-      UserError: if the saved state is damaged or has other settings, or cannot be written.
+      UserError: if the saved state is damaged or has other settings, or cannot be written, or
+        a chain has diverged.
       Interrupted: if a signal stopped the chains; the state is saved.
     """
     snapshot = autosave.restore()
@@ -321,6 +326,7 @@ def run_conditionals(
             )
             made, done = int(chains.step[0]) - done, int(chains.step[0])
             if step == last:
+                require_finite(observation.x, made_before=max(recorded, 0), step=done)
                 steps = done - max(recorded, 0)
                 state.records.append(chain_statistics(chains, observation, experiment, steps))
                 state.pictures.append(_by_level(observation.x, experiment)[:, :COLUMNS])
@@ -368,6 +374,7 @@ def run_ladders(
                     state.ladder = LadderProgress(steps, level, x_tilde, chains)
                 else:
                     x_t = np.asarray(observation.x)
+                    common.require_finite(x_t, f"chains of level {level}")
                     state.ladder = LadderProgress(steps, level - 1, x_t, None)
                 made, done = step - done, step
                 on_call(made)
@@ -478,15 +485,30 @@ def steps_to_forget(chains: Chains, experiment: Experiment) -> list[int | None]:
     return [lag and lag * every for lag in lags]
 
 
+def require_finite(x: ArrayLike, made_before: int, step: int) -> None:
+    """Checks that no chain on a conditional has diverged.
+
+    Args:
+      x: positions of the chains.
+      made_before: number of steps after which they were recorded before.
+      step: number of steps made.
+
+    Raises:
+      UserError: if any value is infinite or not a number.
+    """
+    advice = common.CHAINS_DIVERGED
+    if made_before:
+        advice += f"; --num_steps={made_before} reports the steps before"
+    common.require_finite(np.asarray(x), f"chains after {step} steps", advice)
+
+
 def distance(x: Float[np.ndarray, "n H W C"], reference: Normal) -> float:
-    """Returns the squared Fréchet distance on pixels; NaN if a chain has diverged.
+    """Returns the squared Fréchet distance on pixels.
 
     Args:
       x: images, to whose pixels a normal distribution is fitted.
       reference: the distribution to compare it with.
     """
-    if not np.isfinite(x).all():
-        return math.nan
     return frechet_distance(fit(_flatten(x)), reference)
 
 
