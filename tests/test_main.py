@@ -11,7 +11,7 @@ import types
 
 import pytest
 from etils import epath
-from helpers import tiny
+from helpers import examples, tiny
 from PIL import Image
 
 import drl_jax
@@ -152,11 +152,10 @@ def test_an_image_that_turns_out_unreadable_is_skipped_or_refused(
     folder.mkdir()
     for i in range(20):
         Image.new("L", (8, 8), i).save(folder / f"{i:02d}.png")
-    whole = (folder / "13.png").read_bytes()
-    (folder / "13.png").write_bytes(whole[:-20])  # only decoding it tells
+    examples.save_damaged(folder / "13.png")  # only decoding it tells
     args = tiny.training(workdir, data__name=f"folder:{folder}", train__num_steps=2)
     assert tiny.main(*args, "--config.data.strict=True") == 1
-    assert re.search(r"^error: cannot read image .*13\.png.*$", capsys.readouterr().err)
+    assert re.search(r"^error: cannot read image .*13\.png.*$", capsys.readouterr().err, re.M)
     assert tiny.main(*args) == 0
     assert re.search(
         r"skipping an image: cannot read image .*13\.png.* \(number 1\)", caplog.text

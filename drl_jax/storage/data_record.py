@@ -44,9 +44,9 @@ def update(
     if jax.process_count() > 1:
         processes.require_same({"the data set": source.fingerprint})
     is_first = jax.process_index() == 0
-    old = processes.broadcast_from_first(read(workdir) if is_first and resumed else None)
+    old = processes.broadcast_from_first(read(workdir) if is_first else None)
     new = {PLACE: str(source.folder or ""), **source.fingerprint}
-    changes = differences(old, source) if old else []
+    changes = differences(old, source) if old and resumed else []
     if old and changes:
         if old[PLACE] != new[PLACE] and not may_differ:
             raise UserError(
@@ -59,7 +59,8 @@ def update(
             "come in another order, and test images may have been trained on",
             "; ".join(changes),
         )
-    write_json(workdir / FILE, new)
+    if old != new:
+        write_json(workdir / FILE, new)
 
 
 def warn_if_changed(workdir: epath.PathLike, source: Source) -> None:
