@@ -179,7 +179,7 @@ EXCEPTIONS = {
     ],
 }
 # What `os` has besides files.
-ALLOWED = {"PathLike", "cpu_count", "environ", "fspath", "getpid"}
+ALLOWED = {"PathLike", "_exit", "cpu_count", "environ", "fspath", "getpid"}
 
 
 def local_file_access(source):

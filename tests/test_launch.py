@@ -379,8 +379,9 @@ def test_a_program_that_ended_without_a_status_counts_as_killed(host):
 
 
 @pytest.fixture
-def project(tmp_path):
+def project(tmp_path, monkeypatch):
     """A copy of the project with a .venv that is already installed and runs this Python."""
+    monkeypatch.delenv("EXTRA", raising=False)  # set where `test.sh` runs the tests
     root = tmp_path / "project"
     (root / ".venv" / "bin").mkdir(parents=True)
     for name in ("launch", "drl_jax", "configs", "pyproject.toml"):
