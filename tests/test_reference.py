@@ -77,6 +77,7 @@ def test_a_second_call_reads_what_the_first_wrote(config, workdir, tmp_path):
         {"data.image_size": 4},
         {"data.channels": 1},
         {"data.crop": "none"},
+        {"data.background": "black"},
         {"evaluation.num_data": 5},
         {"new": "image"},
     ],
