@@ -174,9 +174,8 @@ def test_strips_end_near_their_images_at_low_levels_and_far_from_them_at_high_on
 @pytest.mark.parametrize(
     ("first", "last", "words"),
     [
-        (np.zeros((2, 8, 9, 1)), np.zeros((2, 8, 8, 1)), "2x8x9x1.* 8x8x1"),
-        (np.zeros((8, 8, 1)), np.zeros((8, 8, 1)), "8x8x1.* 8x8x1"),
-        (np.zeros((0, 8, 8, 1)), np.zeros((0, 8, 8, 1)), "0x8x8x1"),
+        (np.zeros((2, 8, 9, 1)), np.zeros((2, 8, 8, 1)), "2x8x9x1.* nx8x8x1"),
+        (np.zeros((8, 8, 1)), np.zeros((8, 8, 1)), "8x8x1.* nx8x8x1"),
         (np.zeros((2, 8, 8, 1)), np.full((2, 8, 8, 1), 255.0), r"\[255, 255\]"),
         (np.zeros((2, 8, 8, 1)), np.full((2, 8, 8, 1), np.nan), "nan"),
         (np.zeros((2, 8, 8, 1)), np.zeros((3, 8, 8, 1)), "2 .* 3 "),

@@ -414,7 +414,7 @@ def test_results_depend_on_sampler_seed_number_precision_and_parameters(exact_ru
         return common.result_settings(run, "sample", seed, num_samples=num_samples)
 
     model = exact_run.model
-    params = jax.tree.map(lambda leaf: leaf + 1, model.params)
+    params = {"another": np.ones(1)}
     others = [
         settings(seed=1),
         settings(num_samples=4),
@@ -452,7 +452,9 @@ def test_data_that_are_too_few_to_compare_with_are_refused_before_training(tmp_p
         Image.new("L", (8, 8), i).save(folder / f"{i}.png")
     assert tiny.main(*tiny.training(workdir, data__name=f"folder:{folder}")) == 1
     error = capsys.readouterr().err
-    assert re.fullmatch(r"error: the data \(.*\) are 3 examples: .* needs 4 or more\n", error)
+    assert re.search(
+        r"^error: the data are 3 examples: .* needs 4 or more$", error, re.MULTILINE
+    )
     assert not workdir.exists()
 
 

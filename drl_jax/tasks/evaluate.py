@@ -115,8 +115,8 @@ def require_comparable(source: Source) -> None:
     least = config_lib.MINIMUM["evaluation.num_data"]
     if len(source) < least:
         raise UserError(
-            f"the data ({source.identity}) are {len(source)} examples: the evaluation, which "
-            f"compares samples with them, needs {least:g} or more"
+            f"the data are {len(source)} examples: the evaluation, which compares samples with "
+            f"them, needs {least:g} or more"
         )
 
 
