@@ -285,7 +285,7 @@ def test_processes_that_do_not_come_end_the_first(tmp_path):
     )
     assert status != 0
     assert time.monotonic() - before < 3 * TIMEOUT
-    assert f"--timeout={TIMEOUT} seconds for all processes" in output
+    assert f"--timeout={TIMEOUT} seconds for all 2 processes" in output
     assert not (tmp_path / "run").exists()
 
 
