@@ -286,7 +286,7 @@ def test_the_probability_of_a_discrete_image_with_uniform_pixels_is_correct():
         (np.zeros((2, 8, 8, 1), np.uint8), "uint8"),
         (np.full((2, 8, 8, 1), 255.0), r"\[255, 255\]"),
         (np.full((2, 8, 8, 1), np.nan), "nan"),
-        (np.zeros((2, 9, 8, 1)), "2x9x8x1.* 8x8x1"),
+        (np.zeros((2, 9, 8, 1)), "2x9x8x1.* nx8x8x1"),
     ],
 )
 def test_images_that_do_not_fit_the_model_give_an_error_of_one_line(x, words):
