@@ -1,6 +1,7 @@
 """Run-time checks of all annotations, and fixtures that several test modules share."""
 
 import gc
+import signal
 
 import helpers.typechecking
 
@@ -14,6 +15,10 @@ from drl_jax.runtime import cpu_devices  # noqa: E402
 # The number of devices does not depend on the machine, or on which test loads a model first.
 if not cpu_devices.set_by_user():
     jax.config.update("jax_num_cpu_devices", 1)
+
+# Python's own handlers, also where the tests run in the background or after nohup.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 from helpers.torch_files import torch  # noqa: E402, F401
 from helpers.toy import trained_toy  # noqa: E402, F401

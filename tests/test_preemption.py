@@ -11,16 +11,6 @@ from drl_jax.errors import Interrupted
 from drl_jax.runtime import preemption
 
 
-@pytest.fixture(autouse=True)
-def handlers():
-    """Python's own handlers, also where the tests run in the background or after nohup."""
-    own = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
-    before = {signum: signal.signal(signum, handler) for signum, handler in own.items()}
-    yield
-    for signum, handler in before.items():
-        signal.signal(signum, handler)
-
-
 @pytest.mark.parametrize(
     "signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1]
 )

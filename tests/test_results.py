@@ -63,6 +63,7 @@ def test_results_with_equal_settings_are_replaced_and_others_get_their_own_folde
     write(path, first, "g")
     assert tree(path)["step_5"] == ["g", "settings.json"]
     assert json.loads((path / "settings.json").read_text()) == first | {"leapfrog": [5, 2]}
+    caplog.clear()
     with caplog.at_level("INFO", logger="drl_jax"):
         write(path, third, "h")
     assert caplog.messages == [
