@@ -121,6 +121,7 @@ def test_a_damaged_record_is_one_line(workdir):
 @pytest.mark.slow
 def test_a_run_resumes_where_its_data_have_moved_to_and_reports_what_changed(tmp_path, caplog):
     """Fails if the path is compared, or if the data are not."""
+    caplog.set_level(logging.INFO, logger="drl_jax")
     workdir = tmp_path / "run"
     folder_of(tmp_path / "a", 30)
 

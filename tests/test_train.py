@@ -49,11 +49,12 @@ def test_training_that_is_finished_is_only_evaluated_again(workdir, num_steps):
     assert tiny.main(*tiny.training(workdir, train__num_steps=num_steps)) == 0
     after = files(workdir)
     changed = {name for name in after if after[name] != before.get(name)}
-    (events,) = changed - {*RESULTS, "data.json", "log.txt"}
+    unchanged = {*RESULTS, "data.json", "settings.json"}
+    (events,) = changed - unchanged - {"log.txt"}
     assert events.startswith("events")
     assert before.keys() == after.keys() - {events}
     assert after["log.txt"][1].startswith(before["log.txt"][1])
-    for name in (*RESULTS, "data.json"):
+    for name in unchanged:
         assert before[name][1] == after[name][1]
 
 
