@@ -182,8 +182,7 @@ class UNet(nn.Module):
       dropout: probability with which a block sets an activation to zero, if there are keys.
       groups: maximum number of groups of a normalisation.
       patch: side of the squares of pixels that the first resolution treats as one pixel with
-        more channels. Fewer and wider convolutions are faster, above all on CPUs (Luhman and
-        Luhman 2022).
+        more channels (Luhman and Luhman 2022).
       outputs: number O of arrays of x's shape in U; if it is 1, U has no axis for them.
     """
 
