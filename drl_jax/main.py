@@ -70,20 +70,20 @@ def run(command: Command) -> None:
         raise UserError("several processes need a --workdir that all of them can access")
     config = None
     if not task.trained:
-        file = values["config"]
-        config = config_lib.load(file) if file else config_lib.default()
+        config = config_lib.load(values["config"]) if values["config"] else config_lib.default()
         config = command_line.changed(config, command.changes)
     topology = values.get("topology")
-    jax_setup.prepare(
-        cpu_devices=1 if job.has_others else cpu_devices.count(config),
-        environment=chips.parse(topology).environment if topology else {},
-    )
-    with processes.connected(job), preemption.reporting("nothing new is saved", job.has_others):
-        if job.has_others:
-            processes.require_same(settings(command, config))
-            if not processes.is_first():
-                log.setLevel(logging.ERROR)
-        run_task(command, config)
+    with preemption.reporting("nothing new is saved", job.has_others):
+        jax_setup.prepare(
+            cpu_devices=1 if job.has_others else cpu_devices.count(config),
+            environment=chips.parse(topology).environment if topology else {},
+        )
+        with processes.connected(job):
+            if job.has_others:
+                processes.require_same(settings(command, config))
+                if not processes.is_first():
+                    log.setLevel(logging.ERROR)
+            run_task(command, config)
 
 
 def settings(command: Command, config: ConfigDict | None) -> dict[str, object]:

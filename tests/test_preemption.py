@@ -1,3 +1,5 @@
+import contextlib
+import gc
 import os
 import signal
 import subprocess
@@ -82,15 +84,65 @@ def test_among_several_processes_sigterm_is_left_to_jax():
         assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_a_hangup_that_is_ignored_stays_ignored():
-    """As after nohup."""
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+@pytest.mark.parametrize("signum", [signal.SIGHUP, signal.SIGINT])
+def test_a_signal_that_is_ignored_stays_ignored(signum):
+    """As SIGHUP is after nohup, and SIGINT in a shell's background."""
+    before = signal.signal(signum, signal.SIG_IGN)
     try:
-        with preemption.stop_on_signal() as stop:
-            signal.raise_signal(signal.SIGHUP)
+        with preemption.stop_on_signal() as stop, preemption.reporting("none", False):
+            signal.raise_signal(signum)
             assert stop() is None
     finally:
-        signal.signal(signal.SIGHUP, before)
+        signal.signal(signum, before)
+
+
+@contextlib.contextmanager
+def in_garbage_collection(function):
+    """Calls a function in a callback of the garbage collection, which discards exceptions."""
+
+    def callback(*_):
+        gc.callbacks.remove(callback)  # called once
+        function()
+
+    gc.callbacks.append(callback)
+    yield
+
+
+@pytest.mark.parametrize("seconds", [0, 10])
+def test_a_signal_whose_exception_is_discarded_still_ends_the_body(seconds, monkeypatch):
+    """Whether the body goes on for long or ends before the signal is repeated."""
+    printed = []
+    monkeypatch.setattr(sys, "unraisablehook", printed.append)
+
+    def body():
+        with in_garbage_collection(lambda: signal.raise_signal(signal.SIGTERM)):
+            gc.collect()
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            time.sleep(0.01)
+
+    start = time.monotonic()
+    with (
+        pytest.raises(Interrupted, match=r"^stopped by signal 15; all is saved$"),
+        preemption.reporting("all is saved", has_others=False),
+    ):
+        body()
+    assert time.monotonic() - start < 5
+    time.sleep(2 * preemption.REPEAT_AFTER)  # it is not repeated after the report
+    assert printed == []
+
+
+def test_other_exceptions_that_python_discards_are_printed(monkeypatch):
+    printed = []
+    monkeypatch.setattr(sys, "unraisablehook", printed.append)
+
+    def fail():
+        raise ValueError
+
+    with preemption.reporting("all is saved", has_others=False), in_garbage_collection(fail):
+        gc.collect()
+    assert [type(unraisable.exc_value) for unraisable in printed] == [ValueError]
+    assert sys.unraisablehook == printed.append
 
 
 @pytest.mark.parametrize(("status", "ending"), [(0, "end"), (1, "end"), (143, "")])

@@ -18,18 +18,16 @@ SIGNALLED = 128  # the exit status after a signal is this plus the number of the
 # Windows has neither.
 NAMES = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1")
 
+REPEAT_AFTER = 0.5  # seconds until a signal whose exception was lost is sent again
+
 
 def handled_signals() -> tuple[signal.Signals, ...]:
     """Returns the signals that stop a run.
 
-    SIGHUP is not one of them if it is ignored, as after nohup.
+    Those that are ignored, such as SIGHUP after nohup, are not among them.
     """
     present = [signal.Signals[name] for name in NAMES if name in signal.Signals.__members__]
-    return tuple(
-        signum
-        for signum in present
-        if signum.name != "SIGHUP" or signal.getsignal(signum) != signal.SIG_IGN
-    )
+    return tuple(signum for signum in present if signal.getsignal(signum) != signal.SIG_IGN)
 
 
 @contextlib.contextmanager
@@ -82,19 +80,34 @@ def reporting(report: str, has_others: bool) -> Iterator[None]:
     Raises:
       Interrupted: if a signal has arrived.
     """
+    # Python discards an exception that a handler raises during a callback, such as JAX's in
+    # garbage collection. So the signal is sent again until the exception has arrived here.
+    repeats: list[threading.Timer] = []
+    has_arrived = False
 
     def stop(signum: int, _: object) -> None:
+        if has_arrived:
+            return
+        repeats.append(threading.Timer(REPEAT_AFTER, signal.raise_signal, [signum]))
+        repeats[-1].daemon = True
+        repeats[-1].start()
         raise KeyboardInterrupt(signum)
 
-    handlers = {}
-    if not has_others and threading.current_thread() is threading.main_thread():
-        handlers = dict.fromkeys(set(handled_signals()) - {signal.SIGINT}, stop)
-    with _signal_handlers(handlers):
+    signals = {signal.SIGINT} if has_others else set(handled_signals())
+    if threading.current_thread() is not threading.main_thread():
+        signals = set()
+    with _signal_handlers(dict.fromkeys(signals, stop)), _silently_discarded():
         try:
             yield
+            if repeats:
+                raise KeyboardInterrupt(*repeats[0].args)
         except KeyboardInterrupt as interrupt:
+            has_arrived = True
             signum = interrupt.args[0] if interrupt.args else signal.SIGINT
             raise Interrupted(signum, report) from None
+        finally:
+            for repeat in repeats:
+                repeat.cancel()
 
 
 def leave(status: int) -> NoReturn:
@@ -120,3 +133,19 @@ def _signal_handlers(handlers: Mapping[Any, Any]) -> Iterator[None]:
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
+
+
+@contextlib.contextmanager
+def _silently_discarded() -> Iterator[None]:
+    """Keeps Python from printing a KeyboardInterrupt that it discards."""
+    before = sys.unraisablehook
+
+    def hook(unraisable: Any) -> None:
+        if not isinstance(unraisable.exc_value, KeyboardInterrupt):
+            before(unraisable)
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
