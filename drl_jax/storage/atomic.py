@@ -29,7 +29,7 @@ def make_writable(folder: epath.Path) -> None:
     with as_user_error(f"cannot write to {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         probe.write_text("")
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # processes on other hosts can have the same number
 
 
 @contextlib.contextmanager

@@ -70,6 +70,13 @@ class Checkpoints:
                     ]
                 ),
                 cleanup_tmp_directories=True,
+                create=False,  # not supported together with active_processes
+                # With them, processes wait for each other by JAX's coordination service. The
+                # default, a collective operation, would run beside those of a training step,
+                # whose order on CPUs differs between processes.
+                multiprocessing_options=ocp.options.MultiprocessingOptions(
+                    active_processes=set(range(jax.process_count()))
+                ),
                 async_options=ocp.AsyncOptions(
                     post_finalization_callback=self._complete,
                     # Otherwise a folder that cannot be created blocks a thread for minutes.
@@ -82,6 +89,9 @@ class Checkpoints:
         self._folder = folder if folder.is_absolute() else folder.absolute()
         self._config = config
         self._saving: int | None = None
+        if config is not None:
+            with as_user_error(f"cannot write to {self._folder}"):
+                self._folder.mkdir(parents=True, exist_ok=True)
         self._manager = ocp.CheckpointManager(
             self._folder, options=options, handler_registry=_handlers()
         )
