@@ -189,7 +189,7 @@ class Model:
         differences.
 
         Raises:
-          UserError: if n < 0.
+          UserError: if n < 0, or `key` is not a random key.
         """
         return np.concatenate(list(self.sample_batches(key, n)))
 
@@ -197,7 +197,7 @@ class Model:
         """Draws n samples batch by batch, so that the memory needed does not grow with n.
 
         Raises:
-          UserError: if n < 0.
+          UserError: if n < 0, or `key` is not a random key.
         """
         require_at_least(0, n=n)
         return self.run(self.programs.generate, key, np.arange(n))
@@ -242,6 +242,7 @@ class Model:
         Raises:
           UserError: if the level is not in 1..T, pairs < 0, or frames < 1.
         """
+        require_key(key)
         require_at_least(0, pairs=pairs)
         require_at_least(1, frames=frames)
         keys = noise.example_keys(key, jnp.arange(2 * pairs))
@@ -277,6 +278,7 @@ class Model:
           UserError: if the images do not fit the model, the level is not in 1..T, or
             frames < 1.
         """
+        require_key(key)
         require_at_least(1, frames=frames)
         schedule = self.method.schedule
         starts, ends = as_images(first, self.shape), as_images(last, self.shape)
@@ -509,7 +511,11 @@ class Model:
         """Returns the two arguments of a compiled program: shared values, and examples.
 
         The arguments of this method are those of `run`.
+
+        Raises:
+          UserError: if `key` is not a random key.
         """
+        require_key(key)
         shared = self.params, self.method.sampler.tuning, key, settings
         return shared, (indices, arrays)
 
@@ -548,6 +554,20 @@ class Model:
         indices = np.repeat(np.arange(pairs), frames)
         images = self.run(self.programs.descend, key, indices, x, top=level, bottom=0)
         return _concatenate(images).reshape(strips.shape)
+
+
+def require_key(key: Any) -> None:
+    """Checks that this is a key of `jax.random.key` or `jax.random.PRNGKey`.
+
+    Raises:
+      UserError: with the value, or with the dtype and the shape of an array.
+    """
+    is_array = isinstance(key, jax.Array | np.ndarray)
+    if is_array and jnp.issubdtype(key.dtype, jax.dtypes.prng_key) and key.shape == ():
+        return
+    if not is_array or key.dtype != np.uint32 or key.ndim != 1:
+        found = f"an array of {key.dtype}, shape {key.shape}" if is_array else repr(key)
+        raise UserError(f"the random key is {found}: give jax.random.key(SEED)")
 
 
 def require_at_least(minimum: int, **counts: int) -> None:

@@ -64,6 +64,16 @@ def test_given_files_are_completed(tmp_path):
     assert np.all(grid[8:72, -72:-8] == 255)
 
 
+@pytest.mark.slow
+def test_changed_data_are_reported_if_their_images_are_completed(tmp_path, caplog):
+    workdir = tiny.trained(copy=tmp_path / "run")
+    record = json.loads((workdir / "data.json").read_text())
+    (workdir / "data.json").write_text(json.dumps(record | {"data set": "other"}))
+    command = ["--mode=inpaint", f"--workdir={workdir}", "--completions=2", "--rounds=1"]
+    assert tiny.main(*command) == 0
+    assert "not the data that the model was trained on (data set was" in caplog.text
+
+
 def test_a_mask_file_hides_pixels_that_are_at_least_half_white(tmp_path):
     Image.fromarray(np.array([[0, 127], [128, 255]], np.uint8)).save(tmp_path / "mask.png")
     known, name = inpaint.load_mask(str(tmp_path / "mask.png"), 2, jax.random.key(0))

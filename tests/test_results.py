@@ -164,6 +164,24 @@ def test_processes_with_different_settings_can_write_at_the_same_time(path):
     }
 
 
+def test_a_second_process_with_equal_settings_is_refused_and_disturbs_nothing(path):
+    with results.folder(path, {"seed": 0}) as folder:
+        (folder / "a").touch()
+        with pytest.raises(UserError, match=r"^another run is using \S+unfinished_\w+ \(proc"):
+            write(path, {"seed": 0}, "b")
+    assert tree(path) == {"step_5": ["a", "settings.json"]}
+
+
+def test_what_a_killed_process_has_left_is_removed(path):
+    with pytest.raises(Interrupted):
+        interrupt(path, {}, signal.SIGTERM)
+    (unfinished,) = path.parent.iterdir()
+    (unfinished / "deep").mkdir()
+    (unfinished / "deep" / "a").touch()
+    write(path, {}, "c")
+    assert tree(path) == {"step_5": ["c", "settings.json"]}
+
+
 def test_results_that_do_not_belong_together_are_never_next_to_the_last_one(path):
     path.mkdir(parents=True)
     for name in ("metrics.json", "samples.png", "settings.json"):

@@ -1,3 +1,4 @@
+import logging
 import os
 import subprocess
 import sys
@@ -45,6 +46,12 @@ def run(saved):
 def assert_same(a, b):
     assert jax.tree.structure(a) == jax.tree.structure(b)
     jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+def test_loading_a_model_logs_nothing(caplog):
+    caplog.set_level(logging.WARNING)
+    runs.load(tiny.trained())
+    assert caplog.messages == []
 
 
 def test_a_work_directory_has_the_averaged_parameters_normalised(saved, run):

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -56,6 +57,20 @@ def test_training_that_is_finished_is_only_evaluated_again(workdir, num_steps):
     assert after["log.txt"][1].startswith(before["log.txt"][1])
     for name in unchanged:
         assert before[name][1] == after[name][1]
+
+
+def test_a_run_that_is_being_evaluated_is_in_use(workdir, capsys):
+    tiny.trained(copy=workdir)
+    statuses = []
+
+    def measure(**_):
+        statuses.append(tiny.main(*tiny.training(workdir)))
+        return {}
+
+    with mock.patch("drl_jax.tasks.evaluate.measure", measure):
+        assert tiny.main(*tiny.training(workdir)) == 0
+    assert statuses == [1]
+    assert f"another run is using {workdir} (process {os.getpid()}" in capsys.readouterr().err
 
 
 def test_the_configuration_and_the_log_are_at_the_top_of_the_work_directory():

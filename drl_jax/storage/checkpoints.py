@@ -92,9 +92,10 @@ class Checkpoints:
         if config is not None:
             with as_user_error(f"cannot write to {self._folder}"):
                 self._folder.mkdir(parents=True, exist_ok=True)
-        self._manager = ocp.CheckpointManager(
-            self._folder, options=options, handler_registry=_handlers()
-        )
+        with _without_warnings():  # that a folder opened for reading is read-only
+            self._manager = ocp.CheckpointManager(
+                self._folder, options=options, handler_registry=_handlers()
+            )
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -335,6 +336,18 @@ def _crc32(file: epath.Path) -> int:
         while block := stream.read(BLOCK):
             crc = zlib.crc32(block, crc)
     return crc
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Silences Orbax's warnings."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(max(level, logging.ERROR))
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def _handlers() -> ocp.handlers.DefaultCheckpointHandlerRegistry:

@@ -20,6 +20,7 @@ from jaxtyping import PyTree
 
 from drl_jax.errors import Interrupted, as_user_error
 from drl_jax.runtime import preemption
+from drl_jax.storage import lock
 from drl_jax.storage.atomic import make_writable, remove, write_json
 
 log = logging.getLogger(__name__)
@@ -43,7 +44,8 @@ def folder(path: epath.Path, settings: dict[str, Any]) -> Iterator[epath.Path]:
         to `settings.json`. Different settings can be used at the same time.
 
     Raises:
-      UserError: if a folder cannot be created, read, written to or renamed.
+      UserError: if a folder cannot be created, read, written to or renamed, or another process
+        is computing the same results.
       Interrupted: if a signal has stopped the body.
     """
     encoded = json.dumps(settings, sort_keys=True)
@@ -51,21 +53,23 @@ def folder(path: epath.Path, settings: dict[str, Any]) -> Iterator[epath.Path]:
     name = f"{path.name}.unfinished_{hashlib.sha256(encoded.encode()).hexdigest()[:8]}"
     unfinished = path.parent / name
     make_writable(path.parent)
-    if not jax.process_index():
-        with as_user_error(f"cannot write to {unfinished}"):
-            unfinished.rmtree(missing_ok=True)  # of a process that was killed
-            unfinished.mkdir()
-    write_json(unfinished / SETTINGS, settings)
     report = f"{unfinished} has the results up to here: the same command starts anew"
-    try:
-        with preemption.reporting(report, has_others=jax.process_count() > 1):
-            yield unfinished
-    except Interrupted:
-        raise
-    except Exception:
-        if not jax.process_index():
-            unfinished.rmtree(missing_ok=True)
-        raise
+    with contextlib.ExitStack() as stack:
+        with as_user_error(f"cannot write to {unfinished}"):
+            unfinished.mkdir(exist_ok=True)
+        stack.enter_context(lock.held(unfinished))
+        try:
+            if not jax.process_index():
+                _empty(unfinished)  # of what a process that was killed has left
+            write_json(unfinished / SETTINGS, settings)
+            with preemption.reporting(report, has_others=jax.process_count() > 1):
+                yield unfinished
+        except Interrupted:
+            raise
+        except Exception:
+            if not jax.process_index():
+                unfinished.rmtree(missing_ok=True)
+            raise
     if not jax.process_index():
         _publish(unfinished, path, settings)
 
@@ -94,6 +98,20 @@ def digest(arrays: PyTree) -> str:
     for leaf in jax.tree.leaves(arrays):
         total.update(np.asarray(leaf).tobytes())
     return total.hexdigest()[:16]
+
+
+def _empty(folder: epath.Path) -> None:
+    """Removes everything in a folder, except the file of its lock.
+
+    Raises:
+      UserError: if this fails.
+    """
+    with as_user_error(f"cannot write to {folder}"):
+        for path in folder.iterdir():
+            if path.is_dir():
+                path.rmtree()
+            elif path.name != lock.FILE:
+                path.unlink()
 
 
 def _publish(unfinished: epath.Path, path: epath.Path, settings: dict[str, Any]) -> None:

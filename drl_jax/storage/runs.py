@@ -152,7 +152,10 @@ def load_parameters(path: str, config: ConfigDict, mesh: Mesh) -> Parameters:
                 abstract, lambda shape: sharding.fully_sharded(shape, mesh), step
             )
     if restored is None:
-        raise UserError(f"there is no checkpoint in {workdir}: give a trained work directory")
+        raise UserError(
+            f"there is no checkpoint in {workdir}: give WORKDIR or WORKDIR:STEP of a run that "
+            "has been trained"
+        )
     found, state = restored
     return Parameters(config=found, **state | {"step": int(state["step"])})
 

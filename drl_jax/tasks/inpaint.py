@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Key
 from drl_jax.data import image_files, pipeline, sources
 from drl_jax.plots import images as images_lib
 from drl_jax.sampling import inpainting, masks
-from drl_jax.storage import results
+from drl_jax.storage import data_record, results
 from drl_jax.storage.atomic import write_json
 from drl_jax.storage.runs import Run
 from drl_jax.tasks import common
@@ -63,6 +63,7 @@ def run(
         x = pipeline.prepared_files(config, images)
     else:
         source = sources.open_source(config)
+        data_record.warn_if_changed(workdir, source)
         x = np.stack(list(pipeline.all_examples(config, source, limit=NUM_IMAGES)))
     settings = common.result_settings(
         run,

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from drl_jax.data import sources
 from drl_jax.plots.metric_writer import MetricWriter
 from drl_jax.runtime import preemption, processes
+from drl_jax.storage import lock
 from drl_jax.storage.log_file import LogFile
 from drl_jax.tasks import common, evaluate
 from drl_jax.training import loop
@@ -38,7 +39,7 @@ def run(
 
     Raises:
       UserError: if the configuration, the data or the Inception weights cannot be used, the
-        folder cannot be written to, or the loss diverges.
+        folder cannot be written to or another run is using it, or the loss diverges.
       Interrupted: if a signal stopped the training; the state is saved.
     """
     with (
@@ -58,7 +59,10 @@ def run(
             log_file=log_file,
         )
         report = "the training is complete and saved; --mode=evaluate repeats the measurements"
-        with preemption.reporting(report, has_others=jax.process_count() > 1):
+        with (
+            lock.held(workdir),
+            preemption.reporting(report, has_others=jax.process_count() > 1),
+        ):
             metrics = evaluate.measure(
                 run=common.adapted(trained),
                 source=source,
