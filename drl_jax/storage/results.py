@@ -56,7 +56,7 @@ def folder(path: epath.Path, settings: dict[str, Any]) -> Iterator[epath.Path]:
             unfinished.rmtree(missing_ok=True)  # of a process that was killed
             unfinished.mkdir()
     write_json(unfinished / SETTINGS, settings)
-    report = f"{unfinished} has the results up to here: the same command starts anew"
+    report = f"{unfinished} has the results so far: the same command starts again"
     try:
         with preemption.reporting(report, has_others=jax.process_count() > 1):
             yield unfinished
@@ -105,7 +105,7 @@ def _publish(unfinished: epath.Path, path: epath.Path, settings: dict[str, Any])
     Raises:
       UserError: if this fails; the finished folder is then kept.
     """
-    with as_user_error(f"cannot give {unfinished} its final name"):
+    with as_user_error(f"cannot rename {unfinished} to its final name"):
         chosen = _choose(path, settings)
         replaced = path.parent / f"{unfinished.name}_replaced"
         replaced.rmtree(missing_ok=True)  # of a process that was killed

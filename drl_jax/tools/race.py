@@ -370,7 +370,7 @@ def race(
         rows = [{"model": TEST, **judge(judge.test)}]
     for name, config in configs.items():
         if len(of_model(rows, name)) == EVALUATIONS:
-            log.info("%s: has finished already", name)
+            log.info("%s: already finished", name)
             continue
         rows = [row for row in rows if row["model"] != name]
         method, model = make_method(name, config), None
