@@ -437,8 +437,8 @@ def validate(config: ConfigDict) -> None:
     if config.energy.parameterisation in FITTED and values > MOST_VALUES:
         raise invalid(
             "energy.parameterisation",
-            f"the covariances of images with {values} values are too large, the limit is "
-            f"{MOST_VALUES}; use 'uniform'",
+            f"the covariances of images with {values} values are too large (limit: "
+            f"{MOST_VALUES}); use 'uniform'",
         )
 
 

@@ -49,7 +49,7 @@ class NoiseSchedule:
 
     @property
     def conditioning(self) -> Float[Array, "levels"]:
-        """What networks other than the paper's are told about a level, in 0..1000.
+        """Input for a level to networks other than the paper's, in 0..1000.
 
         This is the angle arctan(sigma_bar / a_bar), in units of a thousandth of a right angle
         (Zhu et al. 2024). It does not depend on the number of levels.

@@ -467,8 +467,8 @@ class Model:
         tied = bool(jnp.isfinite(self.method.schedule.sigma).all())  # not on `marginals`
         if from_x_tilde and tied and abs(adapted.correlation[worst]) > MAX_CORRELATION:
             log.warning(
-                "K = %d steps per level are too few: a fraction %.2f of the starting point "
-                "remains at level %d, and such errors add up over the levels; increase K",
+                "K = %d is too few steps per level: the correlation of start and end is %.2f "
+                "at level %d, and such errors add up over the levels; increase K",
                 self.method.sampler.K,
                 adapted.correlation[worst],
                 worst,

@@ -64,7 +64,7 @@ def test_an_interrupted_annealing_is_resumed_to_the_same_results(
     assert "bits_per_dim" not in results  # points are not discrete
     assert results["num_data"] == 10_000
     assert f"at most {log_density['to']:.3f} nats" in caplog.text
-    assert f"at least {log_density['from']:.3f} nats on the condition" in caplog.text
+    assert f"at least {log_density['from']:.3f} nats if the upper bounds" in caplog.text
 
     add, calls = likelihood.Progress.add, []
 
@@ -259,8 +259,8 @@ def test_figures_say_what_they_bound_and_if_they_are_on_training_data(
     assert (results["split"], results["held_out"]) == ("train", False)
     for figure, bounds in {
         # 1.0 and 1.5 less than the mean of the values, 0.5, and in bits divided by -64 log 2.
-        "mean log-density": "at most -0.500 nats, and at least -1.000 nats on the condition",
-        "bits per dimension": r"at most 0.023 on .* condition \(with .* lower .*: 0.011\)",
+        "mean log-density": "at most -0.500 nats, and at least -1.000 nats if the upper bounds",
+        "bits per dimension": r"at most 0.023 if the upper .* \(with .* lower .*: 0.011\)",
     }.items():
         (line,) = [line for line in caplog.messages if line.startswith(figure)]
         assert re.search(rf"on training data \(train split\): {bounds}", line)

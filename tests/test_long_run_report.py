@@ -98,8 +98,8 @@ def test_the_steps_until_chains_forget_their_start_are_reported_for_each_level(
     results = json.loads((tmp_path / "long_run.json").read_text())
     assert results["steps_to_forget"] == [None, 4 * 10]
     assert "level 0: " in caplog.text
-    assert "below 0.1 after more steps" in caplog.text
-    assert "below 0.1 after 40 steps" in caplog.text
+    assert "below 0.1: unknown" in caplog.text
+    assert "below 0.1: 40" in caplog.text
 
 
 def test_dotted_lines_are_the_values_of_exact_samples(experiment, state):

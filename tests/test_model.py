@@ -107,7 +107,7 @@ def test_adapt_returns_a_new_model_and_does_not_change_the_old_one(model):
     ("correlation", "warning"),
     [
         ([0.5, -0.5, 0.1, 0.0, 0.2, 0.3], None),
-        ([0.5, -0.7, 0.1, 0.0, 0.6, 0.3], "K = 1 steps .* -0.70 .* level 1, .*increase K"),
+        ([0.5, -0.7, 0.1, 0.0, 0.6, 0.3], "K = 1 is .* -0.70 .* level 1, .*increase K"),
     ],
 )
 def test_a_warm_up_warns_if_chains_of_K_steps_do_not_forget_their_start(

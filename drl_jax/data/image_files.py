@@ -177,7 +177,7 @@ def _opened(file: Any) -> Iterator[Image.Image]:
         raise ValueError("it is damaged or not an image") from error
     with image:
         if image.mode in ("I", "F"):
-            raise ValueError("it has 32 bits per channel, whose white is unknown")
+            raise ValueError("it has 32 bits per channel, with an unknown white level")
         yield image
 
 

@@ -520,7 +520,7 @@ def split(source: Source, test_fraction: float) -> tuple[Source, Source]:
     if num_test in (0, n):
         raise UserError(
             f"config.data.test_fraction is {test_fraction:g}, which selects {num_test} of "
-            f"{n} images; choose one with which both splits have images, or 0 for no test split"
+            f"{n} images; choose one that leaves images in both splits, or 0 for no test split"
         )
     order = np.random.default_rng(0).permutation(n)
     train, test = (

@@ -53,7 +53,7 @@ def of_data(
     for file in files:
         arrays = read(file)
         if arrays is not None:
-            log.info("using %s that were cached in %s", description, file)
+            log.info("using %s cached in %s", description, file)
             return arrays
     arrays = compute()
     for file in files:
@@ -83,5 +83,5 @@ def read(file: epath.Path) -> Arrays | None:
     except FileNotFoundError:
         return None
     except Exception as error:  # local disks, buckets and damaged files raise many classes
-        log.warning("cannot read %s (%s); its content is computed again", file, error)
+        log.warning("cannot read %s (%s); its content will be computed again", file, error)
         return None

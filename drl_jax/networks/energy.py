@@ -111,7 +111,7 @@ def from_image_to_image(
         summed.
       shape: shape of one example x.
       form: how f follows from x and U.
-      levels: what the network is told about the levels t in 0..T-1.
+      levels: input of the network for each level t in 0..T-1.
     """
 
     def init(key):

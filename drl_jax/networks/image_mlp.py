@@ -85,7 +85,7 @@ def energy(
       depth: number of residual layers.
       dropout: probability that a hidden feature is set to zero in training.
       form: how f follows from x and U.
-      levels: what the network is told about the levels t in 0..T-1.
+      levels: input of the network for each level t in 0..T-1.
       outputs: number of arrays of x's shape in U.
     """
     network = ImageMLP(width=width, depth=depth, dropout=dropout, outputs=outputs)

@@ -316,7 +316,7 @@ def find_fault(folder: epath.Path) -> str | None:
     except (OSError, ValueError) as error:
         return f"{CHECKSUMS} is missing or unreadable: {error}"
     if not isinstance(expected, dict) or not expected:
-        return f"{CHECKSUMS} holds no checksums"
+        return f"{CHECKSUMS} contains no checksums"
     wrong = [name for name, checksum in expected.items() if found.get(name) != checksum]
     return f"{wrong[0]} is missing or altered" if wrong else None
 

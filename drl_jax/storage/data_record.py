@@ -51,12 +51,12 @@ def update(
         if old[PLACE] != new[PLACE] and not may_differ:
             raise UserError(
                 f"the data in {new[PLACE]} are not those in {old[PLACE]} that this run was "
-                f"trained on ({'; '.join(changes)}): give their new place, give another "
-                "--workdir, or add --resume_with_changes to continue with the new ones"
+                f"trained on ({'; '.join(changes)}): give the path of the old data, give "
+                "another --workdir, or add --resume_with_changes to continue with the new ones"
             )
         log.warning(
             "the data have changed since this run was trained (%s): from here on, the images "
-            "come in another order, and test images may have been trained on",
+            "come in another order, and some test images may have been trained on",
             "; ".join(changes),
         )
     if old != new:

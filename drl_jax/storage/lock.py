@@ -34,8 +34,8 @@ def held(workdir: epath.Path) -> Iterator[None]:
         other = processes.broadcast_from_first(other)
         if other is not None:
             raise UserError(
-                f"another run is using {workdir} ({other}): wait for its end, stop it, or give "
-                "another --workdir"
+                f"another run is using {workdir} ({other}): wait until it ends, stop it, or "
+                "give another --workdir"
             )
         yield
 

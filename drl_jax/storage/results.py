@@ -53,11 +53,10 @@ def folder(path: epath.Path, settings: dict[str, Any]) -> Iterator[epath.Path]:
     name = f"{path.name}.unfinished_{hashlib.sha256(encoded.encode()).hexdigest()[:8]}"
     unfinished = path.parent / name
     make_writable(path.parent)
-    report = f"{unfinished} has the results up to here: the same command starts anew"
-    with contextlib.ExitStack() as stack:
-        with as_user_error(f"cannot write to {unfinished}"):
-            unfinished.mkdir(exist_ok=True)
-        stack.enter_context(lock.held(unfinished))
+    report = f"{unfinished} has the results so far: the same command starts again"
+    with as_user_error(f"cannot write to {unfinished}"):
+        unfinished.mkdir(exist_ok=True)
+    with lock.held(unfinished):
         try:
             if not jax.process_index():
                 _empty(unfinished)  # of what a process that was killed has left
@@ -123,7 +122,7 @@ def _publish(unfinished: epath.Path, path: epath.Path, settings: dict[str, Any])
     Raises:
       UserError: if this fails; the finished folder is then kept.
     """
-    with as_user_error(f"cannot give {unfinished} its final name"):
+    with as_user_error(f"cannot rename {unfinished} to its final name"):
         chosen = _choose(path, settings)
         replaced = path.parent / f"{unfinished.name}_replaced"
         replaced.rmtree(missing_ok=True)  # of a process that was killed

@@ -145,7 +145,7 @@ def read(path: epath.Path, settings: dict[str, Any]) -> Snapshot | None:
             return None
         content = path.read_bytes()
     earlier = UserError(
-        f"{path} was written by an earlier version of this program: remove it to start anew"
+        f"{path} was written by an earlier version of this program: remove it to start again"
     )
     if content[OLD_HEADER : OLD_HEADER + len(ZIP)] == ZIP:
         raise earlier
@@ -154,7 +154,7 @@ def read(path: epath.Path, settings: dict[str, Any]) -> Snapshot | None:
         numbers, old = json.loads(arrays.pop(NUMBERS).tobytes())
     except (npz.DamagedError, KeyError) as error:
         raise UserError(
-            f"{path} is damaged: replace it with a copy, or remove it to start anew"
+            f"{path} is damaged: replace it with a copy, or remove it to start again"
         ) from error
     new = json.loads(json.dumps(settings))
     if old.keys() != new.keys():  # each version of a task saves the same names

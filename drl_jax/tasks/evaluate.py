@@ -240,14 +240,14 @@ def measure_images(
     write_json(workdir / "metrics.json", metrics)
     log.info(
         "pixel Fréchet distance %.3f (between two halves of the data: %.3f); pixel values "
-        "from %.2f to %.2f; %d of %d samples have a pixel beyond ±%g",
+        "from %.2f to %.2f; samples with a pixel beyond ±%g: %d of %d",
         metrics["pixel_frechet"],
         metrics["pixel_frechet_of_data_halves"],
         metrics["pixel_min"],
         metrics["pixel_max"],
+        pixels.FAR,
         metrics["num_outside"],
         metrics["num_samples"],
-        pixels.FAR,
     )
     log.info("wrote samples.png and metrics.json to %s", workdir)
     return metrics
@@ -281,10 +281,10 @@ def classifier_metrics(
         "held_out": data.held_out,
     }
     log.info(
-        "by a classifier of the data, %(num_samples)d samples (and as many test images) have "
-        "the feature Fréchet distance %(feature_frechet).3f (%(feature_frechet_of_test).3f), "
-        "precision %(precision).3f (%(precision_of_test).3f), recall %(recall).3f "
-        "(%(recall_of_test).3f), and a confident class in %(confident).3f "
+        "according to a classifier of the data, %(num_samples)d samples (in brackets: as many "
+        "test images) have the feature Fréchet distance %(feature_frechet).3f "
+        "(%(feature_frechet_of_test).3f), precision %(precision).3f (%(precision_of_test).3f), "
+        "recall %(recall).3f (%(recall_of_test).3f), and a confident class in %(confident).3f "
         "(%(confident_of_test).3f) of cases; their distance to the nearest training image is "
         "%(median_ratio).2f (median) and %(percentile_5_ratio).2f (5th percentile) times that "
         "of test images",
@@ -353,9 +353,9 @@ def measure_points(run: Run, workdir: epath.Path, key: Key[Array, ""]) -> dict[s
     write_json(workdir / "metrics.json", metrics)
     if max(metrics["levels"]["edge_mass"]) > plane.EDGE_MASS:
         log.warning(
-            "the learned densities have the masses %s along the edge of the grid: there is "
-            "mass outside the grid, and the KL divergences are too small",
-            metrics["levels"]["edge_mass"],
+            "up to %.2g of the mass of a learned density is along the edge of the grid: there "
+            "is also mass outside the grid, and the KL divergences are too small",
+            max(metrics["levels"]["edge_mass"]),
         )
     log.info(
         "KL(data || model) at level 0: %.4f nats; two-sample p-value of %d samples: %.3f",

@@ -54,7 +54,7 @@ def to_state(parts: tf_checkpoint_lib.Parts, config: ConfigDict) -> TrainState:
     """Returns a training state with the given parts.
 
     The averaged parameters replace raw ones that are missing. Without Adam's moments, these
-    and the warm-up of the learning rate start anew. The log mentions both.
+    start at 0 and the warm-up of the learning rate restarts. The log mentions both.
     """
     params = parts.params
     if params is None:
@@ -62,7 +62,7 @@ def to_state(parts: tf_checkpoint_lib.Parts, config: ConfigDict) -> TrainState:
         params = jax.tree.map(jnp.copy, parts.ema)
     opt_state = train_state.optimiser(config).init(params)
     if parts.moments is None:
-        log.info("the checkpoint has no moments of Adam: they and the warm-up start anew")
+        log.info("the checkpoint has no moments of Adam: they and the warm-up start again")
     else:
         updates, mu, nu = parts.moments
         opt_state = optax.tree.set(opt_state, count=updates, mu=mu, nu=nu)

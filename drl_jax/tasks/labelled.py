@@ -68,8 +68,8 @@ def load(
     n, k = min(limit, len(source)), min(limit, len(test_source))
     if n < MIN_LABELLED or min(num_samples, k) < MIN_COMPARED:
         log.info(
-            "not comparing samples with a classifier of the data, which needs %d training "
-            "images (there are %d), %d test images (%d) and as many samples (%d)",
+            "not comparing samples with a classifier of the data, which needs at least %d "
+            "training images (there are %d), %d test images (%d) and as many samples (%d)",
             MIN_LABELLED,
             n,
             MIN_COMPARED,

@@ -193,15 +193,15 @@ def write(
     where = f"on {'held-out' if source.held_out else 'training'} data ({source.split} split)"
     log.info(
         "mean log-density of %(n)d examples with noise of standard deviation %(noise).2g, "
-        "%(where)s: at most %(to).3f nats, and at least %(from).3f nats on the condition of "
-        "log Z's upper bounds; standard error over the examples %(std_error).3f nats",
+        "%(where)s: at most %(to).3f nats, and at least %(from).3f nats if the upper bounds of "
+        "log Z hold; standard error over the examples %(std_error).3f nats",
         results["log_density"] | {"n": len(x), "noise": schedule.sigma_bar[0], "where": where},
     )
     if log_P is not None:
         unit = -1 / (x[0].size * math.log(2))
         results["bits_per_dim"] = mean_between(log_P, bounds, unit=unit)
         log.info(
-            "bits per dimension %(where)s: at most %(to).3f on the same condition (with the "
+            "bits per dimension %(where)s: at most %(to).3f if the upper bounds hold (with the "
             "lower bound of log Z: %(from).3f); standard error over the examples "
             "%(std_error).3f",
             results["bits_per_dim"] | {"where": where},
@@ -380,8 +380,8 @@ def require_usable(bounds: Partition, budget: Budget, D: int, T: int) -> None:
         if not bound.reliable:
             log.warning(
                 "the effective sample size of the %s is %.1f of %d: a few chains dominate "
-                "their bound of log Z, so its standard error is too small and it may be "
-                "several nats from log Z",
+                "their bound of log Z, so the bound may be several nats from log Z, and its "
+                "standard error is too small",
                 title,
                 bound.effective_sample_size,
                 bound.chains,

@@ -101,7 +101,7 @@ CONFIG = Flag(
     "digits for configs/digits.py",
     default_help={
         "import_original": "the paper's settings for CIFAR-10",
-        "prepare": "the same; --config.data.name=NAME suffices",
+        "prepare": "the paper's settings, with which --config.data.name=NAME suffices",
     },
     metavar="FILE",
     is_path=True,
@@ -180,8 +180,8 @@ _TASKS = (
             ),
             Flag(
                 "init_from",
-                "Work directory of another run, from whose parameters a new run starts; its "
-                "newest checkpoint, or that of a step",
+                "Work directory of another run; a new run starts from the parameters of its "
+                "newest checkpoint, or of that of STEP",
                 default_help="random parameters",
                 metavar="DIR[:STEP]",
                 is_path=True,
@@ -298,7 +298,8 @@ _TASKS = (
             ),
             Flag(
                 "marginal",
-                "Whether chains sample the marginals p(y_t), from data, not the conditionals",
+                "Whether chains sample the marginals p(y_t), starting from data, instead of "
+                "the conditionals",
                 type=bool,
                 default=False,
             ),
@@ -308,7 +309,7 @@ _TASKS = (
     ),
     Task(
         "likelihood",
-        "Bounds log Z and the log-likelihood of held-out data, if there are any.",
+        "Bounds log Z and the log-likelihood of the data (held-out data if there are any).",
         flags=(MODEL, SEED),
         changeable=MEASURED_ON_HELD_OUT,
     ),
@@ -339,6 +340,7 @@ _TASKS = (
                 "Precision of the parameters in the file; float16 halves its size",
                 choices=("float32", "float16"),
                 default="float32",
+                metavar="NAME",
             ),
         ),
     ),

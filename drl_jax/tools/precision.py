@@ -570,7 +570,7 @@ def verdict(result: dict[str, Any], precision: str) -> str:
             "Langevin chains",
             "mean_F_shift",
             MAX_MEAN_F_SHIFT,
-            "mean F shifted by {:.2g} std, limit {:g}",
+            "mean F shifted by {:.2g} standard deviations, limit {:g}",
         ),
         (
             "accept decisions",

@@ -126,7 +126,7 @@ def with_gradient(
     Args:
       network: U, maps (y [B, ...], level [B], keys [B] or None) to an array of y's shape.
       shape: shape of one example.
-      levels: what the network is told about the levels t in 0..T-1.
+      levels: input of the network for each level t in 0..T-1.
     """
 
     def f(params, y, t, keys=None):
@@ -370,7 +370,7 @@ def race(
         rows = [{"model": TEST, **judge(judge.test)}]
     for name, config in configs.items():
         if len(of_model(rows, name)) == EVALUATIONS:
-            log.info("%s: has finished already", name)
+            log.info("%s: already finished", name)
             continue
         rows = [row for row in rows if row["model"] != name]
         method, model = make_method(name, config), None

@@ -249,8 +249,8 @@ def warn_of_early_decay(config: ConfigDict) -> None:
     end, num_steps = config.optim.decay_steps, config.train.num_steps
     if 0 < end < num_steps:
         log.warning(
-            "the learning rate is zero from step %d on, so the steps up to %d have no effect: "
-            "use --config.optim.decay_steps=%d, or 0 for a constant learning rate",
+            "the learning rate is zero from step %d on, so the rest of the %d steps have no "
+            "effect: use --config.optim.decay_steps=%d, or 0 for a constant learning rate",
             end,
             num_steps,
             num_steps,
@@ -277,7 +277,7 @@ def require_enough_images(n: int, components: int) -> None:
     if n < components:
         raise UserError(
             f"config.energy.components is {components}, but there are only {n} training "
-            f"images; use {n} or less"
+            f"images; use {n} or fewer"
         )
 
 

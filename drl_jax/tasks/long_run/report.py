@@ -53,7 +53,7 @@ def write(folder: epath.Path, state: State, experiment: Experiment, T: int) -> N
     if state.ladder_pictures:
         write_rows(folder / "ladder.png", state.ladder_pictures)
     elif not experiment.marginal:
-        log.info("no samples were generated: use --num_steps=%d or more, one per level", T)
+        log.info("no samples were generated: use --num_steps=%d or more, one step per level", T)
     figures.write_curves(folder / "curves.png", panels(state, experiment))
     forgotten = steps_to_forget(state.chains, experiment)
     results = {
@@ -75,8 +75,8 @@ def write(folder: epath.Path, state: State, experiment: Experiment, T: int) -> N
     for i, level in enumerate(experiment.levels):
         log.info(
             "  level %d: F %.1f (%.1f), displacement %.2f (%.2f), acceptance %.2f, Fréchet "
-            "distance %.3f (%.3f), R-hat %.3f, effective sample size %.0f, autocorrelation "
-            "below %g after %s steps",
+            "distance %.3f (%.3f), R-hat %.3f, effective sample size %.0f, steps to an "
+            "autocorrelation below %g: %s",
             level,
             last["log_density"][i],
             data["log_density"][i],
@@ -88,7 +88,7 @@ def write(folder: epath.Path, state: State, experiment: Experiment, T: int) -> N
             _or_nan(last["r_hat"][i]),
             _or_nan(last["effective_sample_size"][i]),
             FORGOTTEN,
-            forgotten[i] or "more",
+            forgotten[i] or "unknown",
         )
         if experiment.features:
             log.info(
