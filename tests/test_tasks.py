@@ -445,15 +445,25 @@ def test_scores_that_are_not_finite_are_an_error(tmp_path):
     assert not list((tmp_path / "ood").iterdir())
 
 
-def test_data_that_are_too_few_to_compare_with_are_refused_before_training(tmp_path, capsys):
+@pytest.mark.parametrize("damaged", [0, 5])
+def test_data_that_are_too_few_to_compare_with_are_refused_before_training(
+    tmp_path, capsys, damaged
+):
+    """Images that cannot be decoded, although their headers are intact, do not count."""
     folder, workdir = tmp_path / "images", epath.Path(tmp_path / "run")
     folder.mkdir()
     for i in range(3):
         Image.new("L", (8, 8), i).save(folder / f"{i}.png")
+    noise = np.random.default_rng(0).integers(0, 256, (32, 32), np.uint8)
+    Image.fromarray(noise).save(tmp_path / "noise.png")
+    for i in range(damaged):
+        (folder / f"damaged{i}.png").write_bytes((tmp_path / "noise.png").read_bytes()[:300])
     assert tiny.main(*tiny.training(workdir, data__name=f"folder:{folder}")) == 1
     error = capsys.readouterr().err
     assert re.search(
-        r"^error: the data are 3 examples: .* needs 4 or more$", error, re.MULTILINE
+        r"^error: 'folder:\S+' has 3 readable examples, but 4 or more are needed$",
+        error,
+        re.MULTILINE,
     )
     assert not workdir.exists()
 

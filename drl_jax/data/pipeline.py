@@ -165,6 +165,29 @@ def all_examples(
     return itertools.islice(examples.to_iter_dataset(_READ_OPTIONS), limit)
 
 
+def load_examples(
+    config: ConfigDict, source: Source, limit: int | None = None, least: int = 1
+) -> Float[np.ndarray, "n *D"]:
+    """Loads the examples of `all_examples` into memory.
+
+    Args:
+      config: uses data.
+      source: the examples.
+      limit: maximum number of examples; None for all.
+      least: number of examples that are needed.
+
+    Raises:
+      UserError: if fewer than `least` examples can be read.
+    """
+    examples = list(all_examples(config, source, limit))
+    if len(examples) < least:
+        raise UserError(
+            f"{config.data.name!r} has {len(examples)} readable examples, but {least:g} or "
+            "more are needed"
+        )
+    return np.stack(examples)
+
+
 def prepared_files(
     config: ConfigDict, files: Sequence[epath.PathLike]
 ) -> Float[np.ndarray, "n H W C"]:

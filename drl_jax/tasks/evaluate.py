@@ -89,7 +89,7 @@ def run(run: Run, workdir: epath.Path, protocol: str) -> None:
     """
     source = sources.open_source(run.config)
     data_record.warn_if_changed(workdir, source)
-    require_comparable(source)
+    require_comparable(run.config, source)
     inception_weights = load_inception_weights(run.config)
     if protocol == "paper" and not inception_weights:
         raise UserError(
@@ -106,18 +106,14 @@ def run(run: Run, workdir: epath.Path, protocol: str) -> None:
     )
 
 
-def require_comparable(source: Source) -> None:
-    """Checks that there are enough examples to compare samples with.
+def require_comparable(config: ConfigDict, source: Source) -> None:
+    """Checks that there are enough examples to compare samples with, by reading the first ones.
 
     Raises:
-      UserError: if there are fewer than the least value of `config.evaluation.num_data`.
+      UserError: if fewer than the least value of `config.evaluation.num_data` can be read.
     """
     least = config_lib.MINIMUM["evaluation.num_data"]
-    if len(source) < least:
-        raise UserError(
-            f"the data are {len(source)} examples: the evaluation, which compares samples with "
-            f"them, needs {least:g} or more"
-        )
+    pipeline.load_examples(config, source, limit=least, least=least)
 
 
 def load_inception_weights(config: ConfigDict) -> Weights | None:
@@ -220,7 +216,7 @@ def measure_images(
             break
     samples = np.concatenate(in_memory)
     limit = min(config.evaluation.num_data, MAX_IN_MEMORY)
-    data = np.stack(list(pipeline.all_examples(config, source, limit)))
+    data = pipeline.load_examples(config, source, limit)
     metrics = {"step": run.step, **pixels.pixel_metrics(samples[:num_pixel_samples], data)}
     by_level = levels.level_statistics(model, levels_key, data[:LEVEL_IMAGES])
     metrics["levels"] = by_level

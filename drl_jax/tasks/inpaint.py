@@ -64,7 +64,7 @@ def run(
     else:
         source = sources.open_source(config)
         data_record.warn_if_changed(workdir, source)
-        x = np.stack(list(pipeline.all_examples(config, source, limit=NUM_IMAGES)))
+        x = pipeline.load_examples(config, source, limit=NUM_IMAGES)
     settings = common.result_settings(
         run,
         "inpaint",

@@ -78,7 +78,7 @@ def load(
         )
         return None
     (train, labels), (test, test_labels) = (
-        (np.stack(list(pipeline.all_examples(config, part, limit))), np.asarray(part.labels))
+        (pipeline.load_examples(config, part, limit), np.asarray(part.labels))
         for part in (source, test_source)
     )
     trained = classifier.of_data(config, source, train, labels[:n], workdir)

@@ -110,7 +110,7 @@ def run(run: Run, workdir: epath.Path, model: str | None, seed: int) -> None:
     source = sources.open_held_out(config)
     data_record.warn_if_changed(model or workdir, source)
     limit = config.evaluation.num_data
-    x = np.stack(list(pipeline.all_examples(config, source, limit=limit)))
+    x = pipeline.load_examples(config, source, limit=limit)
     folder = workdir / "likelihood" / f"step_{run.step}_seed_{seed}"
     make_writable(folder)
     key, data_key = jax.random.split(common.task_key("likelihood", seed))
@@ -223,8 +223,8 @@ def described(bounds: Partition) -> list[str]:
     excess = bounds.lower.log_Z - bounds.upper.log_Z
     if excess > 0:
         lines.append(
-            f"the lower bound exceeds the upper one by {excess:.3f} nats; bounds that hold in "
-            "expectation can do so by chance"
+            f"the lower bound exceeds the upper one by {excess:.3f} nats, as can happen by "
+            "chance to bounds that hold in expectation; the limits below are then reversed, too"
         )
     p = bounds.agreement
     return [
@@ -357,14 +357,10 @@ def require_usable(bounds: Partition, budget: Budget, D: int, T: int) -> None:
             f"are {gap / per_bit:.3g} bits per dimension apart, more than "
             f"config.likelihood.max_gap = {budget.max_gap:g}"
         )
-        if T < 1000:
-            raise UserError(
-                f"{problem}: T = {T} noise levels are too far apart for annealing; train with "
-                "--config.diffusion.T=1000, as configs/digits_t1k.py does"
-            )
+        more = f", or train with more noise levels than {T}" if T < 1000 else ""
         raise UserError(
             f"{problem}: raise --config.likelihood.distributions (now {budget.distributions}) "
-            f"or --config.likelihood.transitions (now {budget.transitions})"
+            f"or --config.likelihood.transitions (now {budget.transitions}){more}"
         )
     if rejected:
         raise UserError(

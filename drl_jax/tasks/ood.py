@@ -165,7 +165,7 @@ def read(config: ConfigDict, source: Source, limit: int) -> Float[np.ndarray, "n
     Raises:
       UserError: naming an image that cannot be read.
     """
-    return np.stack(list(pipeline.all_examples(config, source, limit)))
+    return pipeline.load_examples(config, source, limit)
 
 
 def summarise(scores: Scores) -> dict[str, Any]:

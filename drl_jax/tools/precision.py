@@ -342,7 +342,7 @@ def compare(run: Run, images: int, K: int, samples: int, seed: int = 0) -> dict[
     """
     key, levels_key = jax.random.split(jax.random.key(seed))
     source = sources.open_source(run.config)
-    x = np.stack(list(pipeline.all_examples(run.config, source, images)))
+    x = pipeline.load_examples(run.config, source, images)
     programs = [Programs(precision, run, K) for precision in precisions(run)]
     levels = [group[0] for group in diffusion.level_groups(run.model.T)]
     rows = []
@@ -359,9 +359,7 @@ def compare(run: Run, images: int, K: int, samples: int, seed: int = 0) -> dict[
         }
         if samples:
             _, single, half = (each.precision for each in programs)
-            data = np.stack(
-                list(pipeline.all_examples(run.config, source, run.config.evaluation.num_data))
-            )
+            data = pipeline.load_examples(run.config, source, run.config.evaluation.num_data)
             result["samples"] = sample_distances(
                 run, single, half, data, key, samples, progress
             )

@@ -222,8 +222,7 @@ def open_judge(config: ConfigDict, workdir: epath.Path) -> Judge:
     """
     source = sources.open_source(config)
     train, test = (
-        np.stack(list(pipeline.all_examples(config, part)))
-        for part in (source, sources.open_held_out(config))
+        pipeline.load_examples(config, part) for part in (source, sources.open_held_out(config))
     )
     labels = np.asarray(source.labels)
     return Judge(classifier.of_data(config, source, train, labels, workdir), train, test)

@@ -229,8 +229,11 @@ def with_fitted_mixture(
     """Returns the state with the mixture that `data.mixtures.fit` finds for the data.
 
     Uniform noise of dequantisation is taken into account by its variance.
+
+    Raises:
+      UserError: if fewer examples can be read than the mixture has components.
     """
-    x = np.stack([*pipeline.all_examples(config, source)])
+    x = pipeline.load_examples(config, source, least=config.energy.components)
     mixture = mixtures.fit(x, config.energy.components)
     mixture = mixture.diffused(1.0, config.data.dequantise / math.sqrt(12))
 

@@ -75,7 +75,7 @@ def run(
     source = sources.open_source(config)
     data_record.warn_if_changed(workdir, source)
     limit = config.evaluation.num_data
-    images = np.stack(list(pipeline.all_examples(config, source, limit=limit)))
+    images = pipeline.load_examples(config, source, limit=limit)
     key, experiment_key = jax.random.split(common.task_key("long_run", seed))
     kind = f"{config.mcmc.sampler}_marginal" if marginal else config.mcmc.sampler
     folder = workdir / "long_run" / f"step_{run.step}_{kind}_seed_{seed}"
