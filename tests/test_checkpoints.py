@@ -234,6 +234,14 @@ def test_the_work_directory_has_the_configuration_of_the_newest_checkpoint(workd
         assert json.loads((workdir / "config.json").read_text()) == config.to_json(saved)
 
 
+def test_a_checkpoint_is_complete_even_if_that_file_cannot_be_written(workdir, caplog):
+    (workdir / "config.json" / "folder").mkdir(parents=True)
+    save(workdir, 1)
+    assert restored_step(workdir) == 1
+    (message,) = (line for line in caplog.messages if "config.json" in line)
+    assert message.startswith(f"cannot write to {workdir / 'config.json'}: ")
+
+
 def test_opening_the_checkpoints_does_not_change_the_configuration(workdir):
     save(workdir, 1, every_steps=7)
     before = (workdir / "config.json").read_text()

@@ -266,7 +266,10 @@ class Checkpoints:
             name, _, suffix = folder.name.partition(".")  # Orbax adds a suffix until the rename
             if name == str(self._saving) and suffix != DAMAGED:
                 (folder / CHECKSUMS).write_text(json.dumps(checksums(folder)))
-        self.write_config()
+        try:
+            self.write_config()
+        except UserError as error:  # the checkpoint has the configuration, too
+            log.warning("%s", error)
 
 
 def require_usable(workdir: epath.Path) -> None:
