@@ -401,6 +401,15 @@ def test_a_folder_of_grids_that_cannot_be_made_is_one_clear_line(workdir, capsys
     assert re.fullmatch(r"error: cannot write to \S+/grids: File exists", line)
 
 
+@pytest.mark.parametrize(("scale", "reported"), [(1, 0), (1e38, 1)])
+def test_a_grid_of_samples_that_are_not_finite_is_reported(workdir, caplog, scale, reported):
+    changes = {"mcmc__noise_scale": scale, "log__sample_every_steps": 1}  # only of samples
+    tiny.main(*tiny.training(workdir, train__num_steps=2, **changes))
+    assert (workdir / "grids" / "00000001.png").exists()
+    line = "the samples after step 1 are not finite numbers: if later ones"
+    assert caplog.text.count(line) == reported
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("rate", [1.0, 1e3, 1e30])
 def test_a_diverging_run_ends_with_an_error_of_one_line_and_saves_only_sound_states(

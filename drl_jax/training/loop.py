@@ -400,6 +400,12 @@ def write_grid(
     params = generation_params(context.method, state, context.sampler.mesh)
     model = context.sampler.with_params(params)
     samples = model.sample(key, images.grid_size(model.shape, columns=8))
+    if not np.isfinite(samples).all():
+        log.warning(
+            "the samples after step %d are not finite numbers: if later ones are not, either, "
+            "lower --config.mcmc.b_squared or --config.optim.learning_rate",
+            step,
+        )
     grid = images.picture(samples, columns=8)
     writer.write_images(step, {"samples": grid[None]})
     folder = context.workdir / "grids"
