@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from etils import epath
 from helpers import exact, random_inception, tiny
+from helpers.examples import save
 from helpers.random_inception import vectors
 from helpers.torch_files import tensor, write_zip
 from ml_collections import ConfigDict
@@ -21,9 +22,19 @@ from drl_jax import config as config_lib
 from drl_jax.data import mixtures, pipeline, sources
 from drl_jax.errors import UserError
 from drl_jax.metrics import classifier, inception, weights
-from drl_jax.storage import runs
+from drl_jax.storage import results, runs
 from drl_jax.storage.runs import Run
-from drl_jax.tasks import common, evaluate, export, labelled, ood, sample, table
+from drl_jax.tasks import (
+    common,
+    evaluate,
+    export,
+    inpaint,
+    interpolate,
+    labelled,
+    ood,
+    sample,
+    table,
+)
 
 
 @pytest.fixture
@@ -419,6 +430,7 @@ def test_results_depend_on_sampler_seed_number_precision_and_parameters(exact_ru
         settings(seed=1),
         settings(num_samples=4),
         settings(run=exact_run._replace(step=6)),
+        common.result_settings(exact_run, "evaluate", 0, num_samples=3),
         settings(run=exact_run._replace(model=dataclasses.replace(model, params=params))),
         *(
             settings(**{name: value})
@@ -427,12 +439,89 @@ def test_results_depend_on_sampler_seed_number_precision_and_parameters(exact_ru
                 "mcmc.K": 31,
                 "mcmc.noise_scale": 0.99,
                 "evaluation.dtype": "bfloat16",
+                "seed": 1,  # with which step sizes are adapted
+                "data.crop": "none",
+                "diffusion.T": 7,
+                "energy.parameterisation": "gaussian",
             }.items()
         ),
     ]
     assert all(other != settings() for other in others)
     same = {"evaluation.num_samples": 7, "log.every_steps": 7, "train.num_steps": 7}
-    assert settings(**same) == settings()
+    assert settings(**same, **{"data.data_dir": "moved"}) == settings()
+    here, there = (settings(**{"data.name": f"folder:{place}"}) for place in ("a", "b/a"))
+    assert here == there != settings()
+
+
+@pytest.mark.parametrize(
+    ("task", "given", "changes"),
+    [
+        (sample, {"num_samples": 3}, [{"num_samples": 4}]),
+        (
+            inpaint,
+            {"mask": "left/mask.png", "images": ["a/0.png"], "completions": 2, "rounds": 1},
+            [
+                {"mask": "top/mask.png"},
+                {"images": ["a/1.png"]},
+                {"images": []},
+                {"completions": 3},
+                {"rounds": 2},
+            ],
+        ),
+        (
+            interpolate,
+            {"images": ["a/0.png", "a/1.png"], "pairs": 1, "frames": 3, "level": 1},
+            [{"images": ["a/1.png", "a/0.png"]}, {"images": []}, {"frames": 4}, {"level": 2}],
+        ),
+        (
+            interpolate,
+            {"images": [], "pairs": 1, "frames": 3, "level": 1},
+            [{"pairs": 2}],
+        ),
+        (
+            ood,
+            {"model": None, "against": ["folder:a"]},
+            [
+                {"against": ["inverted"]},
+                {"against": ["folder:a", "inverted"]},
+                {"value": 1},
+                {"num_data": 2},
+            ],
+        ),
+    ],
+    ids=["sample", "inpaint", "interpolate images", "interpolate samples", "ood"],
+)
+def test_results_depend_on_everything_that_a_task_is_given(
+    exact_run, tmp_path, monkeypatch, task, given, changes
+):
+    """Fails if other results replace those of other images, masks or numbers."""
+
+    class StoppedError(Exception):
+        """Stops the task before its results are computed."""
+
+    def stop(path, settings):
+        found.append(settings)
+        raise StoppedError
+
+    def settings(seed=0, value=0, num_data=1, **args):
+        save(tmp_path / "a" / "0.png", np.full((2, 2), value, np.uint8))
+        exact_run.config.evaluation.num_data = num_data
+        with pytest.raises(StoppedError):
+            task.run(run=exact_run, workdir=epath.Path(tmp_path), seed=seed, **given | args)
+        return found[-1]
+
+    found = []
+    monkeypatch.setattr(results, "folder", stop)
+    monkeypatch.chdir(tmp_path)
+    mask = np.array([[255, 0], [255, 0]], np.uint8)
+    save(tmp_path / "left" / "mask.png", mask)
+    save(tmp_path / "top" / "mask.png", mask.T)
+    save(tmp_path / "a" / "1.png", np.full((2, 2), 200, np.uint8))
+    exact_run.config.data.update(name="digits", image_size=2, channels=1)
+    first = settings()
+    for change in [*changes, {"seed": 1}]:
+        assert settings(**change) != first, change
+    assert settings() == first
 
 
 def test_scores_that_are_not_finite_are_an_error(tmp_path):
