@@ -385,6 +385,14 @@ def test_samples_that_are_not_finite_are_an_error_and_nothing_is_written(
     assert not [path for path in workdir.glob("long_run/*/*") if path.is_file()]
 
 
+def test_one_pixel_that_is_not_finite_spoils_its_sample():
+    samples = np.zeros((5, 2, 2, 1))
+    common.require_finite(samples, "samples")
+    samples[1, 0, 0], samples[3, 1, 1], samples[4] = np.nan, -np.inf, np.inf
+    with pytest.raises(UserError, match=r"^3 of 5 samples are not finite numbers: lower"):
+        common.require_finite(samples, "samples")
+
+
 def test_points_that_are_not_finite_are_an_error_and_nothing_is_written(tmp_path):
     config = config_lib.default()
     config.data.name, config.evaluation.num_samples = "ellipse", 5
@@ -426,11 +434,14 @@ def test_results_depend_on_sampler_seed_number_precision_and_parameters(exact_ru
 
     model = exact_run.model
     params = {"another": np.ones(1)}
+    other_seed = exact_run.config.copy_and_resolve_references()
+    other_seed.seed = 1
     others = [
         settings(seed=1),
         settings(num_samples=4),
         settings(run=exact_run._replace(step=6)),
         common.result_settings(exact_run, "evaluate", 0, num_samples=3),
+        settings(run=exact_run._replace(config=other_seed)),  # adapts other step sizes
         settings(run=exact_run._replace(model=dataclasses.replace(model, params=params))),
         *(
             settings(**{name: value})
@@ -439,7 +450,6 @@ def test_results_depend_on_sampler_seed_number_precision_and_parameters(exact_ru
                 "mcmc.K": 31,
                 "mcmc.noise_scale": 0.99,
                 "evaluation.dtype": "bfloat16",
-                "seed": 1,  # with which step sizes are adapted
                 "data.crop": "none",
                 "diffusion.T": 7,
                 "energy.parameterisation": "gaussian",
