@@ -165,6 +165,11 @@ def test_every_format_is_read_in_grey_and_rgb(tmp_path):
         assert image_files.size(epath.Path(path)) == (8, 8)
 
 
+def test_a_format_without_a_direct_way_to_grey_is_read_in_grey(tmp_path):
+    Image.new("LAB", (4, 4), (255, 128, 128)).save(tmp_path / "white.tif")
+    np.testing.assert_allclose(read(tmp_path / "white.tif", channels=1), 255, atol=1)
+
+
 def test_black_and_white_pixels_are_0_and_255(tmp_path):
     Image.fromarray(GREY > 20).save(tmp_path / "a.png")
     np.testing.assert_array_equal(read(tmp_path / "a.png", 1)[..., 0], 255 * (GREY > 20))
