@@ -22,6 +22,7 @@ from drl_jax import config as config_lib
 from drl_jax.data import mixtures, pipeline, sources
 from drl_jax.errors import UserError
 from drl_jax.metrics import classifier, inception, weights
+from drl_jax.model import Model
 from drl_jax.storage import results, runs
 from drl_jax.storage.runs import Run
 from drl_jax.tasks import (
@@ -391,6 +392,38 @@ def test_one_pixel_that_is_not_finite_spoils_its_sample():
     samples[1, 0, 0], samples[3, 1, 1], samples[4] = np.nan, -np.inf, np.inf
     with pytest.raises(UserError, match=r"^3 of 5 samples are not finite numbers: lower"):
         common.require_finite(samples, "samples")
+
+
+@pytest.mark.parametrize(
+    ("task", "given", "spoilt"),
+    [
+        (inpaint, {"mask": "left", "completions": 2, "rounds": 1}, "inpaint"),
+        (inpaint, {"mask": "left", "completions": 2, "rounds": 1}, "sample"),
+        (interpolate, {"pairs": 1, "frames": 3, "level": 1}, "interpolate_images"),
+        (interpolate, {"pairs": 1, "frames": 3, "level": 1, "images": []}, "interpolate"),
+    ],
+)
+def test_each_kind_of_result_that_is_not_finite_is_refused_and_leaves_nothing(
+    exact_run, tmp_path, monkeypatch, task, given, spoilt
+):
+    """Fails if only one of several kinds that a task computes is checked."""
+    shapes = {
+        "inpaint": (2, 2, 2, 2, 1),
+        "sample": (4, 2, 2, 1),
+        "interpolate": (1, 3, 2, 2, 1),
+        "interpolate_images": (1, 3, 2, 2, 1),
+    }
+    for name, shape in shapes.items():
+        result = np.full(shape, np.nan if name == spoilt else 0.0)
+        monkeypatch.setattr(Model, name, lambda *_, result=result: result)
+    files = [str(tmp_path / f"{i}.png") for i in range(2)]
+    for file in files:
+        Image.new("L", (2, 2)).save(file)
+    exact_run.config.data.update(image_size=2, channels=1)
+    args = {"images": files, "seed": 0} | given
+    with pytest.raises(UserError, match="are not finite numbers"):
+        task.run(run=exact_run, workdir=epath.Path(tmp_path / "run"), **args)
+    assert not list(tmp_path.glob("run/*/*"))
 
 
 def test_points_that_are_not_finite_are_an_error_and_nothing_is_written(tmp_path):
