@@ -67,6 +67,15 @@ def test_an_image_that_was_replaced_by_another_of_the_same_name_is_reported(
     assert "number of images" not in caplog.text
 
 
+def test_images_that_were_renamed_are_reported(tmp_path, workdir, caplog):
+    """They come in another order, as do the test images."""
+    data_record.update(workdir, folder_of(tmp_path / "a", 2), resumed=False)
+    (tmp_path / "a" / "0.png").rename(tmp_path / "a" / "2.png")
+    data_record.update(workdir, folder_of(tmp_path / "a", 0), resumed=True)
+    assert "digest of names was" in caplog.text
+    assert "bytes was" not in caplog.text
+
+
 def test_other_data_in_another_place_are_refused_unless_they_may_differ(
     tmp_path, workdir, caplog
 ):

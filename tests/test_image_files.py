@@ -1,3 +1,4 @@
+import contextlib
 import io
 import os
 
@@ -78,6 +79,28 @@ def test_a_subfolder_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
     assert one_line(error) == f"cannot read {tmp_path}/private: Permission denied"
 
 
+@pytest.mark.parametrize("method", ["is_dir", "stat"])
+def test_a_disk_that_fails_while_files_are_listed_is_an_error(tmp_path, monkeypatch, method):
+    """Fails if the size of the file is taken to be 0, or a folder to be a file."""
+    save(tmp_path / "a.png", BLACK)
+    scan = os.scandir
+
+    class Entry:
+        def __init__(self, entry):
+            self.name, self.is_dir, self.stat = entry.name, entry.is_dir, entry.stat
+            setattr(self, method, failing(OSError(5, "Input/output error")))
+
+    @contextlib.contextmanager
+    def scan_entries(path):
+        with scan(path) as entries:
+            yield map(Entry, entries)
+
+    monkeypatch.setattr(os, "scandir", scan_entries)
+    with pytest.raises(UserError) as error:
+        image_files.find(epath.Path(tmp_path))
+    assert one_line(error) == f"cannot read {tmp_path}/a.png: Input/output error"
+
+
 # Reading images
 
 
@@ -115,11 +138,13 @@ def test_a_partly_transparent_pixel_is_a_weighted_mean(tmp_path):
     np.testing.assert_allclose(read(tmp_path / "a.png")[0, 0], [224, 204, 204], atol=1)
 
 
-@pytest.mark.parametrize("name", ["a.png", "a.tif"])
-def test_16_bits_are_reduced_to_8(tmp_path, name):
+@pytest.mark.parametrize(
+    ("name", "dtype"), [("a.png", "<u2"), ("a.tif", "<u2"), ("big_endian.tif", ">u2")]
+)
+def test_16_bits_are_reduced_to_8(tmp_path, name, dtype):
     """Fails if they are clipped, so that most pixels are white."""
-    wide = GREY.astype(np.uint16) << 10
-    save(tmp_path / name, wide)
+    wide = GREY.astype(dtype) << 10
+    save(tmp_path / name, wide.astype(dtype))
     np.testing.assert_array_equal(read(tmp_path / name, channels=1)[..., 0], wide // 256)
 
 
@@ -138,6 +163,11 @@ def test_every_format_is_read_in_grey_and_rgb(tmp_path):
         np.testing.assert_allclose(read(path), RGB, atol=tolerance, err_msg=path.name)
         np.testing.assert_allclose(read(path, channels=1)[..., 0], luma, atol=tolerance)
         assert image_files.size(epath.Path(path)) == (8, 8)
+
+
+def test_a_format_without_a_direct_way_to_grey_is_read_in_grey(tmp_path):
+    Image.new("LAB", (4, 4), (255, 128, 128)).save(tmp_path / "white.tif")
+    np.testing.assert_allclose(read(tmp_path / "white.tif", channels=1), 255, atol=1)
 
 
 def test_black_and_white_pixels_are_0_and_255(tmp_path):
@@ -162,6 +192,7 @@ def test_the_first_frame_of_an_animation_is_read(tmp_path, suffix):
         (examples.save_damaged, "truncated"),
         (examples.save_text, "it is damaged or not an image"),
         (examples.save_float, "32 bits per channel"),
+        (examples.save_int32, "32 bits per channel"),
         (examples.save_dangling_link, "No such file"),
     ],
 )
@@ -173,18 +204,47 @@ def test_an_unreadable_image_is_named_with_the_reason(tmp_path, spoil, reason):
     assert reason in one_line(error)
 
 
-def test_a_failing_disk_is_not_an_unreadable_image(tmp_path, monkeypatch):
+def failing(error):
+    """Returns a function that raises the error, in place of one that accesses a file."""
+
+    def fail(*args, **kwargs):
+        raise error
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("method", "access"),
+    [("read_bytes", read), ("open", lambda path: image_files.size(epath.Path(path)))],
+)
+def test_a_failing_disk_is_not_an_unreadable_image(tmp_path, monkeypatch, method, access):
     """Such images would be skipped, and the same seed would give another result."""
     save(tmp_path / "a.png", BLACK)
-
-    def fail(self):
-        raise OSError(5, "Input/output error")
-
-    monkeypatch.setattr(type(epath.Path(tmp_path)), "read_bytes", fail)
+    fail = failing(OSError(5, "Input/output error"))
+    monkeypatch.setattr(type(epath.Path(tmp_path)), method, fail)
     with pytest.raises(UserError) as error:
-        read(tmp_path / "a.png")
+        access(tmp_path / "a.png")
     assert not isinstance(error.value, image_files.UnreadableError)
-    assert "Input/output error" in one_line(error)
+    assert one_line(error) == f"cannot read image {tmp_path}/a.png: Input/output error"
+
+
+def test_a_file_without_permission_is_an_unreadable_image(tmp_path, monkeypatch):
+    save(tmp_path / "a.png", BLACK)
+    fail = failing(PermissionError(13, "Permission denied"))
+    monkeypatch.setattr(type(epath.Path(tmp_path)), "read_bytes", fail)
+    with pytest.raises(image_files.UnreadableError, match=r"a\.png: Permission denied$"):
+        read(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("target", ["a.png", "file/b.png"])
+def test_a_link_that_leads_to_no_file_is_an_unreadable_image(tmp_path, target):
+    """Fails if only some such links are: this one to itself, or through a file."""
+    (tmp_path / "file").touch()
+    (tmp_path / "a.png").symlink_to(tmp_path / target)
+    assert image_files.find(epath.Path(tmp_path)).images == ["a.png"]
+    for access in (read, lambda path: image_files.size(epath.Path(path))):
+        with pytest.raises(image_files.UnreadableError):
+            access(tmp_path / "a.png")
 
 
 def test_contents_are_decoded_as_they_are_stored():

@@ -235,6 +235,13 @@ def test_the_log_says_which_number_bounds_what():
     )
 
 
+@pytest.mark.parametrize(("lower", "is_reported"), [(10.25, True), (10.0, False), (9.0, False)])
+def test_the_log_says_by_how_much_the_bounds_cross(lower, is_reported):
+    text = "\n".join(likelihood.described(partition(bound(lower), bound(10.0))))
+    assert ("the lower bound exceeds the upper one by 0.250 nats" in text) == is_reported
+    assert ("exceeds" in text) == is_reported
+
+
 def test_figures_say_what_they_bound_and_if_they_are_on_training_data(
     tmp_path, monkeypatch, caplog
 ):

@@ -19,5 +19,6 @@ def test_images_with_a_pixel_far_outside_are_counted_once():
     samples[1] = 1.4
     samples[2, 0, 0] = 1.6
     samples[3] = -1.6
+    samples[4] = 1.5
     assert pixels.pixel_metrics(data, data)["num_outside"] == 0
     assert pixels.pixel_metrics(samples, data)["num_outside"] == 2

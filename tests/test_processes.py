@@ -374,13 +374,17 @@ def test_slurm_and_tpu_pods_are_detected_and_flags_override_them(
 
 
 def test_jax_waits_for_the_tasks_of_the_slurm_step(monkeypatch, caplog):
-    """By itself, JAX waits for those of the whole job."""
+    """By itself, JAX waits for those of the whole job. A flag comes first."""
     caplog.set_level("INFO", logger="drl_jax")
     settings = {}
     monkeypatch.setattr(jax.distributed, "initialize", settings.update)
     monkeypatch.setenv("SLURM_NTASKS", "8")
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "2")
     monkeypatch.setenv("SLURM_STEP_NODELIST", "node1")
+    with processes.connected(job(num_processes=3)):
+        pass
+    assert settings["num_processes"] == 3
+    caplog.clear()
     with processes.connected(job()):
         pass
     assert settings["num_processes"] == 2

@@ -155,3 +155,23 @@ def test_the_work_directory_is_used_for_data_without_a_folder(workdir):
     summary, _ = summary_of_data(config, workdir)
     assert summary.moments.n == 10
     assert len(list(workdir.glob("inception-*.npz"))) == 1
+
+
+def test_images_that_were_replaced_by_ones_of_equal_size_have_another_file(config, workdir):
+    """Fails if the times of the files are not compared."""
+    folder = epath.Path(config.data.name.removeprefix("folder:"))
+    for value in (0, 100):
+        for i in range(6):
+            Image.new("RGB", (8, 8), value + i).save(folder / f"{i}.png", "BMP")
+        assert summary_of_data(config, workdir)[1] == 6
+    assert summary_of_data(config, workdir)[1] == 0
+
+
+def test_parts_of_the_same_data_have_their_own_files(workdir):
+    """Also without files whose sizes and times could be compared."""
+    config = config_lib.default()
+    config.data.update(name="digits", image_size=8, channels=1)
+    for fraction, n in ((0.0, 9), (0.0, 10), (0.2, 10), (0.3, 10)):
+        config.data.test_fraction, config.evaluation.num_data = fraction, n
+        assert summary_of_data(config, workdir)[1] == n
+    assert len(list(workdir.glob("inception-*.npz"))) == 4

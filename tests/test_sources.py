@@ -367,6 +367,11 @@ def test_the_version_of_a_folder_changes_with_sizes_and_times_of_its_first_files
         source = sources.open_source(make_config(f"folder:{tmp_path}"))
         return source.version(n), source.identity
 
+    os.utime(tmp_path / "1.png", ns=(1, 1))
+    first = versions(2)
+    save(tmp_path / "1.png", np.arange(64, dtype=np.uint8).reshape(8, 8))
+    os.utime(tmp_path / "1.png", ns=(1, 1))
+    assert versions(2)[0] != first[0]
     first, all_three = versions(2), versions(3)
     os.utime(tmp_path / "2.png", ns=(1, 1))
     assert versions(2) == first
@@ -636,7 +641,8 @@ def test_prepare_prepares_a_data_set_that_can_then_be_read(tmp_path, capsys, cap
             for i in range(3):
                 yield i, {"image": np.full((8, 8, 1), i, np.uint8)}
 
-    config = make_config("drl_jax_squares", data_dir=str(tmp_path))
+    data_dir = tmp_path / "my data"
+    config = make_config("drl_jax_squares", data_dir=str(data_dir))
     with pytest.raises(UserError) as error:
         sources.open_source(config)
     _, _, _, *arguments = shlex.split(one_line(error).partition("; run ")[2])
@@ -645,10 +651,28 @@ def test_prepare_prepares_a_data_set_that_can_then_be_read(tmp_path, capsys, cap
     source = sources.open_source(config)
     assert sorted(int(source[i].max()) for i in range(len(source))) == [0, 1, 2]
     assert tiny.main(*arguments) == 0  # again
-    assert f"is prepared in {tmp_path}" in caplog.text
+    assert f"is prepared in {data_dir}" in caplog.text
     assert tiny.main("--mode=prepare", "--config.data.name=digits") == 1
     error = "^error: .*'digits', which needs no preparation"
     assert re.search(error, capsys.readouterr().err, re.MULTILINE)
+
+
+def test_data_that_are_prepared_in_another_format_are_not_called_prepared(tfds_dir):
+    with pytest.raises(UserError) as error:
+        sources.prepare("records", str(tfds_dir))
+    assert "as tfrecord, which has no random access" in one_line(error)
+
+
+def test_a_package_that_the_preparation_needs_is_named(tmp_path, monkeypatch):
+    import tensorflow_datasets as tfds
+
+    def need(self, **_):
+        raise ImportError("No module named 'apache_beam'", name="apache_beam")
+
+    monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", need)
+    with pytest.raises(UserError) as error:
+        sources.prepare("mnist", str(tmp_path))
+    assert f"{sys.executable} -m pip install apache_beam" in one_line(error)
 
 
 def test_the_version_of_a_tfds_data_set_changes_when_it_is_prepared_again(tmp_path, stripes):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from etils import epath
 from helpers import exact, random_inception, tiny
+from helpers.examples import save
 from helpers.random_inception import vectors
 from helpers.torch_files import tensor, write_zip
 from ml_collections import ConfigDict
@@ -21,9 +22,20 @@ from drl_jax import config as config_lib
 from drl_jax.data import mixtures, pipeline, sources
 from drl_jax.errors import UserError
 from drl_jax.metrics import classifier, inception, weights
-from drl_jax.storage import runs
+from drl_jax.model import Model
+from drl_jax.storage import results, runs
 from drl_jax.storage.runs import Run
-from drl_jax.tasks import common, evaluate, export, labelled, ood, sample, table
+from drl_jax.tasks import (
+    common,
+    evaluate,
+    export,
+    inpaint,
+    interpolate,
+    labelled,
+    ood,
+    sample,
+    table,
+)
 
 
 @pytest.fixture
@@ -374,6 +386,46 @@ def test_samples_that_are_not_finite_are_an_error_and_nothing_is_written(
     assert not [path for path in workdir.glob("long_run/*/*") if path.is_file()]
 
 
+def test_one_pixel_that_is_not_finite_spoils_its_sample():
+    samples = np.zeros((5, 2, 2, 1))
+    common.require_finite(samples, "samples")
+    samples[1, 0, 0], samples[3, 1, 1], samples[4] = np.nan, -np.inf, np.inf
+    with pytest.raises(UserError, match=r"^3 of 5 samples are not finite numbers: lower"):
+        common.require_finite(samples, "samples")
+
+
+@pytest.mark.parametrize(
+    ("task", "given", "spoilt"),
+    [
+        (inpaint, {"mask": "left", "completions": 2, "rounds": 1}, "inpaint"),
+        (inpaint, {"mask": "left", "completions": 2, "rounds": 1}, "sample"),
+        (interpolate, {"pairs": 1, "frames": 3, "level": 1}, "interpolate_images"),
+        (interpolate, {"pairs": 1, "frames": 3, "level": 1, "images": []}, "interpolate"),
+    ],
+)
+def test_each_kind_of_result_that_is_not_finite_is_refused_and_leaves_nothing(
+    exact_run, tmp_path, monkeypatch, task, given, spoilt
+):
+    """Fails if only one of several kinds that a task computes is checked."""
+    shapes = {
+        "inpaint": (2, 2, 2, 2, 1),
+        "sample": (4, 2, 2, 1),
+        "interpolate": (1, 3, 2, 2, 1),
+        "interpolate_images": (1, 3, 2, 2, 1),
+    }
+    for name, shape in shapes.items():
+        result = np.full(shape, np.nan if name == spoilt else 0.0)
+        monkeypatch.setattr(Model, name, lambda *_, result=result: result)
+    files = [str(tmp_path / f"{i}.png") for i in range(2)]
+    for file in files:
+        Image.new("L", (2, 2)).save(file)
+    exact_run.config.data.update(image_size=2, channels=1)
+    args = {"images": files, "seed": 0} | given
+    with pytest.raises(UserError, match="are not finite numbers"):
+        task.run(run=exact_run, workdir=epath.Path(tmp_path / "run"), **args)
+    assert not list(tmp_path.glob("run/*/*"))
+
+
 def test_points_that_are_not_finite_are_an_error_and_nothing_is_written(tmp_path):
     config = config_lib.default()
     config.data.name, config.evaluation.num_samples = "ellipse", 5
@@ -415,10 +467,14 @@ def test_results_depend_on_sampler_seed_number_precision_and_parameters(exact_ru
 
     model = exact_run.model
     params = {"another": np.ones(1)}
+    other_seed = exact_run.config.copy_and_resolve_references()
+    other_seed.seed = 1
     others = [
         settings(seed=1),
         settings(num_samples=4),
         settings(run=exact_run._replace(step=6)),
+        common.result_settings(exact_run, "evaluate", 0, num_samples=3),
+        settings(run=exact_run._replace(config=other_seed)),  # adapts other step sizes
         settings(run=exact_run._replace(model=dataclasses.replace(model, params=params))),
         *(
             settings(**{name: value})
@@ -427,12 +483,88 @@ def test_results_depend_on_sampler_seed_number_precision_and_parameters(exact_ru
                 "mcmc.K": 31,
                 "mcmc.noise_scale": 0.99,
                 "evaluation.dtype": "bfloat16",
+                "data.crop": "none",
+                "diffusion.T": 7,
+                "energy.parameterisation": "gaussian",
             }.items()
         ),
     ]
     assert all(other != settings() for other in others)
     same = {"evaluation.num_samples": 7, "log.every_steps": 7, "train.num_steps": 7}
-    assert settings(**same) == settings()
+    assert settings(**same, **{"data.data_dir": "moved"}) == settings()
+    here, there = (settings(**{"data.name": f"folder:{place}"}) for place in ("a", "b/a"))
+    assert here == there != settings()
+
+
+@pytest.mark.parametrize(
+    ("task", "given", "changes"),
+    [
+        (sample, {"num_samples": 3}, [{"num_samples": 4}]),
+        (
+            inpaint,
+            {"mask": "left/mask.png", "images": ["a/0.png"], "completions": 2, "rounds": 1},
+            [
+                {"mask": "top/mask.png"},
+                {"images": ["a/1.png"]},
+                {"images": []},
+                {"completions": 3},
+                {"rounds": 2},
+            ],
+        ),
+        (
+            interpolate,
+            {"images": ["a/0.png", "a/1.png"], "pairs": 1, "frames": 3, "level": 1},
+            [{"images": ["a/1.png", "a/0.png"]}, {"images": []}, {"frames": 4}, {"level": 2}],
+        ),
+        (
+            interpolate,
+            {"images": [], "pairs": 1, "frames": 3, "level": 1},
+            [{"pairs": 2}],
+        ),
+        (
+            ood,
+            {"model": None, "against": ["folder:a"]},
+            [
+                {"against": ["inverted"]},
+                {"against": ["folder:a", "inverted"]},
+                {"value": 1},
+                {"num_data": 2},
+            ],
+        ),
+    ],
+    ids=["sample", "inpaint", "interpolate images", "interpolate samples", "ood"],
+)
+def test_results_depend_on_everything_that_a_task_is_given(
+    exact_run, tmp_path, monkeypatch, task, given, changes
+):
+    """Fails if other results replace those of other images, masks or numbers."""
+
+    class StoppedError(Exception):
+        """Stops the task before its results are computed."""
+
+    def stop(path, settings):
+        found.append(settings)
+        raise StoppedError
+
+    def settings(seed=0, value=0, num_data=1, **args):
+        save(tmp_path / "a" / "0.png", np.full((2, 2), value, np.uint8))
+        exact_run.config.evaluation.num_data = num_data
+        with pytest.raises(StoppedError):
+            task.run(run=exact_run, workdir=epath.Path(tmp_path), seed=seed, **given | args)
+        return found[-1]
+
+    found = []
+    monkeypatch.setattr(results, "folder", stop)
+    monkeypatch.chdir(tmp_path)
+    mask = np.array([[255, 0], [255, 0]], np.uint8)
+    save(tmp_path / "left" / "mask.png", mask)
+    save(tmp_path / "top" / "mask.png", mask.T)
+    save(tmp_path / "a" / "1.png", np.full((2, 2), 200, np.uint8))
+    exact_run.config.data.update(name="digits", image_size=2, channels=1)
+    first = settings()
+    for change in [*changes, {"seed": 1}]:
+        assert settings(**change) != first, change
+    assert settings() == first
 
 
 def test_scores_that_are_not_finite_are_an_error(tmp_path):

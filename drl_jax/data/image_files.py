@@ -1,6 +1,7 @@
 """Image files: finds them in a folder, reads their headers, and decodes them."""
 
 import contextlib
+import errno
 import io
 import os
 from collections import Counter
@@ -99,6 +100,7 @@ def size(path: epath.Path) -> tuple[int, int]:
 
     Raises:
       UnreadableError: if there is no such header, or the pixel format is unknown.
+      UserError: if the disk fails.
     """
     with _unreadable(path), path.open("rb") as file, _opened(file) as image:
         return image.size
@@ -127,7 +129,7 @@ def read_image(
         with as_user_error(f"cannot read image {path}"):
             content = path.read_bytes()
     except UserError as error:
-        if isinstance(error.__cause__, FileNotFoundError | PermissionError):
+        if _is_missing(error.__cause__):
             raise UnreadableError(str(error)) from error
         raise
     with _unreadable(path), _opened(io.BytesIO(content)) as image:
@@ -183,11 +185,19 @@ def _opened(file: Any) -> Iterator[Image.Image]:
 
 @contextlib.contextmanager
 def _unreadable(path: epath.Path) -> Iterator[None]:
-    """Re-raises any exception as an `UnreadableError`."""
+    """Re-raises any exception as an `UnreadableError`, unless a disk fails.
+
+    Raises:
+      UserError: if a disk fails.
+    """
     try:
         with as_user_error(f"cannot read image {path}"):
             yield
     except UserError as error:
+        cause = error.__cause__
+        # Pillow's own OSErrors, about damaged images, have no number.
+        if isinstance(cause, OSError) and cause.errno and not _is_missing(cause):
+            raise
         raise UnreadableError(str(error)) from error
 
 
@@ -213,7 +223,11 @@ def _on_disk(folder: epath.Path) -> Iterator[tuple[tuple[str, ...], Stamp]]:
                     continue
                 status = entry.stat()
                 yield parts, Stamp(status.st_size, status.st_mtime_ns)
-            except OSError:  # a link to a file that does not exist
+            except OSError as error:
+                if not _is_missing(error):
+                    raise UserError(
+                        f"cannot read {path / entry.name}: {error.strerror}"
+                    ) from error
                 yield parts, Stamp(0, 0)
         remaining += reversed(subfolders)
 
@@ -227,6 +241,15 @@ def _in_bucket(folder: epath.Path) -> Iterator[tuple[tuple[str, ...], None]]:
         for name in files:
             if not any(map(_is_hidden, (*above, name))):
                 yield (*above, name), None
+
+
+def _is_missing(error: BaseException | None) -> bool:
+    """Returns whether there is no file, or no permission to read it: no disk has failed.
+
+    There is no file at the end of a link that leads to itself, or through a file.
+    """
+    lost = FileNotFoundError | NotADirectoryError | PermissionError
+    return isinstance(error, lost) or getattr(error, "errno", None) == errno.ELOOP
 
 
 def _is_hidden(name: str) -> bool:

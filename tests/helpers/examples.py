@@ -75,5 +75,9 @@ def save_float(path):
     Image.fromarray(np.ones((8, 8), np.float32)).save(path, "TIFF")
 
 
+def save_int32(path):
+    Image.fromarray(np.ones((8, 8), np.int32)).save(path, "TIFF")
+
+
 def save_dangling_link(path):
     path.symlink_to(path.parent / "nowhere")
