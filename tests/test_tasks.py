@@ -220,7 +220,9 @@ def test_labelled_data_are_compared_by_a_classifier(tmp_path, monkeypatch, caplo
     distances = np.linalg.norm((samples[:60, None] - x).reshape(60, len(x), -1), axis=2)
     median = np.median(distances.min(axis=1))
     np.testing.assert_allclose(metrics["nearest"]["median"], median, rtol=1e-5)
-    (line, _) = [line for line in caplog.messages if line.startswith("according to a classifier")]
+    (line, _) = [
+        line for line in caplog.messages if line.startswith("according to a classifier")
+    ]
     for name in ("feature_frechet", "feature_frechet_of_test", "confident"):
         assert f"{metrics[name]:.3f}" in line
     assert len(list(tmp_path.glob("classifier-*.npz"))) == 1
