@@ -192,13 +192,13 @@ def test_feature_distances_are_those_of_completed_and_clipped_images(monkeypatch
     wanted = frechet_distance(fit(images), fit(data))
     assert features.distance(x, 3) == pytest.approx(wanted)
     x[0, 0] = np.inf
-    with pytest.raises(UserError, match="1 of 20 images completed from level 3 are not finite"):
+    with pytest.raises(UserError, match="1 of 20 images completed from level 3 is not finite"):
         features.distance(x, 3)
 
 
 def test_wrong_arguments_are_reported_in_one_line(workdir, capsys):
     for args, pattern in (
-        (["--num_chains=1"], "1 chains per level"),
+        (["--num_chains=1"], "num_chains is 1, "),
         (["--levels=6"], "level 6 .*levels 0 to 5"),
         (["--levels=0,a"], "levels.*a"),
         (["--levels=-1"], "levels.*-1"),

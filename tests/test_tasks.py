@@ -392,8 +392,10 @@ def test_one_pixel_that_is_not_finite_spoils_its_sample():
     samples = np.zeros((5, 2, 2, 1))
     common.require_finite(samples, "samples")
     samples[1, 0, 0], samples[3, 1, 1], samples[4] = np.nan, -np.inf, np.inf
-    with pytest.raises(UserError, match=r"^3 of 5 samples are not finite numbers: lower"):
+    with pytest.raises(UserError, match=r"^3 of 5 samples are not finite: lower"):
         common.require_finite(samples, "samples")
+    with pytest.raises(UserError, match=r"^1 of 2 samples is not finite: lower"):
+        common.require_finite(samples[:2], "samples")
 
 
 @pytest.mark.parametrize(
@@ -423,7 +425,7 @@ def test_each_kind_of_result_that_is_not_finite_is_refused_and_leaves_nothing(
         Image.new("L", (2, 2)).save(file)
     exact_run.config.data.update(image_size=2, channels=1)
     args = {"images": files, "seed": 0} | given
-    with pytest.raises(UserError, match="are not finite numbers"):
+    with pytest.raises(UserError, match=r"of \d (images|strips) (is|are) not finite: "):
         task.run(run=exact_run, workdir=epath.Path(tmp_path / "run"), **args)
     assert not list(tmp_path.glob("run/*/*"))
 

@@ -139,7 +139,8 @@ def require_finite(
     """
     diverged = np.count_nonzero(~np.isfinite(x).reshape(len(x), -1).all(axis=1))
     if diverged:
-        raise UserError(f"{diverged} of {len(x)} {what} are not finite numbers: {advice}")
+        verb = "is" if diverged == 1 else "are"
+        raise UserError(f"{diverged} of {len(x)} {what} {verb} not finite: {advice}")
 
 
 def result_settings(run: Run, task: str, seed: int, **others: Any) -> dict[str, Any]:
