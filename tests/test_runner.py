@@ -256,5 +256,5 @@ def test_chains_that_diverge_are_an_error_that_says_when(before, advice):
     x = np.ones((8, 2, 2, 1))
     runner.require_finite(x, made_before=before, step=50)
     x[3, 0] = np.inf
-    with pytest.raises(UserError, match=f"^1 of 8 chains after 50 steps .*{advice}"):
+    with pytest.raises(UserError, match=f"^1 of 8 chains after step 50 .*{advice}"):
         runner.require_finite(x, made_before=before, step=50)

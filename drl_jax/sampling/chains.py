@@ -173,7 +173,7 @@ def shared_conditions(num_chains: int) -> Int[np.ndarray, "num_chains"]:
     """
     if num_chains < 2:
         raise UserError(
-            f"num_chains is {num_chains}, but R-hat compares chains: ask for 2 or more per level"
+            f"num_chains is {num_chains}, but R-hat compares chains: use 2 or more per level"
         )
     return np.arange(num_chains) % max(1, num_chains // MIN_SHARING)
 

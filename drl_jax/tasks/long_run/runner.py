@@ -499,7 +499,7 @@ def require_finite(x: ArrayLike, made_before: int, step: int) -> None:
     advice = common.CHAINS_DIVERGED
     if made_before:
         advice += f"; --num_steps={made_before} reports the steps before"
-    common.require_finite(np.asarray(x), f"chains after {step} steps", advice)
+    common.require_finite(np.asarray(x), f"chains after step {step}", advice)
 
 
 def distance(x: Float[np.ndarray, "n H W C"], reference: Normal) -> float:
