@@ -434,7 +434,7 @@ def test_a_learning_rate_that_is_zero_before_the_end_is_reported(decay_steps, re
     config.optim.update(decay_steps=decay_steps, warmup_steps=2)
     config.train.num_steps = 10
     loop.warn_of_early_decay(config)
-    pattern = "the learning rate is zero from step 9 on, so the steps up to 10 .*"
+    pattern = "the learning rate is zero from step 9 on, so the rest of the 10 steps .*"
     assert [bool(re.match(pattern, line)) for line in caplog.messages] == [True] * reported
 
 
