@@ -71,9 +71,8 @@ class Checkpoints:
                 ),
                 cleanup_tmp_directories=True,
                 create=False,  # not supported together with active_processes
-                # With them, processes wait for each other by JAX's coordination service. The
-                # default, a collective operation, would run beside those of a training step,
-                # whose order on CPUs differs between processes.
+                # With them, processes wait for each other by JAX's coordination service, not
+                # by a collective operation, which would run beside those of a training step.
                 multiprocessing_options=ocp.options.MultiprocessingOptions(
                     active_processes=set(range(jax.process_count()))
                 ),
