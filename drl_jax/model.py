@@ -452,7 +452,11 @@ class Model:
         Returns:
           the model with adapted step sizes, and the step size, the mean acceptance probability
           and the remaining correlation at each level, as numpy arrays (`ladder.warm_up`).
+
+        Raises:
+          UserError: if `key` is not a random key.
         """
+        require_key(key)
 
         @functools.partial(jax.jit, out_shardings=sharding.replicated(self.mesh))
         @full_precision
@@ -501,7 +505,11 @@ class Model:
           *arrays: trees of arrays with the examples along the first axis.
           **settings: trees of numbers, the same for all examples. They are traced, so other
             values need no new compilation.
+
+        Raises:
+          UserError: if `key` is not a random key.
         """
+        require_key(key)
         shared, examples = self.arguments(key, indices, *arrays, **settings)
         return self.engine.run(compiled, shared, self.engine.split(examples))
 
@@ -511,11 +519,7 @@ class Model:
         """Returns the two arguments of a compiled program: shared values, and examples.
 
         The arguments of this method are those of `run`.
-
-        Raises:
-          UserError: if `key` is not a random key.
         """
-        require_key(key)
         shared = self.params, self.method.sampler.tuning, key, settings
         return shared, (indices, arrays)
 

@@ -217,7 +217,7 @@ def test_four_to_seven_chains_share_a_condition_if_there_are_four(n):
 @pytest.mark.parametrize(
     ("call", "words"),
     [
-        (lambda: chains_lib.shared_conditions(1), "1 chains"),
+        (lambda: chains_lib.shared_conditions(1), "num_chains is 1, "),
         (lambda: chains_lib.require_levels(np.array([0, 6]), 6), "level 6 .*0 to 5"),
         (lambda: chains_lib.require_levels(np.array([-1]), 6), "level -1 "),
     ],

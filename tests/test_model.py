@@ -348,7 +348,7 @@ def test_numbers_and_shapes_that_make_no_sense_are_errors(model, call, words):
 def test_what_is_not_a_random_key_is_an_error(model, key):
     """Checked below the public methods, whose annotations reject such keys in tests."""
     with pytest.raises(UserError, match=r"random key is .*: give jax.random.key\(SEED\)"):
-        model.arguments.__wrapped__(model, key, np.arange(2))
+        model.run.__wrapped__(model, model.programs.generate, key, np.arange(2))
 
 
 KNOWN = np.eye(2)[..., None] > 0
