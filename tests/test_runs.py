@@ -49,8 +49,11 @@ def assert_same(a, b):
 
 
 def test_loading_a_model_logs_nothing(caplog):
-    caplog.set_level(logging.WARNING)
-    runs.load(tiny.trained())
+    workdir = tiny.trained()
+    for name in ("absl", "drl_jax"):
+        caplog.set_level(logging.WARNING, logger=name)
+    caplog.clear()
+    runs.load(workdir)
     assert caplog.messages == []
 
 
