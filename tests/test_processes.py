@@ -20,7 +20,7 @@ from etils import epath
 from helpers import tiny
 from helpers.runs import assert_same, state_of, steps, wait_until
 
-from drl_jax.errors import UserError
+from drl_jax.errors import Interrupted, UserError
 from drl_jax.runtime import processes
 
 TIMEOUT = 10  # --timeout in these tests [seconds]
@@ -235,6 +235,19 @@ def test_a_collective_operation_that_fails_is_one_line(monkeypatch, kind):
     with pytest.raises(UserError) as error, processes.connected(job(distributed=True)):
         raise kind("UNKNOWN: Gloo AllGather failed\nRPC: /xla")
     assert re.fullmatch(r"[^\n]*UNKNOWN: Gloo AllGather failed[^\n]*", str(error.value))
+
+
+@pytest.mark.parametrize(("signum", "waits"), [(signal.SIGTERM, 1), (signal.SIGINT, 0)])
+def test_processes_that_are_all_stopped_by_a_signal_wait_for_each_other(
+    monkeypatch, signum, waits
+):
+    """Otherwise, the end of one looks like a lost process to another that is still writing."""
+    shutdowns = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **_: None)
+    monkeypatch.setattr(jax.distributed, "shutdown", lambda: shutdowns.append(signum))
+    with pytest.raises(Interrupted), processes.connected(job(distributed=True)):
+        raise Interrupted(signum, "all is saved")
+    assert len(shutdowns) == waits
 
 
 @pytest.mark.parametrize("kind", [KeyError, ValueError])

@@ -11,6 +11,7 @@ import importlib.util
 import json
 import logging
 import os
+import signal
 import socket
 import time
 import urllib.request
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from drl_jax.errors import UserError
+from drl_jax.errors import Interrupted, UserError
 
 # On Linux, the name of the machine's manufacturer and model.
 PRODUCT_NAME = epath.Path("/sys/class/dmi/id/product_name")
@@ -127,9 +128,10 @@ def connected(job: Job) -> Iterator[None]:
     """Connects this process to the others, if there are any.
 
     Enter it before JAX initialises its devices. JAX disconnects when Python exits, after
-    waiting for the others. If a process dies, or is silent for longer than the timeout, JAX's
-    runtime aborts the others with a message of its own; a collective operation in progress may
-    fail in Python first.
+    waiting for the others; or here, if SIGTERM has stopped all of them, because Python's
+    shutdown is then skipped (`preemption.leave`). If a process dies, or is silent for longer
+    than the timeout, JAX's runtime aborts the others with a message of its own; a collective
+    operation in progress may fail in Python first.
 
     Raises:
       UserError: if the coordinator does not answer in time, the cluster does not say which
@@ -176,6 +178,11 @@ def connected(job: Job) -> Iterator[None]:
             job.timeout,
         )
         yield
+    except Interrupted as interrupted:
+        if interrupted.signum == signal.SIGTERM:  # not Ctrl-C, which stops only this process
+            with contextlib.suppress(jax.errors.JaxRuntimeError):  # if another is lost just now
+                jax.distributed.shutdown()
+        raise
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         # On CPUs, some failures of collective operations are ValueErrors that name Gloo.
         if isinstance(error, ValueError) and "Gloo" not in str(error):
