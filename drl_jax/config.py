@@ -109,6 +109,9 @@ def default() -> ConfigDict:
             },
             "train": {
                 "objective": "recovery",  # or 'denoising', which needs no MCMC
+                # Noise of x_t and x_{t+1}, for 'recovery': 'independent', as far as it is added
+                # after level t; or 'shared', the same in both (Zhu et al. 2024).
+                "pairs": "independent",
                 # Distribution of t: 'uniform', or 'log_snr', about uniform in the logarithm of
                 # the signal-to-noise ratio of level t.
                 "levels": "uniform",
@@ -207,6 +210,7 @@ CHOICES = {
     "mcmc.start": ("x_tilde", "posterior"),
     "optim.adam": ("keras", "optax"),
     "train.objective": ("recovery", "denoising"),
+    "train.pairs": ("independent", "shared"),
     "train.levels": ("uniform", "log_snr"),
     "train.matmul_precision": ("default", "highest"),
 }

@@ -171,6 +171,30 @@ def diffuse_pair(
     return x_t, step(noise.fold(keys, 1), x_t, t, schedule)
 
 
+def shared_noise_pair(
+    keys: Key[Array, "B"],
+    x: Float[Array, "B *D"],
+    t: Int[Array, "B"],
+    schedule: NoiseSchedule,
+) -> tuple[Float[Array, "B *D"], Float[Array, "B *D"]]:
+    """Returns (x_t, x_{t+1}) for data x, t in 0..T-1, both with the same noise eps ~ N(0, I).
+
+        x_s = a_bar_s x + sigma_bar_s eps,   s = t, t + 1
+
+    (Zhu et al. 2024.) Each alone is distributed as in `diffuse_pair`. But x_{t+1} - a_{t+1} x_t
+    is proportional to eps, and so not independent of x_t.
+    """
+    eps = noise.normal(keys, x.shape[1:])
+
+    def at(s):
+        a_bar, sigma_bar = (
+            noise.per_example(v[s], x) for v in (schedule.a_bar, schedule.sigma_bar)
+        )
+        return a_bar * x + sigma_bar * eps
+
+    return at(t), at(t + 1)
+
+
 def posterior(
     x: Float[Array, "B *D"],
     x_next: Float[Array, "B *D"],

@@ -267,6 +267,22 @@ def positives(
     return noise.per_example(schedule.y_scale(t), x) * x_t, x_tilde
 
 
+def positives_with_shared_noise(
+    keys: Key[Array, "B"],
+    x: Float[Array, "B *D"],
+    t: Int[Array, "B"],
+    schedule: NoiseSchedule,
+) -> tuple[Float[Array, "B *D"], Float[Array, "B *D"]]:
+    """Draws positive samples (y, x_tilde) that have the same noise, at levels t in 0..T-1.
+
+    See `diffusion.shared_noise_pair`. x_tilde - y is not independent of y here, so the
+    conditional that is learned is not that of a diffused density, and exp(F(y, t)) need not be
+    the density of y_t.
+    """
+    x_t, x_tilde = diffusion.shared_noise_pair(keys, x, t, schedule)
+    return noise.per_example(schedule.y_scale(t), x) * x_t, x_tilde
+
+
 def positives_with_noise(
     keys: Key[Array, "B"],
     x: Float[Array, "B *D"],

@@ -135,6 +135,26 @@ def test_pairs_have_the_joint_moments_of_the_diffusion_at_every_level(T):
     assert np.max(np.abs(z)) < limit(z.size)
 
 
+def test_both_levels_of_a_shared_noise_pair_have_the_same_standard_normal_noise():
+    """The false-alarm rate is that of `limit`. Fails if a level has the scales of the other."""
+    T, x, B, D = 6, 3.0, 2000, 60
+    _, _, a_bar, sigma_bar = exact(T)
+    keys = noise.example_keys(jax.random.key(0), jnp.arange(B))
+    moments = []
+    for t in range(T):
+        pair = diffusion.shared_noise_pair(
+            noise.fold(keys, t), jnp.full((B, D), x), jnp.full(B, t), diffusion.schedule(T)
+        )
+        eps, eps_next = (
+            (np.float64(v) - a_bar[s] * x) / sigma_bar[s]
+            for v, s in zip(pair, (t, t + 1), strict=True)
+        )
+        np.testing.assert_allclose(eps, eps_next, atol=1e-3 if t else 1e-2)
+        moments.append([eps_next.mean(), (eps_next**2).mean()])
+    z = (np.array(moments) - [0, 1]) / np.sqrt(np.array([1, 2]) / (B * D))
+    assert np.max(np.abs(z)) < limit(z.size)
+
+
 @pytest.mark.parametrize("T", [6, 1000])
 def test_posterior_is_the_regression_of_x_t_on_x_next(T):
     """Compares with conditioning the joint normal distribution of the pair, in float64."""

@@ -208,7 +208,10 @@ def test_the_learning_rate_reaches_zero_at_the_end_of_the_time(monkeypatch):
 
 
 class FakeModel:
-    """A model whose samples are black."""
+    """A model whose samples are black; those of longer chains are grey."""
+
+    def __init__(self, value=-1.0):
+        self.value = value
 
     @classmethod
     def create(cls, method, params, mesh, batch_size):
@@ -217,8 +220,11 @@ class FakeModel:
     def with_params(self, params):
         return self
 
+    def with_sampler(self, name, K):
+        return FakeModel({"langevin": 0, "mala": 0.25}[name] + K / 1000)
+
     def sample(self, key, n):
-        return -np.ones((n, 8, 8, 1), np.float32)
+        return np.full((n, 8, 8, 1), self.value, np.float32)
 
 
 @pytest.fixture
@@ -282,6 +288,39 @@ def test_all_models_train_for_the_same_time_and_finished_ones_are_kept(
     assert "give those, or another --workdir" in capsys.readouterr().err
 
 
+def test_the_last_evaluation_of_a_model_draws_with_the_other_samplers(fakes, tmp_path, capsys):
+    """Fails if all evaluations draw with them, or the columns of two samplers are exchanged."""
+    variant = "t6 mcmc.K=7 diffusion.schedule=cosine energy.mult=(1,1)"
+    arguments = ["--racers=", f"--variant={variant}", "--samplers=langevin:60,mala:15"]
+    assert race.main(["race", "--seconds=16", f"--workdir={tmp_path}", *arguments]) == 0
+    rows = json.loads((tmp_path / "race.json").read_text())["rows"]
+    assert [row["model"] for row in rows] == [race.TEST, *[variant] * 5]
+    assert ["samplers" in row for row in rows] == [False] * 5 + [True]
+    drawn = rows[-1]["samplers"]
+    assert [drawn[name]["features"] for name in ("langevin:60", "mala:15")] == [
+        pytest.approx(0.06),
+        pytest.approx(0.265),
+    ]
+    *_, heading, distances = capsys.readouterr().out.splitlines()
+    assert heading.split() == ["features,", "by", "sampler", "langevin:60", "mala:15"]
+    assert distances.split()[-2:] == ["0.060", "0.265"]
+
+
+def test_a_variant_differs_from_its_model_in_the_fields_that_it_names(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    variant = "t6 mcmc.K=7 diffusion.schedule=cosine energy.mult=(1,1) optim.ema_decay=0.5"
+    fields, changed = (
+        dict(config_lib.flatten(race.configuration(name, "digits", 0)))
+        for name in ("t6", variant)
+    )
+    assert {name: value for name, value in changed.items() if value != fields[name]} == {
+        "mcmc.K": 7,
+        "diffusion.schedule": "cosine",
+        "energy.mult": (1, 1),
+        "optim.ema_decay": 0.5,
+    }
+
+
 @pytest.mark.slow
 def test_a_model_without_an_energy_learns_a_constant_image_and_only_its_steps_are_timed(
     monkeypatch,
@@ -311,8 +350,18 @@ def test_a_model_without_an_energy_learns_a_constant_image_and_only_its_steps_ar
         (["--data=faces"], "value should be one of <digits|mnist5k>"),
         (
             ["--racers=t6,t7"],
-            "--racers contains 't7': use some of t6, t100, t1k, diffusion, score",
+            "there is no model 't7': use some of t6, t100, t1k, diffusion, score",
         ),
+        (["--racers="], "there is no model to train: give some with --racers or --variant"),
+        (["--variant=t6 mcmc.k=7"], "config.mcmc.k is unknown: did you mean config.mcmc.K?"),
+        (["--variant=t6 mcmc.K=seven"], "mcmc.K=seven: "),
+        (["--variant=t6 mcmc.K=-1"], "config.mcmc.K is -1"),
+        (["--variant=t6 mcmc"], "config.mcmc is unknown"),
+        (["--variant=t6 energy.parameterisation=gaussians"], "the race does not fit mixtures"),
+        (["--samplers=nuts:3"], "--samplers contains 'nuts:3': give a sampler"),
+        (["--samplers=mala"], "--samplers contains 'mala': give a sampler"),
+        (["--racers=t6", "--samplers=mala:0"], "config.mcmc.K is 0"),
+        (["--racers=score", "--samplers=mala:1"], "'score' has no energy to accept by"),
         (["digits"], "unexpected argument 'digits'"),
         (["--laps=3"], "Unknown command line flag 'laps'"),
     ],
@@ -344,5 +393,5 @@ def test_help_explains_the_columns_and_lists_the_options(capsys):
     text = capsys.readouterr().out
     for name, _ in race.COLUMNS[3:]:
         assert f"- {name}: " in text
-    for name in ("racers", "seconds", "data", "workdir", "seed"):
+    for name in ("racers", "variant", "samplers", "seconds", "data", "workdir", "seed"):
         assert f"--{name} " in text

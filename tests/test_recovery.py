@@ -367,6 +367,18 @@ def test_positives_have_the_densities_of_the_levels_and_independent_noise():
         assert_counts(counts, np.full(36, 1 / 36), of=6)
 
 
+def test_positives_with_shared_noise_are_scaled_only_where_y_is():
+    """Fails if x_tilde is scaled, or y is scaled at the top."""
+    t = jnp.arange(6)
+    keys = jax.random.split(jax.random.key(8), 6)
+    x = jax.random.uniform(jax.random.key(9), (6, 5), minval=-1, maxval=1)
+    y, x_tilde = recovery.positives_with_shared_noise(keys, x, t, SCHEDULE)
+    expected, eps = recovery.positives_with_noise(keys, x, t, SCHEDULE)
+    np.testing.assert_allclose(y, expected, rtol=1e-6)
+    a_bar, sigma_bar = SCHEDULE.a_bar[1:, None], SCHEDULE.sigma_bar[1:, None]
+    np.testing.assert_allclose(x_tilde, a_bar * x + sigma_bar * eps, rtol=1e-6)
+
+
 @pytest.mark.parametrize("T", [6, 1000])
 def test_positives_with_noise_are_those_of_the_recovery_likelihood(T):
     """y is the scaled x_t of `diffusion.diffuse` with the same keys, and eps is its noise."""

@@ -1,3 +1,4 @@
+import functools
 from typing import NamedTuple
 
 import jax
@@ -119,6 +120,35 @@ def assert_trees_close(actual, expected, rtol=2e-4, atol=1e-6):
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=atol), actual, expected
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pairs", ["independent", "shared"])
+def test_the_configured_pairs_are_the_positives_and_the_conditions_of_the_chains(pairs):
+    """Fails if the configured function is not used, or only for one of both."""
+    config = config_lib.default()
+    config.train.pairs = pairs
+    draw = {
+        "independent": recovery.positives,
+        "shared": recovery.positives_with_shared_noise,
+    }[pairs]
+    keys = jax.random.split(jax.random.key(0), B)
+    x = jax.random.uniform(jax.random.key(1), (B, 4, 4, 1), minval=-1, maxval=1)
+    t = jnp.arange(B, dtype=jnp.int32) % 6
+    state = perturbed(train_state.create(jax.random.key(2), METHOD.energy, optax.sgd(1.0)))
+    params, _ = METHOD.energy.normalise(state.params, state.vectors)
+    objective = functools.partial(train_step.from_config(config).objective, method=METHOD)
+    _, statistics = jax.jit(objective)(keys, params, x, t)
+    y, x_tilde = draw(noise.fold(keys, 1), x, t, SCHEDULE)
+    y_neg, _ = jax.jit(
+        lambda: ladder.sample_conditional(
+            noise.fold(keys, 2), METHOD.conditionals(params), x_tilde, t
+        )
+    )()
+    f_pos = METHOD.energy.f(params, y, t)
+    np.testing.assert_allclose(statistics.f_pos, f_pos, rtol=1e-4, atol=1e-5)
+    displacement = recovery.displacement(y_neg, x_tilde)
+    np.testing.assert_allclose(statistics.displacement, displacement, rtol=1e-4)
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Trains several models for the same time on the same data, and compares their samples.
 
     python -m drl_jax.tools.race [--racers=t6,t100,t1k,diffusion,score]
+        [--variant="t6 energy.network=unet"]... [--samplers=langevin:15,mala:60]
         [--seconds=150] [--data=digits] [--workdir=runs/race] [--seed=0]
 
 The models are those of three files in `configs/`, and two that are not energies:
@@ -14,6 +15,9 @@ The models are those of three files in `configs/`, and two that are not energies
   levels, optimiser, moving average, dropout, batches and the draws of a sample are the same.
 - score: between diffusion and t100. The output of the network takes the place of the gradient
   of f, but the reference density is the same as in t100, that of uniform pixels.
+
+Each --variant adds a model with other settings: the name of one of these, and fields of its
+configuration with their values, separated by spaces.
 
 Each model trains for the given time: CPU time of this process, the sum over its threads, or
 wall-clock time on accelerators. Compilation, evaluation and reading the data do not count. The
@@ -30,18 +34,24 @@ are trained. The columns of the table:
 - nearest: median distance of a sample to the nearest training image, divided by that of a test
   image. Values below 1 are a sign of memorisation.
 
+With --samplers, the last evaluation also draws samples with other samplers and numbers of steps
+per level, such as mala:60, and a second table shows their feature distances. The step sizes of
+MALA and HMC are adapted.
+
 After each evaluation, the results are written to race.json in the work directory, and the
 curves to race.png. If the program is stopped, the same command runs the models that have not
 finished, from their beginning; other models can be added with --racers. Run it from the root of
 the repository, whose `configs/` it reads.
 """
 
+import ast
+import itertools
 import json
 import logging
 import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -84,6 +94,7 @@ CONFIGS = {  # by the name of the model
     "diffusion": "configs/digits.py",
     "score": "configs/digits.py",
 }
+WITHOUT_ENERGY = ("diffusion", "score")
 # Height and width of the images, and the distance between neighbouring pixel values in [-1, 1],
 # by the value of --data.
 DATA = {"digits": (8, 2 / 16), "mnist5k": (28, 2 / 255)}
@@ -151,33 +162,61 @@ def configuration(name: str, data: str, seed: int) -> ConfigDict:
     """Returns the configuration of a model.
 
     Args:
-      name: name of the model, one of `CONFIGS`.
+      name: one of `CONFIGS`; in a variant, followed by changes such as 'diffusion.T=30'.
       data: one of `DATA`.
       seed: random seed.
 
     Raises:
-      UserError: if there is no such model, or its file cannot be read.
+      UserError: if there is no such model, its file cannot be read, or a change is not one.
     """
-    if name not in CONFIGS:
-        raise UserError(f"--racers contains {name!r}: use some of {', '.join(CONFIGS)}")
-    if not epath.Path(CONFIGS[name]).exists():
+    model, *changes = name.split() or [name]
+    if model not in CONFIGS:
+        raise UserError(f"there is no model {model!r}: use some of {', '.join(CONFIGS)}")
+    if not epath.Path(CONFIGS[model]).exists():
         raise UserError(
-            f"there is no {CONFIGS[name]}: run this program from the root of the repository"
+            f"there is no {CONFIGS[model]}: run this program from the root of the repository"
         )
-    config = config_lib.load(CONFIGS[name])
+    config = config_lib.load(CONFIGS[model])
+    for change in changes:
+        _set(config, change)
     size, width = DATA[data]
     config.seed = seed
     config.data.name, config.data.image_size = data, size
     config.data.test_fraction = TEST_FRACTION
     config.data.dequantise = width if config.data.dequantise else 0.0
     config_lib.validate(config)
+    if config.energy.parameterisation in config_lib.FITTED:
+        raise UserError(
+            f"{name!r}: the race does not fit mixtures, as config.energy.parameterisation "
+            f"{config.energy.parameterisation!r} requires"
+        )
     return config
 
 
+def _set(config: ConfigDict, change: str) -> None:
+    """Sets a field of the configuration, as 'diffusion.T=30' says.
+
+    Raises:
+      UserError: if there is no such field, or the value has another type.
+    """
+    field, _, text = change.partition("=")
+    if field not in dict(config_lib.flatten(config)):
+        raise UserError(config_lib.unknown_field(field))
+    try:
+        value = ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        value = text
+    try:
+        config.update_from_flattened_dict({field: value})
+    except TypeError as error:
+        raise UserError(f"{change}: {error}") from error
+
+
 def make_method(name: str, config: ConfigDict) -> Method:
-    """Returns the method of a model of `CONFIGS`, with its configuration."""
+    """Returns the method of a model, given its name and its configuration."""
     method = method_lib.from_config(config)
-    if name not in ("diffusion", "score"):
+    name = name.split()[0]
+    if name not in WITHOUT_ENERGY:
         return method
     network = ImageMLP(
         width=config.energy.ch, depth=config.energy.N, dropout=config.energy.dropout
@@ -338,13 +377,35 @@ def train(
         yield trainer
 
 
+def parse_sampler(text: str) -> tuple[str, int]:
+    """Returns the name of a sampler and its number of steps per level, given 'mala:60'.
+
+    Raises:
+      UserError: if the text has another form, or there is no such sampler.
+    """
+    name, _, K = text.partition(":")
+    if name not in config_lib.CHOICES["mcmc.sampler"] or not K.isdecimal():
+        names = ", ".join(config_lib.CHOICES["mcmc.sampler"])
+        raise UserError(
+            f"--samplers contains {text!r}: give a sampler ({names}) and its number of steps, "
+            "such as mala:60"
+        )
+    return name, int(K)
+
+
 def race(
-    names: Sequence[str], seconds: float, data: str, seed: int, workdir: epath.Path
+    names: Sequence[str],
+    samplers: Sequence[str],
+    seconds: float,
+    data: str,
+    seed: int,
+    workdir: epath.Path,
 ) -> list[dict[str, Any]]:
     """Runs the models that have not finished, and writes race.json and race.png.
 
     Args:
-      names: models, of `CONFIGS`.
+      names: models, as `configuration` takes them.
+      samplers: with what the last evaluation of a model draws further samples, such as mala:60.
       seconds: training time of each model [s].
       data: one of `DATA`.
       seed: random seed.
@@ -352,14 +413,25 @@ def race(
 
     Returns:
       the rows of the table as JSON values: `model`, and the fields of `COLUMNS`. The first is
-      that of the test images, without parameters and training.
+      that of the test images, without parameters and training. The last one of a model also has
+      `samplers`: the fields of samples drawn by each sampler.
 
     Raises:
       UserError: if a name is unknown, the work directory cannot be used or has other results,
         or training diverged.
     """
-    settings = {"seconds": seconds, "data": data, "seed": seed}
+    settings = {"seconds": seconds, "data": data, "seed": seed, "samplers": list(samplers)}
+    if not names:
+        raise UserError("there is no model to train: give some with --racers or --variant")
     configs = {name: configuration(name, data, seed) for name in names}
+    methods = {name: make_method(name, config) for name, config in configs.items()}
+    chains = {text: parse_sampler(text) for text in samplers}
+    for name, (text, (sampler, K)) in itertools.product(names, chains.items()):
+        method_lib.with_sampler(methods[name], sampler=sampler, K=K)  # raises before training
+        if name.split()[0] in WITHOUT_ENERGY and sampler in method_lib.METROPOLIS:
+            raise UserError(
+                f"--samplers contains {text!r}: {name!r} has no energy to accept by"
+            )
     rows = read(workdir / RESULTS, settings)
     make_writable(workdir)
     judge = open_judge(configs[names[0]], workdir)
@@ -372,7 +444,7 @@ def race(
             log.info("%s: already finished", name)
             continue
         rows = [row for row in rows if row["model"] != name]
-        method, model = make_method(name, config), None
+        method, model = methods[name], None
         log.info("%s: compiling", name)
         for trainer in train(config, method, mesh, judge.train, times):
             params = trainer.averaged()
@@ -385,6 +457,15 @@ def race(
                 "steps": trainer.steps,
                 **judge(samples),
             }
+            if trainer.seconds >= times[-1] and chains:
+                row["samplers"] = {
+                    text: judge(
+                        model.with_params(params)
+                        .with_sampler(sampler, K=K)
+                        .sample(sample_key, len(judge.test))
+                    )
+                    for text, (sampler, K) in chains.items()
+                }
             rows.append(row)
             write_json(workdir / RESULTS, {"settings": settings, "rows": rows})
             write_figure(workdir / FIGURE, rows, times)
@@ -422,11 +503,21 @@ def cells(row: dict[str, Any]) -> dict[str, str]:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Formats the results, one line per evaluation."""
-    lines = [f"{'':12}" + "".join(f"{name:>12}" for name, _ in COLUMNS)]
-    for row in rows:
-        columns = cells(row).values()
-        lines.append(f"{row['model']:12}" + "".join(f"{cell:>12}" for cell in columns))
+    """Formats the results, one line per evaluation, and the distances of other samplers."""
+    width = max(12, *(len(row["model"]) + 1 for row in rows))
+
+    def line(name: str, columns: Iterable[str]) -> str:
+        return f"{name:{width}}" + "".join(f"{cell:>12}" for cell in columns)
+
+    lines = [line("", (name for name, _ in COLUMNS))]
+    lines += [line(row["model"], cells(row).values()) for row in rows]
+    sampled = [row for row in rows if "samplers" in row]
+    names = list(dict.fromkeys(name for row in sampled for name in row["samplers"]))
+    if names:
+        lines += ["", line("features, by sampler", names)]
+    for row in sampled:
+        distances = (row["samplers"].get(name, {}).get("features") for name in names)
+        lines.append(line(row["model"], (f"{d:.3f}" if d else "" for d in distances)))
     return "\n".join(lines)
 
 
@@ -458,6 +549,18 @@ def define_flags() -> flags.FlagValues:
         f"Models to train, separated by commas (default: {','.join(CONFIGS)}).",
         flag_values=values,
     )
+    flags.DEFINE_multi_string(
+        "variant",
+        [],
+        "Model to add, with other settings, such as 't6 energy.network=unet'. Can be repeated.",
+        flag_values=values,
+    )
+    flags.DEFINE_list(
+        "samplers",
+        [],
+        "Samplers of further samples, and their steps per level, such as langevin:15,mala:60.",
+        flag_values=values,
+    )
     flags.DEFINE_float(
         "seconds",
         150.0,
@@ -485,7 +588,14 @@ def main(argv: Sequence[str]) -> int:
         if not command.parse(values, argv, __doc__):
             return 0
         workdir = epath.Path(values.workdir).expanduser()
-        rows = race(values.racers, values.seconds, values.data, values.seed, workdir)
+        rows = race(
+            [*values.racers, *values.variant],
+            values.samplers,
+            values.seconds,
+            values.data,
+            values.seed,
+            workdir,
+        )
         print(table(rows))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

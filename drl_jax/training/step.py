@@ -74,6 +74,12 @@ Objective = Callable[
     tuple[Params, Statistics],
 ]
 
+# (keys [B], data x [B, ...], levels t [B], schedule) -> positive samples y and x_tilde
+Positives = Callable[
+    [Key[Array, "B"], Float[Array, "B *D"], Int[Array, "B"], NoiseSchedule],
+    tuple[Float[Array, "B *D"], Float[Array, "B *D"]],
+]
+
 # (keys [B], schedule) -> levels t [B] in 0..T-1
 LevelDistribution = Callable[[Key[Array, "B"], NoiseSchedule], Int[Array, "B"]]
 
@@ -110,8 +116,11 @@ def from_config(config: ConfigDict) -> Training:
             "config.mcmc.K is 0: with config.train.objective 'recovery', negative samples must "
             "depend on the energy of their own level; give 1 or more steps"
         )
+    objective = OBJECTIVES[config.train.objective]
+    if config.train.objective == "recovery":
+        objective = functools.partial(objective, positives=PAIRS[config.train.pairs])
     return Training(
-        objective=OBJECTIVES[config.train.objective],
+        objective=objective,
         draw_levels=LEVEL_DISTRIBUTIONS[config.train.levels],
         optimiser=train_state.optimiser(config),
         ema_decay=config.optim.ema_decay,
@@ -178,6 +187,7 @@ def recovery_gradient(
     x: Float[Array, "B *D"],
     t: Int[Array, "B"],
     method: Method,
+    positives: Positives = recovery.positives,
 ) -> tuple[Params, Statistics]:
     """Returns the gradient of the recovery likelihood's loss (Gao et al. 2021, eq. 8).
 
@@ -193,12 +203,13 @@ def recovery_gradient(
       x: data in [-1, 1].
       t: levels in 0..T-1.
       method: network, noise levels and sampler.
+      positives: draws the positive samples and x_tilde.
 
     Returns:
       the gradient of the mean loss, and the statistics of each example.
     """
     schedule = method.schedule
-    y_pos, x_tilde = recovery.positives(noise.fold(keys, 1), x, t, schedule)
+    y_pos, x_tilde = positives(noise.fold(keys, 1), x, t, schedule)
     y_neg, acceptance = ladder.sample_conditional(
         noise.fold(keys, 2), method.conditionals(params), x_tilde, t
     )
@@ -265,10 +276,14 @@ def log_snr_levels(keys: Key[Array, "B"], schedule: NoiseSchedule) -> Int[Array,
     return jax.vmap(jax.random.categorical, (0, None))(keys, log_p).astype(jnp.int32)
 
 
-# The values of config.train.objective and config.train.levels.
-OBJECTIVES: dict[str, Objective] = {
+# The values of config.train.objective, config.train.pairs and config.train.levels.
+OBJECTIVES: dict[str, Callable[..., tuple[Params, Statistics]]] = {
     "recovery": recovery_gradient,
     "denoising": denoising_gradient,
+}
+PAIRS: dict[str, Positives] = {
+    "independent": recovery.positives,
+    "shared": recovery.positives_with_shared_noise,
 }
 LEVEL_DISTRIBUTIONS: dict[str, LevelDistribution] = {
     "uniform": uniform_levels,
