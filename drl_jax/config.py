@@ -81,12 +81,26 @@ def default() -> ConfigDict:
                 "components": 20,  # of this mixture
                 "dtype": "float32",  # of the products in f, in training; or 'bfloat16'
             },
+            # The network that predicts where chains end (`networks.initialiser`).
+            "initialiser": {
+                "network": "none",  # 'unet', for images; 'mlp', for small images and points
+                "ch": 64,  # channels of the U-Net at full resolution; for the MLP, its width
+                "mult": (1, 1, 1),  # channels per resolution, in units of ch; not for the MLP
+                "N": 3,  # blocks per resolution; for the MLP, residual layers
+                "attention": (),  # sizes [pixels] at which the U-Net has attention
+                "groups": 32,  # maximum number of groups of its normalisations
+                "dropout": 0.0,  # probability, in training
+                "learning_rate": 1e-5,
+                "warmup_steps": 10_000,  # linear increase from zero
+                "first_step": 500,  # of training, at which the warm-up begins
+            },
             "mcmc": {
                 "sampler": "langevin",  # or 'mala', 'hmc'
                 "K": 30,  # MCMC steps per level; can be 0 if chains start from 'posterior'
                 # Where the chain of a level starts: 'x_tilde', at the sample of the level
-                # above; or 'posterior', at a draw from the conditional's normal approximation.
-                # See `sampling.ladder.start_from_posterior`.
+                # above; 'posterior', at a draw from the conditional's normal approximation; or
+                # 'initialiser', at a draw around the initialiser's prediction.
+                # See `sampling.ladder.STARTS`.
                 "start": "x_tilde",
                 "b_squared": 2e-4,  # b², from which the step size of each level follows
                 # Factor of the noise of Langevin chains and their starts when generating
@@ -94,6 +108,8 @@ def default() -> ConfigDict:
                 "leapfrog": (5,),  # HMC leapfrog steps: one number, or one per level
                 "target_acceptance": 0.65,  # of MALA and HMC, adapted before generation
                 "warmup_steps": 100,  # steps of this adaptation, per level
+                # Whether the noise of level 0 is removed from generated examples
+                "denoise": False,
             },
             "optim": {
                 "learning_rate": 1e-4,
@@ -105,6 +121,9 @@ def default() -> ConfigDict:
                 # 'keras': as in the authors' program; 'optax': another epsilon, and no first
                 # update with a learning rate of zero. See `training.state.optimiser`.
                 "adam": "keras",
+                # Largest norm of the gradient of each network; a larger one is scaled down.
+                # 0: no limit.
+                "clip_norm": 0.0,
                 "ema_decay": 0.999,  # of the exponential moving average of the parameters
             },
             "train": {
@@ -207,7 +226,8 @@ CHOICES = {
     "energy.dtype": ("float32", "bfloat16"),
     "evaluation.dtype": ("float32", "bfloat16"),
     "mcmc.sampler": ("langevin", "mala", "hmc"),
-    "mcmc.start": ("x_tilde", "posterior"),
+    "mcmc.start": ("x_tilde", "posterior", "initialiser"),
+    "initialiser.network": ("none", "unet", "mlp"),
     "optim.adam": ("keras", "optax"),
     "train.objective": ("recovery", "denoising"),
     "train.pairs": ("independent", "shared"),
@@ -223,6 +243,11 @@ MINIMUM = {
     "diffusion.min_noise": 0,
     "energy.dropout": 0,
     "energy.ch": 4,  # the embedding of t has ch / 2 frequencies, at least two
+    "initialiser.ch": 4,
+    "initialiser.dropout": 0,
+    "initialiser.warmup_steps": 0,
+    "initialiser.first_step": 0,
+    "optim.clip_norm": 0,
     "mcmc.K": 0,
     "mcmc.noise_scale": 0,
     "mesh.data": -1,
@@ -244,6 +269,7 @@ BELOW = {
     "diffusion.min_noise": 0.9,
     "mcmc.target_acceptance": 1,
     "energy.dropout": 1,
+    "initialiser.dropout": 1,
     "optim.beta1": 1,
     "optim.ema_decay": 1,
     "likelihood.target_acceptance": 1,
@@ -267,10 +293,24 @@ REQUIRED_FOR_POINTS = {
 
 # Fields and sections that determine what the parameters mean. They cannot change when a run
 # resumes; but a new run can start from the parameters (--init_from).
-DEFINING = ("data.image_size", "data.channels", "data.dequantise", "diffusion.", "energy.")
+DEFINING = (
+    "data.image_size",
+    "data.channels",
+    "data.dequantise",
+    "diffusion.",
+    "energy.",
+    "initialiser.",
+)
 
 # Of these, the fields that only change how the parameters are trained.
-TRAINING_ONLY = ("energy.dropout", "energy.dtype")
+TRAINING_ONLY = (
+    "energy.dropout",
+    "energy.dtype",
+    "initialiser.dropout",
+    "initialiser.learning_rate",
+    "initialiser.warmup_steps",
+    "initialiser.first_step",
+)
 
 # Fields and sections that may change when a run resumes. The training steps do not depend on
 # them, except for rounding errors.
@@ -420,6 +460,18 @@ def validate(config: ConfigDict) -> None:
             "energy.form",
             "this needs config.energy.network 'unet' or 'image_mlp', and "
             "config.energy.parameterisation 'uniform'",
+        )
+    is_points = config.energy.network == "mlp"
+    if config.initialiser.network == "unet" and is_points:
+        raise invalid("initialiser.network", "points are not images; use 'mlp'")
+    if config.initialiser.network != "none" and config.train.objective != "recovery":
+        raise invalid(
+            "initialiser.network",
+            "it learns from chains, which need config.train.objective 'recovery'; use 'none'",
+        )
+    if config.initialiser.attention and config.initialiser.network != "unet":
+        raise invalid(
+            "initialiser.attention", "only config.initialiser.network 'unet' has attention"
         )
     if config.diffusion.min_noise and config.diffusion.schedule != "cosine":
         raise invalid("diffusion.min_noise", "only config.diffusion.schedule 'cosine' has it")

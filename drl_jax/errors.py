@@ -14,6 +14,10 @@ class UserError(ValueError):
     """
 
 
+class DivergenceError(UserError):
+    """The loss or the energies of a training run have become too large, or are not finite."""
+
+
 class Interrupted(Exception):  # noqa: N818  (not an error)
     """A signal asked the program to stop.
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +20,7 @@ from drl_jax.data.mixtures import Mixture
 from drl_jax.diffusion import NoiseSchedule
 from drl_jax.errors import UserError
 from drl_jax.mcmc import hmc, langevin, mala
-from drl_jax.networks import image_mlp, mlp, resnet, unet
+from drl_jax.networks import image_mlp, initialiser, mlp, resnet, unet
 from drl_jax.networks.energy import (
     FORMS,
     Energy,
@@ -29,9 +30,11 @@ from drl_jax.networks.energy import (
     from_image_to_image,
     with_dtype,
 )
+from drl_jax.networks.image_mlp import ImageMLP
+from drl_jax.networks.initialiser import Initialiser
 from drl_jax.recovery import LevelFn, Parameterisation
 from drl_jax.sampling import ladder
-from drl_jax.sampling.ladder import STARTS, Conditionals, Sampler
+from drl_jax.sampling.ladder import STARTS, Conditionals, ProposeFn, Sampler
 
 # Name among the parameters of the mixture that is fitted for `config.FITTED`. Training does not
 # change it.
@@ -50,6 +53,7 @@ class Method(NamedTuple):
       parameterisation: how the log-density F is computed from f.
       sampler: Markov chain Monte Carlo kernel for the conditionals, with its settings.
       mcmc: the section `mcmc` of the configuration that describes the sampler.
+      initialiser: predicts where chains end, so that they can start there; None: there is none.
     """
 
     energy: Energy
@@ -57,6 +61,7 @@ class Method(NamedTuple):
     parameterisation: Parameterisation
     sampler: Sampler
     mcmc: FrozenConfigDict = FrozenConfigDict(config_lib.default().mcmc)
+    initialiser: Initialiser | None = None
 
     def F(self, params: Params, keys: Key[Array, "B"] | None = None) -> LevelFn:
         """Returns the log-density of every level, up to a constant, as a function of (y, t).
@@ -81,17 +86,31 @@ class Method(NamedTuple):
         parameterisation = Parameterisation(tau, reference)
         return recovery.log_density(recovery.limited(f, tau), parameterisation)
 
+    def propose(self, params: Params, keys: Key[Array, "B"] | None = None) -> ProposeFn | None:
+        """Returns the initialiser's prediction g of y as a function of (x_tilde, t).
+
+        The result is None without an initialiser. The arguments are those of `F`.
+        """
+        if self.initialiser is None:
+            return None
+        g = functools.partial(self.initialiser.g, params[initialiser.NAME])
+        return g if keys is None else functools.partial(g, keys=keys)
+
     def conditionals(
-        self, params: Params, tuning: dict[str, Shaped[Array, "T"]] | None = None
+        self,
+        params: Params,
+        tuning: dict[str, Shaped[Array, "T"]] | None = None,
+        keys: Key[Array, "B"] | None = None,
     ) -> Conditionals:
         """Returns the conditionals of all levels.
 
         Args:
-          params: parameters of the network, spectrally normalised.
+          params: parameters of the networks, spectrally normalised.
           tuning: settings of the kernel that replace those of `sampler`, if given.
+          keys: one random key per example, for the initialiser's dropout; None: no dropout.
         """
         sampler = self.sampler if tuning is None else self.sampler._replace(tuning=tuning)
-        return Conditionals(self.F(params), self.schedule, sampler)
+        return Conditionals(self.F(params), self.schedule, sampler, self.propose(params, keys))
 
 
 def with_mixture(params: Params, mixture: Mixture) -> Params:
@@ -103,14 +122,20 @@ def from_config(config: ConfigDict) -> Method:
     """Builds the method that a configuration describes, with the sampler used in training.
 
     Raises:
-      UserError: if the noise schedule does not support T, the network cannot halve the images
-        often enough or has no such sizes for attention, or the leapfrog steps are given for
-        another number of levels.
+      UserError: if the noise schedule does not support T, a network cannot halve the images
+        often enough or has no such sizes for attention, the leapfrog steps are given for
+        another number of levels, or chains start from an initialiser and there is none.
     """
     schedule = diffusion.schedule(
         config.diffusion.T, config.diffusion.schedule, config.diffusion.min_noise
     )
     energy = make_energy(config, schedule, config.energy.dtype)
+    proposal = make_initialiser(config, schedule, config.energy.dtype)
+    if proposal is None and config.mcmc.start == "initialiser":
+        raise UserError(
+            "config.mcmc.start is 'initialiser', but there is none: set "
+            "config.initialiser.network, or another start"
+        )
     if config.energy.parameterisation == "step":
         s = recovery.step_sizes(schedule, config.mcmc.b_squared)
         parameterisation = Parameterisation(s**2, recovery.no_reference)
@@ -127,7 +152,8 @@ def from_config(config: ConfigDict) -> Method:
         }[config.energy.parameterisation]
         parameterisation = Parameterisation(_noise_of_data(config, schedule), reference)
     sampler = make_sampler(config.mcmc, schedule)
-    return Method(energy, schedule, parameterisation, sampler, FrozenConfigDict(config.mcmc))
+    mcmc = FrozenConfigDict(config.mcmc)
+    return Method(energy, schedule, parameterisation, sampler, mcmc, proposal)
 
 
 def _noise_of_data(config: ConfigDict, schedule: NoiseSchedule) -> Float[Array, "T"]:
@@ -146,7 +172,8 @@ def for_generation(method: Method, config: ConfigDict) -> Method:
     `config.evaluation.dtype`. The parameterisation stays the one of training.
     """
     energy = make_energy(config, method.schedule, config.evaluation.dtype)
-    return _with_mcmc(method._replace(energy=energy), config.mcmc)
+    proposal = make_initialiser(config, method.schedule, config.evaluation.dtype)
+    return _with_mcmc(method._replace(energy=energy, initialiser=proposal), config.mcmc)
 
 
 def with_sampler(method: Method, **settings: Any) -> Method:
@@ -182,6 +209,8 @@ def _with_mcmc(method: Method, mcmc: ConfigDict) -> Method:
 
 def make_energy(config: ConfigDict, schedule: NoiseSchedule, dtype: str) -> Energy:
     """Builds the network that `config.energy` describes.
+
+    If there is an initialiser, its parameters are among those of the result.
 
     Args:
       config: configuration; `config.energy.dtype` is not used.
@@ -219,7 +248,38 @@ def make_energy(config: ConfigDict, schedule: NoiseSchedule, dtype: str) -> Ener
         energy = resnet.energy(size, channels, ch, mult, N)
     if config.energy.parameterisation in config_lib.FITTED:
         energy = energy._replace(init=_init_with_mixture(energy, config.energy.components))
+    if proposal := make_initialiser(config, schedule, dtype):
+        energy = initialiser.joined(energy, proposal)
     return with_dtype(jnp.bfloat16, energy) if dtype == "bfloat16" else energy
+
+
+def make_initialiser(
+    config: ConfigDict, schedule: NoiseSchedule, dtype: str
+) -> Initialiser | None:
+    """Builds the initialiser that `config.initialiser` describes; None if there is none.
+
+    The arguments and errors are those of `make_energy`.
+    """
+    own, data = config.initialiser, config.data
+    levels = schedule.conditioning[1:]
+    if own.network == "none":
+        return None
+    if own.network == "mlp":
+        network: nn.Module = ImageMLP(width=own.ch, depth=own.N, dropout=own.dropout)
+    else:
+        network = unet.network(
+            data.image_size,
+            own.ch,
+            own.mult,
+            own.N,
+            own.attention,
+            own.dropout,
+            own.groups,
+        )
+    shape: tuple[int, ...] = (data.image_size, data.image_size, data.channels)
+    if config.energy.network == "mlp":  # for points
+        shape = (data.channels,)
+    return initialiser.from_network(network, shape, levels, jnp.dtype(dtype))
 
 
 def _init_with_mixture(
@@ -258,18 +318,19 @@ def make_sampler(
     Raises:
       UserError: if the leapfrog steps are given for another number of levels.
     """
-    T, start = schedule.T, STARTS[mcmc.start]
-    step_size = recovery.step_sizes(schedule, mcmc.b_squared)
-    if mcmc.sampler == "langevin":
-        tuning = {"step_size": step_size, "noise_scale": jnp.full((T,), noise_scale)}
-        return Sampler(langevin.init, langevin.kernel, tuning, mcmc.K, start)
+    T = schedule.T
+    tuning = {"step_size": recovery.step_sizes(schedule, mcmc.b_squared)}
+    module: Any = langevin
     if mcmc.sampler == "mala":
-        return Sampler(mala.init, mala.kernel, {"step_size": step_size}, mcmc.K, start)
-    if len(mcmc.leapfrog) not in (1, T):
+        module = mala
+    elif mcmc.sampler == "langevin":
+        tuning["noise_scale"] = jnp.full((T,), noise_scale)
+    elif len(mcmc.leapfrog) in (1, T):
+        module, tuning["leapfrog"] = hmc, jnp.broadcast_to(jnp.asarray(mcmc.leapfrog), (T,))
+    else:
         raise UserError(
             f"config.mcmc.leapfrog is {mcmc.leapfrog}: give one number for all levels, or "
             f"{T} numbers, one per level"
         )
-    leapfrog = jnp.broadcast_to(jnp.asarray(mcmc.leapfrog), (T,))
-    tuning = {"step_size": step_size, "leapfrog": leapfrog}
-    return Sampler(hmc.init, hmc.kernel, tuning, mcmc.K, start)
+    start = STARTS[mcmc.start]
+    return Sampler(module.init, module.kernel, tuning, mcmc.K, start, mcmc.denoise)

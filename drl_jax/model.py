@@ -42,12 +42,14 @@ class Programs(NamedTuple):
     Attributes:
       f: (params, x, t) -> f(x, t).
       F: (params, x, t) -> F(x, t).
+      propose: (params, x_tilde, t) -> the initialiser's prediction, if there is one.
       generate, descend, inpaint, start_chains, advance_chains: the functions of `sampling`,
         compiled by `Model.compile`.
     """
 
     f: Callable
     F: Callable
+    propose: Callable
     generate: Callable
     descend: Callable
     inpaint: Callable
@@ -89,9 +91,11 @@ class Model:
             number of devices.
         """
         engine = Engine(mesh, batch_size)
+        propose: Any = method.propose  # returns None without an initialiser
         programs = Programs(
             f=jax.jit(full_precision(method.energy.f)),
             F=jax.jit(full_precision(lambda params, x, t: method.F(params)(x, t))),
+            propose=jax.jit(full_precision(lambda params, x, t: propose(params)(x, t))),
             generate=_compile(
                 engine,
                 method,
@@ -180,6 +184,22 @@ class Model:
           UserError: for the same reasons as `f`.
         """
         return self._evaluate(self.programs.F, x, t)
+
+    def propose(
+        self, x_tilde: Float[ArrayLike, "B *D"], t: Int[ArrayLike, "B"]
+    ) -> Float[Array, "B *D"]:
+        """Returns the initialiser's prediction of y for x_tilde = x_{t+1}, at levels t.
+
+        As for `f`, traced levels are not checked.
+
+        Raises:
+          UserError: for the same reasons as `f`, or if the model has no initialiser.
+        """
+        if self.method.initialiser is None:
+            raise UserError(
+                "this model has no initialiser: train one with config.initialiser.network"
+            )
+        return self._evaluate(self.programs.propose, x_tilde, t, self.shape)
 
     def sample(self, key: AnyKey, n: int) -> Float[np.ndarray, "n *D"]:
         """Draws n samples. The i-th depends only on the key and i, not on n.
@@ -524,15 +544,23 @@ class Model:
         return shared, (indices, arrays)
 
     def _evaluate(
-        self, program: Callable, x: Shaped[ArrayLike, "..."], t: Shaped[ArrayLike, "..."]
-    ) -> Float[Array, "B"]:
-        """Evaluates f or F at examples and levels that may not fit the model or each other."""
+        self,
+        program: Callable,
+        x: Shaped[ArrayLike, "..."],
+        t: Shaped[ArrayLike, "..."],
+        shape: tuple[int, ...] = (),
+    ) -> Float[Array, "B *D"]:
+        """Evaluates a network or F, of which one result has a shape, at any x and t.
+
+        Raises:
+          UserError: if they do not fit the model or each other.
+        """
         x = jnp.asarray(x)
         require_examples(x, self.shape)
         if not isinstance(t, jax.core.Tracer):
             t = np.asarray(t)  # `jnp.asarray` would trace it inside `jax.jit`
         self._require_levels(t, len(x))
-        return program(self.params, x, t) if len(x) else jnp.zeros(0, x.dtype)
+        return program(self.params, x, t) if len(x) else jnp.zeros((0, *shape), x.dtype)
 
     def _require_levels(self, t: Shaped[Array | np.ndarray, "..."], n: int) -> None:
         """Checks that t contains n levels in 0..T-1; the values of traced levels are unknown.

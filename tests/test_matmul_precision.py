@@ -55,7 +55,10 @@ def precisions(traced, platforms=ACCELERATORS):
 
 @pytest.fixture(scope="module")
 def model():
-    method = method_lib.from_config(config_of())
+    fields = {"network": "mlp", "ch": 8, "N": 1}
+    config = config_of(mcmc__start="initialiser")
+    config.initialiser.update(fields)
+    method = method_lib.from_config(config)
     energy = method.energy
     params = jax.eval_shape(lambda key: energy.normalise(*energy.init(key))[0], KEY)
     return Model.create(method, params, sharding.make_mesh(), B)
@@ -65,7 +68,7 @@ def arguments_of(model, name):
     """Returns arguments of one of the programs of a model."""
     known = np.broadcast_to(masks.named("left", 8, KEY), (B, 8, 8, 1))
     trace = np.zeros((B, 4, 1 + chains.PROJECTIONS), np.float32)
-    if name in ("f", "F"):
+    if name in ("f", "F", "propose"):
         return model.params, X, LEVEL
     arrays, settings = {
         "generate": ((), {}),

@@ -17,6 +17,7 @@ from helpers.tiny import ROOT
 
 from drl_jax import config as config_lib
 from drl_jax import diffusion, noise, recovery
+from drl_jax.errors import DivergenceError
 from drl_jax.mcmc import langevin
 from drl_jax.model import Model
 from drl_jax.networks import image_mlp
@@ -231,17 +232,16 @@ class FakeModel:
 def fakes(monkeypatch):
     """Replaces what takes time: models, and their judge, who likes white images."""
 
-    class Judge:
-        train, test = np.ones((2, 3, 8, 8, 1), np.float32)
-
+    class Judge(race.Judge):
         def __call__(self, samples):
             fields = ("features", "confident", "pixels", "nearest")
             return dict.fromkeys(fields, float(samples.mean()))
 
+    white = np.ones((3, 8, 8, 1), np.float32)
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(race, "Trainer", FakeTrainer)
     monkeypatch.setattr(race, "Model", FakeModel)
-    monkeypatch.setattr(race, "open_judge", lambda config, workdir: Judge())
+    monkeypatch.setattr(race, "open_judge", lambda config, workdir: Judge(None, white, white))
 
 
 def test_all_models_train_for_the_same_time_and_finished_ones_are_kept(
@@ -304,6 +304,25 @@ def test_the_last_evaluation_of_a_model_draws_with_the_other_samplers(fakes, tmp
     *_, heading, distances = capsys.readouterr().out.splitlines()
     assert heading.split() == ["features,", "by", "sampler", "langevin:60", "mala:15"]
     assert distances.split()[-2:] == ["0.060", "0.265"]
+
+
+def test_a_model_that_diverges_is_left_out_and_the_others_run(
+    fakes, tmp_path, monkeypatch, capsys
+):
+    class Diverging(FakeTrainer):
+        def advance(self):
+            super().advance()
+            if self.config.mcmc.K == 7 and self.seconds > 3:
+                raise DivergenceError("training diverged")
+
+    monkeypatch.setattr(race, "Trainer", Diverging)
+    arguments = ["race", "--seconds=16", f"--workdir={tmp_path}", "--racers="]
+    assert race.main([*arguments, "--variant=t6 mcmc.K=7", "--variant=t6 mcmc.K=8"]) == 1
+    found = capsys.readouterr()
+    assert found.err == "error: t6 mcmc.K=7: training diverged\n"
+    assert found.out.count("t6 mcmc.K=8 ") == 5
+    rows = json.loads((tmp_path / "race.json").read_text())["rows"]
+    assert [row["model"] for row in rows[-5:]] == ["t6 mcmc.K=8"] * 5
 
 
 def test_a_variant_differs_from_its_model_in_the_fields_that_it_names(monkeypatch):

@@ -44,7 +44,8 @@ def inpaint(
         it.
 
     Returns:
-      images that are equal to x at known pixels. Elsewhere, they contain the noise of level 0.
+      images that are equal to x at known pixels. Elsewhere, they contain the noise of level 0,
+      unless the sampler denoises.
     """
     schedule, sampler = conditionals.schedule, conditionals.sampler
 
@@ -86,6 +87,7 @@ def inpaint(
     sigma_bar, a_bar = schedule.sigma_bar[-1], schedule.a_bar[-1]
     x_T = jnp.where(known, a_bar * x + sigma_bar * x_T, x_T)
     x_0 = ladder.descend(keys, conditionals, x_T, schedule.T, 0, recover)
+    x_0 = ladder.denoised(conditionals, x_0) if sampler.denoise else x_0
     return jnp.where(known, x, x_0)
 
 

@@ -3,7 +3,8 @@
 Generation (Gao et al. 2021, algorithm 2) starts from white noise x_T. At each level
 t = T-1, ..., 0 it runs K Markov chain Monte Carlo steps on p(y | x_{t+1}), and sets
 x_t = y / a_{t+1}. The chain starts at x_{t+1}, as in the paper (`start_at_x_tilde`), or at a
-draw from an approximation of the conditional (`start_from_posterior`).
+draw from an approximation of the conditional (`start_from_posterior`), which can be learned
+(`start_from_initialiser`).
 
 A chain that starts at x_{t+1} and keeps a fraction r of its starting point after K steps makes
 only a fraction 1 - r of the step from level t + 1 to level t. With many levels and few steps,
@@ -77,10 +78,31 @@ def start_from_posterior(
     return jnp.where(noise.per_example(t == schedule.T - 1, y), x_tilde, y)
 
 
+def start_from_initialiser(
+    keys: Key[Array, "B"],
+    conditionals: "Conditionals",
+    x_tilde: Float[Array, "B *D"],
+    t: Int[Array, "B"],
+) -> Float[Array, "B *D"]:
+    """Draws y = g(x_tilde, t) + a_{t+1} std z, z ~ N(0, I), at levels t in 0..T-1.
+
+    g is the initialiser's prediction, `Conditionals.propose`. std is that of
+    q(x_t | x_{t+1}, x), the same as in `start_from_posterior`, and a_{t+1} is 1 at t = T - 1
+    (Zhu et al. 2024). z is scaled by the sampler's `noise_scale`, if it has one.
+    """
+    schedule, tuning = conditionals.schedule, conditionals.sampler.tuning_at(t)
+    std = schedule.y_scale(t) * diffusion.posterior_std(t, schedule)
+    std *= tuning.get("noise_scale", 1.0)
+    z = noise.normal(noise.fold(keys, START), x_tilde.shape[1:])
+    assert conditionals.propose is not None, "without an initialiser, there is no such start"
+    return conditionals.propose(x_tilde, t) + noise.per_example(std, z) * z
+
+
 # The values of config.mcmc.start.
 STARTS: dict[str, "StartFn"] = {
     "x_tilde": start_at_x_tilde,
     "posterior": start_from_posterior,
+    "initialiser": start_from_initialiser,
 }
 
 
@@ -94,6 +116,7 @@ class Sampler(NamedTuple):
         `noise_scale` or `leapfrog` for the kernels that take them.
       K: number of steps per level. 0 if the starting points themselves are the samples.
       start: draws the starting point of every chain, one of `STARTS`.
+      denoise: whether generated examples are `denoised` at the end.
     """
 
     init: Callable[[Float[Array, "B *D"], LogDensityFn], Any]
@@ -101,6 +124,7 @@ class Sampler(NamedTuple):
     tuning: dict[str, Shaped[Array, "T"]]
     K: int
     start: "StartFn" = start_at_x_tilde
+    denoise: bool = False
 
     def tuning_at(self, t: Int[Array, "B"]) -> dict[str, Shaped[Array, "B"]]:
         """Returns the tuning of each chain, which is at level t."""
@@ -114,16 +138,21 @@ class Conditionals(NamedTuple):
       F: log-density of every level, up to a constant.
       schedule: noise levels.
       sampler: Markov chain Monte Carlo kernel, tuned for each level.
+      propose: the initialiser's prediction g of y, given (x_{t+1}, t); None without one.
     """
 
     F: LevelFn
     schedule: NoiseSchedule
     sampler: Sampler
+    propose: "ProposeFn | None" = None
 
     def log_density_fn(self, x_tilde: Float[Array, "B *D"], t: Int[Array, "B"]) -> LogDensityFn:
         """Returns y -> log p(y | x_tilde), up to a constant, at levels t in 0..T-1 [nats]."""
         return lambda y: recovery.conditional_log_density(self.F, y, x_tilde, t, self.schedule)
 
+
+# (x_{t+1}, t) -> prediction of y
+ProposeFn = Callable[[Float[Array, "B *D"], Int[Array, "B"]], Float[Array, "B *D"]]
 
 # (keys of level t, conditionals, x_{t+1}, t) -> starting points y of the chains
 StartFn = Callable[
@@ -246,10 +275,26 @@ def generate(
 ) -> Float[Array, "B *D"]:
     """Draws x_0, one example of this shape per key (Gao et al. 2021, algorithm 2).
 
-    x_0 is data with Gaussian noise of standard deviation sigma_0.
+    x_0 is data with Gaussian noise of standard deviation sigma_0. If the sampler says so, the
+    result is the `denoised` x_0.
     """
     schedule = conditionals.schedule
-    return descend(keys, conditionals, white_noise(keys, shape, schedule), schedule.T, 0)
+    x_0 = descend(keys, conditionals, white_noise(keys, shape, schedule), schedule.T, 0)
+    return denoised(conditionals, x_0) if conditionals.sampler.denoise else x_0
+
+
+def denoised(conditionals: Conditionals, x_0: Float[Array, "B *D"]) -> Float[Array, "B *D"]:
+    """Returns the mean of the data given x_0, by Tweedie's formula (Efron 2011).
+
+        (x_0 + sigma_bar_0² grad log p_0(x_0)) / a_bar_0,   log p_0(x) = F(a_1 x, 0) + constant
+
+    a_1 is 1 if T = 1. This costs one gradient.
+    """
+    schedule = conditionals.schedule
+    t = jnp.zeros(len(x_0), jnp.int32)
+    a = noise.per_example(schedule.y_scale(t), x_0)
+    _, g = value_and_gradient(lambda x: conditionals.F(a * x, t), x_0)
+    return (x_0 + schedule.sigma_bar[0] ** 2 * g) / schedule.a_bar[0]
 
 
 class Adapted(NamedTuple):

@@ -38,6 +38,8 @@ With --samplers, the last evaluation also draws samples with other samplers and 
 per level, such as mala:60, and a second table shows their feature distances. The step sizes of
 MALA and HMC are adapted.
 
+A model whose training diverges is left out; the exit status is then 1.
+
 After each evaluation, the results are written to race.json in the work directory, and the
 curves to race.png. If the program is stopped, the same command runs the models that have not
 finished, from their beginning; other models can be added with --racers. Run it from the root of
@@ -68,7 +70,7 @@ from drl_jax import config as config_lib
 from drl_jax import method as method_lib
 from drl_jax.data import pipeline, sources
 from drl_jax.diffusion import NoiseSchedule
-from drl_jax.errors import UserError, as_user_error
+from drl_jax.errors import DivergenceError, UserError, as_user_error
 from drl_jax.method import Method
 from drl_jax.metrics import classifier, pixels
 from drl_jax.metrics.classifier import Classifier
@@ -400,7 +402,7 @@ def race(
     data: str,
     seed: int,
     workdir: epath.Path,
-) -> list[dict[str, Any]]:
+) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Runs the models that have not finished, and writes race.json and race.png.
 
     Args:
@@ -414,11 +416,12 @@ def race(
     Returns:
       the rows of the table as JSON values: `model`, and the fields of `COLUMNS`. The first is
       that of the test images, without parameters and training. The last one of a model also has
-      `samplers`: the fields of samples drawn by each sampler.
+      `samplers`: the fields of samples drawn by each sampler. Also the names of the models
+      whose training diverged, with the message.
 
     Raises:
-      UserError: if a name is unknown, the work directory cannot be used or has other results,
-        or training diverged.
+      UserError: if a name is unknown, or the work directory cannot be used or has other
+        results.
     """
     settings = {"seconds": seconds, "data": data, "seed": seed, "samplers": list(samplers)}
     if not names:
@@ -435,42 +438,70 @@ def race(
     rows = read(workdir / RESULTS, settings)
     make_writable(workdir)
     judge = open_judge(configs[names[0]], workdir)
-    _, _, sample_key = loop.run_keys(seed)
     mesh, times = sharding.make_mesh(), evaluation_times(seconds)
     if not rows:
         rows = [{"model": TEST, **judge(judge.test)}]
+    failed: dict[str, str] = {}
     for name, config in configs.items():
         if len(of_model(rows, name)) == EVALUATIONS:
             log.info("%s: already finished", name)
             continue
         rows = [row for row in rows if row["model"] != name]
-        method, model = methods[name], None
         log.info("%s: compiling", name)
-        for trainer in train(config, method, mesh, judge.train, times):
-            params = trainer.averaged()
-            model = model or Model.create(method, params, mesh, batch_size=len(judge.test))
-            samples = model.with_params(params).sample(sample_key, len(judge.test))
-            row = {
-                "model": name,
-                "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
-                "seconds": trainer.seconds,
-                "steps": trainer.steps,
-                **judge(samples),
+        try:
+            for row in run_one(name, config, methods[name], chains, mesh, judge, times):
+                rows.append(row)
+                write_json(workdir / RESULTS, {"settings": settings, "rows": rows})
+                write_figure(workdir / FIGURE, rows, times)
+                log.info("%s: %s", name, ", ".join(f"{k} {v}" for k, v in cells(row).items()))
+        except DivergenceError as error:
+            failed[name] = str(error)
+            log.info("%s: %s", name, error)
+    return rows, failed
+
+
+def run_one(
+    name: str,
+    config: ConfigDict,
+    method: Method,
+    chains: dict[str, tuple[str, int]],
+    mesh: Mesh,
+    judge: Judge,
+    times: Sequence[float],
+) -> Iterator[dict[str, Any]]:
+    """Trains one model and yields its rows of the table, one per evaluation.
+
+    Args:
+      name: name of the model.
+      config: its configuration.
+      method: what to train.
+      chains: names of the samplers of the last evaluation, and their steps per level.
+      mesh: devices.
+      judge: compares samples with test images.
+      times: training times of the evaluations [s].
+
+    Raises:
+      UserError: as `train` does.
+    """
+    _, _, sample_key = loop.run_keys(config.seed)
+    n, model = len(judge.test), None
+    for trainer in train(config, method, mesh, judge.train, times):
+        params = trainer.averaged()
+        model = model or Model.create(method, params, mesh, batch_size=n)
+        model = model.with_params(params)
+        row = {
+            "model": name,
+            "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
+            "seconds": trainer.seconds,
+            "steps": trainer.steps,
+            **judge(model.sample(sample_key, n)),
+        }
+        if trainer.seconds >= times[-1] and chains:
+            row["samplers"] = {
+                text: judge(model.with_sampler(sampler, K=K).sample(sample_key, n))
+                for text, (sampler, K) in chains.items()
             }
-            if trainer.seconds >= times[-1] and chains:
-                row["samplers"] = {
-                    text: judge(
-                        model.with_params(params)
-                        .with_sampler(sampler, K=K)
-                        .sample(sample_key, len(judge.test))
-                    )
-                    for text, (sampler, K) in chains.items()
-                }
-            rows.append(row)
-            write_json(workdir / RESULTS, {"settings": settings, "rows": rows})
-            write_figure(workdir / FIGURE, rows, times)
-            log.info("%s: %s", name, ", ".join(f"{k} {v}" for k, v in cells(row).items()))
-    return rows
+        yield row
 
 
 def read(file: epath.Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
@@ -588,7 +619,7 @@ def main(argv: Sequence[str]) -> int:
         if not command.parse(values, argv, __doc__):
             return 0
         workdir = epath.Path(values.workdir).expanduser()
-        rows = race(
+        rows, failed = race(
             [*values.racers, *values.variant],
             values.samplers,
             values.seconds,
@@ -597,6 +628,8 @@ def main(argv: Sequence[str]) -> int:
             workdir,
         )
         print(table(rows))
+        if failed:
+            raise UserError("; ".join(f"{name}: {error}" for name, error in failed.items()))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

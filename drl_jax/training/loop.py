@@ -24,7 +24,7 @@ from drl_jax import method as method_lib
 from drl_jax.data import mixtures, pipeline
 from drl_jax.data.mixtures import Mixture
 from drl_jax.data.sources import Source
-from drl_jax.errors import Interrupted, UserError, resumable
+from drl_jax.errors import DivergenceError, Interrupted, UserError, resumable
 from drl_jax.method import METROPOLIS, Method
 from drl_jax.model import Model
 from drl_jax.networks.energy import Params
@@ -447,14 +447,14 @@ def raise_if_diverged(step: int, metrics: Metrics, limits: Limits) -> None:
       limits: largest permitted |loss| and |f|.
 
     Raises:
-      UserError: with the values, and what to try.
+      DivergenceError: with the values, and what to try.
     """
     loss, grad_norm = float(metrics.loss), float(metrics.grad_norm)
     f = float(max(np.abs(f).max() for f in (metrics.f_pos, metrics.f_neg) if f is not None))
     finite = all(math.isfinite(value) for value in (loss, f, grad_norm))
     if finite and abs(loss) <= limits.loss and f <= limits.f:
         return
-    raise UserError(
+    raise DivergenceError(
         f"training diverged at step {step}: loss {loss:.3g} (limit {limits.loss:g}), "
         f"|f| {f:.3g} (limit {limits.f:g}), gradient norm {grad_norm:.3g}; try a smaller "
         "--config.optim.learning_rate or --config.mcmc.b_squared, or more chain steps "
@@ -483,6 +483,8 @@ class Progress:
         self._names = ["f_pos", "f_neg", "displacement"]
         if config.mcmc.sampler in METROPOLIS:  # the others accept every step
             self._names.append("acceptance")
+        if config.initialiser.network != "none":
+            self._names.append("initialiser_loss")
         self._learning_rate = train_state.learning_rate(config)
         self._batch_size = config.train.batch_size
         self._done, self._end = start, config.train.num_steps

@@ -13,6 +13,7 @@ from jaxtyping import Array, Int, Key
 from ml_collections import ConfigDict
 
 from drl_jax.networks.energy import Energy, Params, Vectors
+from drl_jax.networks.initialiser import NAME
 from drl_jax.runtime import sharding
 
 
@@ -42,17 +43,62 @@ def learning_rate(config: ConfigDict) -> optax.Schedule:
     `config.optim.decay_steps` is 0. Otherwise it decays as a cosine and reaches zero at that
     step.
     """
-    rate, warmup = config.optim.learning_rate, config.optim.warmup_steps
-    if end := config.optim.decay_steps:
+    optim = config.optim
+    schedule = _warm_up_and_decay(optim.learning_rate, optim.warmup_steps, optim.decay_steps)
+    # The first update has the rate of step 0 in the authors' program, and of step 1 in ours.
+    return (lambda count: schedule(count + 1)) if optim.adam == "optax" else schedule
+
+
+def initialiser_learning_rate(config: ConfigDict) -> optax.Schedule:
+    """Returns the initialiser's learning rate, given the number of updates before it.
+
+    It is zero before step `config.initialiser.first_step`, where the warm-up begins. It decays
+    with that of the energy.
+    """
+    own, end = config.initialiser, config.optim.decay_steps
+    begin = own.first_step
+    schedule = _warm_up_and_decay(
+        own.learning_rate, own.warmup_steps, max(end - begin, 1) if end else 0
+    )
+    return optax.join_schedules([optax.constant_schedule(0.0), schedule], [begin])
+
+
+def _warm_up_and_decay(rate: float, warmup: int, end: int) -> optax.Schedule:
+    """Returns a linear increase, then a cosine decay to zero at step `end`, if it is > 0."""
+    if end:
         after = optax.cosine_decay_schedule(rate, max(end - warmup, 1))
     else:
         after = optax.constant_schedule(rate)
-    schedule = optax.join_schedules([optax.linear_schedule(0.0, rate, warmup), after], [warmup])
-    # The first update has the rate of step 0 in the authors' program, and of step 1 in ours.
-    return (lambda count: schedule(count + 1)) if config.optim.adam == "optax" else schedule
+    return optax.join_schedules([optax.linear_schedule(0.0, rate, warmup), after], [warmup])
 
 
 def optimiser(config: ConfigDict) -> optax.GradientTransformation:
+    """Returns the optimiser of all parameters.
+
+    It is `_adam` for the energy, and Adam with `initialiser_learning_rate` for the initialiser,
+    if there is one. The gradient of each network is limited to the norm
+    `config.optim.clip_norm`.
+    """
+    energy = _clipped(_adam(config), config.optim.clip_norm)
+    if config.initialiser.network == "none":
+        return energy
+    own = optax.adam(initialiser_learning_rate(config), b1=config.optim.beta1)
+
+    def network(params: Params) -> dict[str, str]:
+        return {name: NAME if name == NAME else "energy" for name in params}
+
+    networks = {"energy": energy, NAME: _clipped(own, config.optim.clip_norm)}
+    return optax.partition(networks, network)
+
+
+def _clipped(
+    optimiser: optax.GradientTransformation, norm: float
+) -> optax.GradientTransformation:
+    """Returns the optimiser of gradients that are scaled down to a norm, if it is > 0."""
+    return optax.chain(optax.clip_by_global_norm(norm), optimiser) if norm else optimiser
+
+
+def _adam(config: ConfigDict) -> optax.GradientTransformation:
     """Returns Adam with the schedule `learning_rate` (Gao et al. 2021, appendix B).
 
     Update n = 1, 2, ... is -rate · m_hat / (sqrt(v_hat) + epsilon), with the moments

@@ -15,6 +15,7 @@ from drl_jax import diffusion, noise, recovery
 from drl_jax.diffusion import NoiseSchedule
 from drl_jax.errors import UserError
 from drl_jax.method import Method
+from drl_jax.networks import initialiser
 from drl_jax.networks.energy import Params
 from drl_jax.runtime import sharding
 from drl_jax.runtime.matmul_precision import full_precision
@@ -26,7 +27,8 @@ from drl_jax.training.state import TrainState
 class Statistics(NamedTuple):
     """Per-example statistics of a training step, before reduction.
 
-    `f_neg`, `displacement` and `acceptance` are None for an objective without a chain.
+    `f_neg`, `displacement` and `acceptance` are None for an objective without a chain, and
+    `initialiser_loss` is None without an initialiser.
 
     Attributes:
       t: level.
@@ -35,6 +37,7 @@ class Statistics(NamedTuple):
       f_neg: output of the network for the negative sample, the end of the chain.
       displacement: Euclidean distance from x_tilde to the end of the chain.
       acceptance: mean acceptance probability of the chain's steps.
+      initialiser_loss: squared distance from the start of the chain to its end.
     """
 
     t: Int[Array, "B"]
@@ -43,6 +46,7 @@ class Statistics(NamedTuple):
     f_neg: Float[Array, "B"] | None = None
     displacement: Float[Array, "B"] | None = None
     acceptance: Float[Array, "B"] | None = None
+    initialiser_loss: Float[Array, "B"] | None = None
 
 
 class Metrics(NamedTuple):
@@ -54,8 +58,8 @@ class Metrics(NamedTuple):
       loss: mean over all examples.
       grad_norm: Euclidean norm of the gradient with respect to all raw parameters together.
       examples: number of examples in each of the G `diffusion.level_groups`.
-      f_pos, f_neg, displacement, acceptance: means of the `Statistics` of the same names, one
-        for each group, 0 for a group without examples; None for an objective without a chain.
+      f_pos, f_neg, displacement, acceptance, initialiser_loss: means of the `Statistics` of the
+        same names, one for each group, 0 for a group without examples; None where they are.
     """
 
     loss: Float[Array, ""]
@@ -65,6 +69,7 @@ class Metrics(NamedTuple):
     f_neg: Float[Array, "G"] | None = None
     displacement: Float[Array, "G"] | None = None
     acceptance: Float[Array, "G"] | None = None
+    initialiser_loss: Float[Array, "G"] | None = None
 
 
 # (keys [B], normalised parameters, data x [B, ...], levels t [B], method)
@@ -109,8 +114,14 @@ def from_config(config: ConfigDict) -> Training:
     """Returns the training that a configuration describes.
 
     Raises:
-      UserError: if the objective needs a chain and there is none.
+      UserError: if the objective needs a chain and there is none, or there is an initialiser
+        and no chain starts from it.
     """
+    if config.initialiser.network != "none" and config.mcmc.start != "initialiser":
+        raise UserError(
+            f"config.mcmc.start is {config.mcmc.start!r}: training an initialiser needs "
+            "'initialiser'; or set config.initialiser.network to 'none'"
+        )
     if config.train.objective == "recovery" and config.mcmc.K == 0:
         raise UserError(
             "config.mcmc.K is 0: with config.train.objective 'recovery', negative samples must "
@@ -197,22 +208,26 @@ def recovery_gradient(
     would tell two fixed distributions apart and grow without limit, instead of changing the
     samples until they are distributed like the data.
 
+    An initialiser, if there is one, draws the starting points ŷ of the chains, and learns from
+    their ends y_K, treated as constant: its loss is |y_K - ŷ|² (Zhu et al. 2024).
+
     Args:
       keys: one key per example.
       params: normalised parameters, with respect to which the gradient is taken.
       x: data in [-1, 1].
       t: levels in 0..T-1.
-      method: network, noise levels and sampler.
+      method: networks, noise levels and sampler.
       positives: draws the positive samples and x_tilde.
 
     Returns:
-      the gradient of the mean loss, and the statistics of each example.
+      the gradient of the mean loss of each network, and the statistics of each example.
     """
     schedule = method.schedule
     y_pos, x_tilde = positives(noise.fold(keys, 1), x, t, schedule)
-    y_neg, acceptance = ladder.sample_conditional(
-        noise.fold(keys, 2), method.conditionals(params), x_tilde, t
-    )
+    chain_keys, dropout_keys = noise.fold(keys, 2), noise.fold(keys, 3)
+    conditionals = method.conditionals(params, keys=dropout_keys)
+    y_neg, acceptance = ladder.sample_conditional(chain_keys, conditionals, x_tilde, t)
+    params, of_initialiser = initialiser.split(params)
 
     def signed_loss(params, y, sign):
         f = functools.partial(method.energy.f, params)
@@ -228,7 +243,21 @@ def recovery_gradient(
     grads, (loss, (f_pos, f_neg)) = sum_gradients(gradient, params, samples)
     displacement = recovery.displacement(y_neg, x_tilde)
     loss = jnp.sum(loss, axis=0)
-    return grads, Statistics(t, loss, f_pos, f_neg, displacement, acceptance)
+    statistics = Statistics(t, loss, f_pos, f_neg, displacement, acceptance)
+    if not of_initialiser:
+        return grads, statistics
+
+    def initialiser_loss(of_initialiser):
+        propose = method.propose({initialiser.NAME: of_initialiser}, dropout_keys)
+        start = ladder.start_from_initialiser(
+            chain_keys, conditionals._replace(propose=propose), x_tilde, t
+        )
+        loss = jnp.sum(jnp.square(y_neg - start), axis=range(1, y_neg.ndim))
+        return jnp.mean(loss), loss
+
+    own_grads, own_loss = jax.grad(initialiser_loss, has_aux=True)(of_initialiser)
+    grads = grads | {initialiser.NAME: own_grads}
+    return grads, statistics._replace(initialiser_loss=own_loss)
 
 
 def denoising_gradient(
@@ -361,6 +390,7 @@ def summarise(statistics: Statistics, grad_norm: Float[Array, ""], T: int) -> Me
         f_neg=group_mean(statistics.f_neg),
         displacement=group_mean(statistics.displacement),
         acceptance=group_mean(statistics.acceptance),
+        initialiser_loss=group_mean(statistics.initialiser_loss),
     )
 
 
