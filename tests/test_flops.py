@@ -107,6 +107,24 @@ def test_starting_from_the_posterior_costs_one_gradient_per_level(
     assert passes(config, flops.training_step) == 2 * gradients + 6
 
 
+@pytest.mark.parametrize("network", ["unet", "mlp"])
+def test_an_initialiser_costs_three_passes_in_training_and_one_per_level(config, network):
+    """And the final denoising costs one gradient."""
+    config.data.image_size, config.data.channels = 8, 1
+    without = flops.training_step(config), flops.sampling(config)
+    config.mcmc.start = "initialiser"
+    config.initialiser.update(network=network, ch=16, mult=(1, 1), N=2, attention=(4,))
+    g = {"unet": flops.unet(8, 1, 16, (1, 1), 2, (4,)), "mlp": flops.image_mlp(64, 16, 2)}
+    assert flops.initialiser(config) == g[network]
+    assert flops.training_step(config) == pytest.approx(without[0] + 3 * g[network])
+    assert flops.sampling(config) == pytest.approx(without[1] + 6 * g[network])
+    config.mcmc.denoise = True
+    expected = without[1] + 6 * g[network] + 2 * flops.forward(config)
+    assert flops.sampling(config) == pytest.approx(expected)
+    config.mcmc.start = "x_tilde"
+    assert flops.sampling(config) == pytest.approx(without[1] + 2 * flops.forward(config))
+
+
 @pytest.mark.parametrize("form", ["inner_product", "mixture"])
 def test_an_image_mlp_costs_two_flops_per_weight(config, form):
     config.energy.network, config.data.image_size, config.data.channels = "image_mlp", 8, 1

@@ -27,6 +27,18 @@ def forward(config: ConfigDict) -> float:
     return resnet(data.image_size, data.channels, energy.ch, energy.mult, energy.N)
 
 
+def initialiser(config: ConfigDict) -> float:
+    """Returns the FLOPs of one prediction of the initialiser; 0 without one."""
+    own, data = config.initialiser, config.data
+    if own.network == "none":
+        return 0.0
+    if own.network == "unet":
+        return unet(data.image_size, data.channels, own.ch, own.mult, own.N, own.attention)
+    is_points = config.energy.network == "mlp"
+    dimension = data.channels * (1 if is_points else data.image_size**2)
+    return image_mlp(dimension, own.ch, own.N)
+
+
 def mlp(dimension: int, width: int, depth: int) -> float:
     """Returns the FLOPs of `networks.mlp` for one vector."""
     # `embedding` is the two layers of the time embedding; `ends` is the layers of the Fourier
@@ -124,17 +136,20 @@ def training_step(config: ConfigDict) -> float:
 
     The recovery loss and its gradient cost 3 passes for the positive and 3 for the negative
     sample, in addition to the chain. The denoising loss contains a gradient with respect to the
-    images (2 passes); differentiating it takes 4 more.
+    images (2 passes); differentiating it takes 4 more. The initialiser's prediction and the
+    gradient of its loss cost 3 passes of that network.
     """
     if config.train.objective == "denoising":
         return 6 * forward(config)
     gradients = np.max(_gradients(config))  # the longest chain in a batch determines its cost
-    return (2 * gradients + 6) * forward(config)
+    return (2 * gradients + 6) * forward(config) + 3 * initialiser(config)
 
 
 def sampling(config: ConfigDict) -> float:
     """Returns the FLOPs of generating one sample from white noise, through all levels."""
-    return 2 * np.sum(_gradients(config)) * forward(config)
+    mcmc, T = config.mcmc, config.diffusion.T
+    starts = T * initialiser(config) if mcmc.start == "initialiser" else 0.0
+    return 2 * (np.sum(_gradients(config)) + mcmc.denoise) * forward(config) + starts
 
 
 def leapfrog(config: ConfigDict) -> int:
