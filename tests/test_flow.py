@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import special, stats
 
 from drl_jax import diffusion
 from drl_jax.tools import flow
@@ -19,18 +19,25 @@ SCHEDULE = diffusion.schedule(30, "cosine", 0.15)
 VALUES = 17  # of a pixel
 
 
-def test_the_bound_is_close_to_the_entropy_of_pixels_whose_density_is_known():
+def test_the_bound_is_exact_for_pixels_whose_density_is_known():
     """Pixels with the values of a discretised normal distribution, and the density of x_0.
 
-    Noise that is wider than the distance between values makes the bound loose by less than
-    0.1 bits. Fails without the volume of a bin, with that of another noise, or in nats.
+    The expected bound is -E log2 P(v | x_0) of independent pixels, by Monte Carlo. The
+    tolerance is five standard errors. Fails without the volume of a bin, without the noise, or
+    in nats.
     """
     v = np.linspace(-1, 1, VALUES)
     p = np.exp(-((v / 0.4) ** 2) / 2)
     p /= p.sum()
-    entropy = -(p * np.log2(p)).sum()
-    x = np.random.default_rng(0).choice(v, p=p, size=(3000, 4, 4, 1)).astype(np.float32)
+    rng = np.random.default_rng(0)
+    x = rng.choice(v, p=p, size=(3000, 4, 4, 1)).astype(np.float32)
     a_bar, sigma_bar = float(SCHEDULE.a_bar[0]), float(SCHEDULE.sigma_bar[0])
+    index = rng.choice(VALUES, p=p, size=200_000)
+    x_0 = a_bar * v[index] + sigma_bar * rng.normal(size=len(index))
+    log_q = -(((x_0[:, None] - a_bar * v) / sigma_bar) ** 2) / 2
+    log_sum = special.logsumexp(log_q, axis=1)
+    nats = log_sum - special.logsumexp(log_q, b=p, axis=1)
+    expected, spread = nats.mean() / math.log(2), nats.std() / math.log(2)
 
     def log_prob(x_0):
         of_values = jnp.log(p) - ((x_0[..., None] - a_bar * v) / sigma_bar) ** 2 / 2
@@ -38,8 +45,8 @@ def test_the_bound_is_close_to_the_entropy_of_pixels_whose_density_is_known():
         return jnp.sum(jax.nn.logsumexp(of_values, axis=2) - normal, axis=1)
 
     bits, error = flow.bits_per_dim(log_prob, jax.random.key(0), x, VALUES, SCHEDULE)
-    assert 0 < error < 0.01
-    assert entropy - 5 * error < bits < entropy + 0.1
+    assert abs(bits - expected) < 5 * math.hypot(error, spread / len(index) ** 0.5)
+    np.testing.assert_allclose(error, spread / x.size**0.5, rtol=0.1)
 
 
 def test_the_noise_is_that_of_level_0_and_other_keys_give_other_noise():
