@@ -43,6 +43,8 @@ def default() -> ConfigDict:
                 "channels": 3,  # per pixel; for points, the number of coordinates
                 "crop": "centre",  # 'centre': to a square before resizing; 'none': no crop
                 "flip": True,  # random horizontal flips
+                # Number of classes of the labels that the networks take; 0: no labels
+                "classes": 0,
                 # Width of the uniform noise added to pixels in [-1, 1]: 0, or the distance
                 # between neighbouring pixel values (2/255 for 8 bits).
                 "dequantise": 0.0,
@@ -55,8 +57,9 @@ def default() -> ConfigDict:
                 "min_noise": 0.0,
             },
             "energy": {
-                # 'resnet', the paper's; 'unet', for images of any size; 'image_mlp', for small
-                # images; 'mlp' for points
+                # 'resnet', the paper's; 'cdrl_resnet', its successor's (Zhu et al. 2024);
+                # 'unet', for images of any size; 'image_mlp', for small images; 'mlp' for
+                # points
                 "network": "resnet",
                 "ch": 128,  # channels at full resolution; for MLPs, width of each layer
                 "mult": (1, 2, 2, 2),  # channels per resolution, in units of ch; not for MLPs
@@ -108,8 +111,9 @@ def default() -> ConfigDict:
                 "leapfrog": (5,),  # HMC leapfrog steps: one number, or one per level
                 "target_acceptance": 0.65,  # of MALA and HMC, adapted before generation
                 "warmup_steps": 100,  # steps of this adaptation, per level
-                # Whether the noise of level 0 is removed from generated examples
-                "denoise": False,
+                # How the noise of level 0 is removed from generated examples: 'no'; 'tweedie';
+                # or 'cdrl_program', twice as far, as in the program of Zhu et al. (2024)
+                "denoise": "no",
             },
             "optim": {
                 "learning_rate": 1e-4,
@@ -220,13 +224,14 @@ FITTED = ("gaussians", "bounded_gaussians")
 CHOICES = {
     "data.crop": ("centre", "none"),
     "diffusion.schedule": ("linear", "cosine"),
-    "energy.network": ("resnet", "unet", "image_mlp", "mlp"),
+    "energy.network": ("resnet", "cdrl_resnet", "unet", "image_mlp", "mlp"),
     "energy.form": ("inner_product", "squared_distance", "mixture"),
     "energy.parameterisation": ("step", "noise", "uniform", *FITTED, "unit"),
     "energy.dtype": ("float32", "bfloat16"),
     "evaluation.dtype": ("float32", "bfloat16"),
     "mcmc.sampler": ("langevin", "mala", "hmc"),
     "mcmc.start": ("x_tilde", "posterior", "initialiser"),
+    "mcmc.denoise": ("no", "tweedie", "cdrl_program"),
     "initialiser.network": ("none", "unet", "mlp"),
     "optim.adam": ("keras", "optax"),
     "train.objective": ("recovery", "denoising"),
@@ -238,6 +243,7 @@ CHOICES = {
 # Smallest values of numbers. All other numbers must be positive.
 MINIMUM = {
     "seed": 0,
+    "data.classes": 0,
     "data.dequantise": 0,
     "data.test_fraction": 0,
     "diffusion.min_noise": 0,
@@ -296,6 +302,7 @@ REQUIRED_FOR_POINTS = {
 DEFINING = (
     "data.image_size",
     "data.channels",
+    "data.classes",
     "data.dequantise",
     "diffusion.",
     "energy.",
@@ -461,6 +468,14 @@ def validate(config: ConfigDict) -> None:
             "this needs config.energy.network 'unet' or 'image_mlp', and "
             "config.energy.parameterisation 'uniform'",
         )
+    if config.data.classes and config.energy.network not in ("cdrl_resnet", "unet"):
+        raise invalid(
+            "data.classes",
+            f"config.energy.network {config.energy.network!r} takes no labels; use 0, "
+            "'cdrl_resnet' or 'unet'",
+        )
+    if config.data.classes and config.initialiser.network == "mlp":
+        raise invalid("data.classes", "config.initialiser.network 'mlp' takes no labels; use 0")
     is_points = config.energy.network == "mlp"
     if config.initialiser.network == "unet" and is_points:
         raise invalid("initialiser.network", "points are not images; use 'mlp'")

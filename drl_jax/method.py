@@ -43,6 +43,9 @@ MIXTURE = "mixture"
 # Values of config.mcmc.sampler that accept or reject, and whose step sizes are adapted.
 METROPOLIS = ("mala", "hmc")
 
+# Values of config.mcmc.denoise, and the factor of the step of Tweedie's formula.
+DENOISE = {"no": 0.0, "tweedie": 1.0, "cdrl_program": 2.0}
+
 
 class Method(NamedTuple):
     """An energy-based model without its parameters.
@@ -225,7 +228,7 @@ def make_energy(config: ConfigDict, schedule: NoiseSchedule, dtype: str) -> Ener
     ch, mult, N = config.energy.ch, config.energy.mult, config.energy.N
     attention, dropout = config.energy.attention, config.energy.dropout
     form = FORMS.get(config.energy.form) or _mixture(config, schedule)
-    levels = schedule.conditioning[:-1]
+    levels, classes = schedule.conditioning[:-1], config.data.classes
     outputs = 2 if config.energy.form == "mixture" else 1
     if config.energy.network == "mlp":
         energy = mlp.energy(channels, ch, N, config.diffusion.T)
@@ -241,9 +244,19 @@ def make_energy(config: ConfigDict, schedule: NoiseSchedule, dtype: str) -> Ener
         )
     elif config.energy.network == "unet":
         network = unet.network(
-            size, ch, mult, N, attention, dropout, patch=config.energy.patch, outputs=outputs
+            size,
+            ch,
+            mult,
+            N,
+            attention,
+            dropout,
+            patch=config.energy.patch,
+            outputs=outputs,
+            classes=classes,
         )
         energy = from_image_to_image(network, (size, size, channels), form, levels)
+    elif config.energy.network == "cdrl_resnet":
+        energy = resnet.cdrl_energy(size, channels, ch, mult, N, levels, classes)
     else:
         energy = resnet.energy(size, channels, ch, mult, N)
     if config.energy.parameterisation in config_lib.FITTED:
@@ -275,6 +288,7 @@ def make_initialiser(
             own.attention,
             own.dropout,
             own.groups,
+            classes=data.classes,
         )
     shape: tuple[int, ...] = (data.image_size, data.image_size, data.channels)
     if config.energy.network == "mlp":  # for points
@@ -333,4 +347,5 @@ def make_sampler(
             f"{T} numbers, one per level"
         )
     start = STARTS[mcmc.start]
-    return Sampler(module.init, module.kernel, tuning, mcmc.K, start, mcmc.denoise)
+    denoise = DENOISE[mcmc.denoise]
+    return Sampler(module.init, module.kernel, tuning, mcmc.K, start, denoise)

@@ -40,9 +40,9 @@ class Programs(NamedTuple):
     """The compiled programs of a model, shared by all models derived from it.
 
     Attributes:
-      f: (params, x, t) -> f(x, t).
+      f: (params, x, t, label) -> f(x, t, label).
       F: (params, x, t) -> F(x, t).
-      propose: (params, x_tilde, t) -> the initialiser's prediction, if there is one.
+      propose: (params, x_tilde, t, label) -> the initialiser's prediction, if there is one.
       generate, descend, inpaint, start_chains, advance_chains: the functions of `sampling`,
         compiled by `Model.compile`.
     """
@@ -93,9 +93,19 @@ class Model:
         engine = Engine(mesh, batch_size)
         propose: Any = method.propose  # returns None without an initialiser
         programs = Programs(
-            f=jax.jit(full_precision(method.energy.f)),
+            f=jax.jit(
+                full_precision(
+                    lambda params, x, t, label=None: method.energy.f(
+                        params, x, t, **({} if label is None else {"label": label})
+                    )
+                )
+            ),
             F=jax.jit(full_precision(lambda params, x, t: method.F(params)(x, t))),
-            propose=jax.jit(full_precision(lambda params, x, t: propose(params)(x, t))),
+            propose=jax.jit(
+                full_precision(
+                    lambda params, x, t, label=None: propose(params)(x, t, label=label)
+                )
+            ),
             generate=_compile(
                 engine,
                 method,
@@ -161,17 +171,23 @@ class Model:
         method = self.method._replace(sampler=sampler._replace(tuning=tuning))
         return dataclasses.replace(self, method=method)
 
-    def f(self, x: Float[ArrayLike, "B *D"], t: Int[ArrayLike, "B"]) -> Float[Array, "B"]:
-        """Returns the network's output at levels t in 0..T-1.
+    def f(
+        self,
+        x: Float[ArrayLike, "B *D"],
+        t: Int[ArrayLike, "B"],
+        label: Int[ArrayLike, "B"] | None = None,
+    ) -> Float[Array, "B"]:
+        """Returns the network's output at levels t in 0..T-1, for labels in 0..classes.
 
-        While JAX traces a function, as in `jax.jit`, the values of traced levels are unknown.
-        They are not checked then, and a level outside 0..T-1 gives a wrong result.
+        Label 0 stands for none; None gives 0 to all. While JAX traces a function, as in
+        `jax.jit`, the values of traced levels and labels are unknown. They are not checked
+        then, and one that does not exist gives a wrong result.
 
         Raises:
           UserError: if the arrays do not fit the model or each other, x are integers, such as
-            8-bit images, or a level is not in 0..T-1.
+            8-bit images, a level is not in 0..T-1, or a label is not in 0..classes.
         """
-        return self._evaluate(self.programs.f, x, t)
+        return self._evaluate(self.programs.f, x, t, label)
 
     def log_density(
         self, x: Float[ArrayLike, "B *D"], t: Int[ArrayLike, "B"]
@@ -186,11 +202,14 @@ class Model:
         return self._evaluate(self.programs.F, x, t)
 
     def propose(
-        self, x_tilde: Float[ArrayLike, "B *D"], t: Int[ArrayLike, "B"]
+        self,
+        x_tilde: Float[ArrayLike, "B *D"],
+        t: Int[ArrayLike, "B"],
+        label: Int[ArrayLike, "B"] | None = None,
     ) -> Float[Array, "B *D"]:
         """Returns the initialiser's prediction of y for x_tilde = x_{t+1}, at levels t.
 
-        As for `f`, traced levels are not checked.
+        Labels are those of `f`. As for `f`, traced values are not checked.
 
         Raises:
           UserError: for the same reasons as `f`, or if the model has no initialiser.
@@ -199,7 +218,7 @@ class Model:
             raise UserError(
                 "this model has no initialiser: train one with config.initialiser.network"
             )
-        return self._evaluate(self.programs.propose, x_tilde, t, self.shape)
+        return self._evaluate(self.programs.propose, x_tilde, t, label, self.shape)
 
     def sample(self, key: AnyKey, n: int) -> Float[np.ndarray, "n *D"]:
         """Draws n samples. The i-th depends only on the key and i, not on n.
@@ -548,9 +567,10 @@ class Model:
         program: Callable,
         x: Shaped[ArrayLike, "..."],
         t: Shaped[ArrayLike, "..."],
+        label: Shaped[ArrayLike, "..."] | None = None,
         shape: tuple[int, ...] = (),
     ) -> Float[Array, "B *D"]:
-        """Evaluates a network or F, of which one result has a shape, at any x and t.
+        """Evaluates a network or F, of which one result has a shape, at any x, t and label.
 
         Raises:
           UserError: if they do not fit the model or each other.
@@ -560,7 +580,10 @@ class Model:
         if not isinstance(t, jax.core.Tracer):
             t = np.asarray(t)  # `jnp.asarray` would trace it inside `jax.jit`
         self._require_levels(t, len(x))
-        return program(self.params, x, t) if len(x) else jnp.zeros((0, *shape), x.dtype)
+        labels = () if label is None else (self._labels(label, len(x)),)
+        if not len(x):
+            return jnp.zeros((0, *shape), x.dtype)
+        return program(self.params, x, t, *labels)
 
     def _require_levels(self, t: Shaped[Array | np.ndarray, "..."], n: int) -> None:
         """Checks that t contains n levels in 0..T-1; the values of traced levels are unknown.
@@ -576,6 +599,30 @@ class Model:
             raise UserError(f"the levels are of dtype {t.dtype}: give integers")
         if not isinstance(t, jax.core.Tracer):
             chains_lib.require_levels(np.asarray(t), self.T)
+
+    def _labels(self, label: Shaped[ArrayLike, "..."], n: int) -> Int[Array, "n"]:
+        """Returns n labels in 0..classes; the values of traced labels are not checked.
+
+        Raises:
+          UserError: with the shape, the dtype or the label that is wrong, or if the model has
+            no classes.
+        """
+        classes = self.method.energy.classes
+        if not classes:
+            raise UserError("this model was trained without labels: give no label")
+        array = label if isinstance(label, jax.core.Tracer) else np.asarray(label)
+        if array.shape != (n,) or not jnp.issubdtype(array.dtype, jnp.integer):
+            raise UserError(
+                f"the labels are an array of shape {array.shape} and dtype {array.dtype}: give "
+                f"one integer per example, {n}"
+            )
+        if isinstance(array, np.ndarray):
+            wrong = array[(array < 0) | (array > classes)]
+            if len(wrong):
+                raise UserError(
+                    f"label {wrong[0]} does not exist: give 1 to {classes}, or 0 for no label"
+                )
+        return jnp.asarray(array)
 
     def _recover_strips(
         self, key: AnyKey, strips: Float[Array, "pairs frames H W C"], level: int

@@ -254,6 +254,6 @@ def test_the_numbers_of_the_keys_never_change():
 
 
 def test_every_task_that_draws_random_numbers_is_tested_above():
-    no_numbers = {"export", "import_original", "plan", "prepare"}
+    no_numbers = {"export", "import_cdrl", "import_original", "plan", "prepare"}
     assert PURPOSES.keys() == {*table.TASKS, "adapt"} - no_numbers
     assert PURPOSES.keys() - {"train"} == common.KEY_NUMBERS.keys()

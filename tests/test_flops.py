@@ -118,7 +118,7 @@ def test_an_initialiser_costs_three_passes_in_training_and_one_per_level(config,
     assert flops.initialiser(config) == g[network]
     assert flops.training_step(config) == pytest.approx(without[0] + 3 * g[network])
     assert flops.sampling(config) == pytest.approx(without[1] + 6 * g[network])
-    config.mcmc.denoise = True
+    config.mcmc.denoise = "tweedie"
     expected = without[1] + 6 * g[network] + 2 * flops.forward(config)
     assert flops.sampling(config) == pytest.approx(expected)
     config.mcmc.start = "x_tilde"

@@ -190,11 +190,15 @@ def test_denoised_is_the_mean_of_gaussian_data(T):
 
 def test_generated_and_completed_examples_are_denoised_only_on_request():
     keys = noise.example_keys(jax.random.key(0), jnp.arange(5))
-    sampler = LANGEVIN._replace(denoise=True)
+    sampler = LANGEVIN._replace(denoise=1.0)
     denoising = CONDITIONALS._replace(sampler=sampler)
     x_0, clean = (ladder.generate(keys, c, (2,)) for c in (CONDITIONALS, denoising))
     np.testing.assert_allclose(clean, ladder.denoised(CONDITIONALS, x_0), rtol=1e-5)
     assert np.max(np.abs(clean - x_0)) > 1e-6
+    twice = CONDITIONALS._replace(sampler=LANGEVIN._replace(denoise=2.0))
+    a_bar = SCHEDULE.a_bar[0]
+    expected = x_0 + 2 * (a_bar * clean - x_0)
+    np.testing.assert_allclose(a_bar * ladder.generate(keys, twice, (2,)), expected, atol=1e-6)
     x, known = jnp.ones((5, 2)), jnp.tile(jnp.array([True, False]), (5, 1))
     x_0, clean = (inpainting.inpaint(keys, c, x, known, 1) for c in (CONDITIONALS, denoising))
     np.testing.assert_array_equal(clean[:, 0], 1)

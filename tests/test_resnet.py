@@ -7,6 +7,8 @@ import pytest
 from drl_jax.errors import UserError
 from drl_jax.networks import resnet
 
+LEVELS = jnp.array([3.0, 500.0, 990.0])
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
@@ -76,3 +78,92 @@ def test_every_kernel_but_the_head_is_spectrally_normalised():
 def test_image_size_that_cannot_be_halved_raises():
     with pytest.raises(UserError, match=r"12x12 .* 3 times .* multiple of 8"):
         resnet.energy(12, 3, ch=8, mult=(1, 2, 2, 2), N=1)
+
+
+def paths(tree):
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def test_the_names_of_parameters_stay_those_of_stored_checkpoints():
+    """CDRL's network has the same, but no bias in its head, and a layer for labels."""
+    layers = ["conv_in", "head", "temb_0", "temb_1"]
+    blocks = {"level_0_block_0": (), "level_1_block_0": ("skip",)}
+    for block, more in blocks.items():
+        layers += [f"{block}/{layer}" for layer in ("conv1", "conv2", "dense", *more)]
+    expected = {f"{layer}/{leaf}" for layer in layers for leaf in ("kernel", "bias")}
+    expected |= {f"{block}/conv2/g" for block in blocks}
+    paper = resnet.energy(8, 3, ch=8, mult=(1, 2), N=1)
+    params, _ = jax.eval_shape(paper.init, jax.random.key(0))
+    assert paths(params).keys() == expected
+    cdrl = resnet.cdrl_energy(8, 3, ch=8, mult=(1, 2), N=1, levels=LEVELS, classes=5)
+    params, _ = jax.eval_shape(cdrl.init, jax.random.key(0))
+    expected |= {"y_map/kernel", "y_map/bias"}
+    assert paths(params).keys() == expected - {"head/bias"}
+
+
+@pytest.fixture(scope="module")
+def cdrl():
+    """CDRL's network for 4 classes, its raw and normalised parameters, and its vectors."""
+    energy = resnet.cdrl_energy(4, 1, ch=8, mult=(1, 2), N=1, levels=LEVELS, classes=4)
+    params, vectors = jax.jit(energy.init)(jax.random.key(0))
+    for _ in range(3):
+        normalised, vectors = energy.normalise(params, vectors)
+    return energy, params, normalised, vectors
+
+
+@pytest.mark.slow
+def test_every_kernel_of_cdrls_network_but_the_heads_has_spectral_norm_one(cdrl):
+    """Fails if the second convolution of a block is only ever scaled down."""
+    energy, params, _, vectors = cdrl
+    params = jax.tree.map(lambda leaf: 0.1 * leaf, params)  # gains too
+    for _ in range(30):
+        normalised, vectors = energy.normalise(params, vectors)
+    kernels = {name for name in paths(params) if name.endswith("kernel")}
+    assert kernels - vectors.keys() == {"head/kernel"}
+    for name in vectors:
+        W = np.asarray(paths(normalised)[name])
+        norm = np.linalg.norm(W.reshape(-1, W.shape[-1]), ord=2)
+        np.testing.assert_allclose(norm, 0.1 if "conv2" in name else 1, rtol=0.02)
+
+
+@pytest.mark.slow
+def test_gains_of_cdrls_network_start_at_one_and_its_kernels_at_one_scale(cdrl):
+    """Fails if the second convolution is initialised close to zero."""
+    _, params, _, _ = cdrl
+    first, second = (params["level_0_block_0"][conv] for conv in ("conv1", "conv2"))
+    np.testing.assert_array_equal(second["g"], 1)
+    assert 0.8 < np.std(second["kernel"]) / np.std(first["kernel"]) < 1.25
+
+
+@pytest.mark.slow
+def test_cdrls_network_reads_a_level_and_a_label_per_image(cdrl):
+    """No label is label 0. Fails if labels 0 and 1 are the same, or t is read for its level."""
+    energy, _, params, _ = cdrl
+    x = jnp.broadcast_to(jax.random.normal(jax.random.key(1), (1, 4, 4, 1)), (5, 4, 4, 1))
+    f = jax.jit(energy.f)
+    t, label = jnp.zeros(5, jnp.int32), jnp.arange(5)
+    labelled = f(params, x, t, label=label)
+    assert len(np.unique(labelled)) == 5
+    np.testing.assert_allclose(f(params, x, t, label=label[::-1]), labelled[::-1], rtol=1e-5)
+    np.testing.assert_allclose(f(params, x, t), jnp.repeat(labelled[0], 5), rtol=1e-5)
+    by_level = f(params, x[:3], jnp.arange(3))
+    network = resnet.ResNet(ch=8, mult=(1, 2), N=1, cdrl=True, classes=4)
+    expected = network.apply({"params": params}, x[:3], LEVELS)
+    np.testing.assert_allclose(by_level, expected, rtol=1e-5)
+    assert len(np.unique(by_level)) == 3
+
+
+def test_labels_for_the_papers_network_raise():
+    energy = resnet.energy(4, 1, ch=8, mult=(1,), N=1)
+    params, _ = jax.eval_shape(energy.init, jax.random.key(0))
+    x, t = jnp.zeros((2, 4, 4, 1)), jnp.zeros(2, jnp.int32)
+    with pytest.raises(UserError, match=r"labels are given to a ResNet without classes"):
+        jax.eval_shape(lambda params: energy.f(params, x, t, label=t), params)
+
+
+def test_image_size_that_cdrls_network_cannot_halve_raises():
+    with pytest.raises(UserError, match=r"12x12 .* 3 times .* multiple of 8"):
+        resnet.cdrl_energy(12, 3, ch=8, mult=(1, 2, 2, 2), N=1, levels=LEVELS)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from helpers.torch_files import STORAGES, Tensor, tensor, write_legacy, write_zip
 
-from drl_jax.metrics import torch_file
+from drl_jax.storage import torch_file
 
 FORMATS = pytest.mark.parametrize("write", [write_zip, write_legacy])
 

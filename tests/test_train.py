@@ -117,7 +117,7 @@ def test_evaluation_repeats_the_results_of_training(workdir):
 
 INITIALISER = {
     "mcmc__start": "initialiser",
-    "mcmc__denoise": "True",
+    "mcmc__denoise": "tweedie",
     "initialiser__network": "unet",
     "initialiser__ch": 8,
     "initialiser__mult": "(1,)",

@@ -173,6 +173,41 @@ def test_every_image_has_its_own_level_and_is_independent_of_the_others(tiny):
     assert changes.min() > 0.01
 
 
+def test_a_network_with_classes_reads_a_label_per_image(tiny):
+    """No label is label 0; a label acts like a change of the time embedding's bias.
+
+    Fails if labels are added after the activation that follows the time embedding.
+    """
+    _, params, apply, x, level = tiny
+    network = unet.network(4, ch=4, mult=(1, 2), N=0, attention=(2,), groups=2, classes=4)
+    labelled = random_parameters(network, x, level)
+    assert labelled.keys() - params.keys() == {"y_map"}
+    assert labelled["y_map"]["kernel"].shape == (5, 16)
+    x, level = x[:1].repeat(5, 0), level[:1].repeat(5, 0)
+
+    @FAST
+    def apply_labelled(params, label):
+        return network.apply({"params": params}, x, level, label=label)
+
+    label = np.arange(5)
+    U = apply_labelled(labelled, label)
+    distances = np.abs(U[:, None] - U[None]).max((2, 3, 4))
+    assert np.min(distances + np.eye(5)) > 0.01
+    np.testing.assert_allclose(apply_labelled(labelled, label[::-1]), U[::-1], 1e-4, 1e-5)
+    none = apply_labelled(labelled, None)
+    np.testing.assert_allclose(none, np.repeat(U[:1], 5, 0), rtol=1e-4, atol=1e-5)
+    y_map, temb = labelled.pop("y_map"), labelled["temb_1"]
+    bias = temb["bias"] + y_map["kernel"][3] + y_map["bias"]
+    expected = apply(labelled | {"temb_1": temb | {"bias": bias}}, x[:3], level[:3])
+    np.testing.assert_allclose(U[3], expected[0], rtol=1e-4, atol=1e-5)
+
+
+def test_labels_for_a_network_without_classes_raise(tiny):
+    network, params, _, x, level = tiny
+    with pytest.raises(UserError, match=r"labels are given to a UNet without classes"):
+        network.apply({"params": params}, x, level, label=jnp.zeros(3, jnp.int32))
+
+
 def test_dropout_depends_on_the_key_of_the_example_alone():
     """A batch in another order gives the same results; other keys give others.
 

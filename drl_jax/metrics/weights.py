@@ -11,7 +11,8 @@ from flax import traverse_util
 from jaxtyping import Num
 
 from drl_jax.errors import UserError
-from drl_jax.metrics import inception, torch_file
+from drl_jax.metrics import inception
+from drl_jax.storage import torch_file
 
 FIELD = "config.evaluation.inception_weights"
 DOWNLOAD_HINT = (

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, Int, Key
 
+from drl_jax.errors import UserError
 from drl_jax.networks import spectral
 
 Params = dict[str, Any]  # nested by flax module; the leaves are arrays
@@ -25,11 +26,14 @@ class Energy(NamedTuple):
       init: key -> (params, vectors): raw parameters, and the vectors of the power iterations.
       normalise: (params, vectors) -> (params, vectors): applies spectral normalisation, once
         per training step, to raw parameters.
-      f: (params, x [B, ...], t [B], keys [B] or None) -> [B]: evaluates the network with
-        normalised parameters. Training passes one random key per example, for dropout; without
-        keys there is no dropout.
+      f: (params, x [B, ...], t [B], keys [B] or None, label [B] or None) -> [B]: evaluates the
+        network with normalised parameters. Training passes one random key per example, for
+        dropout; without keys there is no dropout. A label is a class in 1..classes, or 0 for
+        none; None is 0 for all. f raises a UserError if there are labels but the network has
+        no classes. `keys` and `label` are keywords that can be left out.
       shape: shape of one example.
       name: name of the network.
+      classes: number of classes of the labels; 0 if there are none.
     """
 
     init: Callable[[Key[Array, ""]], tuple[Params, Vectors]]
@@ -37,6 +41,7 @@ class Energy(NamedTuple):
     f: Callable[..., Float[Array, "B"]]
     shape: tuple[int, ...]
     name: str = "custom"
+    classes: int = 0
 
 
 # (x [B, ...], U(x, t), t [B]) -> f [B]
@@ -72,29 +77,40 @@ FORMS: dict[str, Form] = {
 }
 
 
-def from_network(network: nn.Module, shape: tuple[int, ...], rule: spectral.Rule) -> Energy:
+def from_network(
+    network: nn.Module,
+    shape: tuple[int, ...],
+    rule: spectral.Rule,
+    levels: Float[Array, "T"] | None = None,
+) -> Energy:
     """Returns the energy of a flax module.
 
     Args:
-      network: maps (x [B, ...], t [B]) to [B].
+      network: maps (x [B, ...], t [B]) to [B]; or (x, t, label [B]), if it has classes.
       shape: shape of one example x.
       rule: which kernels are spectrally normalised, and how.
+      levels: input of the network for each level t in 0..T-1; None passes t itself.
     """
 
     def init(key):
         params_key, vectors_key = jax.random.split(key)
         x, t = jnp.zeros((1, *shape)), jnp.zeros((1,), jnp.int32)
+        if levels is not None:
+            t = levels[:1]
         params = network.init(params_key, x, t)["params"]
         return params, spectral.init_vectors(vectors_key, params, rule)
 
     def normalise(params, vectors):
         return spectral.normalise(params, vectors, rule)
 
-    def f(params, x, t, keys=None):
+    def f(params, x, t, keys=None, label=None):
         del keys  # no dropout
-        return network.apply({"params": params}, x, t)
+        if levels is not None:
+            t = level_input(levels, t, x)
+        return network.apply({"params": params}, x, t, **label_argument(network, label))
 
-    return Energy(init, normalise, f, shape, type(network).__name__)
+    classes = getattr(network, "classes", 0)
+    return Energy(init, normalise, f, shape, type(network).__name__, classes)
 
 
 def from_image_to_image(
@@ -108,7 +124,7 @@ def from_image_to_image(
 
     Args:
       network: maps (x [B, ...], level [B], keys [B] or None) to U, in the dtype in which f is
-        summed.
+        summed; if it has classes, it takes a label [B] too.
       shape: shape of one example x.
       form: how f follows from x and U.
       levels: input of the network for each level t in 0..T-1.
@@ -121,12 +137,43 @@ def from_image_to_image(
     def normalise(params, vectors):
         return params, vectors
 
-    def f(params, x, t, keys=None):
-        level = levels[t].astype(jnp.promote_types(levels.dtype, x.dtype))
-        u: Any = network.apply({"params": params}, x, level, keys)
+    def f(params, x, t, keys=None, label=None):
+        level, labels = level_input(levels, t, x), label_argument(network, label)
+        u: Any = network.apply({"params": params}, x, level, keys, **labels)
         return form(x, u, t)
 
-    return Energy(init, normalise, f, shape, type(network).__name__)
+    classes = getattr(network, "classes", 0)
+    return Energy(init, normalise, f, shape, type(network).__name__, classes)
+
+
+def level_input(
+    levels: Float[Array, "T"], t: Int[Array, "B"], x: Float[Array, "B *D"]
+) -> Float[Array, "B"]:
+    """Returns the network's input for levels t, in the more precise of both dtypes."""
+    return levels[t].astype(jnp.promote_types(levels.dtype, x.dtype))
+
+
+def label_argument(network: nn.Module, label: Int[Array, "B"] | None) -> dict[str, Any]:
+    """Returns the keyword argument that passes labels to a network; none if label is None.
+
+    Raises:
+      UserError: if there are labels but the network has no classes.
+    """
+    require_classes(network, label)
+    return {} if label is None else {"label": label}
+
+
+def require_classes(network: nn.Module, label: Int[Array, "B"] | None) -> None:
+    """Checks that labels are only given to a network that has classes.
+
+    Raises:
+      UserError: if there are labels but the network has no classes.
+    """
+    if label is not None and not getattr(network, "classes", 0):
+        raise UserError(
+            f"labels are given to a {type(network).__name__} without classes: give no labels, "
+            "or a network that was trained with classes"
+        )
 
 
 def with_dtype(dtype: DTypeLike, energy: Energy) -> Energy:
@@ -138,7 +185,8 @@ def with_dtype(dtype: DTypeLike, energy: Energy) -> Energy:
     parameters.
     """
 
-    def f(params, x, t, keys=None):
-        return energy.f(params, x.astype(dtype), t, keys).astype(x.dtype)
+    def f(params, x, t, keys=None, label=None):
+        labels = {} if label is None else {"label": label}
+        return energy.f(params, x.astype(dtype), t, keys, **labels).astype(x.dtype)
 
     return energy._replace(f=f)

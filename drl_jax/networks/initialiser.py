@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, DTypeLike, Float, Key
 
-from drl_jax.networks.energy import Energy, Params
+from drl_jax.networks.energy import Energy, Params, label_argument, level_input
 
 NAME = "initialiser"  # of its parameters among those of a model
 
@@ -23,8 +23,8 @@ class Initialiser(NamedTuple):
 
     Attributes:
       init: key -> initial parameters.
-      g: (parameters, x_tilde = x_{t+1} [B, ...], t [B], keys [B] or None) -> prediction of y
-        [B, ...]. The keys are for dropout; without them there is none.
+      g: (parameters, x_tilde = x_{t+1} [B, ...], t [B], keys [B] or None, label [B] or None)
+        -> prediction of y [B, ...]. Keys and labels are those of `Energy.f`.
     """
 
     init: Callable[[Key[Array, ""]], Params]
@@ -40,7 +40,8 @@ def from_network(
     """Returns the initialiser g = x_tilde + U(x_tilde, level) of a network U.
 
     Args:
-      network: maps (x [B, ...], level [B], keys [B] or None) to an array of x's shape.
+      network: maps (x [B, ...], level [B], keys [B] or None) to an array of x's shape; if it
+        has classes, it takes a label [B] too.
       shape: shape of one example.
       levels: input of the network for x_{t+1}, for each t in 0..T-1.
       dtype: in which the network multiplies.
@@ -49,10 +50,10 @@ def from_network(
     def init(key):
         return network.init(key, jnp.zeros((1, *shape)), levels[:1])["params"]
 
-    def g(params, x_tilde, t, keys=None):
-        level = levels[t].astype(jnp.promote_types(levels.dtype, x_tilde.dtype))
+    def g(params, x_tilde, t, keys=None, label=None):
+        level, labels = level_input(levels, t, x_tilde), label_argument(network, label)
         x = x_tilde.astype(dtype) if dtype != jnp.float32 else x_tilde
-        u: Any = network.apply({"params": params}, x, level, keys)
+        u: Any = network.apply({"params": params}, x, level, keys, **labels)
         return x_tilde + u.astype(x_tilde.dtype)
 
     return Initialiser(init, g)

@@ -2,6 +2,9 @@
 
 (Gao et al. 2021, appendix B.) The second convolution of every block is initialised close to
 zero, so that every block is close to its skip connection at first.
+
+`cdrl_energy` is its variant in cooperative diffusion recovery likelihood (CDRL; Zhu et al.
+2024), which is conditioned on noise levels that do not depend on T, and optionally on labels.
 """
 
 import functools
@@ -14,7 +17,7 @@ from jaxtyping import Array, Float, Int, Num
 
 from drl_jax.errors import UserError
 from drl_jax.networks.convolution import conv3x3, materialise_gradient
-from drl_jax.networks.energy import Energy, from_network
+from drl_jax.networks.energy import Energy, from_network, require_classes
 
 leaky_relu = functools.partial(nn.leaky_relu, negative_slope=0.2)
 fan_avg = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
@@ -57,13 +60,19 @@ class Block(nn.Module):
         block(x, temb) = skip(x) + g · (conv2(lrelu(h)) + bias)
 
     skip is a 3x3 convolution where the width changes and the identity elsewhere. The gain g is
-    multiplied into conv2's kernel and bias once per training step (`with_gains`).
+    multiplied into conv2's kernel and bias once per training step (`with_gains`). conv2 is
+    initialised close to zero.
+
+    In CDRL, h = conv1(lrelu(x)) + lrelu(dense(lrelu(temb))), and conv2 is initialised like
+    conv1.
 
     Attributes:
       features: number of output channels O.
+      cdrl: whether this is CDRL's block.
     """
 
     features: int
+    cdrl: bool = False
 
     @nn.compact
     def __call__(
@@ -71,9 +80,14 @@ class Block(nn.Module):
     ) -> Float[Array, "B H W O"]:
         h = Conv(self.features, name="conv1")(leaky_relu(x))
         dense = nn.Dense(self.features, kernel_init=fan_avg, name="dense")
-        h += dense(leaky_relu(temb))[:, None, None, :]
+        projection = dense(leaky_relu(temb))
+        if self.cdrl:
+            projection = leaky_relu(projection)
+        h += projection[:, None, None, :]
         h = materialise_gradient(h.astype(x.dtype))
-        h = Conv(self.features, near_zero, name="conv2")(leaky_relu(h))
+        h = Conv(self.features, fan_avg if self.cdrl else near_zero, name="conv2")(
+            leaky_relu(h)
+        )
         if x.shape[-1] != self.features:
             x = Conv(self.features, name="skip")(x).astype(x.dtype)
         return materialise_gradient((h + x).astype(x.dtype))
@@ -81,6 +95,9 @@ class Block(nn.Module):
 
 class ResNet(nn.Module):
     """f(x, t) for images x [B, H, W, C] and levels t [B], one number per image.
+
+    CDRL's network is f(x, level, label). Its blocks differ (see `Block`), its head has no bias,
+    and a dense layer of the one-hot label is added to the time embedding.
 
     Convolutions multiply in the images' dtype, which is also that of stored activations. They
     accumulate in the parameters' dtype, which is also that of the sum over pixels and of the
@@ -91,27 +108,63 @@ class ResNet(nn.Module):
       mult: number of channels at each resolution, in units of ch; each resolution is half the
         one before.
       N: number of residual blocks per resolution.
+      cdrl: whether this is CDRL's network.
+      classes: number of classes; 0 if there are no labels.
     """
 
     ch: int
     mult: tuple[int, ...]
     N: int
+    cdrl: bool = False
+    classes: int = 0
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B H W C"], t: Int[Array, "B"]) -> Float[Array, "B"]:
+    def __call__(
+        self,
+        x: Float[Array, "B H W C"],
+        t: Num[Array, "B"],
+        label: Int[Array, "B"] | None = None,
+    ) -> Float[Array, "B"]:
+        """Evaluates the network.
+
+        Args:
+          x: images.
+          t: level; in CDRL a noise level in 0..1000 (`NoiseSchedule.conditioning`).
+          label: class of each image, in 1..classes, or 0 for no label; None is 0 for all.
+        """
+        require_classes(self, label)
         dense = functools.partial(nn.Dense, kernel_init=fan_avg)
         temb = time_embedding(t, self.ch)
         temb = dense(4 * self.ch, name="temb_0")(temb)
         temb = dense(4 * self.ch, name="temb_1")(leaky_relu(temb))
+        if self.classes:
+            temb += dense(4 * self.ch, name="y_map")(one_hot(label, self.classes, temb))
 
         h = materialise_gradient(Conv(self.ch, name="conv_in")(x).astype(x.dtype))
         for resolution, m in enumerate(self.mult):
             if resolution:
                 h = mean_pool(h)
             for i in range(self.N):
-                h = Block(m * self.ch, name=f"level_{resolution}_block_{i}")(h, temb)
+                name = f"level_{resolution}_block_{i}"
+                h = Block(m * self.ch, self.cdrl, name=name)(h, temb)
         h = jnp.sum(nn.relu(h), axis=(1, 2), dtype=temb.dtype)
-        return jnp.sum(h * dense(h.shape[-1], name="head")(leaky_relu(temb)), axis=1)
+        head = dense(h.shape[-1], use_bias=not self.cdrl, name="head")
+        return jnp.sum(h * head(leaky_relu(temb)), axis=1)
+
+
+def one_hot(
+    label: Int[Array, "B"] | None, classes: int, like: Float[Array, "B _"]
+) -> Float[Array, "B {classes}+1"]:
+    """Returns one-hot labels.
+
+    Args:
+      label: class of each example, in 1..classes, or 0 for no label; None is 0 for all.
+      classes: number of classes.
+      like: an array with one row per example and the dtype of the result.
+    """
+    if label is None:
+        label = jnp.zeros(len(like), jnp.int32)
+    return jax.nn.one_hot(label, classes + 1, dtype=like.dtype)
 
 
 def mean_pool(x: Float[Array, "B H W C"]) -> Float[Array, "B H/2 W/2 C"]:
@@ -131,6 +184,11 @@ def spectral_rule(path: str) -> Literal["normalise", "clip"] | None:
     if name != "kernel" or module == "head":
         return None
     return "clip" if module == "conv2" else "normalise"
+
+
+def cdrl_spectral_rule(path: str) -> Literal["normalise"] | None:
+    """Returns the same for CDRL's network: every kernel but the head's is normalised."""
+    return "normalise" if spectral_rule(path) else None
 
 
 def with_gains(energy: Energy) -> Energy:
@@ -190,3 +248,33 @@ def energy(image_size: int, channels: int, ch: int, mult: tuple[int, ...], N: in
     network = ResNet(ch=ch, mult=tuple(mult), N=N)
     shape = (image_size, image_size, channels)
     return with_gains(from_network(network, shape, spectral_rule))
+
+
+def cdrl_energy(
+    image_size: int,
+    channels: int,
+    ch: int,
+    mult: tuple[int, ...],
+    N: int,
+    levels: Float[Array, "T"],
+    classes: int = 0,
+) -> Energy:
+    """Returns CDRL's network for square images, with spectral normalisation.
+
+    Args:
+      image_size: height and width of the images [pixels].
+      channels: number of image channels.
+      ch: number of channels at the first resolution.
+      mult: number of channels at each resolution, in units of ch.
+      N: number of residual blocks per resolution.
+      levels: input of the network for each level t in 0..T-1, in 0..1000
+        (`NoiseSchedule.conditioning`).
+      classes: number of classes; 0 if there are no labels.
+
+    Raises:
+      UserError: if image_size is not a multiple of 2^(len(mult) - 1).
+    """
+    require_divisible(image_size, mult)
+    network = ResNet(ch=ch, mult=tuple(mult), N=N, cdrl=True, classes=classes)
+    shape = (image_size, image_size, channels)
+    return with_gains(from_network(network, shape, cdrl_spectral_rule, levels))

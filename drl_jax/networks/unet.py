@@ -19,15 +19,17 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, DTypeLike, Float, Key
+from jaxtyping import Array, DTypeLike, Float, Int, Key
 
 from drl_jax import noise
 from drl_jax.errors import UserError
 from drl_jax.networks.convolution import materialise_gradient
+from drl_jax.networks.energy import require_classes
 from drl_jax.networks.resnet import (
     Conv,
     fan_avg,
     mean_pool,
+    one_hot,
     require_divisible,
     time_embedding,
 )
@@ -184,6 +186,8 @@ class UNet(nn.Module):
       patch: side of the squares of pixels that the first resolution treats as one pixel with
         more channels (Luhman and Luhman 2022).
       outputs: number O of arrays of x's shape in U; if it is 1, U has no axis for them.
+      classes: number of classes; 0 if there are no labels. A dense layer of the one-hot label
+        is added to the time embedding.
     """
 
     ch: int
@@ -194,6 +198,7 @@ class UNet(nn.Module):
     groups: int = 8
     patch: int = 1
     outputs: int = 1
+    classes: int = 0
 
     @nn.compact
     def __call__(
@@ -201,11 +206,23 @@ class UNet(nn.Module):
         x: Float[Array, "B H W C"],
         level: Float[Array, "B"],
         keys: Key[Array, "B"] | None = None,
+        label: Int[Array, "B"] | None = None,
     ) -> Float[Array, "B H W C"] | Float[Array, "B O H W C"]:
+        """Evaluates the network.
+
+        Args:
+          x: images.
+          level: noise level, in 0..1000 (`NoiseSchedule.conditioning`).
+          keys: random keys for dropout; None evaluates the network without it.
+          label: class of each image, in 1..classes, or 0 for no label; None is 0 for all.
+        """
+        require_classes(self, label)
         shape, x = x.shape, to_patches(x, self.patch)
         dense = functools.partial(nn.Dense, 4 * self.ch, kernel_init=fan_avg)
         temb = dense(name="temb_0")(time_embedding(level, self.ch))
         temb = dense(name="temb_1")(nn.silu(temb))
+        if self.classes:
+            temb += dense(name="y_map")(one_hot(label, self.classes, temb))
         count = itertools.count()
 
         def block(h, m, name, resample=None):
@@ -284,6 +301,7 @@ def network(
     groups: int = 8,
     patch: int = 1,
     outputs: int = 1,
+    classes: int = 0,
 ) -> UNet:
     """Returns the U-Net for square images.
 
@@ -297,6 +315,7 @@ def network(
       groups: maximum number of groups of a normalisation.
       patch: side of the squares of pixels that become one pixel at the first resolution.
       outputs: number of arrays of x's shape in U.
+      classes: number of classes; 0 if there are no labels.
 
     Raises:
       UserError: if image_size is not a multiple of patch times 2^(len(mult) - 1), or attention
@@ -315,5 +334,13 @@ def network(
             f"sizes {sizes} in this network; choose among these"
         )
     return UNet(
-        ch, tuple(mult), N, tuple(attention), dropout, groups, patch=patch, outputs=outputs
+        ch,
+        tuple(mult),
+        N,
+        tuple(attention),
+        dropout,
+        groups,
+        patch=patch,
+        outputs=outputs,
+        classes=classes,
     )

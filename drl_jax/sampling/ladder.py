@@ -116,7 +116,7 @@ class Sampler(NamedTuple):
         `noise_scale` or `leapfrog` for the kernels that take them.
       K: number of steps per level. 0 if the starting points themselves are the samples.
       start: draws the starting point of every chain, one of `STARTS`.
-      denoise: whether generated examples are `denoised` at the end.
+      denoise: factor with which generated examples are `denoised` at the end; 0: they are not.
     """
 
     init: Callable[[Float[Array, "B *D"], LogDensityFn], Any]
@@ -124,7 +124,7 @@ class Sampler(NamedTuple):
     tuning: dict[str, Shaped[Array, "T"]]
     K: int
     start: "StartFn" = start_at_x_tilde
-    denoise: bool = False
+    denoise: float = 0.0
 
     def tuning_at(self, t: Int[Array, "B"]) -> dict[str, Shaped[Array, "B"]]:
         """Returns the tuning of each chain, which is at level t."""
@@ -280,21 +280,26 @@ def generate(
     """
     schedule = conditionals.schedule
     x_0 = descend(keys, conditionals, white_noise(keys, shape, schedule), schedule.T, 0)
-    return denoised(conditionals, x_0) if conditionals.sampler.denoise else x_0
+    factor = conditionals.sampler.denoise
+    return denoised(conditionals, x_0, factor) if factor else x_0
 
 
-def denoised(conditionals: Conditionals, x_0: Float[Array, "B *D"]) -> Float[Array, "B *D"]:
+def denoised(
+    conditionals: Conditionals, x_0: Float[Array, "B *D"], factor: float = 1.0
+) -> Float[Array, "B *D"]:
     """Returns the mean of the data given x_0, by Tweedie's formula (Efron 2011).
 
-        (x_0 + sigma_bar_0² grad log p_0(x_0)) / a_bar_0,   log p_0(x) = F(a_1 x, 0) + constant
+        (x_0 + factor sigma_bar_0² grad log p_0(x_0)) / a_bar_0
+        log p_0(x) = F(a_1 x, 0) + constant,   a_1 is 1 if T = 1
 
-    a_1 is 1 if T = 1. This costs one gradient.
+    This is so with factor 1. In the program of Zhu et al. (2024) it is 2. The cost is one
+    gradient.
     """
     schedule = conditionals.schedule
     t = jnp.zeros(len(x_0), jnp.int32)
     a = noise.per_example(schedule.y_scale(t), x_0)
     _, g = value_and_gradient(lambda x: conditionals.F(a * x, t), x_0)
-    return (x_0 + schedule.sigma_bar[0] ** 2 * g) / schedule.a_bar[0]
+    return (x_0 + factor * schedule.sigma_bar[0] ** 2 * g) / schedule.a_bar[0]
 
 
 class Adapted(NamedTuple):

@@ -101,10 +101,17 @@ CONFIG = Flag(
     "digits for configs/digits.py",
     default_help={
         "import_original": "the paper's settings for CIFAR-10",
+        "import_cdrl": "the same, except those of the method",
         "prepare": "the paper's settings, with which --config.data.name=NAME suffices",
     },
     metavar="FILE",
     is_path=True,
+)
+IMAGE_SIZE = Flag(
+    "image_size",
+    "Height and width of the images that the network was trained on",
+    type=int,
+    minimum=1,
 )
 MODEL = Flag(
     "model",
@@ -354,18 +361,39 @@ _TASKS = (
                 metavar="PREFIX",
                 is_path=True,
             ),
-            Flag(
-                "image_size",
-                "Height and width of the images that the network was trained on",
-                type=int,
-                minimum=1,
-            ),
+            IMAGE_SIZE,
             CONFIG,
         ),
         required=("tf_checkpoint", "image_size", "workdir"),
         trained=False,
         changeable=("",),
         fixed=("energy.", "data.channels", "data.image_size"),  # determined by the checkpoint
+    ),
+    Task(
+        "import_cdrl",
+        "Converts a checkpoint of the authors' PyTorch program for CDRL.",
+        flags=(
+            Flag(
+                "checkpoint",
+                "File with the weights of both networks, such as best.pth.tar",
+                metavar="FILE",
+                is_path=True,
+            ),
+            IMAGE_SIZE,
+            CONFIG,
+        ),
+        required=("checkpoint", "image_size", "workdir"),
+        trained=False,
+        changeable=("",),
+        fixed=(  # determined by the checkpoint and the method
+            "energy.",
+            "initialiser.",
+            "diffusion.",
+            "mcmc.",
+            "data.channels",
+            "data.classes",
+            "data.image_size",
+        ),
     ),
     Task(
         "prepare",

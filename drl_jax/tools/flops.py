@@ -55,7 +55,7 @@ def image_mlp(dimension: int, width: int, depth: int, outputs: int = 1) -> float
 
 
 def resnet(image_size: int, channels: int, ch: int, mult: Sequence[int], N: int) -> float:
-    """Returns the FLOPs of `networks.resnet` for one image.
+    """Returns the FLOPs of `networks.resnet` for one image; those of labels are not counted.
 
     Products with the zero padding at the border are included, because a convolution computed as
     matrix products performs them too.
@@ -149,7 +149,7 @@ def sampling(config: ConfigDict) -> float:
     """Returns the FLOPs of generating one sample from white noise, through all levels."""
     mcmc, T = config.mcmc, config.diffusion.T
     starts = T * initialiser(config) if mcmc.start == "initialiser" else 0.0
-    return 2 * (np.sum(_gradients(config)) + mcmc.denoise) * forward(config) + starts
+    return 2 * (np.sum(_gradients(config)) + (mcmc.denoise != "no")) * forward(config) + starts
 
 
 def leapfrog(config: ConfigDict) -> int:

@@ -114,9 +114,14 @@ def from_config(config: ConfigDict) -> Training:
     """Returns the training that a configuration describes.
 
     Raises:
-      UserError: if the objective needs a chain and there is none, or there is an initialiser
-        and no chain starts from it.
+      UserError: if the objective needs a chain and there is none, there is an initialiser and
+        no chain starts from it, or the networks take labels.
     """
+    if config.data.classes:
+        raise UserError(
+            f"config.data.classes is {config.data.classes}: this version cannot train with "
+            "labels; use 0"
+        )
     if config.initialiser.network != "none" and config.mcmc.start != "initialiser":
         raise UserError(
             f"config.mcmc.start is {config.mcmc.start!r}: training an initialiser needs "

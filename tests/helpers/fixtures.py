@@ -6,6 +6,8 @@ import numpy as np
 
 FOLDER = Path(__file__).parents[1] / "fixtures"
 ORIGINAL = FOLDER / "original_t6_32px"  # by the authors' TensorFlow program
+CDRL = FOLDER / "cdrl_unconditional"  # by the authors' PyTorch program
+CDRL_LABELS = FOLDER / "cdrl_conditional"  # likewise, for images of 4 classes
 INCEPTION = FOLDER / "inception_random"  # by torch-fidelity
 
 

@@ -13,7 +13,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from drl_jax.metrics import torch_file
+from drl_jax.storage import torch_file
 
 STORAGES = {
     "f2": "HalfStorage",

@@ -12,7 +12,7 @@ import collections
 import io
 import pickle
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -68,11 +68,46 @@ def read(data: bytes) -> dict[str, Num[np.ndarray, "..."]]:
       ValueError, pickle.UnpicklingError: if the file has another format or contains anything
         but tensors. For damaged files, pickle and zipfile also raise other exceptions.
     """
+    views, read_storage = _read(data)
+    return {name: _to_array(repr(name), view, read_storage) for name, view in views.items()}
+
+
+def read_nested(data: bytes, names: Collection[str]) -> dict[str, Any]:
+    """Returns some entries of a saved dictionary, with arrays in place of tensors.
+
+    Args:
+      data: content of the file.
+      names: entries to return, if they exist. They may hold tensors and plain values in nested
+        dictionaries, lists and tuples. The tensors of other entries are not read.
+
+    Raises:
+      ValueError, pickle.UnpicklingError: as `read`, but plain values are allowed.
+    """
+    entries, read_storage = _read(data)
+
+    def convert(name, value):
+        if isinstance(value, View):
+            return _to_array(name, value, read_storage)
+        if isinstance(value, dict):
+            return {key: convert(f"{name}[{key!r}]", inner) for key, inner in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [convert(f"{name}[{i}]", inner) for i, inner in enumerate(value)]
+        return value
+
+    return {name: convert(repr(name), entries[name]) for name in names if name in entries}
+
+
+def _read(data: bytes) -> tuple[dict[str, Any], Callable[[Storage], bytes]]:
+    """Returns the pickled dictionary and the function that reads a storage.
+
+    Raises:
+      ValueError: if the file contains another object.
+    """
     read_format = _read_zip if zipfile.is_zipfile(io.BytesIO(data)) else _read_legacy
     views, read_storage = read_format(io.BytesIO(data))
     if not isinstance(views, dict):
         raise ValueError(f"it contains a {type(views).__name__}, not a state dict")
-    return {name: _to_array(name, view, read_storage) for name, view in views.items()}
+    return views, read_storage
 
 
 def _read_zip(file: io.BytesIO) -> tuple[Any, Callable[[Storage], bytes]]:
@@ -142,17 +177,22 @@ def _to_array(
 ) -> Num[np.ndarray, "..."]:
     """Returns a tensor as an array.
 
+    Args:
+      name: name of the tensor, for error messages.
+      view: the tensor.
+      read_storage: returns the content of a storage.
+
     Raises:
       ValueError: if it is not a tensor, or has elements outside its storage.
     """
     if not isinstance(view, View):
-        raise ValueError(f"{name!r} is a {type(view).__name__}, not a tensor")
+        raise ValueError(f"{name} is a {type(view).__name__}, not a tensor")
     elements = np.frombuffer(read_storage(view.storage), view.storage.dtype)
     last = [(n - 1) * s for n, s in zip(view.shape, view.strides, strict=True)]
     if min(view.offset, *view.shape, *view.strides, 0) < 0 or (
         np.prod(view.shape) and view.offset + sum(last) >= len(elements)
     ):
-        raise ValueError(f"{name!r} has elements outside its storage")
+        raise ValueError(f"{name} has elements outside its storage")
     return np.lib.stride_tricks.as_strided(
         elements[view.offset :],
         view.shape,
