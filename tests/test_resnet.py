@@ -163,11 +163,16 @@ def test_cdrls_network_reads_a_level_and_a_label_per_image(cdrl):
 
 
 def test_labels_for_the_papers_network_raise():
-    energy = resnet.energy(4, 1, ch=8, mult=(1,), N=1)
-    params, _ = jax.eval_shape(energy.init, jax.random.key(0))
     x, t = jnp.zeros((2, 4, 4, 1)), jnp.zeros(2, jnp.int32)
-    with pytest.raises(UserError, match=r"labels are given to a ResNet without classes"):
-        jax.eval_shape(lambda params: energy.f(params, x, t, label=t), params)
+    energy = resnet.energy(4, 1, ch=8, mult=(1,), N=1)
+    network = resnet.ResNet(ch=8, mult=(1,), N=1)
+    params, _ = jax.eval_shape(energy.init, jax.random.key(0))
+    for f in (
+        lambda params: energy.f(params, x, t, label=t),
+        lambda params: network.apply({"params": params}, x, t, t),
+    ):
+        with pytest.raises(UserError, match=r"labels are given to a ResNet without classes"):
+            jax.eval_shape(f, params)
 
 
 def test_image_size_that_cdrls_network_cannot_halve_raises():
