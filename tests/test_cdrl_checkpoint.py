@@ -163,20 +163,29 @@ def test_guidance_extrapolates_from_no_label_which_is_label_0(averaged):
         assert_close(guided, images(expected) if expected.ndim == 4 else expected, 1e-5)
 
 
+@pytest.mark.slow
 @AVERAGED
-@pytest.mark.parametrize("folder", [CDRL, CDRL_LABELS], ids=["no labels", "labels"])
-def test_one_power_iteration_gives_the_spectral_norms_of_the_program(folder, averaged):
-    """Fails if the vectors belong to other layers."""
-    weights = read(folder).energy
-    tensors = weights.ema if averaged else weights.raw
-    names = [name for name in weights.raw if name.endswith("weight_u")]
-    assert len(names) == sum(name.endswith("weight_orig") for name in tensors)
-    for name in names:
-        u = weights.raw[name]
-        v = weights.raw[name.replace("_u", "_v")]
-        W = tensors[name.replace("_u", "_orig")].reshape(len(u), -1)
-        ours = np.linalg.norm(W @ (W.T @ u)) / np.linalg.norm(W.T @ u)
-        np.testing.assert_allclose(ours, u @ W @ v, rtol=1e-5)
+def test_normalised_kernels_are_those_of_the_program(example, averaged):
+    """The program's are W / (u · W v) with the vectors of the raw network.
+
+    Fails if the vectors are left at random values.
+    """
+    parts = example.parts
+    energy = resnet.cdrl_energy(32, levels=jnp.zeros(1), **parts.energy._asdict())
+    params = parts.ema if averaged else parts.params
+    normalised = traverse_util.flatten_dict(
+        FAST(energy.normalise)(params, parts.vectors)[0], sep="/"
+    )
+    raw = traverse_util.flatten_dict(params, sep="/")
+    weights = read(CDRL if example.label is None else CDRL_LABELS).energy
+    for path in parts.vectors:
+        name = cdrl_checkpoint.energy_name(path, parts.energy.N)
+        W = (weights.ema if averaged else weights.raw)[name]
+        u, v = (weights.raw[name.replace("orig", end)] for end in "uv")
+        expected = W / (u @ W.reshape(len(u), -1) @ v)
+        expected = expected.transpose((2, 3, 1, 0) if W.ndim == 4 else (1, 0))
+        g = raw.get(path.replace("kernel", "g"), 1)
+        assert_close(np.asarray(normalised[path]), expected * np.asarray(g), 1e-5)
 
 
 @pytest.mark.parametrize("folder", [CDRL, CDRL_LABELS], ids=["no labels", "labels"])

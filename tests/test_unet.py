@@ -173,6 +173,7 @@ def test_every_image_has_its_own_level_and_is_independent_of_the_others(tiny):
     assert changes.min() > 0.01
 
 
+@pytest.mark.slow
 def test_a_network_with_classes_reads_a_label_per_image(tiny):
     """No label is label 0; a label acts like a change of the time embedding's bias.
 

@@ -290,7 +290,7 @@ def _widths(tensors: Tensors, pattern: re.Pattern[str]) -> dict[int, int]:
 
 def _classes(tensors: Tensors, name: str) -> int:
     """Returns the number of classes, from the kernel [out, classes + 1] of the labels."""
-    return tensors[name].shape[-1] - 1 if name in tensors else 0
+    return tensors[name].shape[1] - 1 if name in tensors and tensors[name].ndim == 2 else 0
 
 
 def _no_network(network: str, first: str) -> UserError:
