@@ -1,14 +1,15 @@
 """CIFAR-10, 32x32, six noise levels, with an initialiser: CDRL.
 
 Reproduces: Zhu et al. (2024), FID 4.31.
-Hardware:   not stated here for the authors' runs; not yet run with this program.
+Hardware:   not yet run with this program.
 Time:       not yet measured with this program.
 Steps:      400,000, our choice: that of the authors' best checkpoint.
 Command:
 
     python -m drl_jax.main --config=configs/cifar10_cdrl.py --workdir=DIR
 
-A second network, the initialiser, proposes where chains start, and half of DRL's steps suffice.
+A second network, the initialiser, proposes where chains start, and half of
+DRL's steps suffice (15 per level).
 `--mode=import_cdrl` reads the authors' weights.
 """
 

@@ -43,7 +43,8 @@ def default() -> ConfigDict:
                 "channels": 3,  # per pixel; for points, the number of coordinates
                 "crop": "centre",  # 'centre': to a square before resizing; 'none': no crop
                 "flip": True,  # random horizontal flips
-                # Number of classes of the labels that the networks take; 0: no labels
+                # Number of classes of the labels that the networks take; 0: no labels. Only
+                # imported models can have labels so far.
                 "classes": 0,
                 # Width of the uniform noise added to pixels in [-1, 1]: 0, or the distance
                 # between neighbouring pixel values (2/255 for 8 bits).
@@ -95,11 +96,11 @@ def default() -> ConfigDict:
                 "dropout": 0.0,  # probability, in training
                 "learning_rate": 1e-5,
                 "warmup_steps": 10_000,  # linear increase from zero
-                "first_step": 500,  # of training, at which the warm-up begins
+                "first_step": 500,  # of the warm-up; before it, the learning rate is zero
             },
             "mcmc": {
                 "sampler": "langevin",  # or 'mala', 'hmc'
-                "K": 30,  # MCMC steps per level; can be 0 if chains start from 'posterior'
+                "K": 30,  # MCMC steps per level; can be 0 unless chains start at 'x_tilde'
                 # Where the chain of a level starts: 'x_tilde', at the sample of the level
                 # above; 'posterior', at a draw from the conditional's normal approximation; or
                 # 'initialiser', at a draw around the initialiser's prediction.
@@ -111,8 +112,9 @@ def default() -> ConfigDict:
                 "leapfrog": (5,),  # HMC leapfrog steps: one number, or one per level
                 "target_acceptance": 0.65,  # of MALA and HMC, adapted before generation
                 "warmup_steps": 100,  # steps of this adaptation, per level
-                # How the noise of level 0 is removed from generated examples: 'no'; 'tweedie';
-                # or 'cdrl_program', twice as far, as in the program of Zhu et al. (2024)
+                # How the noise of level 0 is removed from generated examples: 'no': not at all;
+                # 'tweedie': by Tweedie's formula; 'cdrl_program': with twice its gradient, as
+                # in the program of Zhu et al. (2024)
                 "denoise": "no",
             },
             "optim": {
@@ -132,8 +134,8 @@ def default() -> ConfigDict:
             },
             "train": {
                 "objective": "recovery",  # or 'denoising', which needs no MCMC
-                # Noise of x_t and x_{t+1}, for 'recovery': 'independent', as far as it is added
-                # after level t; or 'shared', the same in both (Zhu et al. 2024).
+                # How x_{t+1} is drawn, for 'recovery': 'independent', by adding independent
+                # noise to x_t; or 'shared', with the same noise as x_t (Zhu et al. 2024).
                 "pairs": "independent",
                 # Distribution of t: 'uniform', or 'log_snr', about uniform in the logarithm of
                 # the signal-to-noise ratio of level t.
@@ -436,7 +438,9 @@ def validate(config: ConfigDict) -> None:
         raise invalid("mesh.data", "give a number of devices, or -1 for all")
     sampler = config.mcmc.sampler
     if config.mcmc.K == 0 and config.mcmc.start == "x_tilde":
-        raise invalid("mcmc.K", "this needs config.mcmc.start 'posterior'; or give 1 or more")
+        raise invalid(
+            "mcmc.K", "this needs config.mcmc.start 'posterior' or 'initialiser'; or give 1"
+        )
     if sampler in ("mala", "hmc") and config.mcmc.noise_scale != 1:
         raise invalid("mcmc.noise_scale", f"the accept step of {sampler!r} requires 1")
     if sampler in ("mala", "hmc") and config.evaluation.dtype != "float32":
@@ -484,6 +488,10 @@ def validate(config: ConfigDict) -> None:
             "initialiser.network",
             "it learns from chains, which need config.train.objective 'recovery'; use 'none'",
         )
+    if config.initialiser.network == "mlp":
+        for name in ("energy.dtype", "evaluation.dtype"):
+            if fields[name] != "float32":
+                raise invalid(name, "config.initialiser.network 'mlp' needs 'float32'")
     if config.initialiser.attention and config.initialiser.network != "unet":
         raise invalid(
             "initialiser.attention", "only config.initialiser.network 'unet' has attention"

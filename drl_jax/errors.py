@@ -15,7 +15,7 @@ class UserError(ValueError):
 
 
 class DivergenceError(UserError):
-    """The loss or the energies of a training run have become too large, or are not finite."""
+    """The loss or the energies of a training run exceed their limits or are not finite."""
 
 
 class Interrupted(Exception):  # noqa: N818  (not an error)

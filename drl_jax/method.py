@@ -134,11 +134,7 @@ def from_config(config: ConfigDict) -> Method:
     )
     energy = make_energy(config, schedule, config.energy.dtype)
     proposal = make_initialiser(config, schedule, config.energy.dtype)
-    if proposal is None and config.mcmc.start == "initialiser":
-        raise UserError(
-            "config.mcmc.start is 'initialiser', but there is none: set "
-            "config.initialiser.network, or another start"
-        )
+    _require_start(config.mcmc, proposal)
     if config.energy.parameterisation == "step":
         s = recovery.step_sizes(schedule, config.mcmc.b_squared)
         parameterisation = Parameterisation(s**2, recovery.no_reference)
@@ -159,6 +155,15 @@ def from_config(config: ConfigDict) -> Method:
     return Method(energy, schedule, parameterisation, sampler, mcmc, proposal)
 
 
+def _require_start(mcmc: ConfigDict, proposal: Initialiser | None) -> None:
+    """Raises a UserError if chains start from an initialiser and there is none."""
+    if mcmc.start == "initialiser" and proposal is None:
+        raise UserError(
+            "config.mcmc.start is 'initialiser', but this model has none: use 'x_tilde' or "
+            "'posterior', or train with config.initialiser.network"
+        )
+
+
 def _noise_of_data(config: ConfigDict, schedule: NoiseSchedule) -> Float[Array, "T"]:
     """Returns the standard deviation of all noise in levels 0..T-1.
 
@@ -173,6 +178,9 @@ def for_generation(method: Method, config: ConfigDict) -> Method:
 
     The sampler and its noise scale are those of `config.mcmc`, and the network multiplies in
     `config.evaluation.dtype`. The parameterisation stays the one of training.
+
+    Raises:
+      UserError: if the sampler cannot be used with this model.
     """
     energy = make_energy(config, method.schedule, config.evaluation.dtype)
     proposal = make_initialiser(config, method.schedule, config.evaluation.dtype)
@@ -201,11 +209,17 @@ def marginals(method: Method) -> Method:
     infinite = jnp.full_like(method.schedule.sigma, jnp.inf)
     schedule = dataclasses.replace(method.schedule, sigma=infinite)
     sampler = method.sampler._replace(start=ladder.start_at_x_tilde)
-    return method._replace(schedule=schedule, sampler=sampler)
+    mcmc = FrozenConfigDict({**method.mcmc, "start": "x_tilde"})
+    return method._replace(schedule=schedule, sampler=sampler, mcmc=mcmc)
 
 
 def _with_mcmc(method: Method, mcmc: ConfigDict) -> Method:
-    """Returns the method with the sampler of `config.mcmc` and its noise scale."""
+    """Returns the method with the sampler of `config.mcmc` and its noise scale.
+
+    Raises:
+      UserError: as `_require_start` and `make_sampler` do.
+    """
+    _require_start(mcmc, method.initialiser)
     sampler = make_sampler(mcmc, method.schedule, mcmc.noise_scale)
     return method._replace(sampler=sampler, mcmc=FrozenConfigDict(mcmc))
 

@@ -43,8 +43,8 @@ class Programs(NamedTuple):
       f: (params, x, t, label) -> f(x, t, label).
       F: (params, x, t) -> F(x, t).
       propose: (params, x_tilde, t, label) -> the initialiser's prediction, if there is one.
-      generate, descend, inpaint, start_chains, advance_chains: the functions of `sampling`,
-        compiled by `Model.compile`.
+      generate, descend, complete, inpaint, start_chains, advance_chains: the functions of
+        `sampling`, compiled by `Model.compile`.
     """
 
     f: Callable
@@ -52,6 +52,7 @@ class Programs(NamedTuple):
     propose: Callable
     generate: Callable
     descend: Callable
+    complete: Callable
     inpaint: Callable
     start_chains: Callable
     advance_chains: Callable
@@ -114,6 +115,7 @@ class Model:
                 ),
             ),
             descend=_compile(engine, method, ladder.descend),
+            complete=_compile(engine, method, ladder.complete),
             inpaint=_compile(engine, method, inpainting.inpaint),
             start_chains=_compile(engine, method, chains_lib.start),
             advance_chains=_compile(engine, method, chains_lib.advance),
@@ -123,7 +125,7 @@ class Model:
     def __repr__(self) -> str:
         number = sum(leaf.size for leaf in jax.tree.leaves(self.params))
         sampler = self.method.sampler
-        parts = ["one draw per level"] * (sampler.start is ladder.start_from_posterior)
+        parts = ["one draw per level"] * (sampler.start is not ladder.start_at_x_tilde)
         if sampler.K:
             parts.append(f"{sampler.kernel.__module__.rpartition('.')[2]} (K={sampler.K})")
         return (
@@ -246,8 +248,9 @@ class Model:
     ) -> Float[np.ndarray, "n *D"]:
         """Draws x_bottom given x = x_top, level by level (`ladder.descend`).
 
-        `descend(key, x_T, top=T, bottom=0)` generates samples from white noise x_T. Stopping at
-        levels in between gives the same samples.
+        `descend(key, x_T, top=T, bottom=0)` generates samples from white noise x_T, without the
+        final denoising of `config.mcmc.denoise`. Stopping at levels in between gives the same
+        samples.
 
         Raises:
           UserError: if not 0 <= bottom <= top <= T, or x does not fit the model.
@@ -570,7 +573,7 @@ class Model:
         label: Shaped[ArrayLike, "..."] | None = None,
         shape: tuple[int, ...] = (),
     ) -> Float[Array, "B *D"]:
-        """Evaluates a network or F, of which one result has a shape, at any x, t and label.
+        """Evaluates a network or F, whose result for one example has the given shape.
 
         Raises:
           UserError: if they do not fit the model or each other.
@@ -631,7 +634,7 @@ class Model:
         pairs, frames, *shape = strips.shape
         x = np.asarray(strips).reshape(-1, *shape)
         indices = np.repeat(np.arange(pairs), frames)
-        images = self.run(self.programs.descend, key, indices, x, top=level, bottom=0)
+        images = self.run(self.programs.complete, key, indices, x, top=level)
         return _concatenate(images).reshape(strips.shape)
 
 

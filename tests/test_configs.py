@@ -104,7 +104,7 @@ def test_an_explicit_decay_takes_precedence_over_the_length_of_the_run(order):
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_the_papers_data_sets_are_trained_with_the_authors_adam(path):
-    """The small runs keep that of their figures; CDRL's is another than the paper's."""
+    """The small runs keep that with which their results were measured; CDRL's have Adam."""
     ours = path.stem in ("digits_t6", "digits_t1k", "toy2d", "cifar10_cdrl")
     assert config_lib.load(str(path)).optim.adam == ("optax" if ours else "keras")
 

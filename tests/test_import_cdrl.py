@@ -160,6 +160,22 @@ def test_an_imported_model_has_the_settings_of_cdrl_and_samples(example):
     assert np.isfinite(samples).all()
 
 
+@pytest.mark.parametrize("name", ["digits_density", "toy2d", "cifar10_t1k", "cifar10_cdrl"])
+def test_the_settings_of_the_method_do_not_depend_on_the_configuration(name):
+    """Only those of data, optimiser and the like do."""
+    parts = cdrl_checkpoint.extract(cdrl_checkpoint.read(str(CDRL / "best.pth.tar")), 32)
+    config = config_lib.load(name)
+    config.data.dequantise = 0.0
+    found, expected = (
+        dict(config_lib.flatten(import_cdrl.configure(c, parts, 32)))
+        for c in (config, config_lib.default())
+    )
+    for field, value in found.items():
+        if field.split(".")[0] in import_cdrl.SECTIONS:
+            assert value == expected[field], field
+    assert found["data.name"] == config.data.name
+
+
 @pytest.mark.slow
 def test_labels_that_do_not_exist_are_errors(tmp_path_factory):
     folder = tmp_path_factory.getbasetemp() / "import_cdrl"
@@ -194,6 +210,7 @@ def test_training_with_labels_is_an_error_of_one_line(tmp_path, capsys):
     [
         (["--checkpoint=missing.tar"], "missing.tar cannot be read as a checkpoint"),
         (["--image_size=30"], "images of 30x30"),
+        (["--config=missing"], "--config=missing: no such Python file"),
         (["--config.energy.ch=8"], "energy.ch=8: --mode=import_cdrl"),
         (["--config.mcmc.K=8"], "mcmc.K=8: --mode=import_cdrl"),
     ],

@@ -54,6 +54,14 @@ def test_settings_of_an_import_come_from_the_command_line(workdir):
     assert (config.energy.ch, config.energy.mult, config.energy.N) == (16, (1, 2, 2, 2), 2)
 
 
+def test_a_configuration_with_another_network_gets_that_of_the_paper():
+    config = config_lib.load("cifar10_cdrl")
+    config.mcmc.start = "x_tilde"
+    config = tf_checkpoint.configure(config, tf_checkpoints.trained(), image_size=32)
+    assert (config.energy.network, config.initialiser.network) == ("resnet", "none")
+    assert method.from_config(config).initialiser is None
+
+
 def to_state(tensors):
     """Returns the imported state, which has the shapes and dtypes of a new one."""
     config = tf_checkpoint.configure(config_lib.default(), tensors, image_size=32)

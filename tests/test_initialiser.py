@@ -211,7 +211,7 @@ def test_the_loss_is_the_squared_distance_from_the_start_of_the_chain_to_its_end
     """Compares loss and gradient with a direct computation, with dropout.
 
     Fails if the start in the loss has other noise or other dropout than that of the chain, or
-    the gradient of one network contains that of the other's loss.
+    the gradient contains that of the energy's loss.
     """
     config = with_initialiser()
     method, B = method_lib.from_config(config), 12
@@ -335,14 +335,63 @@ def test_each_network_has_its_own_learning_rate_and_clipped_gradient():
     np.testing.assert_allclose(norms, [1 - config.optim.beta1**16] * 2, rtol=1e-3)
 
 
-def test_the_learning_rate_of_the_initialiser_decays_with_that_of_the_energy():
+@pytest.mark.parametrize(("first_step", "warmup"), [(20, 10), (20, 500), (0, 0)])
+def test_the_learning_rate_of_the_initialiser_decays_with_that_of_the_energy(
+    first_step, warmup
+):
+    """Fails if it starts to decay after its own warm-up, which can be longer than the run."""
     config = with_initialiser()
+    config.optim.adam = "keras"
+    config.optim.learning_rate, config.optim.warmup_steps = 0.1, 10
+    without = train_state.learning_rate(config)
     config.optim.decay_steps = 100
-    config.initialiser.warmup_steps, config.initialiser.first_step = 10, 20
-    rate = train_state.initialiser_learning_rate(config)
-    found = [float(rate(n)) for n in (0, 20, 25, 30, 65, 100, 200)]
-    expected = [0, 0, 0.5e-3, 1e-3, 0.5e-3, 0, 0]
-    np.testing.assert_allclose(found, expected, atol=1e-8)
+    config.initialiser.warmup_steps, config.initialiser.first_step = warmup, first_step
+    rate, energy_rate = (
+        train_state.initialiser_learning_rate(config),
+        train_state.learning_rate(config),
+    )
+    for n in (0, 15, 25, 31, 65, 99, 100, 200):
+        increase = np.clip((n - first_step) / warmup, 0, 1) if warmup else float(n >= 0)
+        decay = float(energy_rate(n)) / float(without(n)) if n else 1.0
+        np.testing.assert_allclose(float(rate(n)), 1e-3 * increase * decay, atol=1e-8)
+
+
+def test_the_state_of_the_optimiser_has_the_same_form_with_and_without_a_limit():
+    """Otherwise, a run could not resume with another limit."""
+    config = with_initialiser()
+    params = {"conv": jnp.zeros(4), initialiser.NAME: {"conv": jnp.zeros(4)}}
+    states = []
+    for norm in (0.0, 1.0):
+        config.optim.clip_norm = norm
+        states.append(train_state.optimiser(config).init(params))
+    assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])
+
+
+def test_a_model_without_an_initialiser_cannot_start_from_one():
+    """Neither by the configuration of generation, nor by another sampler."""
+    config = with_initialiser(**{"initialiser.network": "none", "mcmc.start": "x_tilde"})
+    method = method_lib.from_config(config)
+    changed = config.copy_and_resolve_references()
+    changed.mcmc.start = "initialiser"
+    message = "'initialiser', but this model has none: use 'x_tilde' or 'posterior'"
+    with pytest.raises(UserError, match=message):
+        method_lib.for_generation(method, changed)
+    with pytest.raises(UserError, match=message):
+        method_lib.with_sampler(method, start="initialiser")
+
+
+@pytest.mark.slow
+def test_interpolations_end_with_the_samples_that_they_lie_between():
+    """Fails if only one of both is denoised."""
+    config = with_initialiser(**{"mcmc.denoise": "tweedie", "mcmc.b_squared": 2e-3})
+    method = method_lib.for_generation(method_lib.from_config(config), config)
+    params, vectors = method.energy.init(jax.random.key(0))
+    params, _ = method.energy.normalise(params, vectors)
+    model = Model.create(method, params, sharding.make_mesh(), 4)
+    key = jax.random.key(1)
+    strips = model.interpolate(key, pairs=2, frames=2)
+    np.testing.assert_allclose(strips[:, 0], model.sample(key, 2), rtol=1e-4, atol=1e-5)
+    assert "sampler=one draw per level, then langevin (K=2)" in repr(model)
 
 
 @pytest.mark.slow
@@ -408,10 +457,14 @@ def test_a_new_initialiser_predicts_that_nothing_changes(network):
     [
         (
             {"initialiser.network": "none"},
-            "config.mcmc.start is 'initialiser', but there is none",
+            "config.mcmc.start is 'initialiser', but this model has none",
         ),
         ({"mcmc.start": "x_tilde"}, "training an initialiser needs 'initialiser'"),
         ({"train.objective": "denoising"}, "config.initialiser.network is 'unet': it learns"),
+        (
+            {"initialiser.network": "mlp", "energy.dtype": "bfloat16"},
+            "config.initialiser.network 'mlp' needs 'float32'",
+        ),
         (
             {"initialiser.network": "mlp", "initialiser.attention": (8,)},
             "only config.initialiser.network 'unet' has attention",

@@ -73,6 +73,7 @@ def arguments_of(model, name):
     arrays, settings = {
         "generate": ((), {}),
         "descend": ((X,), {"top": T, "bottom": 0}),
+        "complete": ((X,), {"top": T}),
         "inpaint": ((X, known), {"rounds": 2}),
         "start_chains": ((X, LEVEL, trace), {}),
         "advance_chains": ((X, LEVEL), {"first": 0, "last": 3}),

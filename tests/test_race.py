@@ -321,8 +321,20 @@ def test_a_model_that_diverges_is_left_out_and_the_others_run(
     found = capsys.readouterr()
     assert found.err == "error: t6 mcmc.K=7: training diverged\n"
     assert found.out.count("t6 mcmc.K=8 ") == 5
+    assert "mcmc.K=7" not in found.out
     rows = json.loads((tmp_path / "race.json").read_text())["rows"]
-    assert [row["model"] for row in rows[-5:]] == ["t6 mcmc.K=8"] * 5
+    assert [row["model"] for row in rows] == [race.TEST, *["t6 mcmc.K=8"] * 5]
+
+
+def test_results_of_earlier_versions_are_continued(fakes, tmp_path, capsys):
+    """They had no other samplers."""
+    assert race.main(["race", "--seconds=16", f"--workdir={tmp_path}", "--racers=t6"]) == 0
+    results = json.loads((tmp_path / "race.json").read_text())
+    assert results["settings"].pop("samplers") == []
+    (tmp_path / "race.json").write_text(json.dumps(results))
+    assert race.main(["race", "--seconds=16", f"--workdir={tmp_path}", "--racers=t100"]) == 0
+    rows = json.loads((tmp_path / "race.json").read_text())["rows"]
+    assert [row["model"] for row in rows[1:]] == [*["t6"] * 5, *["t100"] * 5]
 
 
 def test_a_variant_differs_from_its_model_in_the_fields_that_it_names(monkeypatch):
@@ -376,6 +388,7 @@ def test_a_model_without_an_energy_learns_a_constant_image_and_only_its_steps_ar
         (["--variant=t6 mcmc.K=seven"], "mcmc.K=seven: "),
         (["--variant=t6 mcmc.K=-1"], "config.mcmc.K is -1"),
         (["--variant=t6 mcmc"], "config.mcmc is unknown"),
+        (["--variant=t6 seed=3"], "seed=3: the race sets config.seed itself; leave it out"),
         (["--variant=t6 energy.parameterisation=gaussians"], "the race does not fit mixtures"),
         (["--samplers=nuts:3"], "--samplers contains 'nuts:3': give a sampler"),
         (["--samplers=mala"], "--samplers contains 'mala': give a sampler"),

@@ -1,8 +1,7 @@
-"""The initialiser g(x_{t+1}, t): a network that predicts where the chains of a level end.
+"""The initialiser g(x_{t+1}, t + 1): a network that predicts where the chains of a level end.
 
-A chain that starts near its end needs fewer steps (Zhu et al. 2024; Xie et al. 2020). g is to
-the starting points what f is to the log-density: pure functions of parameters. Its parameters
-are kept with those of f, under the name `NAME`.
+A chain that starts near its end needs fewer steps (Zhu et al. 2024; Xie et al. 2020). Like f, g
+is a pure function of its parameters, which are stored with those of f, under the name `NAME`.
 """
 
 from collections.abc import Callable

@@ -87,8 +87,7 @@ def inpaint(
     sigma_bar, a_bar = schedule.sigma_bar[-1], schedule.a_bar[-1]
     x_T = jnp.where(known, a_bar * x + sigma_bar * x_T, x_T)
     x_0 = ladder.descend(keys, conditionals, x_T, schedule.T, 0, recover)
-    x_0 = ladder.denoised(conditionals, x_0, sampler.denoise) if sampler.denoise else x_0
-    return jnp.where(known, x, x_0)
+    return jnp.where(known, x, ladder.finished(conditionals, x_0))
 
 
 def errors(

@@ -84,7 +84,7 @@ def start_from_initialiser(
     x_tilde: Float[Array, "B *D"],
     t: Int[Array, "B"],
 ) -> Float[Array, "B *D"]:
-    """Draws y = g(x_tilde, t) + a_{t+1} std z, z ~ N(0, I), at levels t in 0..T-1.
+    """Draws y = g(x_tilde, t + 1) + a_{t+1} std z, z ~ N(0, I), at levels t in 0..T-1.
 
     g is the initialiser's prediction, `Conditionals.propose`. std is that of
     q(x_t | x_{t+1}, x), the same as in `start_from_posterior`, and a_{t+1} is 1 at t = T - 1
@@ -275,11 +275,25 @@ def generate(
 ) -> Float[Array, "B *D"]:
     """Draws x_0, one example of this shape per key (Gao et al. 2021, algorithm 2).
 
-    x_0 is data with Gaussian noise of standard deviation sigma_0. If the sampler says so, the
-    result is the `denoised` x_0.
+    x_0 is data with Gaussian noise of standard deviation sigma_bar_0, which the sampler can
+    remove (`finished`).
     """
     schedule = conditionals.schedule
-    x_0 = descend(keys, conditionals, white_noise(keys, shape, schedule), schedule.T, 0)
+    return complete(keys, conditionals, white_noise(keys, shape, schedule), schedule.T)
+
+
+def complete(
+    keys: Key[Array, "B"],
+    conditionals: Conditionals,
+    x: Float[Array, "B *D"],
+    top: int | Int[Array, ""],
+) -> Float[Array, "B *D"]:
+    """Draws x_0 given x = x_top (`descend`), and finishes it."""
+    return finished(conditionals, descend(keys, conditionals, x, top, 0))
+
+
+def finished(conditionals: Conditionals, x_0: Float[Array, "B *D"]) -> Float[Array, "B *D"]:
+    """Returns x_0, `denoised` if `Sampler.denoise` is not 0."""
     factor = conditionals.sampler.denoise
     return denoised(conditionals, x_0, factor) if factor else x_0
 
@@ -287,13 +301,13 @@ def generate(
 def denoised(
     conditionals: Conditionals, x_0: Float[Array, "B *D"], factor: float = 1.0
 ) -> Float[Array, "B *D"]:
-    """Returns the mean of the data given x_0, by Tweedie's formula (Efron 2011).
+    """Removes the noise from x_0 by Tweedie's formula (Efron 2011).
 
         (x_0 + factor sigma_bar_0² grad log p_0(x_0)) / a_bar_0
         log p_0(x) = F(a_1 x, 0) + constant,   a_1 is 1 if T = 1
 
-    This is so with factor 1. In the program of Zhu et al. (2024) it is 2. The cost is one
-    gradient.
+    With factor 1, this is the mean of the data given x_0. The program of Zhu et al. (2024) uses
+    2, with which it is not. The cost is one gradient.
     """
     schedule = conditionals.schedule
     t = jnp.zeros(len(x_0), jnp.int32)

@@ -131,6 +131,9 @@ def configure(config: ConfigDict, tensors: Tensors, image_size: int) -> ConfigDi
     config = config.copy_and_resolve_references()
     config.data.image_size = image_size
     config.data.channels = channels
+    config.data.classes = 0
+    config.initialiser = config_lib.default().initialiser
+    config.energy.network = "resnet"
     config.energy.ch = ch
     config.energy.mult = tuple(width // ch for width in width_of_level.values())
     config.energy.N = 1 + max(block for _, block in widths)

@@ -376,7 +376,7 @@ def inception_metrics(
 
     The fields are those of `summary.compare`, and protocol, with the fields:
       name: the protocol.
-      sampler, K, start, noise_scale: how the samples were drawn (`config.mcmc`).
+      sampler, K, start, noise_scale, denoise: how the samples were drawn (`config.mcmc`).
       data: identity of the data.
       pixels: whether the samples' pixel values were rounded or truncated to bytes.
       network_input: how the network's input is computed from a pixel value x.
@@ -405,6 +405,7 @@ def inception_metrics(
         "K": config.mcmc.K,
         "start": config.mcmc.start,
         "noise_scale": config.mcmc.noise_scale,
+        "denoise": config.mcmc.denoise,
         "data": source.identity,
         "pixels": "truncated" if truncate else "rounded",
         "network_input": f"(x - {centre:g}) / {centre:g}",

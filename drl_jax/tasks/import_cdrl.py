@@ -31,7 +31,12 @@ METHOD = {
     "mcmc.K": 15,
     "mcmc.b_squared": 4e-4,
     "mcmc.denoise": "tweedie",
+    "train.objective": "recovery",
+    "train.pairs": "shared",
 }
+
+# Sections whose other fields have their default values.
+SECTIONS = ("energy", "initialiser", "diffusion", "mcmc")
 
 
 def run(config: ConfigDict, workdir: epath.Path, checkpoint: str, image_size: int) -> None:
@@ -72,13 +77,19 @@ def configure(config: ConfigDict, parts: Parts, image_size: int) -> ConfigDict:
       UserError: if they do not go with the rest of the configuration.
     """
     config = config.copy_and_resolve_references()
+    for section in SECTIONS:
+        config[section] = config_lib.default()[section]
     energy, initialiser = parts.energy._asdict(), parts.initialiser._asdict()
     fields = METHOD | {
         "data.image_size": image_size,
         "data.channels": energy.pop("channels"),
         "data.classes": energy.pop("classes"),
     }
-    initialiser.pop("classes")  # the same
+    if initialiser.pop("classes") != parts.energy.classes:
+        raise UserError(
+            "the networks of the CDRL checkpoint have labels of different numbers of classes: "
+            "give a checkpoint that the authors' CDRL program wrote"
+        )
     fields |= {f"energy.{name}": value for name, value in energy.items()}
     fields |= {f"initialiser.{name}": value for name, value in initialiser.items()}
     config.update_from_flattened_dict(fields)

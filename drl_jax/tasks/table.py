@@ -101,7 +101,7 @@ CONFIG = Flag(
     "digits for configs/digits.py",
     default_help={
         "import_original": "the paper's settings for CIFAR-10",
-        "import_cdrl": "the same, except those of the method",
+        "import_cdrl": "the paper's for CIFAR-10; CDRL's for networks, levels and sampler",
         "prepare": "the paper's settings, with which --config.data.name=NAME suffices",
     },
     metavar="FILE",
@@ -155,6 +155,7 @@ PAPER = {
     "mcmc.sampler": None,
     "mcmc.K": None,
     "mcmc.start": None,
+    "mcmc.denoise": None,
     "mcmc.b_squared": None,
     "evaluation.num_samples": 50_000,
     "evaluation.num_data": 10**9,  # more than any data set has
@@ -367,7 +368,13 @@ _TASKS = (
         required=("tf_checkpoint", "image_size", "workdir"),
         trained=False,
         changeable=("",),
-        fixed=("energy.", "data.channels", "data.image_size"),  # determined by the checkpoint
+        fixed=(  # determined by the checkpoint
+            "energy.",
+            "initialiser.",
+            "data.channels",
+            "data.classes",
+            "data.image_size",
+        ),
     ),
     Task(
         "import_cdrl",

@@ -78,6 +78,9 @@ T1K = {
     "energy.parameterisation": "noise",
     "mcmc.sampler": "langevin",
     "mcmc.start": "posterior",
+    "mcmc.denoise": "no",
+    "initialiser.network": "none",
+    "initialiser.attention": (),
     "mcmc.K": 0,
     "train.objective": "denoising",
 }

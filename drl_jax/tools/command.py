@@ -1,7 +1,9 @@
-"""Reads the command line of a tool."""
+"""What the tools have in common: their command line, and their clock."""
 
+import time
 from collections.abc import Sequence
 
+import jax
 from absl import flags
 
 from drl_jax.errors import UserError
@@ -31,3 +33,12 @@ def parse(values: flags.FlagValues, argv: Sequence[str], description: str) -> bo
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}: options are --name=value")
     return True
+
+
+def clock() -> float:
+    """Returns the time that training is measured in [s]; only differences have a meaning.
+
+    It is the CPU time of this process on CPUs, and wall-clock time on accelerators.
+    """
+    on_cpu = jax.devices()[0].platform == "cpu"
+    return time.process_time() if on_cpu else time.perf_counter()

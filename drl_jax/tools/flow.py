@@ -4,13 +4,13 @@
 
 The density of a flow is exact. This one is a masked autoregressive flow (Papamakarios et al.
 2017) by the package flowjax, which has to be installed. It learns the training images of the
-configuration with the noise of level 0, by maximum likelihood, for --seconds of CPU time, or
-wall-clock time on accelerators, without compilation. The noise is drawn again for every batch.
+configuration with the noise of level 0, by maximum likelihood, for --seconds of CPU time
+(wall-clock time on accelerators); compilation does not count. Every batch has new noise.
 A tenth of the training images is set aside; the parameters with the highest likelihood of these
 are used.
 
-The result is the bound of bits per dimension on the held-out images that --mode=likelihood
-reports for an energy with the same configuration (`sampling.annealing.log_volume`).
+The result is the same upper bound of the bits per dimension of the held-out images that
+--mode=likelihood reports for an energy (`sampling.annealing.log_volume`).
 """
 
 import functools
@@ -18,7 +18,6 @@ import importlib
 import logging
 import math
 import sys
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -65,7 +64,7 @@ def bits_per_dim(
     values: int,
     schedule: NoiseSchedule,
 ) -> tuple[float, float]:
-    """Returns the bound of -log2 P(x) / D, and its standard error over the images.
+    """Returns an upper bound of -log2 P(x) / D, and its standard error over the images.
 
     Args:
       log_prob: density of images with the noise of level 0, as vectors.
@@ -96,7 +95,7 @@ def train(
       seconds: training time [s].
 
     Raises:
-      UserError: if flowjax is not installed.
+      UserError: if flowjax is not installed, there are too few images, or training diverges.
     """
     try:
         flows, distributions, eqx, paramax = map(
@@ -127,6 +126,8 @@ def train(
     optimiser = optax.adam(LEARNING_RATE)
     aside = len(x) // 10
     validation, images = jnp.asarray(x[:aside]), jnp.asarray(x[aside:])
+    if len(images) < BATCH or not aside:
+        raise UserError(f"{len(x)} training images are too few for batches of {BATCH}")
 
     @jax.jit
     def steps(params, state, key, first):
@@ -145,22 +146,18 @@ def train(
 
     state = optimiser.init(params)
     compiled = steps.lower(params, state, run_key, 0).compile()
-    best, best_loss, done, start = params, math.inf, 0, clock()
-    while clock() - start < seconds:
+    best, best_loss, best_step, done, start = params, math.inf, 0, 0, command.clock()
+    while command.clock() - start < seconds:
         params, state, validation_loss = jax.block_until_ready(
             compiled(params, state, run_key, done)
         )
         done += CHECK_EVERY
         if validation_loss < best_loss:
             best, best_loss, best_step = params, float(validation_loss), done
+    if not best_step:
+        raise UserError(f"training diverged in {done} steps; try another --seed")
     log.info("%d steps; the parameters after step %d are used", done, best_step)
     return functools.partial(jax.jit(log_prob), best)
-
-
-def clock() -> float:
-    """Returns the time that training is measured in [s]; only differences have a meaning."""
-    on_cpu = jax.devices()[0].platform == "cpu"
-    return time.process_time() if on_cpu else time.perf_counter()
 
 
 def run(config_name: str, seconds: float, seed: int) -> tuple[float, float]:
@@ -176,6 +173,8 @@ def run(config_name: str, seconds: float, seed: int) -> tuple[float, float]:
         raise UserError(
             f"{config_name}: this program needs images, and config.data.dequantise to be 0"
         )
+    if not held_out.held_out:
+        raise UserError(f"{config_name}: set config.data.test_fraction, such as 0.2")
     schedule = diffusion.schedule(
         config.diffusion.T, config.diffusion.schedule, config.diffusion.min_noise
     )

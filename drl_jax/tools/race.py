@@ -16,8 +16,8 @@ The models are those of three files in `configs/`, and two that are not energies
 - score: between diffusion and t100. The output of the network takes the place of the gradient
   of f, but the reference density is the same as in t100, that of uniform pixels.
 
-Each --variant adds a model with other settings: the name of one of these, and fields of its
-configuration with their values, separated by spaces.
+Each --variant adds a model with other settings: the name of a model above, followed by
+FIELD=VALUE for fields of its configuration, separated by spaces.
 
 Each model trains for the given time: CPU time of this process, the sum over its threads, or
 wall-clock time on accelerators. Compilation, evaluation and reading the data do not count. The
@@ -52,7 +52,6 @@ import json
 import logging
 import math
 import sys
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -100,6 +99,15 @@ WITHOUT_ENERGY = ("diffusion", "score")
 # Height and width of the images, and the distance between neighbouring pixel values in [-1, 1],
 # by the value of --data.
 DATA = {"digits": (8, 2 / 16), "mnist5k": (28, 2 / 255)}
+# Fields of a configuration that a variant cannot change.
+SET_BY_RACE = (
+    "seed",
+    "data.name",
+    "data.image_size",
+    "data.test_fraction",
+    "optim.decay_steps",
+    "train.num_steps",
+)
 TEST_FRACTION = 0.2  # of the data, as test images
 EVALUATIONS = 5  # of each model
 SPEED_STEPS = 20  # training steps that show the speed
@@ -169,7 +177,8 @@ def configuration(name: str, data: str, seed: int) -> ConfigDict:
       seed: random seed.
 
     Raises:
-      UserError: if there is no such model, its file cannot be read, or a change is not one.
+      UserError: if there is no such model, its file cannot be read, or a change names no field,
+        one that the race sets, or has a value of the wrong type.
     """
     model, *changes = name.split() or [name]
     if model not in CONFIGS:
@@ -204,6 +213,8 @@ def _set(config: ConfigDict, change: str) -> None:
     field, _, text = change.partition("=")
     if field not in dict(config_lib.flatten(config)):
         raise UserError(config_lib.unknown_field(field))
+    if field in SET_BY_RACE:
+        raise UserError(f"{change}: the race sets config.{field} itself; leave it out")
     try:
         value = ast.literal_eval(text)
     except (SyntaxError, ValueError):
@@ -269,12 +280,6 @@ def open_judge(config: ConfigDict, workdir: epath.Path) -> Judge:
     return Judge(classifier.of_data(config, source, train, labels, workdir), train, test)
 
 
-def clock() -> float:
-    """Returns the time that training is measured in [s]; only differences have a meaning."""
-    on_cpu = jax.devices()[0].platform == "cpu"
-    return time.process_time() if on_cpu else time.perf_counter()
-
-
 def evaluation_times(seconds: float) -> list[float]:
     """Returns the training times of the evaluations [s]. Each is twice the one before."""
     return [seconds / 2**i for i in reversed(range(EVALUATIONS))]
@@ -334,11 +339,11 @@ class Trainer:
         Raises:
           UserError: if training diverged.
         """
-        start = clock()
+        start = command.clock()
         self._state, metrics = jax.block_until_ready(
             self._step(self._state, self._next_batch(), self._key)
         )
-        self.seconds += clock() - start
+        self.seconds += command.clock() - start
         loop.raise_if_diverged(self.steps, jax.tree.map(np.asarray, metrics), self._limits)
         self.steps += 1
 
@@ -407,7 +412,8 @@ def race(
 
     Args:
       names: models, as `configuration` takes them.
-      samplers: with what the last evaluation of a model draws further samples, such as mala:60.
+      samplers: samplers of the further samples that the last evaluation of a model draws, such
+        as mala:60.
       seconds: training time of each model [s].
       data: one of `DATA`.
       seed: random seed.
@@ -416,8 +422,8 @@ def race(
     Returns:
       the rows of the table as JSON values: `model`, and the fields of `COLUMNS`. The first is
       that of the test images, without parameters and training. The last one of a model also has
-      `samplers`: the fields of samples drawn by each sampler. Also the names of the models
-      whose training diverged, with the message.
+      `samplers`: the fields of samples drawn by each sampler. The second result has the error
+      message of each model whose training diverged, by its name.
 
     Raises:
       UserError: if a name is unknown, or the work directory cannot be used or has other
@@ -457,6 +463,8 @@ def race(
         except DivergenceError as error:
             failed[name] = str(error)
             log.info("%s: %s", name, error)
+            rows = [row for row in rows if row["model"] != name]
+            write_json(workdir / RESULTS, {"settings": settings, "rows": rows})
     return rows, failed
 
 
@@ -514,7 +522,7 @@ def read(file: epath.Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
         if not file.exists():
             return []
         results = json.loads(file.read_text())
-        found, rows = results["settings"], results["rows"]
+        found, rows = {"samplers": []} | results["settings"], results["rows"]
     if found != settings:
         raise UserError(
             f"{file} has results with the settings {found}, not {settings}: give those, or "

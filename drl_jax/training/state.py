@@ -52,18 +52,19 @@ def learning_rate(config: ConfigDict) -> optax.Schedule:
 def initialiser_learning_rate(config: ConfigDict) -> optax.Schedule:
     """Returns the initialiser's learning rate, given the number of updates before it.
 
-    It is zero before step `config.initialiser.first_step`, where the warm-up begins. It decays
-    with that of the energy.
+    It is zero before step `config.initialiser.first_step`, and then increases linearly to
+    `config.initialiser.learning_rate`. It decays in proportion to that of the energy.
     """
-    own, end = config.initialiser, config.optim.decay_steps
-    begin = own.first_step
-    schedule = _warm_up_and_decay(
-        own.learning_rate, own.warmup_steps, max(end - begin, 1) if end else 0
+    own, optim = config.initialiser, config.optim
+    increase = optax.join_schedules(
+        [optax.constant_schedule(0.0), _warm_up_and_decay(own.learning_rate, own.warmup_steps)],
+        [own.first_step],
     )
-    return optax.join_schedules([optax.constant_schedule(0.0), schedule], [begin])
+    decay = _warm_up_and_decay(1.0, optim.warmup_steps, optim.decay_steps)
+    return lambda count: increase(count) * decay(jnp.maximum(count, optim.warmup_steps))
 
 
-def _warm_up_and_decay(rate: float, warmup: int, end: int) -> optax.Schedule:
+def _warm_up_and_decay(rate: float, warmup: int, end: int = 0) -> optax.Schedule:
     """Returns a linear increase, then a cosine decay to zero at step `end`, if it is > 0."""
     if end:
         after = optax.cosine_decay_schedule(rate, max(end - warmup, 1))
@@ -94,8 +95,19 @@ def optimiser(config: ConfigDict) -> optax.GradientTransformation:
 def _clipped(
     optimiser: optax.GradientTransformation, norm: float
 ) -> optax.GradientTransformation:
-    """Returns the optimiser of gradients that are scaled down to a norm, if it is > 0."""
-    return optax.chain(optax.clip_by_global_norm(norm), optimiser) if norm else optimiser
+    """Returns the optimiser of gradients that are scaled down to a norm, if it is > 0.
+
+    Its state has the same form for all norms, so a run can resume with another one.
+    """
+    if not norm:
+        return optimiser
+    clip = optax.clip_by_global_norm(norm)
+
+    def update(grads, state, params=None):
+        grads, _ = clip.update(grads, clip.init(grads))
+        return optimiser.update(grads, state, params)
+
+    return optax.GradientTransformation(optimiser.init, update)
 
 
 def _adam(config: ConfigDict) -> optax.GradientTransformation:

@@ -59,7 +59,8 @@ class Metrics(NamedTuple):
       grad_norm: Euclidean norm of the gradient with respect to all raw parameters together.
       examples: number of examples in each of the G `diffusion.level_groups`.
       f_pos, f_neg, displacement, acceptance, initialiser_loss: means of the `Statistics` of the
-        same names, one for each group, 0 for a group without examples; None where they are.
+        same names, one for each group, 0 for a group without examples; None where the statistic
+        is None.
     """
 
     loss: Float[Array, ""]
@@ -114,8 +115,8 @@ def from_config(config: ConfigDict) -> Training:
     """Returns the training that a configuration describes.
 
     Raises:
-      UserError: if the objective needs a chain and there is none, there is an initialiser and
-        no chain starts from it, or the networks take labels.
+      UserError: if the objective needs a chain and there is none, there is an initialiser but
+        chains do not start from it, or the networks take labels.
     """
     if config.data.classes:
         raise UserError(
@@ -213,8 +214,9 @@ def recovery_gradient(
     would tell two fixed distributions apart and grow without limit, instead of changing the
     samples until they are distributed like the data.
 
-    An initialiser, if there is one, draws the starting points ŷ of the chains, and learns from
-    their ends y_K, treated as constant: its loss is |y_K - ŷ|² (Zhu et al. 2024).
+    An initialiser, if there is one, must draw the starting points ŷ of the chains. It learns
+    from their ends y_K, treated as constant: its loss is |y_K - ŷ|² (Zhu et al. 2024). The code
+    evaluates ŷ twice, but XLA computes it once.
 
     Args:
       keys: one key per example.
