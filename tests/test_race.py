@@ -312,7 +312,7 @@ def test_a_model_that_diverges_is_left_out_and_the_others_run(
     class Diverging(FakeTrainer):
         def advance(self):
             super().advance()
-            if self.config.mcmc.K == 7 and self.seconds > 3:
+            if self.config.mcmc.K == 7 and self.steps > race.SPEED_STEPS:
                 raise DivergenceError("training diverged")
 
     monkeypatch.setattr(race, "Trainer", Diverging)

@@ -546,7 +546,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     width = max(12, *(len(row["model"]) + 1 for row in rows))
 
     def line(name: str, columns: Iterable[str]) -> str:
-        return f"{name:{width}}" + "".join(f"{cell:>12}" for cell in columns)
+        return f"{name:{width}}" + "".join(f"{cell:>14}" for cell in columns)
 
     lines = [line("", (name for name, _ in COLUMNS))]
     lines += [line(row["model"], cells(row).values()) for row in rows]
