@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from drl_jax import config as config_lib
+from drl_jax import method as method_lib
 from drl_jax.errors import UserError
 from drl_jax.runtime.progress import Progress
 from drl_jax.tools import benchmark, flops
@@ -135,6 +136,14 @@ def test_a_training_step_of_the_u_net_costs_six_forward_passes(file):
     config = benchmark.with_changes(config, benchmark.UNET)
     forward = flops.unet(size, channels, ch=32, mult=(1, 2), N=1)
     assert flops.training_step(config) == 6 * forward
+
+
+@pytest.mark.parametrize("file", ["mnist", "cifar10_cdrl"])
+def test_a_thousand_levels_of_any_configuration_cost_one_gradient_each(file):
+    """Fails if a configuration's form of f or its initialiser remains."""
+    config = benchmark.with_changes(config_lib.load(f"configs/{file}.py"), benchmark.T1K)
+    assert method_lib.from_config(config).initialiser is None
+    assert flops.sampling(config) == 2 * 1000 * flops.forward(config)
 
 
 def test_a_program_is_compiled_and_then_read_from_the_cache():

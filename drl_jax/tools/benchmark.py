@@ -79,6 +79,7 @@ T1K = {
     "mcmc.sampler": "langevin",
     "mcmc.start": "posterior",
     "mcmc.denoise": "no",
+    "energy.form": "inner_product",
     "initialiser.network": "none",
     "initialiser.attention": (),
     "mcmc.K": 0,
