@@ -45,11 +45,16 @@ def hmc_sampler():
     return Sampler(hmc.init, hmc.kernel, tuning, 1)
 
 
+def propose(x_tilde, t):
+    """Stands for an initialiser."""
+    return 0.5 * x_tilde + t[:, None]
+
+
 def make_chains(F, sampler, x_tilde, t, points, seed=0):
     """Returns new chains, and a compiled function that advances chains to step `last`."""
     keys = noise.example_keys(jax.random.key(seed), jnp.arange(len(t)))
     trace = jnp.zeros((len(t), points, S))
-    conditionals = Conditionals(F, SCHEDULE, sampler)
+    conditionals = Conditionals(F, SCHEDULE, sampler, propose)
     start = chains_lib.start(keys, conditionals, x_tilde, t, trace)
 
     @jax.jit
@@ -109,7 +114,7 @@ def test_chains_make_the_same_steps_as_generation_from_the_same_starting_points(
     start, advance = make_chains(exact_F, sampler, x_tilde, jnp.full(4, level), points=0)
     _, observation = advance(start, K)
     keys = noise.example_keys(jax.random.key(0), jnp.arange(4))
-    conditionals = Conditionals(exact_F, SCHEDULE, sampler)
+    conditionals = Conditionals(exact_F, SCHEDULE, sampler, propose)
     x = jax.jit(lambda x: ladder.descend(keys, conditionals, x, level + 1, level))(x_tilde)
     np.testing.assert_allclose(observation.x, x, rtol=1e-5, atol=1e-6)
 

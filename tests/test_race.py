@@ -358,7 +358,7 @@ def test_a_model_without_an_energy_learns_a_constant_image_and_only_its_steps_ar
 ):
     """The clock advances by one whenever it is read."""
     ticks = itertools.count()
-    monkeypatch.setattr(race, "clock", lambda: float(next(ticks)))
+    monkeypatch.setattr(race.command, "clock", lambda: float(next(ticks)))
     config = config_lib.load(str(ROOT / "configs" / "digits.py"))
     config.data.image_size, config.data.dequantise = 2, 0.0
     config.energy.ch, config.energy.N, config.energy.dropout = 32, 1, 0.0

@@ -89,7 +89,9 @@ def with_initialiser(config):
     """Returns the configuration with an initialiser, from which all chains start."""
     config = config.copy_and_resolve_references()
     config.mcmc.update(start="initialiser", K=3)
-    config.initialiser.update(network="unet", ch=8, mult=(1, 1), N=1, dropout=0.1)
+    # With one channel per group, biases that a normalisation follows would have gradients of
+    # rounding errors only, which Adam turns into steps of full length.
+    config.initialiser.update(network="unet", ch=8, mult=(1, 1), N=1, groups=2, dropout=0.1)
     config.initialiser.update(learning_rate=1e-3, warmup_steps=10, first_step=0)
     config.optim.clip_norm = 1.0
     return config

@@ -284,6 +284,7 @@ def test_fid_says_by_which_protocol_it_was_computed_and_if_it_compares_with_publ
         "K": 30,
         "start": "x_tilde",
         "noise_scale": 0.99,
+        "denoise": "no",
         "data": source.identity,
         "pixels": "truncated",
         "network_input": "(x - 127.5) / 127.5",

@@ -279,7 +279,8 @@ def generate(
     remove (`finished`).
     """
     schedule = conditionals.schedule
-    return complete(keys, conditionals, white_noise(keys, shape, schedule), schedule.T)
+    x_T = white_noise(keys, shape, schedule)
+    return finished(conditionals, descend(keys, conditionals, x_T, schedule.T, 0))
 
 
 def complete(
