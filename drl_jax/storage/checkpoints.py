@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 from drl_jax import config as config_lib
 from drl_jax.errors import UserError, as_user_error
 from drl_jax.runtime import processes
-from drl_jax.storage.atomic import write_json
+from drl_jax.storage.atomic import make_writable, write_json
 
 log = logging.getLogger(__name__)
 
@@ -287,6 +287,29 @@ def require_usable(workdir: epath.Path) -> None:
             f"checkpoints cannot be kept in {path!r}, because its path contains "
             f"{' and '.join(map(repr, wrong))}: rename the folder, or give another --workdir"
         )
+
+
+def require_none(workdir: epath.Path) -> None:
+    """Raises unless a work directory can have checkpoints and has none.
+
+    Raises:
+      UserError: as `require_usable` does, or if there are checkpoints.
+    """
+    require_usable(workdir)
+    folder = workdir / FOLDER
+    if folder.exists() and any(folder.iterdir()):
+        raise UserError(f"{workdir} already holds checkpoints: give another --workdir")
+
+
+def save_first(workdir: epath.Path, config: ConfigDict, step: int, state: PyTree) -> None:
+    """Makes a work directory and saves a state as its first checkpoint.
+
+    Raises:
+      UserError: if the folder cannot be written to.
+    """
+    make_writable(workdir)
+    with Checkpoints(workdir, config) as checkpoints:
+        checkpoints.save(step, state)
 
 
 def exist(workdir: epath.Path) -> bool:

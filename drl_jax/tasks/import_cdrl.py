@@ -11,9 +11,7 @@ from drl_jax.errors import UserError
 from drl_jax.networks.initialiser import NAME
 from drl_jax.storage import cdrl_checkpoint
 from drl_jax.storage import checkpoints as checkpoints_lib
-from drl_jax.storage.atomic import make_writable
 from drl_jax.storage.cdrl_checkpoint import Parts
-from drl_jax.storage.checkpoints import Checkpoints
 from drl_jax.training import state as train_state
 from drl_jax.training.state import TrainState
 
@@ -56,16 +54,12 @@ def run(config: ConfigDict, workdir: epath.Path, checkpoint: str, image_size: in
       UserError: if `workdir` already holds checkpoints or cannot be written to, or the
         checkpoint cannot be used (see `storage.cdrl_checkpoint`).
     """
-    checkpoints_lib.require_usable(workdir)
-    folder = workdir / checkpoints_lib.FOLDER
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{workdir} already holds checkpoints: give another --workdir")
+    checkpoints_lib.require_none(workdir)
     parts = cdrl_checkpoint.extract(cdrl_checkpoint.read(checkpoint), image_size)
     config = configure(config, parts, image_size)
     state = to_state(parts, config)
-    make_writable(workdir)  # last, so that a checkpoint that cannot be used leaves no folder
-    with Checkpoints(workdir, config) as checkpoints:
-        checkpoints.save(int(state.step), state)
+    # Last, so that a checkpoint that cannot be used leaves no folder.
+    checkpoints_lib.save_first(workdir, config, int(state.step), state)
     network = ", ".join(f"{name} = {value}" for name, value in parts.energy._asdict().items())
     log.info("imported an energy with %s, and its initialiser, into %s", network, workdir)
 

@@ -8,11 +8,8 @@ import optax
 from etils import epath
 from ml_collections import ConfigDict
 
-from drl_jax.errors import UserError
 from drl_jax.storage import checkpoints as checkpoints_lib
 from drl_jax.storage import tf_checkpoint as tf_checkpoint_lib
-from drl_jax.storage.atomic import make_writable
-from drl_jax.storage.checkpoints import Checkpoints
 from drl_jax.training import state as train_state
 from drl_jax.training.state import TrainState
 
@@ -36,16 +33,12 @@ def run(config: ConfigDict, workdir: epath.Path, tf_checkpoint: str, image_size:
       UserError: if `workdir` already holds checkpoints or cannot be written to, or the
         checkpoint cannot be used (see `storage.tf_checkpoint`).
     """
-    checkpoints_lib.require_usable(workdir)
-    folder = workdir / checkpoints_lib.FOLDER
-    if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{workdir} already holds checkpoints: give another --workdir")
+    checkpoints_lib.require_none(workdir)
     tensors = tf_checkpoint_lib.read(tf_checkpoint)
     config = tf_checkpoint_lib.configure(config, tensors, image_size)
     state = to_state(tf_checkpoint_lib.extract(tensors, config), config)
-    make_writable(workdir)  # last, so that a checkpoint that cannot be used leaves no folder
-    with Checkpoints(workdir, config) as checkpoints:
-        checkpoints.save(int(state.step), state)
+    # Last, so that a checkpoint that cannot be used leaves no folder.
+    checkpoints_lib.save_first(workdir, config, int(state.step), state)
     network = ", ".join(f"{name} = {value}" for name, value in config.energy.items())
     log.info("imported step %d of a network with %s into %s", state.step, network, workdir)
 

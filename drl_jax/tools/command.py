@@ -1,12 +1,47 @@
 """What the tools have in common: their command line, and their clock."""
 
+import logging
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 from absl import flags
 
 from drl_jax.errors import UserError
+from drl_jax.runtime import cpu_devices
+
+
+def set_up() -> None:
+    """Shows the log, and makes one device per CPU core, for tools that train."""
+    logging.basicConfig(format="%(message)s", level=logging.ERROR, force=True)
+    logging.getLogger("drl_jax").setLevel(logging.INFO)
+    if not cpu_devices.set_by_user():
+        jax.config.update("jax_num_cpu_devices", cpu_devices.count())
+
+
+def execute(
+    tool: Callable[[], None], values: flags.FlagValues, argv: Sequence[str], description: str
+) -> int:
+    """Parses the options of a tool, runs it, and returns the exit status.
+
+    It is 1 after a `UserError`, which is printed as one line, and 130 after Ctrl-C.
+
+    Args:
+      tool: what to do when `values` have been parsed.
+      values: as `parse` takes it.
+      argv: likewise.
+      description: likewise.
+    """
+    try:
+        if parse(values, argv, description):
+            tool()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
 
 
 def parse(values: flags.FlagValues, argv: Sequence[str], description: str) -> bool:

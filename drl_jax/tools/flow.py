@@ -33,7 +33,6 @@ from drl_jax import diffusion, noise
 from drl_jax.data import pipeline, sources
 from drl_jax.diffusion import NoiseSchedule
 from drl_jax.errors import UserError, not_installed
-from drl_jax.runtime import cpu_devices
 from drl_jax.sampling import annealing
 from drl_jax.tools import command
 
@@ -202,23 +201,15 @@ def define_flags() -> flags.FlagValues:
 
 def main(argv: Sequence[str]) -> int:
     """Prints the result and returns the exit status."""
-    try:
-        values = define_flags()
-        if not command.parse(values, argv, __doc__):
-            return 0
+    values = define_flags()
+
+    def tool() -> None:
         bits, error = run(values.config, values.seconds, values.seed)
         print(f"{bits:.3f} bits per dimension, standard error over the images {error:.3f}")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+
+    return command.execute(tool, values, argv, __doc__)
 
 
 if __name__ == "__main__":
-    logging.basicConfig(format="%(message)s", level=logging.ERROR, force=True)
-    logging.getLogger("drl_jax").setLevel(logging.INFO)
-    if not cpu_devices.set_by_user():
-        jax.config.update("jax_num_cpu_devices", cpu_devices.count())
+    command.set_up()
     sys.exit(main(sys.argv))

@@ -61,7 +61,6 @@ from jaxtyping import Array, DTypeLike, Float, Int, Key
 from drl_jax import diffusion, noise, recovery
 from drl_jax import method as method_lib
 from drl_jax.data import pipeline, sources
-from drl_jax.errors import UserError
 from drl_jax.mcmc.log_density import value_and_gradient
 from drl_jax.method import Method
 from drl_jax.metrics import frechet
@@ -617,19 +616,16 @@ def define_flags() -> flags.FlagValues:
 
 def main(argv: Sequence[str]) -> int:
     """Prints the table, writes the JSON and returns the exit status."""
-    try:
-        values = define_flags()
-        if not command.parse(values, argv, __doc__):
-            return 0
+    values = define_flags()
+
+    def tool() -> None:
         run = runs.load(values.model)
         result = compare(run, values.images, values.K, values.samples)
         print(table(result))
         if values.json:
             write_json(epath.Path(values.json), result)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+
+    return command.execute(tool, values, argv, __doc__)
 
 
 if __name__ == "__main__":

@@ -79,7 +79,7 @@ from drl_jax.networks.image_mlp import ImageMLP
 from drl_jax.plots import figures
 from drl_jax.plots.figures import Panel
 from drl_jax.recovery import Parameterisation, no_reference
-from drl_jax.runtime import cpu_devices, sharding
+from drl_jax.runtime import sharding
 from drl_jax.storage.atomic import make_writable, write_json
 from drl_jax.tools import command
 from drl_jax.training import loop
@@ -622,10 +622,9 @@ def define_flags() -> flags.FlagValues:
 
 def main(argv: Sequence[str]) -> int:
     """Prints the table and returns the exit status."""
-    try:
-        values = define_flags()
-        if not command.parse(values, argv, __doc__):
-            return 0
+    values = define_flags()
+
+    def tool() -> None:
         workdir = epath.Path(values.workdir).expanduser()
         rows, failed = race(
             [*values.racers, *values.variant],
@@ -638,17 +637,10 @@ def main(argv: Sequence[str]) -> int:
         print(table(rows))
         if failed:
             raise UserError("; ".join(f"{name}: {error}" for name, error in failed.items()))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:  # the results so far have been written
-        return 130
-    return 0
+
+    return command.execute(tool, values, argv, __doc__)
 
 
 if __name__ == "__main__":
-    logging.basicConfig(format="%(message)s", level=logging.ERROR, force=True)
-    logging.getLogger("drl_jax").setLevel(logging.INFO)
-    if not cpu_devices.set_by_user():
-        jax.config.update("jax_num_cpu_devices", cpu_devices.count())
+    command.set_up()
     sys.exit(main(sys.argv))
