@@ -43,8 +43,8 @@ def default() -> ConfigDict:
                 "channels": 3,  # per pixel; for points, the number of coordinates
                 "crop": "centre",  # 'centre': to a square before resizing; 'none': no crop
                 "flip": True,  # random horizontal flips
-                # Number of classes of the labels that the networks take; 0: no labels. Only
-                # imported models can have labels so far.
+                # Number of classes of the data's labels, if the networks take them; 0: they
+                # take none. The data must have as many classes.
                 "classes": 0,
                 # Width of the uniform noise added to pixels in [-1, 1]: 0, or the distance
                 # between neighbouring pixel values (2/255 for 8 bits).
@@ -140,6 +140,9 @@ def default() -> ConfigDict:
                 # Distribution of t: 'uniform', or 'log_snr', about uniform in the logarithm of
                 # the signal-to-noise ratio of level t.
                 "levels": "uniform",
+                # Probability with which an example's label is replaced by 0, none, so that the
+                # networks learn the density without a label, too. Guidance needs both.
+                "label_dropout": 0.1,
                 "batch_size": 256,
                 "accumulate": 1,  # gradient accumulation: micro-batches per device and step
                 "num_steps": 1_000_000,  # n_iters in the authors' config.py
@@ -250,6 +253,7 @@ MINIMUM = {
     "data.test_fraction": 0,
     "diffusion.min_noise": 0,
     "energy.dropout": 0,
+    "train.label_dropout": 0,
     "energy.ch": 4,  # the embedding of t has ch / 2 frequencies, at least two
     "initialiser.ch": 4,
     "initialiser.dropout": 0,
@@ -277,6 +281,7 @@ BELOW = {
     "diffusion.min_noise": 0.9,
     "mcmc.target_acceptance": 1,
     "energy.dropout": 1,
+    "train.label_dropout": 1,
     "initialiser.dropout": 1,
     "optim.beta1": 1,
     "optim.ema_decay": 1,
@@ -472,14 +477,12 @@ def validate(config: ConfigDict) -> None:
             "this needs config.energy.network 'unet' or 'image_mlp', and "
             "config.energy.parameterisation 'uniform'",
         )
-    if config.data.classes and config.energy.network not in ("cdrl_resnet", "unet"):
+    if config.data.classes and config.energy.network == "resnet":
         raise invalid(
             "data.classes",
-            f"config.energy.network {config.energy.network!r} takes no labels; use 0, "
-            "'cdrl_resnet' or 'unet'",
+            "config.energy.network 'resnet', the paper's, takes no labels; use 0, or another "
+            "network such as 'cdrl_resnet'",
         )
-    if config.data.classes and config.initialiser.network == "mlp":
-        raise invalid("data.classes", "config.initialiser.network 'mlp' takes no labels; use 0")
     is_points = config.energy.network == "mlp"
     if config.initialiser.network == "unet" and is_points:
         raise invalid("initialiser.network", "points are not images; use 'mlp'")

@@ -10,7 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key, Shaped
+from jaxtyping import Array, Float, Int, Key, Shaped
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from drl_jax import config as config_lib
@@ -20,7 +20,7 @@ from drl_jax.data.mixtures import Mixture
 from drl_jax.diffusion import NoiseSchedule
 from drl_jax.errors import UserError
 from drl_jax.mcmc import hmc, langevin, mala
-from drl_jax.networks import image_mlp, initialiser, mlp, resnet, unet
+from drl_jax.networks import guidance, image_mlp, initialiser, mlp, resnet, unet
 from drl_jax.networks.energy import (
     FORMS,
     Energy,
@@ -66,16 +66,36 @@ class Method(NamedTuple):
     mcmc: FrozenConfigDict = FrozenConfigDict(config_lib.default().mcmc)
     initialiser: Initialiser | None = None
 
-    def F(self, params: Params, keys: Key[Array, "B"] | None = None) -> LevelFn:
-        """Returns the log-density of every level, up to a constant, as a function of (y, t).
+    def f(
+        self,
+        params: Params,
+        keys: Key[Array, "B"] | None = None,
+        label: Int[Array, "B"] | None = None,
+    ) -> LevelFn:
+        """Returns the network f as a function of (x, t).
 
         Args:
-          params: parameters of the network, spectrally normalised.
+          params: parameters of the network, spectrally normalised. They can contain a condition
+            (`guidance.with_condition`).
           keys: one random key per example, for dropout in training; None: no dropout.
+          label: the class of each example, instead of the condition's.
         """
         f = functools.partial(self.energy.f, params)
         if keys is not None:
             f = functools.partial(f, keys=keys)
+        return guidance.conditioned(f, params, label)
+
+    def F(
+        self,
+        params: Params,
+        keys: Key[Array, "B"] | None = None,
+        label: Int[Array, "B"] | None = None,
+    ) -> LevelFn:
+        """Returns the log-density of every level, up to a constant, as a function of (y, t).
+
+        The arguments are those of `f`.
+        """
+        f = self.f(params, keys, label)
         if MIXTURE not in params:
             return recovery.log_density(f, self.parameterisation)
         mixture = Mixture(**jax.lax.stop_gradient(params[MIXTURE]))
@@ -89,31 +109,41 @@ class Method(NamedTuple):
         parameterisation = Parameterisation(tau, reference)
         return recovery.log_density(recovery.limited(f, tau), parameterisation)
 
-    def propose(self, params: Params, keys: Key[Array, "B"] | None = None) -> ProposeFn | None:
+    def propose(
+        self,
+        params: Params,
+        keys: Key[Array, "B"] | None = None,
+        label: Int[Array, "B"] | None = None,
+    ) -> ProposeFn | None:
         """Returns the initialiser's prediction g of y as a function of (x_tilde, t).
 
-        The result is None without an initialiser. The arguments are those of `F`.
+        The result is None without an initialiser. The arguments are those of `f`.
         """
         if self.initialiser is None:
             return None
         g = functools.partial(self.initialiser.g, params[initialiser.NAME])
-        return g if keys is None else functools.partial(g, keys=keys)
+        if keys is not None:
+            g = functools.partial(g, keys=keys)
+        return guidance.conditioned(g, params, label)
 
     def conditionals(
         self,
         params: Params,
         tuning: dict[str, Shaped[Array, "T"]] | None = None,
         keys: Key[Array, "B"] | None = None,
+        label: Int[Array, "B"] | None = None,
     ) -> Conditionals:
         """Returns the conditionals of all levels.
 
         Args:
-          params: parameters of the networks, spectrally normalised.
+          params: parameters of the networks, as for `f`.
           tuning: settings of the kernel that replace those of `sampler`, if given.
           keys: one random key per example, for the initialiser's dropout; None: no dropout.
+          label: the class of each example, instead of the condition's.
         """
         sampler = self.sampler if tuning is None else self.sampler._replace(tuning=tuning)
-        return Conditionals(self.F(params), self.schedule, sampler, self.propose(params, keys))
+        F, propose = self.F(params, label=label), self.propose(params, keys, label)
+        return Conditionals(F, self.schedule, sampler, propose)
 
 
 def with_mixture(params: Params, mixture: Mixture) -> Params:
@@ -245,7 +275,7 @@ def make_energy(config: ConfigDict, schedule: NoiseSchedule, dtype: str) -> Ener
     levels, classes = schedule.conditioning[:-1], config.data.classes
     outputs = 2 if config.energy.form == "mixture" else 1
     if config.energy.network == "mlp":
-        energy = mlp.energy(channels, ch, N, config.diffusion.T)
+        energy = mlp.energy(channels, ch, N, config.diffusion.T, classes)
     elif config.energy.network == "image_mlp":
         energy = image_mlp.energy(
             shape=(size, size, channels),
@@ -255,6 +285,7 @@ def make_energy(config: ConfigDict, schedule: NoiseSchedule, dtype: str) -> Ener
             form=form,
             levels=levels,
             outputs=outputs,
+            classes=classes,
         )
     elif config.energy.network == "unet":
         network = unet.network(
@@ -292,7 +323,9 @@ def make_initialiser(
     if own.network == "none":
         return None
     if own.network == "mlp":
-        network: nn.Module = ImageMLP(width=own.ch, depth=own.N, dropout=own.dropout)
+        network: nn.Module = ImageMLP(
+            width=own.ch, depth=own.N, dropout=own.dropout, classes=data.classes
+        )
     else:
         network = unet.network(
             data.image_size,

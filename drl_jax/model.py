@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+import math
 import numbers
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -17,7 +18,9 @@ from drl_jax import method as method_lib
 from drl_jax import noise
 from drl_jax.errors import UserError
 from drl_jax.method import Method
+from drl_jax.networks import guidance as guidance_lib
 from drl_jax.networks.energy import Params
+from drl_jax.networks.guidance import Condition
 from drl_jax.noise import AnyKey
 from drl_jax.runtime import sharding
 from drl_jax.runtime.batching import Engine
@@ -41,8 +44,9 @@ class Programs(NamedTuple):
 
     Attributes:
       f: (params, x, t, label) -> f(x, t, label).
-      F: (params, x, t) -> F(x, t).
+      F: (params, x, t, label) -> F(x, t, label).
       propose: (params, x_tilde, t, label) -> the initialiser's prediction, if there is one.
+      classify: (params, x, t, log_prior) -> log p(label | x).
       generate, descend, complete, inpaint, start_chains, advance_chains: the functions of
         `sampling`, compiled by `Model.compile`.
     """
@@ -50,6 +54,7 @@ class Programs(NamedTuple):
     f: Callable
     F: Callable
     propose: Callable
+    classify: Callable
     generate: Callable
     descend: Callable
     complete: Callable
@@ -67,7 +72,7 @@ class Model:
 
     Attributes:
       method: network, noise levels and sampler.
-      params: normalised parameters.
+      params: normalised parameters, and the condition of `given`, if there is one.
       engine: runs programs in batches on the devices.
       programs: compiled programs, none of which depends on the values of the parameters or
         of the sampler's tuning.
@@ -93,20 +98,30 @@ class Model:
         """
         engine = Engine(mesh, batch_size)
         propose: Any = method.propose  # returns None without an initialiser
+
+        def classify(params, x, t, log_prior):
+            F = functools.partial(method.F, params)
+            labels = 1 + jnp.arange(method.energy.classes)
+            values = jax.lax.map(lambda label: F(label=jnp.full(len(x), label))(x, t), labels)
+            return jax.nn.log_softmax(values.T + log_prior, axis=1)
+
         programs = Programs(
             f=jax.jit(
                 full_precision(
-                    lambda params, x, t, label=None: method.energy.f(
-                        params, x, t, **({} if label is None else {"label": label})
-                    )
+                    lambda params, x, t, label=None: method.f(params, label=label)(x, t)
                 )
             ),
-            F=jax.jit(full_precision(lambda params, x, t: method.F(params)(x, t))),
+            F=jax.jit(
+                full_precision(
+                    lambda params, x, t, label=None: method.F(params, label=label)(x, t)
+                )
+            ),
             propose=jax.jit(
                 full_precision(
-                    lambda params, x, t, label=None: propose(params)(x, t, label=label)
+                    lambda params, x, t, label=None: propose(params, label=label)(x, t)
                 )
             ),
+            classify=jax.jit(full_precision(classify)),
             generate=_compile(
                 engine,
                 method,
@@ -140,6 +155,11 @@ class Model:
         return self.method.energy.shape
 
     @property
+    def classes(self) -> int:
+        """Number of classes of the labels; 0 if the model takes none."""
+        return self.method.energy.classes
+
+    @property
     def T(self) -> int:
         """Number of energies; the noise levels are 0..T."""
         return self.method.schedule.T
@@ -157,6 +177,25 @@ class Model:
     def with_params(self, params: Params) -> "Model":
         """Returns a model with other (normalised) parameters. Nothing is compiled again."""
         return dataclasses.replace(self, params=params)
+
+    def given(self, label: Shaped[ArrayLike, ""], guidance: float = 0.0) -> "Model":
+        """Returns the model of a class: the density p(x | label), and its samples.
+
+        All methods of the result use this label. Other labels and weights need no new
+        compilation.
+
+        Args:
+          label: a class in 1..classes, or 0 for none.
+          guidance: weight w of classifier-free guidance (`networks.guidance`); 0: none. With
+            w > 0, samples are more typical of their class than those of p(x | label).
+
+        Raises:
+          UserError: if the model has no classes, the label does not exist, the weight is not
+            finite, or there is a weight but no label.
+        """
+        (checked,) = self._labels(np.reshape(label, (1,)), 1)
+        condition = Condition(checked, _weight(guidance, bool(checked)))
+        return self.with_params(guidance_lib.with_condition(self.params, condition))
 
     def with_step_size(self, step_size: Float[ArrayLike, "T"]) -> "Model":
         """Returns a model with other step sizes. Nothing is compiled again.
@@ -181,9 +220,9 @@ class Model:
     ) -> Float[Array, "B"]:
         """Returns the network's output at levels t in 0..T-1, for labels in 0..classes.
 
-        Label 0 stands for none; None gives 0 to all. While JAX traces a function, as in
-        `jax.jit`, the values of traced levels and labels are unknown. They are not checked
-        then, and one that does not exist gives a wrong result.
+        Label 0 stands for none; None gives all the label of `given`, or none. While JAX traces
+        a function, as in `jax.jit`, the values of traced levels and labels are unknown. They
+        are not checked then, and one that does not exist gives a wrong result.
 
         Raises:
           UserError: if the arrays do not fit the model or each other, x are integers, such as
@@ -192,16 +231,52 @@ class Model:
         return self._evaluate(self.programs.f, x, t, label)
 
     def log_density(
-        self, x: Float[ArrayLike, "B *D"], t: Int[ArrayLike, "B"]
+        self,
+        x: Float[ArrayLike, "B *D"],
+        t: Int[ArrayLike, "B"],
+        label: Int[ArrayLike, "B"] | None = None,
     ) -> Float[Array, "B"]:
         """Returns F(x, t), the log-density of level t in 0..T-1 up to a constant [nats].
 
-        As for `f`, traced levels are not checked.
+        The constant depends on the level and the label. Labels are those of `f`. As for `f`,
+        traced values are not checked.
 
         Raises:
           UserError: for the same reasons as `f`.
         """
-        return self._evaluate(self.programs.F, x, t)
+        return self._evaluate(self.programs.F, x, t, label)
+
+    def classify(
+        self,
+        x: Float[ArrayLike, "B *D"],
+        t: Int[ArrayLike, "B"],
+        log_prior: Float[ArrayLike, "classes"] | None = None,
+    ) -> Float[Array, "B classes"]:
+        """Returns log p(label | x) for labels 1..classes, at levels t in 0..T-1.
+
+            p(label | x) ∝ exp(F(x, t, label) + log_prior[label - 1])
+
+        F is known up to a constant for each label, so a classifier needs values of `log_prior`
+        that make up for them. `metrics.labels.fit_prior` finds them with labelled data.
+
+        Args:
+          x: data at level t, times a_{t+1} (1 at t = T - 1), like y in the docs.
+          t: levels.
+          log_prior: logarithm of the prior, minus log Z of every label; None: zeros.
+
+        Raises:
+          UserError: for the same reasons as `f`, or if the model has no classes.
+        """
+        classes = self.classes
+        self._require_classes()
+        prior = np.zeros(classes) if log_prior is None else np.asarray(log_prior)
+        if prior.shape != (classes,):
+            raise UserError(
+                f"log_prior has shape {prior.shape}: give {classes} numbers, one per class"
+            )
+        return self._evaluate(
+            self.programs.classify, x, t, shape=(classes,), log_prior=jnp.float32(prior)
+        )
 
     def propose(
         self,
@@ -220,28 +295,47 @@ class Model:
             raise UserError(
                 "this model has no initialiser: train one with config.initialiser.network"
             )
-        return self._evaluate(self.programs.propose, x_tilde, t, label, self.shape)
+        return self._evaluate(self.programs.propose, x_tilde, t, label, shape=self.shape)
 
-    def sample(self, key: AnyKey, n: int) -> Float[np.ndarray, "n *D"]:
-        """Draws n samples. The i-th depends only on the key and i, not on n.
+    def sample(
+        self,
+        key: AnyKey,
+        n: int,
+        label: Shaped[ArrayLike, "..."] | None = None,
+        guidance: float = 0.0,
+    ) -> Float[np.ndarray, "n *D"]:
+        """Draws n samples. The i-th depends only on the key, its label and i, not on n.
 
         For equal batch sizes, this is true bit for bit. Another batch size needs another
         compiled program, with other rounding errors, which a chain can amplify to visible
         differences.
 
-        Raises:
-          UserError: if n < 0, or `key` is not a random key.
-        """
-        return np.concatenate(list(self.sample_batches(key, n)))
+        Args:
+          key: random key.
+          n: number of samples.
+          label: class of all samples, or one per sample; None: that of `given`, or none.
+          guidance: weight of guidance, with a label (`given`).
 
-    def sample_batches(self, key: AnyKey, n: int) -> Iterator[Float[np.ndarray, "B *D"]]:
+        Raises:
+          UserError: if n < 0, `key` is not a random key, or the labels or the weight cannot be
+            used (`given`).
+        """
+        return np.concatenate(list(self.sample_batches(key, n, label, guidance)))
+
+    def sample_batches(
+        self,
+        key: AnyKey,
+        n: int,
+        label: Shaped[ArrayLike, "..."] | None = None,
+        guidance: float = 0.0,
+    ) -> Iterator[Float[np.ndarray, "B *D"]]:
         """Draws n samples batch by batch, so that the memory needed does not grow with n.
 
-        Raises:
-          UserError: if n < 0, or `key` is not a random key.
+        The arguments and errors are those of `sample`.
         """
         require_at_least(0, n=n)
-        return self.run(self.programs.generate, key, np.arange(n))
+        model, labels = self._conditioned(label, guidance, n)
+        return model.run(self.programs.generate, key, np.arange(n), labels=labels)
 
     def descend(
         self, key: AnyKey, x: Float[ArrayLike, "n *D"], top: int, bottom: int
@@ -268,7 +362,13 @@ class Model:
         )
 
     def interpolate(
-        self, key: AnyKey, pairs: int, frames: int, level: int | None = None
+        self,
+        key: AnyKey,
+        pairs: int,
+        frames: int,
+        level: int | None = None,
+        label: Shaped[ArrayLike, ""] | None = None,
+        guidance: float = 0.0,
     ) -> Float[np.ndarray, "pairs frames H W C"]:
         """Interpolates between samples through a noise level (`interpolation.sample_strips`).
 
@@ -280,10 +380,14 @@ class Model:
           frames: number of images per strip, including both ends.
           level: noise level at which the pairs are interpolated, in 1..T; by default
             `interpolation.sample_level`.
+          label: class of all samples; None: that of `given`, or none.
+          guidance: weight of guidance, with a label (`given`).
 
         Raises:
-          UserError: if the level is not in 1..T, pairs < 0, or frames < 1.
+          UserError: if the level is not in 1..T, pairs < 0, frames < 1, or the label or the
+            weight cannot be used (`given`).
         """
+        model, _ = self._conditioned(label, guidance, 1)
         require_key(key)
         require_at_least(0, pairs=pairs)
         require_at_least(1, frames=frames)
@@ -292,9 +396,9 @@ class Model:
         level = interpolation.sample_level(schedule) if level is None else level
         interpolation.require_level(level, schedule.T)
         x_T = ladder.white_noise(keys, self.shape, schedule)
-        ends = self.descend(key, x_T, schedule.T, level)
+        ends = model.descend(key, x_T, schedule.T, level)
         strips = _sample_strips(ends[:pairs], ends[pairs:], frames)
-        return self._recover_strips(key, strips, level)
+        return model._recover_strips(key, strips, level)
 
     def interpolate_images(
         self,
@@ -303,6 +407,8 @@ class Model:
         last: ArrayLike,
         frames: int,
         level: int,
+        label: Shaped[ArrayLike, ""] | None = None,
+        guidance: float = 0.0,
     ) -> Float[np.ndarray, "pairs frames H W C"]:
         """Interpolates between given images through a noise level.
 
@@ -315,11 +421,14 @@ class Model:
           frames: number of images per strip, including both ends.
           level: noise level in 1..T at which the images are interpolated. At 1 they hardly
             change; at T nothing of them is left.
+          label: class of the images in between; None: that of `given`, or none.
+          guidance: weight of guidance, with a label (`given`).
 
         Raises:
-          UserError: if the images do not fit the model, the level is not in 1..T, or
-            frames < 1.
+          UserError: if the images do not fit the model, the level is not in 1..T, frames < 1,
+            or the label or the weight cannot be used (`given`).
         """
+        model, _ = self._conditioned(label, guidance, 1)
         require_key(key)
         require_at_least(1, frames=frames)
         schedule = self.method.schedule
@@ -332,7 +441,7 @@ class Model:
         interpolation.require_level(level, schedule.T)
         keys = noise.example_keys(key, jnp.arange(len(starts)))
         strips = _image_strips(keys, starts, ends, frames, level, schedule)
-        return self._recover_strips(key, strips, level)
+        return model._recover_strips(key, strips, level)
 
     def inpaint(
         self,
@@ -341,6 +450,8 @@ class Model:
         known: ArrayLike,
         completions: int = 1,
         rounds: int = 10,
+        label: Shaped[ArrayLike, "..."] | None = None,
+        guidance: float = 0.0,
     ) -> Float[np.ndarray, "n completions H W C"]:
         """Draws the unknown pixels of images given the known ones (`inpainting.inpaint`).
 
@@ -350,26 +461,30 @@ class Model:
           known: mask [H, W, 1] of bool, true where a pixel is known; see `masks.named`.
           completions: number of completions per image.
           rounds: number of times that each level is drawn; see `inpainting`.
+          label: class of all images, or one per image; None: that of `given`, or none.
+          guidance: weight of guidance, with a label (`given`).
 
         Returns:
           images that are equal to x at known pixels.
 
         Raises:
-          UserError: if the images or the mask do not fit the model, completions < 0, or
-            rounds < 1.
+          UserError: if the images or the mask do not fit the model, completions < 0,
+            rounds < 1, or the labels or the weight cannot be used (`given`).
         """
         require_at_least(0, completions=completions)
         require_at_least(1, rounds=rounds)
         images, known = as_images(x, self.shape), np.asarray(known)
         masks.require_mask(known, self.shape)
+        model, labels = self._conditioned(label, guidance, len(images))
         n = len(images) * completions
         completed = _concatenate(
-            self.run(
+            model.run(
                 self.programs.inpaint,
                 key,
                 np.arange(n),
                 np.repeat(images, completions, axis=0),
                 np.broadcast_to(known, (n, *known.shape)),
+                labels=None if labels is None else np.repeat(labels, completions),
                 rounds=rounds,
             )
         )
@@ -383,6 +498,8 @@ class Model:
         num_steps: int,
         chains: Chains | None = None,
         points: int = chains_lib.POINTS,
+        label: Shaped[ArrayLike, "..."] | None = None,
+        guidance: float = 0.0,
     ) -> tuple[Chains, Observation]:
         """Runs chains on p(y | x_tilde) up to step `num_steps`.
 
@@ -397,33 +514,39 @@ class Model:
           num_steps: total number of steps, including those made before.
           chains: chains to continue; None starts new ones.
           points: maximum length of a new chain's trace, even; 0 for no trace.
+          label: class of all chains, or one per chain; None: that of `given`, or none.
+          guidance: weight of guidance, with a label (`given`).
 
         Returns:
           the chains with their traces, and their present positions, as numpy arrays.
 
         Raises:
-          UserError: if the arrays do not fit the model or each other, or a level is not in
-            0..T-1.
+          UserError: if the arrays do not fit the model or each other, a level is not in
+            0..T-1, or the labels or the weight cannot be used (`given`).
         """
         x_tilde, t = np.asarray(x_tilde), np.asarray(t)
         require_examples(x_tilde, self.shape)
         self._require_levels(t, len(x_tilde))
         x_tilde, t = x_tilde.astype(np.float32), t.astype(np.int32)
         indices = np.arange(len(t))
+        model, labels = self._conditioned(label, guidance, len(t))
         if chains is None:
             trace = np.zeros((len(t), points, 1 + chains_lib.PROJECTIONS), np.float32)
             chains = _concatenate(
-                self.run(self.programs.start_chains, key, indices, x_tilde, t, trace)
+                model.run(
+                    self.programs.start_chains, key, indices, x_tilde, t, trace, labels=labels
+                )
             )
         first = int(np.max(chains.step, initial=0))  # the same for all chains
         return _concatenate(
-            self.run(
+            model.run(
                 self.programs.advance_chains,
                 key,
                 indices,
                 chains,
                 x_tilde,
                 t,
+                labels=labels,
                 first=first,
                 last=max(first, num_steps),
             )
@@ -536,6 +659,7 @@ class Model:
         key: AnyKey,
         indices: Int[np.ndarray, "n"],
         *arrays: Any,
+        labels: Int[np.ndarray, "n"] | None = None,
         **settings: Any,
     ) -> Iterator[Any]:
         """Runs a compiled program on n examples and yields its results batch by batch.
@@ -545,6 +669,7 @@ class Model:
           key: random key.
           indices: numbers that are folded into the key, one per example.
           *arrays: trees of arrays with the examples along the first axis.
+          labels: one label per example; None: that of `given`, or none.
           **settings: trees of numbers, the same for all examples. They are traced, so other
             values need no new compilation.
 
@@ -552,18 +677,18 @@ class Model:
           UserError: if `key` is not a random key.
         """
         require_key(key)
-        shared, examples = self.arguments(key, indices, *arrays, **settings)
+        shared, examples = self.arguments(key, indices, *arrays, labels=labels, **settings)
         return self.engine.run(compiled, shared, self.engine.split(examples))
 
     def arguments(
-        self, key: AnyKey, indices: Any, *arrays: Any, **settings: Any
+        self, key: AnyKey, indices: Any, *arrays: Any, labels: Any = None, **settings: Any
     ) -> tuple[Any, Any]:
         """Returns the two arguments of a compiled program: shared values, and examples.
 
         The arguments of this method are those of `run`.
         """
         shared = self.params, self.method.sampler.tuning, key, settings
-        return shared, (indices, arrays)
+        return shared, (indices, labels, arrays)
 
     def _evaluate(
         self,
@@ -572,8 +697,9 @@ class Model:
         t: Shaped[ArrayLike, "..."],
         label: Shaped[ArrayLike, "..."] | None = None,
         shape: tuple[int, ...] = (),
+        **others: Any,
     ) -> Float[Array, "B *D"]:
-        """Evaluates a network or F, whose result for one example has the given shape.
+        """Evaluates a program, whose result for one example has the given shape.
 
         Raises:
           UserError: if they do not fit the model or each other.
@@ -583,10 +709,34 @@ class Model:
         if not isinstance(t, jax.core.Tracer):
             t = np.asarray(t)  # `jnp.asarray` would trace it inside `jax.jit`
         self._require_levels(t, len(x))
-        labels = () if label is None else (self._labels(label, len(x)),)
+        if label is not None:
+            others["label"] = self._labels(label, len(x))
         if not len(x):
             return jnp.zeros((0, *shape), x.dtype)
-        return program(self.params, x, t, *labels)
+        return program(self.params, x, t, **others)
+
+    def _conditioned(
+        self, label: Shaped[ArrayLike, "..."] | None, guidance: float, n: int
+    ) -> tuple["Model", Int[np.ndarray, "n"] | None]:
+        """Returns the model of one label and None, or this one and n labels.
+
+        Raises:
+          UserError: if the labels or the weight of guidance cannot be used (`given`).
+        """
+        if label is None:
+            _weight(guidance, labelled=False)
+            return self, None
+        if np.ndim(label) == 0:
+            return self.given(label, guidance), None
+        labels = self._labels(label, n)
+        condition = Condition(jnp.int32(0), _weight(guidance, labelled=True))
+        params = guidance_lib.with_condition(self.params, condition)
+        return self.with_params(params), np.asarray(labels)
+
+    def _require_classes(self) -> None:
+        """Raises a UserError if the model has no classes."""
+        if not self.classes:
+            raise UserError("this model was trained without labels: give no label")
 
     def _require_levels(self, t: Shaped[Array | np.ndarray, "..."], n: int) -> None:
         """Checks that t contains n levels in 0..T-1; the values of traced levels are unknown.
@@ -610,9 +760,8 @@ class Model:
           UserError: with the shape, the dtype or the label that is wrong, or if the model has
             no classes.
         """
-        classes = self.method.energy.classes
-        if not classes:
-            raise UserError("this model was trained without labels: give no label")
+        self._require_classes()
+        classes = self.classes
         array = label if isinstance(label, jax.core.Tracer) else np.asarray(label)
         if array.shape != (n,) or not jnp.issubdtype(array.dtype, jnp.integer):
             raise UserError(
@@ -625,7 +774,7 @@ class Model:
                 raise UserError(
                     f"label {wrong[0]} does not exist: give 1 to {classes}, or 0 for no label"
                 )
-        return jnp.asarray(array)
+        return jnp.asarray(array, jnp.int32)
 
     def _recover_strips(
         self, key: AnyKey, strips: Float[Array, "pairs frames H W C"], level: int
@@ -636,6 +785,21 @@ class Model:
         indices = np.repeat(np.arange(pairs), frames)
         images = self.run(self.programs.complete, key, indices, x, top=level)
         return _concatenate(images).reshape(strips.shape)
+
+
+def _weight(guidance: float, labelled: bool) -> Float[Array, ""] | None:
+    """Returns the weight of guidance as an array, or None if it is 0.
+
+    Raises:
+      UserError: if it is not finite, or not 0 without a label.
+    """
+    if not math.isfinite(guidance):
+        raise UserError(f"guidance is {guidance}: give a finite number")
+    if guidance and not labelled:
+        raise UserError(
+            f"guidance is {guidance:g}, but there is no label: give one, or omit it"
+        )
+    return jnp.float32(guidance) if guidance else None
 
 
 def require_key(key: Any) -> None:
@@ -701,9 +865,9 @@ def _compile(engine: Engine, method: Method, program: Callable) -> Callable:
 
     def on_device(shared, examples):
         params, tuning, key, settings = shared
-        indices, arrays = examples
+        indices, labels, arrays = examples
         keys = noise.example_keys(key, indices)
-        conditionals = method.conditionals(params, tuning)
+        conditionals = method.conditionals(params, tuning, label=labels)
         return program(keys, conditionals, *arrays, **settings)
 
     return engine.compile(on_device)

@@ -225,7 +225,7 @@ def training():
     state = train_state.create(jax.random.key(0), method.energy, training.optimiser)
     x = jnp.zeros((B, *method.energy.shape))
     step = train_step.compile_step(sharding.make_mesh(jax.devices("cpu")), method, training)
-    return step.lower(state, x, jax.random.key(1))
+    return step.lower(state, {"image": x}, jax.random.key(1))
 
 
 def tiny_method():

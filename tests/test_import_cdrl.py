@@ -20,6 +20,8 @@ from drl_jax import config as config_lib
 from drl_jax import diffusion, recovery
 from drl_jax.errors import UserError
 from drl_jax.model import Model
+from drl_jax.networks import guidance
+from drl_jax.networks.guidance import Condition
 from drl_jax.sampling import ladder
 from drl_jax.storage import cdrl_checkpoint, runs
 from drl_jax.tasks import import_cdrl
@@ -73,10 +75,27 @@ def example(request, tmp_path_factory):
 
 def log_density(example):
     """Returns F with the labels of the examples."""
-    method = example.model.method
-    labels = {} if example.label is None else {"label": jnp.asarray(example.label)}
-    f = functools.partial(method.energy.f, example.model.params, **labels)
-    return recovery.log_density(f, method.parameterisation)
+    label = None if example.label is None else jnp.asarray(example.label)
+    return example.model.method.F(example.model.params, label=label)
+
+
+def end_of_chain(example, F, start):
+    """Returns the ends of the program's chains: 3 steps without noise."""
+    method, t = example.model.method, jnp.arange(T)
+    step_size = method.sampler.tuning["step_size"][:, None, None, None]
+
+    @jax.jit
+    def chain(y):
+        def total(y):
+            return jnp.sum(
+                recovery.conditional_log_density(F, y, example.x_tilde, t, method.schedule)
+            )
+
+        for _ in range(3):
+            y += step_size**2 / 2 * jax.grad(total)(y)
+        return y
+
+    return np.asarray(chain(start))
 
 
 @pytest.mark.slow
@@ -100,20 +119,8 @@ def test_starts_chains_and_losses_are_those_of_the_authors(example):
     schedule, t = method.schedule, jnp.arange(T)
     std = schedule.y_scale(t) * diffusion.posterior_std(t, schedule)
     np.testing.assert_allclose(std, expected["start_std"], rtol=2e-4)
-    F = log_density(example)
     start = example.model.propose(example.x_tilde, np.arange(T), example.label)
-    step_size = method.sampler.tuning["step_size"][:, None, None, None]
-
-    @jax.jit
-    def chain(y):
-        def total(y):
-            return jnp.sum(recovery.conditional_log_density(F, y, example.x_tilde, t, schedule))
-
-        for _ in range(3):
-            y += step_size**2 / 2 * jax.grad(total)(y)
-        return y
-
-    y_K = np.asarray(chain(start))
+    y_K = end_of_chain(example, log_density(example), start)
     a = np.asarray(schedule.y_scale(t))[:, None, None, None]
     assert_close(y_K / a, expected["ema_chain"], 2e-5)
     moved = np.sum((y_K - np.asarray(start)) ** 2, axis=(1, 2, 3))
@@ -123,6 +130,22 @@ def test_starts_chains_and_losses_are_those_of_the_authors(example):
         f = functools.partial(example.model.f, label=example.label)
         terms.append(recovery.loss(f, jnp.asarray(y), sign, t, schedule)[0])
     np.testing.assert_allclose(sum(terms), expected["ema_loss"], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_guidance_and_its_chain_are_those_of_the_authors(tmp_path_factory):
+    """Fails if f or g is not guided, or if the quadratic term is scaled, too."""
+    example = imported("conditional", tmp_path_factory.getbasetemp() / "import_cdrl")
+    model, expected, levels = example.model, example.expected, jnp.arange(T)
+    condition = Condition(jnp.asarray(example.label), jnp.float32(0.7))
+    params = guidance.with_condition(model.params, condition)
+    guided = model.with_params(params)
+    assert_close(guided.f(example.y, levels), expected["ema_f_guided"], 1e-5)
+    start = guided.propose(example.x_tilde, levels)
+    assert_close(start, expected["ema_g_guided"], 1e-5)
+    y_K = end_of_chain(example, model.method.F(params), start)
+    a = np.asarray(model.method.schedule.y_scale(levels))[:, None, None, None]
+    assert_close(y_K / a, expected["ema_chain_guided"], 2e-5)
 
 
 @pytest.mark.slow
@@ -194,15 +217,6 @@ def test_labels_that_do_not_exist_are_errors(tmp_path_factory):
     without = imported("unconditional", folder).model
     with pytest.raises(UserError, match="trained without labels: give no label"):
         without.f(x, t, label=none)
-
-
-def test_training_with_labels_is_an_error_of_one_line(tmp_path, capsys):
-    arguments = tiny.training(tmp_path / "run", energy__network="cdrl_resnet", data__classes=10)
-    assert tiny.main(*arguments) == 1
-    assert "config.data.classes is 10: this version cannot train with labels" in (
-        capsys.readouterr().err
-    )
-    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

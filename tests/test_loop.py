@@ -548,7 +548,7 @@ def quadratic_run(size, precision, num_steps):
     losses, energies = [], []
     for k in range(num_steps):
         x = jax.random.normal(jax.random.key(k), (8, size, size, 3))
-        state, metrics = step(state, x, jax.random.key(1))
+        state, metrics = step(state, {"image": x}, jax.random.key(1))
         metrics = jax.tree.map(np.asarray, metrics)
         loop.raise_if_diverged(k, metrics, limits)
         losses.append(abs(metrics.loss))

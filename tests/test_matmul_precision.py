@@ -123,7 +123,7 @@ def test_training_multiplies_in_the_configured_precision(objective, precision):
     method, training = method_lib.from_config(config), train_step.from_config(config)
     state = train_state.abstract(method.energy, training.optimiser)
     step = train_step.compile_step(sharding.make_mesh(), method, training)
-    found = precisions(step.trace(state, X, KEY), platforms=(*ACCELERATORS, "cpu"))
+    found = precisions(step.trace(state, {"image": X}, KEY), platforms=(*ACCELERATORS, "cpu"))
     assert found == {precision.upper()}
 
 

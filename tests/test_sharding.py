@@ -144,7 +144,7 @@ def trained(config, mesh, state, first, steps, accumulate=1):
     batches = pipeline.training_batches(config, source, start_step=first)
     for _ in range(steps):
         x = jax.device_put(next(batches)["image"], sharding.by_example(mesh))
-        state, _ = step(state, x, jax.random.key(1))
+        state, _ = step(state, {"image": x}, jax.random.key(1))
     return state
 
 
@@ -195,7 +195,7 @@ def compiled(config, mesh):
         .lower(state.params, (keys, x, t))
         .compile()
         .as_text(),
-        step.lower(state, x, key).compile().as_text(),
+        step.lower(state, {"image": x}, key).compile().as_text(),
     )
 
 

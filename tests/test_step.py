@@ -82,7 +82,7 @@ def one_step():
     before = jax.tree.map(np.asarray, state)
     step = train_step.compile_step(mesh, METHOD, training(optimiser))
     with jax.debug_nans(True):  # most levels have no example
-        after, metrics = step(state, x, key)
+        after, metrics = step(state, {"image": x}, key)
     return OneStep(before, x, key, optimiser, after, metrics)
 
 
@@ -203,7 +203,9 @@ def test_a_denoising_step_descends_the_error_of_the_noise():
     key = jax.random.key(2)
     denoising = training(optimiser, objective="denoising")
     with jax.debug_nans(True):  # some levels have no example, and there is no chain
-        after, metrics = train_step.compile_step(mesh, method, denoising)(state, x, key)
+        after, metrics = train_step.compile_step(mesh, method, denoising)(
+            state, {"image": x}, key
+        )
 
     keys = noise.example_keys(jax.random.fold_in(key, 0), jnp.arange(B))
     t = jnp.stack([jax.random.randint(k, (), 0, 20) for k in noise.fold(keys, 0)])
@@ -247,7 +249,7 @@ def test_training_in_bfloat16_has_almost_the_losses_of_float32():
         losses = []
         for i in range(100):
             batch = x[i * B % 512 :][:B]
-            state, metrics = step(state, batch, jax.random.key(1))
+            state, metrics = step(state, {"image": batch}, jax.random.key(1))
             losses.append(metrics.loss)
         assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {np.dtype(np.float32)}
         return np.asarray(losses)
@@ -304,7 +306,7 @@ def test_a_quadratic_energy_learns_the_mean_and_covariance_of_every_level():
     state = train_state.create(jax.random.key(0), method.energy, optimiser)
     batch = jax.jit(lambda k: data.sample(jax.random.split(jax.random.key(k), B)))
     for k in range(steps):
-        state, _ = step(state, batch(k), jax.random.key(1))
+        state, _ = step(state, {"image": batch(k)}, jax.random.key(1))
     excess_variance = []
     for t, (mean, covariance) in enumerate(exact):
         P = np.asarray(state.ema["P"][t])
@@ -355,7 +357,7 @@ def test_training_changes_the_network_and_not_the_fitted_mixture():
     x = noise.normal(noise.example_keys(jax.random.key(1), jnp.arange(8)), (4, 4, 1))
     new = state
     for _ in range(3):
-        new, _ = step(jax.tree.map(jnp.copy, new), x, jax.random.key(2))
+        new, _ = step(jax.tree.map(jnp.copy, new), {"image": x}, jax.random.key(2))
     before, after = (dict(s.params) for s in (state, new))
     for name, array in before.pop(method_lib.MIXTURE).items():
         np.testing.assert_array_equal(after[method_lib.MIXTURE][name], array)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 import grain
 import numpy as np
 from etils import epath
-from jaxtyping import Float, Num, UInt8
+from jaxtyping import Float, Int, Num, UInt8
 from ml_collections import ConfigDict
 from PIL import Image
 
@@ -83,7 +83,7 @@ def training_batches(
     start_step: int = 0,
     process_index: int = 0,
     process_count: int = 1,
-) -> Iterator[dict[str, Float[np.ndarray, "B *D"]]]:
+) -> Iterator[dict[str, np.ndarray]]:
     """Returns an endless iterator over this process's share of each step's batch.
 
     The batch of a step depends only on config.seed and the step, not on where the run started
@@ -102,7 +102,8 @@ def training_batches(
     Returns:
       An iterator of {'image': x}, x [B, ...] float32, with
       B = config.train.batch_size / process_count. Images are in [-1, 1], plus dequantisation
-      noise if configured.
+      noise if configured. If config.data.classes is not 0, there is also 'label', [B] int32:
+      the class of each example, in 1..classes.
 
     Raises:
       UserError: immediately if the batch size is not divisible by process_count; from the
@@ -116,6 +117,8 @@ def training_batches(
         )
     batch_size = config.train.batch_size
     prepare_example, augment = _preparation(config, source), _augmentation(config)
+    labelled = config.data.classes > 0
+    read_examples = source.read_labelled if labelled else source.read
     own = slice(process_index * share, (process_index + 1) * share)
 
     def select_share(
@@ -125,12 +128,21 @@ def training_batches(
 
     def read(indices_and_keys: tuple[np.ndarray, np.ndarray]) -> dict[str, np.ndarray]:
         indices, keys = indices_and_keys
-        pairs = zip(source.read(indices.tolist()), keys.tolist(), strict=True)
-        readable = (
-            (sources.random_example(source, key) if example is None else example, key)
+        pairs = list(zip(read_examples(indices.tolist()), keys.tolist(), strict=True))
+        readable = [
+            sources.random_example(source, key, read_examples) if example is None else example
             for example, key in pairs
-        )
-        return {"image": np.stack([augment(prepare_example(x), key) for x, key in readable])}
+        ]
+        images, labels = zip(*readable, strict=True) if labelled else (readable, None)
+        batch = {
+            "image": np.stack(
+                [
+                    augment(prepare_example(x), key)
+                    for x, (_, key) in zip(images, pairs, strict=True)
+                ]
+            )
+        }
+        return batch | {"label": 1 + np.array(labels, np.int32)} if labelled else batch
 
     # grain handles indices, not examples: its overhead per element costs more than decoding
     # a small image.
@@ -186,6 +198,26 @@ def load_examples(
             "more are needed"
         )
     return np.stack(examples)
+
+
+def load_labelled(
+    config: ConfigDict, source: Source, limit: int
+) -> tuple[Float[np.ndarray, "n *D"], Int[np.ndarray, "n"]]:
+    """Loads the first examples that can be read, at most `limit`, with their labels from 1.
+
+    Args:
+      config: uses data.
+      source: examples with labels.
+      limit: number of examples to read.
+    """
+    prepare_example = _preparation(config, source)
+    found = [
+        example
+        for example in source.read_labelled(range(min(limit, len(source))))
+        if example is not None
+    ]
+    x = np.stack([prepare_example(image) for image, _ in found])
+    return x, 1 + np.array([label for _, label in found])
 
 
 def prepared_files(

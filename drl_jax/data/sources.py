@@ -52,6 +52,8 @@ _POINT_BATCHES = 10  # number of batches in which the points are drawn, to limit
 class Source(Protocol):
     """A sequence of examples with random access.
 
+    Labels are classes, counted from 0.
+
     Attributes:
       white: pixel value of white; black is 0. None if the examples are points.
       identity: string that distinguishes sets of examples from each other, wherever they are
@@ -59,7 +61,9 @@ class Source(Protocol):
       folder: the folder that stores the examples, or None.
       split: which part of the data set the examples are.
       held_out: whether training is known not to have used the examples.
-      labels: the class of each example, from 0, or None.
+      labels: the label of each example; None if there are none, or they are read only together
+        with the examples (`read_labelled`).
+      classes: number of classes; 0 if there are no labels.
     """
 
     white: float | None
@@ -68,6 +72,7 @@ class Source(Protocol):
     split: str = "train"
     held_out: bool = False
     labels: Int[np.ndarray, "n"] | None = None
+    classes: int = 0
 
     def __len__(self) -> int: ...
 
@@ -80,6 +85,16 @@ class Source(Protocol):
         the others have the same order and are in the same split as without damage.
         """
         return [self[index] for index in indices]
+
+    def read_labelled(
+        self, indices: Sequence[int]
+    ) -> list[tuple[Num[np.ndarray, "*D"], int] | None]:
+        """Returns several examples with their labels; otherwise like `read`."""
+        assert self.labels is not None, "without labels, there is nothing to read"
+        return [
+            None if example is None else (example, int(self.labels[index]))
+            for index, example in zip(indices, self.read(indices), strict=True)
+        ]
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -109,6 +124,7 @@ class Digits(Source):
     white = 16.0
     identity = "digits"
     folder = None
+    classes = 10
 
     def __init__(self, channels: int):
         from sklearn.datasets import load_digits  # imported here because it takes a second
@@ -139,6 +155,7 @@ class Mnist5k(Source):
     white = 255.0
     identity = "mnist5k"
     folder = None
+    classes = 10
 
     def __init__(self, channels: int, image_size: int):
         _require_channels("'mnist5k'", 1, channels)
@@ -200,16 +217,21 @@ class Folder(Source):
     (`image_files.read_image`). An unreadable one is skipped, or an error if `strict`. Which
     index an image has depends only on the names of the files.
 
+    If `labelled`, the label of an image is the number of the subfolder of the folder that
+    contains it, in alphabetical order.
+
     `identity` is a digest of the names and, except in a bucket, of the sizes of the files.
 
     Raises:
-      UserError: if the folder does not exist, contains no images, or cannot be read, or
-        `channels` is neither 1 nor 3.
+      UserError: if the folder does not exist, contains no images, or cannot be read,
+        `channels` is neither 1 nor 3, or `labelled` and an image is in no subfolder.
     """
 
     white = 255.0
 
-    def __init__(self, path: str, channels: int, background: str, strict: bool):
+    def __init__(
+        self, path: str, channels: int, background: str, strict: bool, labelled: bool = False
+    ):
         """Lists the files.
 
         Args:
@@ -217,6 +239,7 @@ class Folder(Source):
           channels: 1 for grey, 3 for RGB.
           background: colour that shows through transparent pixels.
           strict: whether an unreadable image is an error.
+          labelled: whether the images have labels.
         """
         if not path:
             raise UserError(
@@ -245,6 +268,25 @@ class Folder(Source):
                 f"{', '.join(image_files.SUFFIXES)} files; give a folder of images"
             )
         self.identity = f"{len(self)} images, {_digest(self.fingerprint)}"
+        if labelled:
+            self._label()
+
+    def _label(self) -> None:
+        """Gives each image the number of its subfolder as label.
+
+        Raises:
+          UserError: if an image is in no subfolder.
+        """
+        for name in self._found.images:
+            if "/" not in name:
+                raise UserError(
+                    f"{self.folder / name} is in no subfolder, so it has no label: move the "
+                    "images of each class into a subfolder, or set --config.data.classes=0"
+                )
+        subfolders = [name.partition("/")[0] for name in self._found.images]
+        names, self.labels = np.unique(subfolders, return_inverse=True)
+        self.classes = len(names)
+        log.info("labels are subfolders: %s", _enumerated(names.tolist()))
 
     def __len__(self) -> int:
         return len(self._found.images)
@@ -381,6 +423,8 @@ class Tfds(Source):
           training_split: the split to train on.
           splits: names of splits; the last one may also be an expression such as 'train[:9]'.
 
+        Labels are those of the feature 'label', if it is a class.
+
         Raises:
           UserError: if the data set or the split cannot be used.
         """
@@ -423,6 +467,9 @@ class Tfds(Source):
                 f"{split!r}, which selects no images of {title}; its splits are "
                 f"{', '.join(info.splits)}"
             ) from error
+        label = features.get("label")
+        if isinstance(label, tfds.features.ClassLabel):
+            self.classes = label.num_classes or 0
         self.held_out = not _overlap(info.splits, split, training_split)
         self.identity = f"{info.full_name}[{split}]"
         self.folder = epath.Path(builder.data_dir)
@@ -451,12 +498,24 @@ class Tfds(Source):
 
     def read(self, indices: Sequence[int]) -> list[UInt8[np.ndarray, "H W C"] | None]:
         """Returns several examples; faster than one call of TFDS per example."""
+        return [image for image, _ in self._read(indices)]
+
+    def read_labelled(
+        self, indices: Sequence[int]
+    ) -> list[tuple[UInt8[np.ndarray, "H W C"], int] | None]:
+        """Returns several examples with their labels."""
+        return [(image, int(example["label"])) for image, example in self._read(indices)]
+
+    def _read(
+        self, indices: Sequence[int]
+    ) -> list[tuple[UInt8[np.ndarray, "H W C"], dict[str, Any]]]:
+        """Returns several images, each with all features of its example."""
         try:
             examples = self._examples.__getitems__(indices)
         except Exception:  # does not say which record is unreadable; reading one by one does
-            return super().read(indices)
+            return [(self[index], self._examples[index]) for index in indices]
         return [
-            self._decode(index, functools.partial(example.get, "image"))
+            (self._decode(index, functools.partial(example.get, "image")), example)
             for index, example in zip(indices, examples, strict=True)
         ]
 
@@ -483,6 +542,7 @@ class Part(Source):
         self.white, self.folder = source.white, source.folder
         self.split, self.held_out, self.identity = split, split == "test", identity
         self.labels = None if source.labels is None else source.labels[indices]
+        self.classes = source.classes
 
     def __len__(self) -> int:
         return len(self._indices)
@@ -493,6 +553,12 @@ class Part(Source):
     def read(self, indices: Sequence[int]) -> list[Num[np.ndarray, "*D"] | None]:
         """Returns several examples, in the order of `indices`; see `Source.read`."""
         return self._source.read([int(self._indices[index]) for index in indices])
+
+    def read_labelled(
+        self, indices: Sequence[int]
+    ) -> list[tuple[Num[np.ndarray, "*D"], int] | None]:
+        """Returns several examples with their labels."""
+        return self._source.read_labelled([int(self._indices[index]) for index in indices])
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -530,13 +596,44 @@ def split(source: Source, test_fraction: float) -> tuple[Source, Source]:
     return train, test
 
 
+def of_class(source: Source, label: int) -> Source:
+    """Returns the examples of a class, in the order of the source.
+
+    Reads all examples if the source does not know their labels otherwise.
+
+    Args:
+      source: examples with labels.
+      label: the class, from 1.
+
+    Raises:
+      UserError: if there are no examples of this class.
+    """
+    labels = source.labels
+    if labels is None:
+        chunks = np.array_split(np.arange(len(source)), math.ceil(len(source) / 1000))
+        labels = np.array(
+            [
+                -1 if example is None else example[1]
+                for chunk in chunks
+                for example in source.read_labelled(chunk.tolist())
+            ]
+        )
+    indices = np.flatnonzero(labels == label - 1)
+    if not len(indices):
+        raise UserError(f"there are no examples of class {label} in {source.identity}")
+    part = Part(source, indices, source.split, f"{source.identity}, class {label}")
+    part.held_out = source.held_out
+    return part
+
+
 def open_source(config: ConfigDict) -> Source:
     """Opens the examples to train on, selected by `config.data`, and reads the first one.
 
     Raises:
       UserError: if the examples are missing or unreadable, do not have
-        config.data.channels channels, do not suit config.energy.network or
-        config.data.dequantise, or are too few for config.data.test_fraction.
+        config.data.channels channels or config.data.classes classes, do not suit
+        config.energy.network or config.data.dequantise, or are too few for
+        config.data.test_fraction.
     """
     return _open(config, held_out=False)
 
@@ -575,6 +672,7 @@ def _open(config: ConfigDict, held_out: bool) -> Source:
             channels=data.channels,
             background=data.background,
             strict=data.strict,
+            labelled=data.classes > 0,
         )
         log.info("%s", source.survey(data.image_size))
     else:
@@ -583,6 +681,8 @@ def _open(config: ConfigDict, held_out: bool) -> Source:
             wanted = config.evaluation.split
             splits = ["test", "validation", data.split] if wanted == "test" else [wanted]
         source = Tfds(data.name, data.data_dir, data.channels, data.split, splits)
+    if data.classes:
+        _require_classes(data.name, source.classes, data.classes)
     if data.dequantise and source.white is not None:
         distance = 2 / source.white  # between neighbouring pixel values, in [-1, 1]
         if not math.isclose(data.dequantise, distance, rel_tol=1e-3):
@@ -600,14 +700,21 @@ def _open(config: ConfigDict, held_out: bool) -> Source:
     return source
 
 
-def random_example(source: Source, seed: int) -> Num[np.ndarray, "*D"]:
+def random_example(
+    source: Source, seed: int, read: Callable[[Sequence[int]], list] | None = None
+) -> Any:
     """Returns a random readable example of the source, in place of an unreadable one.
+
+    Args:
+      source: the examples.
+      seed: random seed.
+      read: `source.read`, which is the default, or `source.read_labelled`.
 
     Raises:
       UserError: if none of `ATTEMPTS` examples can be read.
     """
     for index in np.random.default_rng(seed).integers(len(source), size=ATTEMPTS).tolist():
-        (example,) = source.read([index])
+        (example,) = (read or source.read)([index])
         if example is not None:
             return example
     raise UserError(
@@ -628,6 +735,16 @@ def _require_network(name: str, network: str) -> None:
             f"config.data.name is {name!r}, but config.energy.network 'mlp' is for points in "
             f"the plane; use {' or '.join(map(repr, mixtures.PLANAR_SHAPES))}, or the network "
             "'resnet' for images"
+        )
+
+
+def _require_classes(name: str, found: int, wanted: int) -> None:
+    """Raises a UserError if the labels of a source are of another number of classes."""
+    if found != wanted:
+        has = f"has {found} classes" if found else "has no labels"
+        raise UserError(
+            f"config.data.classes is {wanted}, but {name!r} {has}: set "
+            f"--config.data.classes={found}"
         )
 
 
@@ -745,6 +862,12 @@ def _prepare_command(name: str, data_dir: str) -> str:
 def _digest(values: Any) -> str:
     """Returns a digest of JSON values."""
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
+
+
+def _enumerated(names: Sequence[str]) -> str:
+    """Returns the first names with their labels for the user, which count from 1."""
+    shown = [f"{label} {name!r}" for label, name in enumerate(names[:10], start=1)]
+    return ", ".join([*shown, *["..."][: len(names) - 10]])
 
 
 def _count(n: int, noun: str) -> str:

@@ -1,6 +1,5 @@
 """Statistics of each level's energy, on data and on the ends of chains that sample it."""
 
-import functools
 import logging
 from collections.abc import Sequence
 
@@ -54,7 +53,7 @@ def level_statistics(
         y_neg, acceptance = ladder.sample_conditional(
             noise.fold(keys, 1), method.conditionals(params, tuning), x_tilde, t
         )
-        f = functools.partial(method.energy.f, params)
+        f = method.f(params)
         moved = recovery.displacement(y_neg, x_tilde)
         return f(y_pos, t), f(y_neg, t), moved, acceptance
 

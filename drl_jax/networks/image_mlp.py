@@ -8,11 +8,11 @@ so with few images they need dropout.
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from drl_jax import noise
-from drl_jax.networks.energy import Energy, Form, from_image_to_image
-from drl_jax.networks.resnet import near_zero, time_embedding
+from drl_jax.networks.energy import Energy, Form, from_image_to_image, require_classes
+from drl_jax.networks.resnet import near_zero, one_hot, time_embedding
 
 EMBEDDING = 64  # number of sinusoids of the level
 small = nn.initializers.variance_scaling(1e-2, "fan_avg", "uniform")
@@ -29,12 +29,15 @@ class ImageMLP(nn.Module):
       depth: number of residual layers.
       dropout: probability that a hidden feature is set to zero in training.
       outputs: number O of arrays; if it is 1, U has no axis for them.
+      classes: number of classes; 0 if there are no labels. A dense layer of the one-hot label
+        is added to the embedding of the level.
     """
 
     width: int
     depth: int
     dropout: float = 0.0
     outputs: int = 1
+    classes: int = 0
 
     @nn.compact
     def __call__(
@@ -42,6 +45,7 @@ class ImageMLP(nn.Module):
         x: Float[Array, "B *D"],
         level: Float[Array, "B"],
         keys: Key[Array, "B"] | None = None,
+        label: Int[Array, "B"] | None = None,
     ) -> Float[Array, "B *D"] | Float[Array, "B O *D"]:
         """Evaluates the network.
 
@@ -49,8 +53,13 @@ class ImageMLP(nn.Module):
           x: images or other arrays.
           level: noise level, in 0..1000 (`NoiseSchedule.conditioning`).
           keys: random keys for dropout; None evaluates the network without it.
+          label: class of each image, in 1..classes, or 0 for no label; None is 0 for all.
         """
+        require_classes(self, label)
         embedding = nn.Dense(2 * EMBEDDING, name="temb_0")(time_embedding(level, EMBEDDING))
+        if self.classes:
+            labels = one_hot(label, self.classes, embedding)
+            embedding += nn.Dense(2 * EMBEDDING, name="y_map")(labels)
         embedding = nn.swish(nn.Dense(2 * EMBEDDING, name="temb_1")(nn.swish(embedding)))
         h = nn.Dense(self.width, name="dense_in")(x.reshape(len(x), -1))
         for i in range(self.depth):
@@ -76,6 +85,7 @@ def energy(
     form: Form,
     levels: Float[Array, "T"],
     outputs: int = 1,
+    classes: int = 0,
 ) -> Energy:
     """Returns the energy of an `ImageMLP`.
 
@@ -87,6 +97,9 @@ def energy(
       form: how f follows from x and U.
       levels: input of the network for each level t in 0..T-1.
       outputs: number of arrays of x's shape in U.
+      classes: number of classes; 0 if there are no labels.
     """
-    network = ImageMLP(width=width, depth=depth, dropout=dropout, outputs=outputs)
+    network = ImageMLP(
+        width=width, depth=depth, dropout=dropout, outputs=outputs, classes=classes
+    )
     return from_image_to_image(network, shape, form, levels)

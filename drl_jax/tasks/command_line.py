@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import difflib
 import importlib.util
+import math
 import os
 import re
 import sys
@@ -184,6 +185,8 @@ class _Parser(flags.ArgumentParser):
                 raise ValueError("give true or false")
             return BOOLEANS[text.lower()]
         low = flag.minimum
+        if to is float:
+            return _finite(text)
         value = int(text) if re.fullmatch(r"[+-]?\d+", text) else None
         if value is None or (low is not None and value < low):
             bound = "" if low is None else f" of at least {low}"
@@ -191,6 +194,21 @@ class _Parser(flags.ArgumentParser):
         if value > flag.maximum:
             raise ValueError(f"give a number of at most {flag.maximum}")
         return value
+
+
+def _finite(text: str) -> float:
+    """Returns a number.
+
+    Raises:
+      ValueError: if the text is not a number, or it is not finite.
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise ValueError(f"{text!r} is not a finite number")
+    return value
 
 
 def _path(text: str) -> str:

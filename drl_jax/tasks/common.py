@@ -6,11 +6,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 from ml_collections import ConfigDict
 
 from drl_jax import config as config_lib
 from drl_jax import diffusion
+from drl_jax.data import sources
+from drl_jax.data.sources import Source
 from drl_jax.errors import UserError
 from drl_jax.method import METROPOLIS
 from drl_jax.model import Model
@@ -111,14 +113,70 @@ def adapted(run: Run) -> Run:
     return run._replace(model=model)
 
 
-def draw(model: Model, key: Key[Array, ""], n: int) -> Iterator[Float[np.ndarray, "B *D"]]:
-    """Yields n samples in batches (`Model.sample_batches`), and shows the progress.
+def given(run: Run, label: str | None, guidance: float) -> Run:
+    """Returns the run with the model of one class (`Model.given`); without a label, `run`.
 
     Raises:
-      UserError: if a sample is not finite.
+      UserError: if the model has no such class.
     """
+    if label is None:
+        return run
+    return run._replace(model=run.model.given(int(label), guidance))
+
+
+def of_label(source: Source, label: str | None) -> Source:
+    """Returns the examples of a class (`sources.of_class`); without a label, all examples.
+
+    Raises:
+      UserError: if there are none of this class.
+    """
+    return source if label is None else sources.of_class(source, int(label))
+
+
+def condition(label: str | None, guidance: float) -> dict[str, Any]:
+    """Returns the settings of a label and its guidance; nothing without a label."""
+    return {} if label is None else {"label": label, "guidance": guidance}
+
+
+def sample_labels(model: Model, label: str | None, n: int) -> Int[np.ndarray, "n"] | None:
+    """Returns the labels of n samples.
+
+    Args:
+      model: the model.
+      label: a class; 'all': each class in turn; None: none.
+      n: number of samples.
+
+    Raises:
+      UserError: if the model has no such class.
+    """
+    if label is None:
+        return None
+    model.given(1 if label == "all" else int(label))  # which checks that the class exists
+    return 1 + np.arange(n) % model.classes if label == "all" else np.full(n, int(label))
+
+
+def draw(
+    model: Model,
+    key: Key[Array, ""],
+    n: int,
+    label: str | None = None,
+    guidance: float = 0.0,
+) -> Iterator[Float[np.ndarray, "B *D"]]:
+    """Yields n samples in batches (`Model.sample_batches`), and shows the progress.
+
+    Args:
+      model: the model.
+      key: random key.
+      n: number of samples.
+      label: their class; 'all': each class in turn; None: none.
+      guidance: weight of guidance.
+
+    Raises:
+      UserError: if a sample is not finite, or the model has no such class.
+    """
+    labels = sample_labels(model, label, n)
     with Progress(n, "sample") as progress:
-        for batch in model.sample_batches(key, n):
+        for batch in model.sample_batches(key, n, labels, guidance):
             require_finite(batch, "samples")
             yield batch
             progress.add(len(batch))

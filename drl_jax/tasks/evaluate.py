@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 from ml_collections import ConfigDict
 
 from drl_jax import config as config_lib
@@ -27,6 +27,7 @@ from drl_jax.metrics import (
     summary,
     weights,
 )
+from drl_jax.metrics import labels as labels_lib
 from drl_jax.metrics.weights import Weights
 from drl_jax.model import Model
 from drl_jax.plots import figures, images
@@ -40,6 +41,7 @@ from drl_jax.tasks.labelled import MAX_IN_MEMORY
 log = logging.getLogger(__name__)
 
 LEVEL_IMAGES = 256  # images from which the statistics of the levels are computed
+LABEL_IMAGES = 1000  # images that are classified by the energies, of each split
 MAX_TEST_POINTS = 2000  # points in the two-sample test, whose cost is quadratic
 MAX_PATH_LEVELS = 60  # levels at which the paths of points are recorded for the figure
 PUBLISHED_SAMPLES = 50_000  # samples from which published values of FID are computed
@@ -65,7 +67,9 @@ PROTOCOLS = {
 }
 
 
-def run(run: Run, workdir: epath.Path, protocol: str) -> None:
+def run(
+    run: Run, workdir: epath.Path, protocol: str, label: str | None, guidance: float
+) -> None:
     """Measures how well a trained model fits its data, and shows samples.
 
     Uses `config.evaluation.num_samples` samples, generated with the seed of the run, and the
@@ -82,11 +86,15 @@ def run(run: Run, workdir: epath.Path, protocol: str) -> None:
       run: the trained model.
       workdir: where the results go.
       protocol: one of `PROTOCOLS`, for FID.
+      label: class of the samples; 'all': each class in turn; None: none.
+      guidance: weight of guidance (`Model.given`).
 
     Raises:
-      UserError: if the data or the Inception weights cannot be used, the folder cannot be
-        written to, there are no weights for the paper's protocol, or a sample is not finite.
+      UserError: if the model has no such class, the data or the Inception weights cannot be
+        used, the folder cannot be written to, there are no weights for the paper's protocol, or
+        a sample is not finite.
     """
+    common.sample_labels(run.model, label, 0)
     source = sources.open_source(run.config)
     data_record.warn_if_changed(workdir, source)
     require_comparable(run.config, source)
@@ -103,6 +111,8 @@ def run(run: Run, workdir: epath.Path, protocol: str) -> None:
         workdir=workdir,
         inception_weights=inception_weights,
         protocol=protocol,
+        label=label,
+        guidance=guidance,
     )
 
 
@@ -141,6 +151,8 @@ def measure(
     workdir: epath.Path,
     inception_weights: Weights | None,
     protocol: str = "default",
+    label: str | None = None,
+    guidance: float = 0.0,
 ) -> dict[str, Any]:
     """Samples the model, compares with the data, and writes the results (see `run`).
 
@@ -153,20 +165,27 @@ def measure(
       workdir: where the results go.
       inception_weights: for FID, KID and the inception score; None skips these.
       protocol: one of `PROTOCOLS`, for the same metrics.
+      label: class of the samples; 'all': each class in turn; None: none.
+      guidance: weight of guidance.
     """
     key, levels_key = jax.random.split(common.task_key("evaluate", run.config.seed))
     if images.are_points(run.model.shape):
         return measure_points(run, workdir, key)
-    return measure_images(run, source, workdir, key, levels_key, inception_weights, protocol)
+    return measure_images(
+        run, source, workdir, key, levels_key, inception_weights, protocol, label, guidance
+    )
 
 
-def begin_results(run: Run, workdir: epath.Path) -> None:
+def begin_results(
+    run: Run, workdir: epath.Path, label: str | None = None, guidance: float = 0.0
+) -> None:
     """Writes settings.json, and removes metrics.json until it is written last.
 
     Raises:
       UserError: if a file cannot be removed or written.
     """
     evaluation = common.resume_settings(run.config, ("evaluation.",))
+    evaluation |= common.condition(label, guidance)
     settings = common.result_settings(run, "evaluate", run.config.seed, **evaluation)
     results.begin(workdir, settings, last="metrics.json")
 
@@ -179,6 +198,8 @@ def measure_images(
     levels_key: Key[Array, ""],
     inception_weights: Weights | None,
     protocol: str,
+    label: str | None,
+    guidance: float,
 ) -> dict[str, Any]:
     """Compares generated images with the data, and returns the content of metrics.json.
 
@@ -193,6 +214,7 @@ def measure_images(
           labels; computed from the same samples.
         inception: FID, KID and the inception score (`inception_metrics`), if there are
           weights; computed from all samples, of which few are in memory at a time.
+        labels: what the energy says about labels (`label_metrics`), if it takes them.
 
     Args:
       run: the trained model.
@@ -202,13 +224,15 @@ def measure_images(
       levels_key: for the statistics of the levels.
       inception_weights: of the Inception network, or None.
       protocol: one of `PROTOCOLS`.
+      label: class of the samples; 'all': each class in turn; None: none.
+      guidance: weight of guidance.
     """
     config, model = run.config, run.model
     num_samples = config.evaluation.num_samples
     num_pixel_samples = min(num_samples, MAX_IN_MEMORY)
     grid_size = images.grid_size(model.shape, common.COLUMNS)
     num_drawn = max(num_samples if inception_weights else num_pixel_samples, grid_size)
-    batches = common.draw(model, key, num_drawn)
+    batches = common.draw(model, key, num_drawn, label, guidance)
     in_memory = []
     for batch in batches:
         in_memory.append(batch)
@@ -222,16 +246,19 @@ def measure_images(
     metrics["levels"] = by_level
     if config.mcmc.sampler in METROPOLIS:
         levels.warn_of_rounding(by_level["level"], by_level["resolution"])
-    compared = classifier_metrics(config, source, samples[:num_pixel_samples], workdir)
+    labels = common.sample_labels(model, label, num_pixel_samples)
+    compared = classifier_metrics(config, source, samples[:num_pixel_samples], workdir, labels)
     if compared:
         metrics["classifier"] = compared
+    if model.classes:
+        metrics["labels"] = label_metrics(config, source, model, levels_key)
     if inception_weights:
         all_batches = itertools.chain(in_memory, batches)
         metrics["inception"] = inception_metrics(
             config, source, model, all_batches, workdir, inception_weights, protocol
         )
     metrics = finite_or_none(metrics)
-    begin_results(run, workdir)
+    begin_results(run, workdir, label, guidance)
     images.write_png(workdir / "samples.png", images.picture(samples, common.COLUMNS))
     write_json(workdir / "metrics.json", metrics)
     log.info(
@@ -254,6 +281,7 @@ def classifier_metrics(
     source: Source,
     samples: Float[np.ndarray, "n H W C"],
     workdir: epath.Path,
+    labels: Int[np.ndarray, "n"] | None = None,
 ) -> dict[str, Any] | None:
     """Compares samples with labelled data, by a classifier that was trained on the data.
 
@@ -261,6 +289,8 @@ def classifier_metrics(
       The fields of `Classifier.metrics`, and
         accuracy_of_test: share of the test images that are classified correctly.
         held_out: whether the model is known not to have been trained on the test images.
+        label_agreement: share of the samples whose most probable class is their label, if they
+          have labels.
       None if there are no labels, or too few images (`labelled.load`).
 
     Args:
@@ -268,6 +298,7 @@ def classifier_metrics(
       source: the training data.
       samples: images drawn from the model.
       workdir: keeps the classifier if the folder of the data cannot (`classifier.of_data`).
+      labels: labels of the samples, from 1.
     """
     data = labelled.load(config, source, len(samples), workdir)
     if data is None:
@@ -276,6 +307,10 @@ def classifier_metrics(
         "accuracy_of_test": data.classifier.accuracy(data.test, data.test_labels),
         "held_out": data.held_out,
     }
+    if labels is not None:
+        agreement = data.classifier.accuracy(np.clip(samples, -1, 1), labels - 1)
+        metrics["label_agreement"] = agreement
+        log.info("the classifier finds the label of %.3f of the samples", agreement)
     log.info(
         "according to a classifier of the data, %(num_samples)d samples (in brackets: as many "
         "test images) have the feature Fréchet distance %(feature_frechet).3f "
@@ -287,6 +322,34 @@ def classifier_metrics(
         metrics | metrics["nearest"],
     )
     return metrics
+
+
+def label_metrics(
+    config: ConfigDict, source: Source, model: Model, key: Key[Array, ""]
+) -> dict[str, Any]:
+    """Classifies test images by the energies of the classes.
+
+    Returns:
+      the fields of `labels.compare`, for at most `LABEL_IMAGES` images each to fit and to test,
+      and held_out: whether the model is known not to have been trained on the latter.
+
+    Args:
+      config: uses `data` and `evaluation`.
+      source: the training data.
+      model: a model with classes.
+      key: random key of the noise.
+    """
+    test = sources.open_held_out(config)
+    (x, own), (x_test, own_test) = (
+        pipeline.load_labelled(config, part, LABEL_IMAGES) for part in (source, test)
+    )
+    metrics = labels_lib.compare(model, key, x, own, x_test, own_test)
+    log.info(
+        "the energies of level %(level)d find the label of %(accuracy_of_test).3f of "
+        "%(num_test)d test images",
+        metrics,
+    )
+    return metrics | {"held_out": test.held_out}
 
 
 def measure_points(run: Run, workdir: epath.Path, key: Key[Array, ""]) -> dict[str, Any]:

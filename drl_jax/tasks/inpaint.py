@@ -30,6 +30,8 @@ def run(
     images: Sequence[str],
     completions: int,
     rounds: int,
+    label: str | None,
+    guidance: float,
     seed: int,
 ) -> None:
     """Hides some pixels of images, completes them, and compares with the original pixels.
@@ -48,12 +50,15 @@ def run(
       images: image files; empty for the first `NUM_IMAGES` images of `config.data`.
       completions: number of completions per image, at least 2.
       rounds: number of times each level is sampled (`inpainting.inpaint`).
+      label: class of the completions; None: none.
+      guidance: weight of guidance (`Model.given`).
       seed: random seed of the completions and of a random mask.
 
     Raises:
       UserError: if the data, the mask or a file cannot be used, the folder cannot be
         written to, or a completion is not finite.
     """
+    run = common.given(run, label, guidance)
     config, model = run.config, run.model
     common.require_images(model, "inpaint")
     key, mask_key, samples_key = jax.random.split(common.task_key("inpaint", seed), 3)
@@ -69,6 +74,7 @@ def run(
         run,
         "inpaint",
         seed,
+        **common.condition(label, guidance),
         images=results.digest(x),
         mask=results.digest(known),
         completions=completions,

@@ -24,6 +24,8 @@ def run(
     pairs: int,
     frames: int,
     level: int | None,
+    label: str | None,
+    guidance: float,
     seed: int,
 ) -> None:
     """Interpolates between samples, or between the given images.
@@ -50,12 +52,15 @@ def run(
       frames: number of frames per strip, its ends included.
       level: the noise level at which the strips are interpolated, in 1..T. None for a third
         of T (images) or for `interpolation.sample_level` (samples).
+      label: class of the images; None: none.
+      guidance: weight of guidance (`Model.given`).
       seed: random seed.
 
     Raises:
       UserError: if a file or the level cannot be used, the folder cannot be written to, or a
         strip is not finite.
     """
+    run = common.given(run, label, guidance)
     model = run.model
     common.require_images(model, "interpolate")
     schedule = model.method.schedule
@@ -69,6 +74,7 @@ def run(
         run,
         "interpolate",
         seed,
+        **common.condition(label, guidance),
         images=None if ends is None else results.digest(ends),
         pairs=None if images else pairs,
         frames=frames,

@@ -52,7 +52,14 @@ UPPER = {
 }
 
 
-def run(run: Run, workdir: epath.Path, model: str | None, seed: int) -> None:
+def run(
+    run: Run,
+    workdir: epath.Path,
+    model: str | None,
+    label: str | None,
+    guidance: float,
+    seed: int,
+) -> None:
     """Bounds log Z of level 0 by annealing, and computes the log-likelihood of the data.
 
     The data are the first `config.evaluation.num_data` examples that are held out from
@@ -92,6 +99,8 @@ def run(run: Run, workdir: epath.Path, model: str | None, seed: int) -> None:
       workdir: where the results go.
       model: the name by which the model was loaded; None for the model of `workdir`. Work of
         one model is not resumed with another.
+      label: class of the density; None: none.
+      guidance: weight of guidance (`Model.given`).
       seed: random seed.
 
     Raises:
@@ -100,6 +109,7 @@ def run(run: Run, workdir: epath.Path, model: str | None, seed: int) -> None:
         other, or the model is not finite.
       Interrupted: if a signal has arrived; the work is saved.
     """
+    run = common.given(run, label, guidance)
     config = run.config
     if config.evaluation.dtype != "float32":
         raise UserError(
@@ -107,7 +117,7 @@ def run(run: Run, workdir: epath.Path, model: str | None, seed: int) -> None:
             "require 'float32'"
         )
     budget = Budget(**config.likelihood)
-    source = sources.open_held_out(config)
+    source = common.of_label(sources.open_held_out(config), label)
     data_record.warn_if_changed(model or workdir, source)
     limit = config.evaluation.num_data
     x = pipeline.load_examples(config, source, limit=limit)
@@ -116,6 +126,7 @@ def run(run: Run, workdir: epath.Path, model: str | None, seed: int) -> None:
     key, data_key = jax.random.split(common.task_key("likelihood", seed))
     settings = common.resume_settings(config, SETTINGS)
     settings |= {"model": model, "data": source.identity}
+    settings |= common.condition(label, guidance)
     autosave = Autosave(folder / "annealing.snapshot", settings)
     some = x[:RESOLUTION_EXAMPLES]
     f = np.asarray(run.model.f(some, np.zeros(len(some), int)))

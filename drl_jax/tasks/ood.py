@@ -30,7 +30,13 @@ MAX_PANELS = 6  # levels per row of histograms.png
 
 
 def run(
-    run: Run, workdir: epath.Path, model: str | None, against: Sequence[str], seed: int
+    run: Run,
+    workdir: epath.Path,
+    model: str | None,
+    against: Sequence[str],
+    label: str | None,
+    guidance: float,
+    seed: int,
 ) -> None:
     """Scores in-distribution and other images at every level, and computes the AUROC.
 
@@ -58,18 +64,21 @@ def run(
       model: the name by which the model was loaded; None for the model of `workdir`.
       against: sets of other images: names in `ood.SYNTHETIC`, 'folder:/path', 'digits', or
         TFDS data sets, which use `config.evaluation.split` and `config.data.data_dir`.
+      label: class of the density; None: none.
+      guidance: weight of guidance (`Model.given`).
       seed: random seed of the noise and of the synthetic images.
 
     Raises:
       UserError: if the data cannot be used, a set is unknown, cannot be read or has another
         number of channels, a score is not finite, or the folder cannot be written to.
     """
+    run = common.given(run, label, guidance)
     config = run.config
     against = list(dict.fromkeys(against))
     if not against:
         raise UserError(f"--against is empty: give one or more of {', '.join(ood.SYNTHETIC)}")
     common.require_images(run.model, "ood")
-    source = sources.open_held_out(config)
+    source = common.of_label(sources.open_held_out(config), label)
     data_record.warn_if_changed(model or workdir, source)
     others = {name: open_other(config, name) for name in against if name not in ood.SYNTHETIC}
     # All images are read before anything is written, because one may be unreadable.
@@ -80,6 +89,7 @@ def run(
         run,
         "ood",
         seed,
+        **common.condition(label, guidance),
         against=against,
         images=[results.digest(images) for images in (x, *other_images.values())],
     )

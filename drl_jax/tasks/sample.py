@@ -15,7 +15,14 @@ from drl_jax.storage.runs import Run
 from drl_jax.tasks import common
 
 
-def run(run: Run, workdir: epath.Path, num_samples: int, seed: int) -> None:
+def run(
+    run: Run,
+    workdir: epath.Path,
+    num_samples: int,
+    label: str | None,
+    guidance: float,
+    seed: int,
+) -> None:
     """Draws samples and writes each batch as it arrives.
 
     Memory does not grow with `num_samples`. Until all are drawn, the name of the folder ends
@@ -32,16 +39,21 @@ def run(run: Run, workdir: epath.Path, num_samples: int, seed: int) -> None:
       run: the trained model.
       workdir: folder of the results.
       num_samples: number of samples.
+      label: class of the samples; 'all': each class in turn; None: none.
+      guidance: weight of guidance (`Model.given`).
       seed: random seed of the samples.
 
     Raises:
-      UserError: if the folder cannot be written to, or a sample is not finite.
+      UserError: if the model has no such class, the folder cannot be written to, or a sample is
+        not finite.
     """
-    settings = common.result_settings(run, "sample", seed, num_samples=num_samples)
+    condition = common.condition(label, guidance)
+    settings = common.result_settings(run, "sample", seed, num_samples=num_samples, **condition)
     path = workdir / "samples" / f"step_{run.step}_seed_{seed}"
     with results.folder(path, settings) as folder:
         model = common.adapted(run).model
-        batches = common.draw(model, common.task_key("sample", seed), num_samples)
+        key = common.task_key("sample", seed)
+        batches = common.draw(model, key, num_samples, label, guidance)
         write(folder, batches, num_samples, model.shape)
 
 

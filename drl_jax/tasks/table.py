@@ -19,8 +19,8 @@ class Flag:
     Attributes:
       name: the name, without dashes.
       help: what the value means, without a full stop: --help appends the default.
-      type: type of the value: `str`, `int`, `bool`, or `list[str]` or `list[int]`, whose
-        elements are separated by commas.
+      type: type of the value: `str`, `int`, `float` or `bool`; or `list[str]` or `list[int]`,
+        whose elements are separated by commas.
       default: the value if the flag is not given; None if the program chooses one.
       default_help: description of the default in --help, if its value does not describe
         itself; a mapping from names of tasks to descriptions if tasks differ.
@@ -130,6 +130,20 @@ IMAGES = Flag(
     metavar="FILE,...",
     is_path=True,
 )
+LABEL = Flag(
+    "label",
+    "Class of the images, from 1; sample and evaluate also take all, for each class in turn",
+    default_help="none",
+    metavar="N",
+)
+GUIDANCE = Flag(
+    "guidance",
+    "Weight of guidance: the larger it is, the more typical samples are of their class",
+    type=float,
+    default=0.0,
+    metavar="W",
+)
+CONDITION = (LABEL, GUIDANCE)
 SEED = Flag("seed", "Random seed", type=int, default=0, minimum=0, maximum=2**32 - 1)
 
 # Fields that may change after training: how the model is sampled and evaluated, on which data.
@@ -163,14 +177,31 @@ PAPER = {
 }
 
 
+def _check_condition(values: Mapping[str, Any], given: Collection[str]) -> str | None:
+    """Returns an error message if the label or the guidance cannot be used, or None."""
+    label = values["label"]
+    if label not in (None, "all") and not label.isdecimal():
+        return f"--label={label}: give a whole number from 1, or all"
+    if values["guidance"] and label is None:
+        return "--guidance needs a --label"
+    return None
+
+
+def _check_one_label(values: Mapping[str, Any], given: Collection[str]) -> str | None:
+    """Like `_check_condition`, for tasks that do not take --label=all."""
+    if values["label"] == "all":
+        return "--label=all is for --mode=sample and --mode=evaluate: give one label"
+    return _check_condition(values, given)
+
+
 def _check_interpolate(values: Mapping[str, Any], given: Collection[str]) -> str | None:
-    """Returns an error message if the images of `interpolate` cannot be used, or None."""
+    """Returns an error message if the values of `interpolate` cannot be used, or None."""
     if len(values["images"]) % 2:
         number = len(values["images"])
         return f"--images names an odd number of images, {number}: give pairs, FIRST,LAST,..."
     if values["images"] and "pairs" in given:
         return "--pairs is the number of pairs of samples: omit it or --images"
-    return None
+    return _check_one_label(values, given)
 
 
 _TASKS = (
@@ -205,9 +236,11 @@ _TASKS = (
         "Draws samples.",
         flags=(
             Flag("num_samples", "Number of samples", type=int, default=100, minimum=1),
+            *CONDITION,
             SEED,
         ),
         changeable=AFTER_TRAINING,
+        check=_check_condition,
     ),
     Task(
         "evaluate",
@@ -223,8 +256,10 @@ _TASKS = (
                 implied={"paper": PAPER},
                 metavar="NAME",
             ),
+            *CONDITION,
         ),
         changeable=AFTER_TRAINING,
+        check=_check_condition,
     ),
     Task(
         "interpolate",
@@ -246,6 +281,7 @@ _TASKS = (
                 default_help="between images, a third of T; between samples, a level at which "
                 "they are mostly noise",
             ),
+            *CONDITION,
             SEED,
         ),
         changeable=AFTER_TRAINING,
@@ -279,9 +315,11 @@ _TASKS = (
                 default=10,
                 minimum=1,
             ),
+            *CONDITION,
             SEED,
         ),
         changeable=AFTER_TRAINING,
+        check=_check_one_label,
     ),
     Task(
         "long_run",
@@ -311,15 +349,18 @@ _TASKS = (
                 type=bool,
                 default=False,
             ),
+            *CONDITION,
             SEED,
         ),
         changeable=AFTER_TRAINING,
+        check=_check_one_label,
     ),
     Task(
         "likelihood",
         "Bounds log Z and the log-likelihood of the data (held-out data if there are any).",
-        flags=(MODEL, SEED),
+        flags=(MODEL, *CONDITION, SEED),
         changeable=MEASURED_ON_HELD_OUT,
+        check=_check_one_label,
     ),
     Task(
         "ood",
@@ -335,9 +376,11 @@ _TASKS = (
                 default=("shuffled", "inverted", "uniform"),
                 metavar="NAME,...",
             ),
+            *CONDITION,
             SEED,
         ),
         changeable=MEASURED_ON_HELD_OUT,
+        check=_check_one_label,
     ),
     Task(
         "export",

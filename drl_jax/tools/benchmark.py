@@ -196,6 +196,10 @@ class Workload:
         rng = np.random.default_rng(config.seed)
         x = rng.uniform(-1, 1, (self._B, *energy.shape)).astype(np.float32)
         self._x, self._t = jax.device_put((x, np.arange(self._B) % config.diffusion.T), split)
+        self._batch = {"image": self._x}
+        if classes := energy.classes:
+            label = rng.integers(1, classes + 1, self._B, np.int32)
+            self._batch["label"] = jax.device_put(label, split)
         self._keys = jax.device_put(noise.example_keys(self._key, jnp.arange(self._B)), split)
 
     def forward_pass(self) -> Program:
@@ -230,14 +234,19 @@ class Workload:
     def training_step(self) -> Program:
         """Compiles the training step. Each call continues the training of the state."""
         step = train_step.compile_step(self.mesh, self._method, self._training)
-        work = self._B * flops.training_step(self.config)
         return compiled(
-            "training step", step, self._state, self._x, self._key, flops=work, call=self._train
+            "training step",
+            step,
+            self._state,
+            self._batch,
+            self._key,
+            flops=self._B * flops.training_step(self.config),
+            call=self._train,
         )
 
     def _train(self, step: Callable) -> Any:
         """Updates the state with one training step and returns the step's metrics."""
-        self._state, metrics = step(self._state, self._x, self._key)
+        self._state, metrics = step(self._state, self._batch, self._key)
         return metrics
 
     def generation(self, samples: int) -> Program:

@@ -85,6 +85,7 @@ from drl_jax.tools import command
 from drl_jax.training import loop
 from drl_jax.training import state as train_state
 from drl_jax.training import step as train_step
+from drl_jax.training.step import Batch
 
 log = logging.getLogger("drl_jax.tools.race")  # __name__ is __main__
 
@@ -351,8 +352,8 @@ class Trainer:
         """Returns the averaged parameters."""
         return loop.generation_params(self._method, self._state, self._mesh)
 
-    def _next_batch(self) -> Array:
-        return sharding.place(next(self._batches), sharding.by_example(self._mesh))
+    def _next_batch(self) -> Batch:
+        return sharding.place({"image": next(self._batches)}, sharding.by_example(self._mesh))
 
 
 def train(

@@ -321,8 +321,11 @@ def fit(state: TrainState, context: Context, source: Source) -> TrainState:
     )
 
     def advance(state: TrainState) -> tuple[TrainState, Metrics]:
-        x = jax.make_array_from_process_local_data(split, next(batches)["image"])
-        return step_fn(state, x, step_key)
+        batch = {
+            name: jax.make_array_from_process_local_data(split, array)
+            for name, array in next(batches).items()
+        }
+        return step_fn(state, batch, step_key)
 
     def check(step: int, metrics: Metrics, before: TrainState | None) -> Metrics:
         """Waits for the metrics of a step, checks them, and saves the state `before` the step.

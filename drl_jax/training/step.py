@@ -73,12 +73,23 @@ class Metrics(NamedTuple):
     initialiser_loss: Float[Array, "G"] | None = None
 
 
-# (keys [B], normalised parameters, data x [B, ...], levels t [B], method)
+# (keys [B], normalised parameters, data x [B, ...], levels t [B], method, labels [B] or None)
 #   -> (gradient of the mean loss with respect to these parameters, statistics)
 Objective = Callable[
-    [Key[Array, "B"], Params, Float[Array, "B *D"], Int[Array, "B"], Method],
+    [
+        Key[Array, "B"],
+        Params,
+        Float[Array, "B *D"],
+        Int[Array, "B"],
+        Method,
+        Int[Array, "B"] | None,
+    ],
     tuple[Params, Statistics],
 ]
+
+# 'image': data in [-1, 1], [B, ...]; and 'label', the class of each example from 1, [B], if the
+# networks take labels.
+Batch = dict[str, Array]
 
 # (keys [B], data x [B, ...], levels t [B], schedule) -> positive samples y and x_tilde
 Positives = Callable[
@@ -101,6 +112,7 @@ class Training(NamedTuple):
       accumulate: number of equal parts into which each device's examples are split to save
         memory; their gradients are computed one after the other (gradient accumulation).
       matmul_precision: 'default', that of the device, or 'highest' (`full_precision`).
+      label_dropout: probability with which an example's label is replaced by 0, none.
     """
 
     objective: Objective
@@ -109,20 +121,16 @@ class Training(NamedTuple):
     ema_decay: float
     accumulate: int = 1
     matmul_precision: str = "default"
+    label_dropout: float = 0.0
 
 
 def from_config(config: ConfigDict) -> Training:
     """Returns the training that a configuration describes.
 
     Raises:
-      UserError: if the objective needs a chain and there is none, there is an initialiser but
-        chains do not start from it, or the networks take labels.
+      UserError: if the objective needs a chain and there is none, or there is an initialiser
+        but chains do not start from it.
     """
-    if config.data.classes:
-        raise UserError(
-            f"config.data.classes is {config.data.classes}: this version cannot train with "
-            "labels; use 0"
-        )
     if config.initialiser.network != "none" and config.mcmc.start != "initialiser":
         raise UserError(
             f"config.mcmc.start is {config.mcmc.start!r}: training an initialiser needs "
@@ -143,12 +151,13 @@ def from_config(config: ConfigDict) -> Training:
         ema_decay=config.optim.ema_decay,
         accumulate=config.train.accumulate,
         matmul_precision=config.train.matmul_precision,
+        label_dropout=config.train.label_dropout,
     )
 
 
 def train_step(
     state: TrainState,
-    x: Float[Array, "B *D"],
+    batch: Batch,
     key: Key[Array, ""],
     method: Method,
     training: Training,
@@ -158,7 +167,7 @@ def train_step(
 
     Args:
       state: state before the step.
-      x: data in [-1, 1].
+      batch: examples, with labels if the networks take them.
       key: key of the run, into which the step and the example are folded.
       method: network, noise levels and sampler.
       training: loss, distribution of the levels, and optimiser.
@@ -167,7 +176,8 @@ def train_step(
     Returns:
       the state after the step, and the step's metrics.
     """
-    keys = noise.example_keys(jax.random.fold_in(key, state.step), jnp.arange(len(x)))
+    B = len(batch["image"])
+    keys = noise.example_keys(jax.random.fold_in(key, state.step), jnp.arange(B))
     params, normalise_vjp, vectors = jax.vjp(
         lambda raw: method.energy.normalise(raw, state.vectors),
         sharding.gather(state.params, mesh),
@@ -175,16 +185,19 @@ def train_step(
     )
 
     def gradient(params, examples):
-        keys, x = examples
+        keys, batch = examples
         t = training.draw_levels(noise.fold(keys, 0), method.schedule)
-        return training.objective(keys, params, x, t, method)
+        label = batch.get("label")
+        if label is not None:
+            label = drop_labels(noise.fold(keys, 4), label, training.label_dropout)
+        return training.objective(keys, params, batch["image"], t, method, label)
 
     def on_device(params, examples):
         return accumulate(
             functools.partial(gradient, params), params, examples, training.accumulate
         )
 
-    grads, statistics = sharding.mean_over_examples(on_device, mesh)(params, (keys, x))
+    grads, statistics = sharding.mean_over_examples(on_device, mesh)(params, (keys, batch))
     (grads,) = normalise_vjp(grads)
     updates, opt_state = training.optimiser.update(grads, state.opt_state, state.params)
     new_params = optax.apply_updates(state.params, updates)
@@ -198,12 +211,21 @@ def train_step(
     return new_state, summarise(statistics, optax.tree.norm(grads), method.schedule.T)
 
 
+def drop_labels(
+    keys: Key[Array, "B"], label: Int[Array, "B"], probability: float
+) -> Int[Array, "B"]:
+    """Replaces each label by 0, none, with a probability (Ho and Salimans 2022)."""
+    dropped = jax.vmap(lambda key: jax.random.bernoulli(key, probability))(keys)
+    return jnp.where(dropped, 0, label)
+
+
 def recovery_gradient(
     keys: Key[Array, "B"],
     params: Params,
     x: Float[Array, "B *D"],
     t: Int[Array, "B"],
     method: Method,
+    label: Int[Array, "B"] | None = None,
     positives: Positives = recovery.positives,
 ) -> tuple[Params, Statistics]:
     """Returns the gradient of the recovery likelihood's loss (Gao et al. 2021, eq. 8).
@@ -224,6 +246,7 @@ def recovery_gradient(
       x: data in [-1, 1].
       t: levels in 0..T-1.
       method: networks, noise levels and sampler.
+      label: class of each example, in 1..classes, or 0 for none; None: the networks take none.
       positives: draws the positive samples and x_tilde.
 
     Returns:
@@ -232,13 +255,12 @@ def recovery_gradient(
     schedule = method.schedule
     y_pos, x_tilde = positives(noise.fold(keys, 1), x, t, schedule)
     chain_keys, dropout_keys = noise.fold(keys, 2), noise.fold(keys, 3)
-    conditionals = method.conditionals(params, keys=dropout_keys)
+    conditionals = method.conditionals(params, keys=dropout_keys, label=label)
     y_neg, acceptance = ladder.sample_conditional(chain_keys, conditionals, x_tilde, t)
     params, of_initialiser = initialiser.split(params)
 
     def signed_loss(params, y, sign):
-        f = functools.partial(method.energy.f, params)
-        loss, f_y = recovery.loss(f, y, sign, t, schedule)
+        loss, f_y = recovery.loss(method.f(params, label=label), y, sign, t, schedule)
         return jnp.mean(loss), (loss, f_y)
 
     def gradient(y_and_sign):
@@ -255,7 +277,7 @@ def recovery_gradient(
         return grads, statistics
 
     def initialiser_loss(of_initialiser):
-        propose = method.propose({initialiser.NAME: of_initialiser}, dropout_keys)
+        propose = method.propose({initialiser.NAME: of_initialiser}, dropout_keys, label)
         start = ladder.start_from_initialiser(
             chain_keys, conditionals._replace(propose=propose), x_tilde, t
         )
@@ -273,6 +295,7 @@ def denoising_gradient(
     x: Float[Array, "B *D"],
     t: Int[Array, "B"],
     method: Method,
+    label: Int[Array, "B"] | None = None,
 ) -> tuple[Params, Statistics]:
     """Returns the gradient of the denoising loss, which needs no chain.
 
@@ -284,9 +307,10 @@ def denoising_gradient(
     dropout_keys = noise.fold(keys, 2)
 
     def mean_loss(params):
-        loss = recovery.denoising_loss(method.F(params, dropout_keys), y, eps, t, schedule)
-        # This costs nothing: the loss contains the same f, and XLA computes it only once.
-        return jnp.mean(loss), (loss, method.energy.f(params, y, t, dropout_keys))
+        F, f = method.F(params, dropout_keys, label), method.f(params, dropout_keys, label)
+        loss = recovery.denoising_loss(F, y, eps, t, schedule)
+        # f costs nothing: the loss contains it, too, and XLA computes it only once.
+        return jnp.mean(loss), (loss, f(y, t))
 
     grads, (loss, f_pos) = jax.grad(mean_loss, has_aux=True)(params)
     return grads, Statistics(t, loss, f_pos)
@@ -403,16 +427,16 @@ def summarise(statistics: Statistics, grad_norm: Float[Array, ""], T: int) -> Me
 
 def compile_step(
     mesh: Mesh, method: Method, training: Training
-) -> Callable[[TrainState, Array, Key[Array, ""]], tuple[TrainState, Metrics]]:
-    """Returns `train_step` as one jitted, sharded program: (state, x, key) -> (state, metrics).
+) -> Callable[[TrainState, Batch, Key[Array, ""]], tuple[TrainState, Metrics]]:
+    """Returns `train_step` as one jitted, sharded program of (state, batch, key).
 
     The program donates its first argument, so the caller can no longer use that state.
     """
     replicated, split = sharding.replicated(mesh), sharding.by_example(mesh)
     state_sharding = train_state.shardings(method.energy, training.optimiser, mesh)
 
-    def step(state, x, key):  # this name identifies the program in profiles and caches
-        return train_step(state, x, key, method, training, mesh)
+    def step(state, batch, key):  # this name identifies the program in profiles and caches
+        return train_step(state, batch, key, method, training, mesh)
 
     return jax.jit(
         full_precision(step) if training.matmul_precision == "highest" else step,

@@ -33,6 +33,8 @@ def run(
     num_chains: int | None,
     levels: Sequence[int],
     marginal: bool,
+    label: str | None,
+    guidance: float,
     seed: int,
 ) -> None:
     """Runs long chains on the conditionals, and generates samples with many steps per level.
@@ -56,6 +58,8 @@ def run(
       levels: levels whose conditionals are sampled; empty for all levels or, if there are more
         than ten, for ten of them.
       marginal: whether the chains sample the marginals p(y_t) of the levels.
+      label: class of the chains; None: none.
+      guidance: weight of guidance (`Model.given`).
       seed: random seed of the chains and of the choice of images.
 
     Raises:
@@ -64,6 +68,7 @@ def run(
         cannot be written to.
       Interrupted: if a signal stopped the chains; their state is saved.
     """
+    run = common.given(run, label, guidance)
     config, model = run.config, run.model
     common.require_images(model, "long_run")
     default_levels = [group[0] for group in diffusion.level_groups(model.T)]
@@ -75,7 +80,7 @@ def run(
     source = sources.open_source(config)
     data_record.warn_if_changed(workdir, source)
     limit = config.evaluation.num_data
-    images = pipeline.load_examples(config, source, limit=limit)
+    images = pipeline.load_examples(config, common.of_label(source, label), limit=limit)
     key, experiment_key = jax.random.split(common.task_key("long_run", seed))
     kind = f"{config.mcmc.sampler}_marginal" if marginal else config.mcmc.sampler
     folder = workdir / "long_run" / f"step_{run.step}_{kind}_seed_{seed}"
@@ -102,6 +107,7 @@ def run(
     if data:  # earlier records lack the distances
         settings |= {"feature distances": True}
     settings |= common.resume_settings(config, SETTINGS) | {"data": source.identity}
+    settings |= common.condition(label, guidance)
     autosave = Autosave(folder / "chains.snapshot", settings)
     state = runner.run(model, key, experiment, num_steps, autosave)
     others = {"step": run.step, "seed": seed, "marginal": marginal, "num_steps": num_steps}

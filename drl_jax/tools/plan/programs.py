@@ -101,8 +101,11 @@ def training_step(config: ConfigDict, mesh: Mesh, batch_size: int) -> jax.stages
     training = train_step.from_config(config)
     step: Any = train_step.compile_step(mesh, method, training)
     state = train_state.abstract(method.energy, training.optimiser)
-    x = jax.ShapeDtypeStruct((batch_size, *method.energy.shape), jnp.float32)
-    return step.lower(state, x, _abstract_key())
+    shape = (batch_size, *method.energy.shape)
+    batch = {"image": jax.ShapeDtypeStruct(shape, jnp.float32)}
+    if method.energy.classes:
+        batch["label"] = jax.ShapeDtypeStruct((batch_size,), jnp.int32)
+    return step.lower(state, batch, _abstract_key())
 
 
 def sampler(config: ConfigDict, mesh: Mesh, batch_size: int) -> jax.stages.Lowered:
