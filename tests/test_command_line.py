@@ -17,7 +17,9 @@ VALUES = {
     "distributed": "true",
     "dtype": "float16",
     "find_largest_batch": "true",
+    "guidance": "0.5",
     "images": "a.png,b.png",
+    "label": "2",
     "marginal": "true",
     "mode": "train",
     "protocol": "paper",
@@ -186,7 +188,7 @@ def test_the_papers_protocol_sets_the_fields_of_the_configuration_that_it_prescr
     config = config_lib.default()
     config.mcmc.K = 7
     command = parse(*EVALUATE, "--config.mcmc.noise_scale=0.99", "--protocol=paper")
-    assert command.arguments == {"protocol": "paper"}
+    assert command.arguments == {"protocol": "paper", "label": None, "guidance": 0.0}
     config = command_line.changed(config, command.changes)
     assert config.mcmc.noise_scale == 0.99
     assert config.evaluation.num_samples == 50_000

@@ -29,7 +29,7 @@ KEY = jax.random.key(0)
 
 
 def f(params, x, t, keys=None, label=None):
-    """Returns the log-density of the label's N(mean, variance) in each dimension, plus log Z."""
+    """Returns the log-density of N(mean, variance) of the label, plus its log Z."""
     label = jnp.zeros_like(t) if label is None else label
     mean, variance = jnp.asarray(MEANS)[label], jnp.asarray(VARIANCES)[label]
     quadratic = jnp.sum(jnp.square(x - mean[:, None]), axis=1) / (2 * variance)

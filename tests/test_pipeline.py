@@ -358,6 +358,34 @@ def test_in_training_an_unreadable_image_is_replaced_by_random_ones_of_its_split
         )
 
 
+def test_labels_stay_with_their_images(tmp_path):
+    """Also those of the images that replace unreadable ones, and in the shares of processes.
+
+    Images i of the folder have the value i and the label i % 3 + 1.
+    """
+    for i in range(12):
+        save(tmp_path / "abc"[i % 3] / f"{i:02d}.png", np.full((8, 8), i, np.uint8))
+    examples.save_damaged(tmp_path / "b" / "04.png")
+    config = make_config(f"folder:{tmp_path}", flip=False, batch_size=6, classes=3)
+    source = sources.open_source(config)
+    seen = set()
+    for process in range(2):
+        batches = pipeline.training_batches(
+            config, source, process_index=process, process_count=2
+        )
+        for batch in itertools.islice(batches, 20):
+            assert batch["label"].dtype == np.int32
+            found = values(batch["image"])
+            assert [i % 3 + 1 for i in found] == batch["label"].tolist()
+            seen |= {*found}
+    assert seen == {*range(12)} - {4}
+    x, labels = pipeline.load_labelled(config, source, 10)
+    assert (values(x), labels.tolist()) == (
+        [0, 3, 6, 9, 1, 7, 10, 2, 5],
+        [1, 1, 1, 1, 2, 2, 2, 3, 3],
+    )
+
+
 def test_unreadable_images_are_left_out_where_all_examples_are_read(tmp_path):
     config, source = folder_with_damage(tmp_path, 6, [0, 3])
     assert values(pipeline.all_examples(config, source)) == [1, 2, 4, 5]

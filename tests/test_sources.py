@@ -130,6 +130,70 @@ def test_labels_are_those_of_the_images_of_the_split():
         assert [labels[image.tobytes()] for image in source] == source.labels.tolist()
 
 
+@pytest.mark.parametrize("name", ["digits", "mnist5k"])
+def test_labels_are_read_together_with_the_examples(name):
+    """Of a split, whose order differs from that of the whole source."""
+    config = make_config(name, test_fraction=0.2, classes=10)
+    config.data.image_size = 28 if name == "mnist5k" else 8
+    source = sources.open_held_out(config)
+    pairs = source.read_labelled(range(20))
+    assert [label for _, label in pairs] == source.labels[:20].tolist()
+    np.testing.assert_array_equal(np.stack([image for image, _ in pairs])[7], source[7])
+
+
+def test_examples_of_a_class_are_all_of_it_in_the_same_order():
+    source = sources.open_held_out(make_config(test_fraction=0.2))
+    part = sources.of_class(source, 3)
+    expected = [image for image, label in zip(source, source.labels, strict=True) if label == 2]
+    np.testing.assert_array_equal(np.stack(list(part)), np.stack(expected))
+    assert (part.split, part.held_out, part.classes) == ("test", True, 10)
+    assert part.identity == f"{source.identity}, class 3"
+    with pytest.raises(UserError, match="there are no examples of class 11"):
+        sources.of_class(source, 11)
+
+
+def class_folders(folder, **fields):
+    """Writes two images each of two classes, and one of a third; returns a config."""
+    for i, name in enumerate(["cats/a", "cats/b", "dogs/c", "dogs/x/d", "owls/e"]):
+        examples.save(folder / f"{name}.png", np.full((8, 8), i, np.uint8))
+    return make_config(f"folder:{folder}", **fields)
+
+
+def test_the_labels_of_a_folder_are_its_subfolders(tmp_path, caplog):
+    """Fails if deeper folders count. Without classes in the configuration, there are none."""
+    with caplog.at_level("INFO"):
+        source = sources.open_source(class_folders(tmp_path, classes=3))
+    assert source.labels.tolist() == [0, 0, 1, 1, 2]
+    assert "labels are subfolders: 1 'cats', 2 'dogs', 3 'owls'" in caplog.text
+    assert sources.open_source(class_folders(tmp_path)).classes == 0
+    examples.save_damaged(tmp_path / "dogs" / "c.png")
+    source = sources.open_source(class_folders(tmp_path, classes=3, strict=False))
+    pairs = source.read_labelled([1, 2, 3, 4])
+    assert [pair and pair[1] for pair in pairs] == [0, 1, 1, 2]
+
+
+def test_an_image_in_no_subfolder_has_no_label(tmp_path):
+    config = class_folders(tmp_path, classes=3)
+    examples.save(tmp_path / "z.png", np.zeros((8, 8), np.uint8))
+    with pytest.raises(UserError, match="is in no subfolder, so it has no label: move"):
+        sources.open_source(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted", "message"),
+    [
+        ("digits", 12, "config.data.classes is 12, but 'digits' has 10 classes: set "),
+        ("rings", 2, "config.data.classes is 2, but 'rings' has no labels: set "),
+    ],
+)
+def test_the_number_of_classes_must_be_that_of_the_data(name, wanted, message):
+    config = make_config(name, classes=wanted)
+    if name == "rings":
+        config.energy.network = "mlp"
+    with pytest.raises(UserError, match=message):
+        sources.open_source(config)
+
+
 def test_splits_and_fractions_have_different_identities():
     sets = [
         opened(make_config(test_fraction=fraction))
@@ -469,6 +533,22 @@ def test_a_tfds_data_set_without_code_is_read_as_it_was_written(tfds_dir, stripe
     for i, expected in enumerate(pixels):
         np.testing.assert_array_equal(source[i], expected)
     np.testing.assert_array_equal(source.read([5, 2, 3]), pixels[[5, 2, 3]])
+
+
+def test_tfds_images_are_read_with_their_labels(tfds_dir, stripes, monkeypatch):
+    """Also one by one, if reading several fails."""
+    source = sources.open_source(tfds_config(tfds_dir, classes=7))
+    assert (source.classes, source.labels) == (7, None)
+    for _ in range(2):
+        pairs = source.read_labelled([2, 0, 5])
+        assert [label for _, label in pairs] == [2, 0, 5]
+        np.testing.assert_array_equal(pairs[2][0], stripes[0][5])
+        monkeypatch.setattr(source._examples, "__getitems__", None, raising=False)
+    part = sources.of_class(source, 5)
+    np.testing.assert_array_equal(part[0], stripes[0][4])
+    assert len(part) == 1
+    with pytest.raises(UserError, match="'stripes' has 7 classes"):
+        sources.open_source(tfds_config(tfds_dir, classes=8))
 
 
 def test_the_home_directory_is_expanded_in_the_folder_of_tfds_data_sets(tfds_dir, monkeypatch):

@@ -141,7 +141,7 @@ GUIDANCE = Flag(
     "Weight of guidance: the larger it is, the more typical samples are of their class",
     type=float,
     default=0.0,
-    metavar="W",
+    metavar="N",
 )
 CONDITION = (LABEL, GUIDANCE)
 SEED = Flag("seed", "Random seed", type=int, default=0, minimum=0, maximum=2**32 - 1)
@@ -180,7 +180,7 @@ PAPER = {
 def _check_condition(values: Mapping[str, Any], given: Collection[str]) -> str | None:
     """Returns an error message if the label or the guidance cannot be used, or None."""
     label = values["label"]
-    if label not in (None, "all") and not label.isdecimal():
+    if label not in (None, "all") and not (label.isdecimal() and int(label)):
         return f"--label={label}: give a whole number from 1, or all"
     if values["guidance"] and label is None:
         return "--guidance needs a --label"
