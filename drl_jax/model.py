@@ -297,6 +297,10 @@ class Model:
             )
         return self._evaluate(self.programs.propose, x_tilde, t, label, shape=self.shape)
 
+    def each_label(self, n: int) -> Int[np.ndarray, "n"] | None:
+        """Returns n labels, each class in turn; None if the model has no classes."""
+        return 1 + np.arange(n) % self.classes if self.classes else None
+
     def sample(
         self,
         key: AnyKey,
@@ -729,7 +733,8 @@ class Model:
         if np.ndim(label) == 0:
             return self.given(label, guidance), None
         labels = self._labels(label, n)
-        condition = Condition(jnp.int32(0), _weight(guidance, labelled=True))
+        weight = _weight(guidance, labelled=bool(np.any(labels)))
+        condition = Condition(jnp.int32(0), weight)
         params = guidance_lib.with_condition(self.params, condition)
         return self.with_params(params), np.asarray(labels)
 

@@ -5,6 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from helpers import runs as runs_helper
 from helpers import tiny
 
@@ -58,13 +59,13 @@ def test_a_labelled_run_resumes_bit_identically(workdir, tmp_path):
     """With an initialiser. Fails if labels are drawn from another key or another step."""
     assert tiny.main(*training(tmp_path / "a", train__num_steps=20)) == 0
     assert tiny.main(*training(tmp_path / "a")) == 0
-    expected = runs_helper.state_of(workdir)
-    assert_equal(runs_helper.state_of(tmp_path / "a"), expected)
+    expected = runs_helper.state_of(epath.Path(workdir))
+    assert_equal(runs_helper.state_of(epath.Path(tmp_path / "a")), expected)
     other = training(tmp_path / "b", train__label_dropout=0.5)
     assert tiny.main(*other) == 0
     kernels = [
         state.params["y_map"]["kernel"]
-        for state in (runs_helper.state_of(tmp_path / "b"), expected)
+        for state in (runs_helper.state_of(epath.Path(tmp_path / "b")), expected)
     ]
     assert not np.array_equal(*kernels)
 
@@ -76,19 +77,20 @@ def test_the_results_say_what_the_energies_know_about_labels(workdir):
     assert metrics["num_test"] == 359
     assert len(metrics["log_prior"]) == 10
     assert 0 <= metrics["accuracy_of_test"] <= 1
-    assert "label_agreement" not in metrics
+    classified = json.loads((workdir / "metrics.json").read_text())["classifier"]
+    assert 0 <= classified["label_agreement"] <= 1  # after training, samples have all labels
 
 
 @pytest.mark.slow
 def test_samples_depend_on_the_label_and_the_guidance(workdir):
     """Each command has its own folder, which says what it contains."""
     common = "--mode=sample", f"--workdir={workdir}", "--num_samples=20"
-    for flags in ([], ["--label=3"], ["--label=3", "--guidance=2"], ["--label=all"]):
+    for flags in (["--label=0"], ["--label=3"], ["--label=3", "--guidance=2"], []):
         assert tiny.main(*common, *flags) == 0
     folders = sorted((workdir / "samples").iterdir(), key=lambda path: (len(path.name), path))
     settings = [json.loads((folder / "settings.json").read_text()) for folder in folders]
     found = [(each.get("label"), each.get("guidance")) for each in settings]
-    assert found == [(None, None), ("3", 0.0), ("3", 2.0), ("all", 0.0)]
+    assert found == [("0", 0.0), ("3", 0.0), ("3", 2.0), ("all", 0.0)]
     none, three, guided, each = (np.load(folder / "samples.npy") for folder in folders)
     assert not np.allclose(none, three)
     assert not np.allclose(three, guided)
@@ -135,11 +137,15 @@ def test_every_task_that_draws_or_scores_takes_a_label(workdir, flags, caplog):
     ("flags", "message"),
     [
         (["--mode=sample", "--label=11"], "label 11 does not exist: give 1 to 10"),
-        (["--mode=sample", "--label=x"], "--label=x: give a whole number from 1, or all"),
-        (["--mode=sample", "--guidance=0.5"], "--guidance needs a --label"),
+        (["--mode=sample", "--label=x"], "--label=x: give a whole number, or all"),
+        (
+            ["--mode=sample", "--label=0", "--guidance=1"],
+            "guidance is 1, but there is no label",
+        ),
+        (["--mode=ood", "--guidance=0.5"], "--guidance needs a --label"),
         (["--mode=sample", "--guidance=x", "--label=1"], "'x' is not a finite number"),
         (["--mode=inpaint", "--label=all"], "--label=all is for --mode=sample and"),
-        (["--mode=evaluate", "--label=0"], "--label=0: give a whole number from 1, or all"),
+        (["--mode=likelihood", "--label=0", "--guidance=1"], "but there is no label"),
     ],
 )
 @pytest.mark.slow
@@ -156,6 +162,6 @@ def test_a_label_that_cannot_be_used_is_one_line_and_leaves_nothing(
 
 @pytest.mark.slow
 def test_a_model_without_labels_takes_none(capsys):
-    for mode in ("sample", "ood"):
+    for mode in ("sample", "ood", "evaluate"):
         assert tiny.main(f"--mode={mode}", f"--workdir={tiny.trained()}", "--label=1") == 1
         assert "trained without labels: give no label" in capsys.readouterr().err

@@ -130,7 +130,7 @@ def of_label(source: Source, label: str | None) -> Source:
     Raises:
       UserError: if there are none of this class.
     """
-    return source if label is None else sources.of_class(source, int(label))
+    return sources.of_class(source, int(label)) if label and int(label) else source
 
 
 def condition(label: str | None, guidance: float) -> dict[str, Any]:
@@ -138,12 +138,17 @@ def condition(label: str | None, guidance: float) -> dict[str, Any]:
     return {} if label is None else {"label": label, "guidance": guidance}
 
 
+def of_samples(model: Model, label: str | None) -> str | None:
+    """Returns the label of samples: by default 'all', if the model has classes."""
+    return "all" if label is None and model.classes else label
+
+
 def sample_labels(model: Model, label: str | None, n: int) -> Int[np.ndarray, "n"] | None:
     """Returns the labels of n samples.
 
     Args:
       model: the model.
-      label: a class; 'all': each class in turn; None: none.
+      label: a class, or 0 for none; 'all': each class in turn; None: no labels.
       n: number of samples.
 
     Raises:
@@ -152,7 +157,7 @@ def sample_labels(model: Model, label: str | None, n: int) -> Int[np.ndarray, "n
     if label is None:
         return None
     model.given(1 if label == "all" else int(label))  # which checks that the class exists
-    return 1 + np.arange(n) % model.classes if label == "all" else np.full(n, int(label))
+    return model.each_label(n) if label == "all" else np.full(n, int(label))
 
 
 def draw(
@@ -168,7 +173,7 @@ def draw(
       model: the model.
       key: random key.
       n: number of samples.
-      label: their class; 'all': each class in turn; None: none.
+      label: see `sample_labels`.
       guidance: weight of guidance.
 
     Raises:

@@ -86,7 +86,8 @@ def run(
       run: the trained model.
       workdir: where the results go.
       protocol: one of `PROTOCOLS`, for FID.
-      label: class of the samples; 'all': each class in turn; None: none.
+      label: class of the samples, or 0 for none; 'all': each class in turn; None: 'all', if the
+        model has classes.
       guidance: weight of guidance (`Model.given`).
 
     Raises:
@@ -94,7 +95,7 @@ def run(
         used, the folder cannot be written to, there are no weights for the paper's protocol, or
         a sample is not finite.
     """
-    common.sample_labels(run.model, label, 0)
+    common.sample_labels(run.model, label, 0)  # which checks that the class exists
     source = sources.open_source(run.config)
     data_record.warn_if_changed(workdir, source)
     require_comparable(run.config, source)
@@ -165,9 +166,10 @@ def measure(
       workdir: where the results go.
       inception_weights: for FID, KID and the inception score; None skips these.
       protocol: one of `PROTOCOLS`, for the same metrics.
-      label: class of the samples; 'all': each class in turn; None: none.
+      label: class of the samples (`run`).
       guidance: weight of guidance.
     """
+    label = common.of_samples(run.model, label)
     key, levels_key = jax.random.split(common.task_key("evaluate", run.config.seed))
     if images.are_points(run.model.shape):
         return measure_points(run, workdir, key)
@@ -224,7 +226,7 @@ def measure_images(
       levels_key: for the statistics of the levels.
       inception_weights: of the Inception network, or None.
       protocol: one of `PROTOCOLS`.
-      label: class of the samples; 'all': each class in turn; None: none.
+      label: class of the samples, or 0 for none; 'all': each class in turn; None: no labels.
       guidance: weight of guidance.
     """
     config, model = run.config, run.model

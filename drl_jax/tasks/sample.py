@@ -39,7 +39,8 @@ def run(
       run: the trained model.
       workdir: folder of the results.
       num_samples: number of samples.
-      label: class of the samples; 'all': each class in turn; None: none.
+      label: class of the samples, or 0 for none; 'all': each class in turn; None: 'all', if the
+        model has classes.
       guidance: weight of guidance (`Model.given`).
       seed: random seed of the samples.
 
@@ -47,6 +48,7 @@ def run(
       UserError: if the model has no such class, the folder cannot be written to, or a sample is
         not finite.
     """
+    label = common.of_samples(run.model, label)
     condition = common.condition(label, guidance)
     settings = common.result_settings(run, "sample", seed, num_samples=num_samples, **condition)
     path = workdir / "samples" / f"step_{run.step}_seed_{seed}"

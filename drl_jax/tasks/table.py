@@ -132,8 +132,11 @@ IMAGES = Flag(
 )
 LABEL = Flag(
     "label",
-    "Class of the images, from 1; sample and evaluate also take all, for each class in turn",
-    default_help="none",
+    "Class of the images, from 1; 0: none; all (sample, evaluate): each class in turn",
+    default_help={
+        **dict.fromkeys(("sample", "evaluate"), "all, if the model has classes"),
+        **dict.fromkeys(("interpolate", "inpaint", "long_run", "likelihood", "ood"), "none"),
+    },
     metavar="N",
 )
 GUIDANCE = Flag(
@@ -180,10 +183,8 @@ PAPER = {
 def _check_condition(values: Mapping[str, Any], given: Collection[str]) -> str | None:
     """Returns an error message if the label or the guidance cannot be used, or None."""
     label = values["label"]
-    if label not in (None, "all") and not (label.isdecimal() and int(label)):
-        return f"--label={label}: give a whole number from 1, or all"
-    if values["guidance"] and label is None:
-        return "--guidance needs a --label"
+    if label not in (None, "all") and not label.isdecimal():
+        return f"--label={label}: give a whole number, or all"
     return None
 
 
@@ -191,6 +192,8 @@ def _check_one_label(values: Mapping[str, Any], given: Collection[str]) -> str |
     """Like `_check_condition`, for tasks that do not take --label=all."""
     if values["label"] == "all":
         return "--label=all is for --mode=sample and --mode=evaluate: give one label"
+    if values["guidance"] and values["label"] is None:
+        return "--guidance needs a --label"
     return _check_condition(values, given)
 
 

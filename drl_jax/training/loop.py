@@ -390,6 +390,8 @@ def write_grid(
 ) -> None:
     """Draws samples with the averaged parameters; writes them to TensorBoard and to grids/.
 
+    If the networks take labels, the samples are of each class in turn.
+
     Args:
       context: everything else that is needed.
       state: training state after `step` steps.
@@ -402,7 +404,8 @@ def write_grid(
     """
     params = generation_params(context.method, state, context.sampler.mesh)
     model = context.sampler.with_params(params)
-    samples = model.sample(key, images.grid_size(model.shape, columns=8))
+    n = images.grid_size(model.shape, columns=8)
+    samples = model.sample(key, n, label=model.each_label(n))
     if not np.isfinite(samples).all():
         log.warning(
             "the samples after step %d are not finite numbers: if later ones are not, either, "
