@@ -275,9 +275,15 @@ def positives_with_shared_noise(
 ) -> tuple[Float[Array, "B *D"], Float[Array, "B *D"]]:
     """Draws positive samples (y, x_tilde) that have the same noise, at levels t in 0..T-1.
 
-    See `diffusion.shared_noise_pair`. x_tilde - y is not independent of y here, so the
-    conditional that is learned is not that of a diffused density, and exp(F(y, t)) need not be
-    the density of y_t.
+    See `diffusion.shared_noise_pair`. x_tilde - y is not independent of y here, as the model
+    assumes. But F learns the same as from `positives`: with
+
+        log p(y | x_tilde) = F(y, t) - |x_tilde - y|² / (2 sigma_{t+1}²) - log Z(x_tilde)
+
+    the first and the last term depend on one variable each, whose distributions are the same
+    for both kinds of pairs, and the second one does not depend on F. So the expected gradient
+    is the same for every F, also with the negative samples of short chains, which depend on
+    x_tilde alone. The gradient of a batch varies less: y and the negative sample are closer.
     """
     x_t, x_tilde = diffusion.shared_noise_pair(keys, x, t, schedule)
     return noise.per_example(schedule.y_scale(t), x) * x_t, x_tilde

@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.statistical import assert_counts, assert_mean
+from helpers.statistical import assert_counts, assert_mean, assert_variance
 from scipy import stats
 from scipy.special import log_expit, logsumexp
 from scipy.stats import norm
@@ -243,9 +243,13 @@ def true(moments):
     return mean / variance, 1 / variance
 
 
+PAIRS = (recovery.positives, recovery.positives_with_shared_noise)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("energies", [wrong, true])
-def test_loss_has_the_gradient_of_maximum_likelihood(energies):
+@pytest.mark.parametrize("pairs", PAIRS)
+def test_loss_has_the_gradient_of_maximum_likelihood(pairs, energies):
     """grad E loss = weight_t tau_t grad E[-log p(y | x_tilde)] at every level; 0 for the truth.
 
     The network is f = tau F. With u = 1 / sigma² (0 at the top), its conditionals are Gaussian
@@ -253,6 +257,9 @@ def test_loss_has_the_gradient_of_maximum_likelihood(energies):
     is E y⁻ - E y in h, and (E y² - E y⁻²) / 2 in P. Negative samples are exact. Fails if
     positive and negative samples are swapped, the weight is squared or left out, y is not
     scaled or is scaled at the top, or x_tilde is drawn at level t.
+
+    The expected gradient, that of independent pairs, is also that of pairs with shared noise:
+    it depends on the distributions of y and of x_tilde, but not on their covariance.
     """
     data = mixtures.gaussian(np.array([0.4]), np.array([[0.25]]))
     moments = joint_moments(data, SCHEDULE)
@@ -274,7 +281,7 @@ def test_loss_has_the_gradient_of_maximum_likelihood(energies):
     @jax.jit
     def gradients(keys):
         x = data.sample(noise.fold(keys, 0))
-        y, x_tilde = recovery.positives(noise.fold(keys, 1), x, t, SCHEDULE)
+        y, x_tilde = pairs(noise.fold(keys, 1), x, t, SCHEDULE)
         h, P = theta[:, t, None, None]
         model = mixtures.Mixture(jnp.zeros((6 * n, 1)), h / P, 1 / P, jnp.ones((1, 1, 1)))
         y_neg = model.posterior(x_tilde, 1 / jnp.sqrt(u[t])).sample(noise.fold(keys, 2))
@@ -292,6 +299,35 @@ def test_loss_has_the_gradient_of_maximum_likelihood(energies):
     assert_mean(found, np.asarray(expected), np.var(found, axis=0))
     if energies is true:
         np.testing.assert_allclose(expected / np.std(found, axis=0), 0, atol=1e-4)
+
+
+@pytest.mark.parametrize("pairs", PAIRS)
+def test_shared_noise_reduces_the_variance_of_the_gradient_by_a_known_factor(pairs):
+    """For normal data and the true F, y⁻ - y is the gradient of the log-likelihood in h.
+
+    With m = Var y, M = Var x_tilde, y = alpha x + beta eps, x_tilde = alpha x + gamma eps', its
+    variance is 2 m (1 - m / M) for independent pairs, and gamma / (gamma + beta) times that for
+    eps' = eps. Fails if x_tilde has the noise of level t.
+    """
+    schedule, n = diffusion.schedule(6, "cosine"), 50_000
+    data = mixtures.gaussian(np.array([0.4]), np.array([[0.25]]))
+    _, _, variance, variance_next, _ = joint_moments(data, schedule)
+    expected = 2 * variance * (1 - variance / variance_next)
+    if pairs is recovery.positives_with_shared_noise:
+        beta, gamma = schedule.a[1:] * schedule.sigma_bar[:-1], schedule.sigma_bar[1:]
+        expected *= gamma / (gamma + beta)
+    keys = noise.example_keys(jax.random.key(0), jnp.arange(n))
+
+    @jax.jit
+    def difference(t):
+        x = data.sample(noise.fold(keys, 0))
+        y, x_tilde = pairs(noise.fold(keys, 1), x, jnp.full(n, t), schedule)
+        true_model = mixtures.energy_marginal(data, t, schedule)
+        y_neg = true_model.posterior(x_tilde, schedule.sigma[t + 1]).sample(noise.fold(keys, 2))
+        return y_neg - y
+
+    for t in range(5):
+        assert_variance(difference(t), 0.0, expected[t], of=5)
 
 
 def test_denoising_loss_is_minimised_by_the_exact_energy_of_the_same_level():
