@@ -27,7 +27,7 @@ from drl_jax.runtime.batching import Engine
 from drl_jax.runtime.matmul_precision import full_precision
 from drl_jax.sampling import chains as chains_lib
 from drl_jax.sampling import inpainting, interpolation, ladder, masks
-from drl_jax.sampling.chains import Chains, Observation
+from drl_jax.sampling.chains import Chains, LabelFn, Observation
 from drl_jax.sampling.ladder import Adapted
 
 log = logging.getLogger(__name__)
@@ -76,12 +76,14 @@ class Model:
       engine: runs programs in batches on the devices.
       programs: compiled programs, none of which depends on the values of the parameters or
         of the sampler's tuning.
+      labelled: whether `long_run` records labels (`with_labels`).
     """
 
     method: Method
     params: Params
     engine: Engine
     programs: Programs
+    labelled: bool = False
 
     @classmethod
     def create(
@@ -535,7 +537,8 @@ class Model:
         indices = np.arange(len(t))
         model, labels = self._conditioned(label, guidance, len(t))
         if chains is None:
-            trace = np.zeros((len(t), points, 1 + chains_lib.PROJECTIONS), np.float32)
+            columns = chains_lib.SCALARS + self.labelled
+            trace = np.zeros((len(t), points, columns), np.float32)
             chains = _concatenate(
                 model.run(
                     self.programs.start_chains, key, indices, x_tilde, t, trace, labels=labels
@@ -603,6 +606,16 @@ class Model:
         """
         method = method_lib.marginals(self.method)
         return Model.create(method, self.params, self.mesh, self.engine.batch_size)
+
+    def with_labels(self, label: LabelFn) -> "Model":
+        """Returns a model whose `long_run` also records labels. Compiles one program again.
+
+        Args:
+          label: (images without noise) -> the class of each; see `chains.advance`.
+        """
+        advance = self.compile(functools.partial(chains_lib.advance, label=label))
+        programs = self.programs._replace(advance_chains=advance)
+        return dataclasses.replace(self, programs=programs, labelled=True)
 
     def adapt(
         self, key: AnyKey, num_steps: int = 100, target: float = 0.65, chains: int = 16

@@ -4,10 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.gaussian_ladder import SCHEDULE, exact_F, marginal_moments
-from helpers.statistical import assert_mean, assert_variance
+from helpers.gaussian_ladder import MEAN, SCHEDULE, VARIANCE, exact_F, marginal_moments
+from helpers.statistical import RATE, assert_mean, assert_variance
+from scipy import stats
 
 from drl_jax import noise, recovery
+from drl_jax.data import mixtures
 from drl_jax.errors import UserError
 from drl_jax.mcmc import hmc, langevin
 from drl_jax.metrics import diagnostics
@@ -17,7 +19,7 @@ from drl_jax.sampling.ladder import Conditionals, Sampler
 
 T = 6
 DECAY = 0.8  # factor by which a Langevin step reduces y's distance to the conditional's mean
-S = 1 + chains_lib.PROJECTIONS  # scalars per point of a trace
+S = chains_lib.SCALARS  # per point of a trace
 
 
 def conditional_moments(t, x_tilde):
@@ -50,17 +52,22 @@ def propose(x_tilde, t):
     return 0.5 * x_tilde + t[:, None]
 
 
-def make_chains(F, sampler, x_tilde, t, points, seed=0):
+def first_coordinate(x):
+    """Stands for a classifier."""
+    return x[:, 0]
+
+
+def make_chains(F, sampler, x_tilde, t, points, seed=0, label=None):
     """Returns new chains, and a compiled function that advances chains to step `last`."""
     keys = noise.example_keys(jax.random.key(seed), jnp.arange(len(t)))
-    trace = jnp.zeros((len(t), points, S))
+    trace = jnp.zeros((len(t), points, S + bool(label)))
     conditionals = Conditionals(F, SCHEDULE, sampler, propose)
     start = chains_lib.start(keys, conditionals, x_tilde, t, trace)
 
     @jax.jit
     def advance(chains, last):
         first = chains.step[0]
-        return chains_lib.advance(keys, conditionals, chains, x_tilde, t, first, last)
+        return chains_lib.advance(keys, conditionals, chains, x_tilde, t, first, last, label)
 
     return start, advance
 
@@ -90,11 +97,14 @@ def test_long_chains_have_the_exact_stationary_moments_at_every_level():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sampler", [langevin_sampler(), hmc_sampler()])
-def test_chains_are_bit_identical_however_their_steps_are_divided_into_calls(sampler):
+@pytest.mark.parametrize(
+    ("sampler", "label"),
+    [(langevin_sampler(), None), (langevin_sampler(), first_coordinate), (hmc_sampler(), None)],
+)
+def test_chains_are_bit_identical_however_their_steps_are_divided_into_calls(sampler, label):
     t = jnp.arange(12) % T
     x_tilde = jax.random.normal(jax.random.key(1), (12, 3))
-    start, advance = make_chains(exact_F, sampler, x_tilde, t, points=8)
+    start, advance = make_chains(exact_F, sampler, x_tilde, t, points=8, label=label)
     in_one_call = advance(start, 50)
     chains = start
     for last in (1, 2, 9, 17, 30, 31, 50):
@@ -161,6 +171,68 @@ def test_traces_hold_equidistant_steps_and_at_most_their_capacity():
     )
     np.testing.assert_allclose(chains.trace[:, points - 1, 0], log_p, rtol=1e-4)
     assert chains_lib.draws_after_warm_up(start).shape == (4, 0, S)
+
+
+def test_labels_are_those_of_denoised_positions_at_the_points_of_the_trace():
+    """The mean of normal data given x_t is known.
+
+    Fails if x_t or y is labelled, if the level is not that of the chain, and if labels change
+    the other scalars or the chains.
+    """
+    t = jnp.arange(T)
+    x_tilde = jax.random.normal(jax.random.key(1), (T, 3))
+    start, advance = make_chains(
+        exact_F, langevin_sampler(), x_tilde, t, points=8, label=first_coordinate
+    )
+    start_without, advance_without = make_chains(
+        exact_F, langevin_sampler(), x_tilde, t, points=8
+    )
+    chains, observation = advance(start, 24)  # the trace holds every fourth step
+    without, _ = advance_without(start_without, 24)
+    np.testing.assert_allclose(chains.trace[:, :6, :S], without.trace[:, :6], atol=1e-5)
+    np.testing.assert_allclose(chains.state.position, without.state.position, atol=1e-5)
+    a, s = SCHEDULE.a_bar[:T], SCHEDULE.sigma_bar[:T]
+    gain = a * VARIANCE / (a**2 * VARIANCE + s**2)
+    expected = MEAN + gain * (observation.x[:, 0] - a * MEAN)
+    np.testing.assert_allclose(chains.trace[:, 5, S], expected, rtol=1e-4, atol=1e-5)
+    assert np.ptp(chains.trace[:, :6, S], axis=1).min() > 0
+
+
+@pytest.mark.slow
+def test_r_hat_of_labels_is_one_for_independent_draws_and_infinite_for_chains_in_one_class():
+    """The classes are the sides of the mean of the data.
+
+    Langevin dynamics with r = 0 makes independent draws. With n draws per half-chain and m
+    half-chains, (R-hat² - (n - 1) / n) n has an F distribution with m - 1 and m (n - 1) degrees
+    of freedom, up to the distribution of the share of a class, which is close to normal. So the
+    test fails with probability RATE. If the data are at -40 and 40, more than 40 nats separate
+    the two modes of y even at the highest level.
+    """
+    data = mixtures.mixture(np.full(2, 0.5), np.array([[-40.0], [40.0]]), np.ones((2, 1, 1)))
+    two_modes = mixtures.exact_F(data, SCHEDULE)
+    C = 64
+    x_tilde = 40 * SCHEDULE.a_bar[T - 1] * jnp.where(jnp.arange(C) % 2, 1.0, -1.0)[:, None]
+    near = Sampler(langevin.init, langevin.kernel, {"step_size": jnp.full(T, 0.5)}, 1)
+    found = {}
+    for F, sampler, threshold in (
+        (exact_F, langevin_sampler(r=0.0), MEAN),
+        (two_modes, near, 0.0),
+    ):
+
+        def label(x, threshold=threshold):
+            return jnp.where(x[:, 0] > threshold, 7.0, 3.0)
+
+        t = jnp.full((C,), T - 1)
+        start, advance = make_chains(F, sampler, x_tilde, t, points=1000, label=label)
+        chains, _ = advance(start, 1000)
+        labels = chains_lib.draws_after_warm_up(chains)[..., S]
+        found[F] = diagnostics.mixing(labels, np.zeros(C, int))
+    m, n = 2 * C, 250
+    ratio = (found[exact_F].label_r_hat ** 2 - (n - 1) / n) * n
+    low, high = stats.f.ppf([RATE / 2, 1 - RATE / 2], m - 1, m * (n - 1))
+    assert low < ratio < high
+    assert found[two_modes].label_r_hat == np.inf
+    assert found[two_modes].label_changes == 0
 
 
 def test_effective_sample_size_of_langevin_is_that_of_an_ar1_process():

@@ -1,6 +1,7 @@
 import functools
 import logging
 
+import jax
 import numpy as np
 import pytest
 from etils import epath
@@ -49,6 +50,14 @@ def test_features_of_the_training_data_have_variance_1_on_average():
     features, probabilities = trained()(digits()[0][0])
     np.testing.assert_allclose(features.var(axis=0, ddof=1).mean(), 1)
     np.testing.assert_allclose(probabilities.sum(axis=1), 1, rtol=1e-5)
+
+
+def test_labels_are_the_most_probable_classes_of_clipped_images():
+    x = np.float32(3) * digits()[1][0]
+    _, probabilities = trained()(np.clip(x, -1, 1))
+    found = jax.jit(trained().label)(x)
+    np.testing.assert_array_equal(found, probabilities.argmax(axis=1))
+    assert found.dtype == x.dtype
 
 
 def test_an_image_has_the_same_features_in_any_batch(monkeypatch):

@@ -1,4 +1,9 @@
+from itertools import pairwise
+
 import numpy as np
+import pytest
+from helpers.statistical import RATE
+from scipy import stats
 
 from drl_jax.metrics import diagnostics
 
@@ -74,6 +79,65 @@ def test_too_few_draws_give_no_result():
     draws = np.random.default_rng(0).normal(size=(4, 4, 2))
     assert diagnostics.convergence(draws[:, :3], np.zeros(4, int)) is None
     assert np.isfinite(diagnostics.convergence(draws, np.zeros(4, int)).r_hat)
+
+
+def test_r_hat_of_labels_adds_the_variances_of_the_indicators_of_the_classes():
+    """Gelman et al. (2013), eqs. 11.1 to 11.4, with sums over the classes.
+
+    Their ratio is that of probabilities of different labels, by counting pairs of draws. The
+    first of an odd number of draws does not count.
+    """
+    n, rng = 60, np.random.default_rng(0)
+    shares = np.array([[0.45, 0.45, 0.1]] * 3 + [[0.2, 0.2, 0.6]] * 3)
+    labels = np.stack([rng.choice(3, size=n, p=p) for p in shares]).astype(float)
+    halves = labels.reshape(12, n // 2)
+    indicators = np.float64(halves == np.arange(3)[:, None, None])
+    between = n // 2 * np.sum(np.var(indicators.mean(axis=2), axis=1, ddof=1))
+    within = np.sum(np.mean(np.var(indicators, axis=2, ddof=1), axis=1))
+    expected = np.sqrt(((n // 2 - 1) * within + between) / (n // 2 * within))
+    changes = np.mean([sum(a != b for a, b in pairwise(row)) for row in labels])
+    found = diagnostics.mixing(labels, np.zeros(6, int))
+    assert found == (pytest.approx(expected), changes)
+    same = np.mean([np.mean(half != half[:, None]) for half in halves])
+    any_two = np.mean(labels.ravel() != labels.ravel()[:, None])
+    assert 1.05 < found.label_r_hat == pytest.approx(np.sqrt(any_two / same), rel=0.01)
+    odd = np.insert(labels, 0, 9.0, axis=1)
+    assert diagnostics.mixing(odd, np.zeros(6, int)) == (found.label_r_hat, changes + 1)
+
+
+def test_r_hat_of_independent_labels_is_close_to_one():
+    """For n draws per half-chain and m half-chains, with K classes of equal probability,
+    (R-hat² - (n - 1) / n) n is a chi-square variable with k = (m - 1) (K - 1) degrees of
+    freedom, divided by k, if the shares of the classes are close to normal. So the test fails
+    with probability RATE."""
+    C, n, K = 100, 500, 10
+    labels = np.random.default_rng(0).integers(K, size=(C, 2 * n)).astype(float)
+    found = diagnostics.mixing(labels, np.zeros(C, int))
+    k = (2 * C - 1) * (K - 1)
+    low, high = stats.chi2.ppf([RATE / 2, 1 - RATE / 2], k) / k
+    assert low < (found.label_r_hat**2 - (n - 1) / n) * n < high
+    assert abs(found.label_r_hat - 1) < 0.001
+    assert abs(found.label_changes / ((2 * n - 1) * (1 - 1 / K)) - 1) < 0.02
+
+
+def test_chains_that_keep_their_labels_have_infinite_r_hat_unless_all_labels_agree():
+    distribution = np.zeros(4, int)
+    same = np.full((4, 20), 3.0)
+    assert diagnostics.mixing(same, distribution) == (1.0, 0.0)
+    differ = np.arange(4.0)[:, None] + np.zeros(20)
+    assert diagnostics.mixing(differ, distribution) == (np.inf, 0.0)
+    # Chains of other distributions may differ.
+    pairs = np.repeat(differ, 2, axis=0), np.repeat(np.arange(4), 2)
+    assert diagnostics.mixing(*pairs) == (1.0, 0.0)
+    assert diagnostics.mixing(differ[:, :3], distribution) is None
+
+
+def test_r_hat_of_labels_is_the_median_over_the_distributions():
+    labels = np.zeros((6, 20))
+    labels[1] = 1.0  # of three pairs, one disagrees
+    assert diagnostics.mixing(labels, np.repeat(np.arange(3), 2)).label_r_hat == 1
+    labels[3] = 1.0
+    assert diagnostics.mixing(labels, np.repeat(np.arange(3), 2)).label_r_hat == np.inf
 
 
 def ar1(r, chains, n):

@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 from etils import epath
 
+from drl_jax.metrics.classifier import Classifier
+from drl_jax.metrics.diagnostics import Convergence
 from drl_jax.metrics.frechet import fit
-from drl_jax.sampling.chains import Chains
-from drl_jax.tasks.long_run import report
-from drl_jax.tasks.long_run.runner import Experiment, State
+from drl_jax.sampling.chains import Chains, Observation
+from drl_jax.tasks.long_run import report, runner
+from drl_jax.tasks.long_run.runner import Experiment, Features, State
 
 T, C = 6, 4  # levels, chains per level
 
@@ -100,6 +102,45 @@ def test_the_steps_until_chains_forget_their_start_are_reported_for_each_level(
     assert "level 0: " in caplog.text
     assert "below 0.1: unknown" in caplog.text
     assert "below 0.1: 40" in caplog.text
+
+
+def test_labels_have_an_r_hat_of_their_own_and_do_not_count_as_positions(
+    tmp_path, experiment, state, monkeypatch, caplog
+):
+    """Each chain of the first level has a label of its own; those of the second alternate.
+
+    The halves 0, 1 of its four draws 0, 1, 0, 1 have equal means, so that R-hat² is
+    (n - 1) / n, with n = 2.
+    """
+    monkeypatch.setattr(Features, "distance", lambda *_: 1.0)
+    rng = np.random.default_rng(0)
+    trace = rng.normal(size=(2 * C, 8, 6))
+    trace[:C, :, 5] = np.arange(C)[:, None]
+    trace[C:, :, 5] = np.arange(8) % 2
+    chains = Chains(np.full(2 * C, 8), None, np.zeros(2 * C), trace)
+    without = chains._replace(trace=trace[..., :5])
+    observation = Observation(rng.normal(size=(2 * C, 8, 8, 1)), *np.zeros((2, 2 * C)))
+    unlabelled = experiment._replace(distribution=np.repeat([0, 4], C))
+    features = Features(Classifier({}, 1.0), fit(rng.normal(size=(9, 4))), lambda x, top: x)
+    data = experiment.data | {"feature_frechet": [1.0, 1.0]}
+    labelled = unlabelled._replace(features=features, data=data)
+    found = runner.chain_statistics(chains, observation, labelled, 8)
+    expected = runner.chain_statistics(without, observation, unlabelled, 8)
+    assert found["label_r_hat"] == [np.inf, pytest.approx(np.sqrt(0.5))]
+    assert found["label_changes"] == [0, 3]
+    for name in Convergence._fields:
+        assert found[name] == expected[name]
+    assert not {"label_r_hat", "label_changes"} & set(expected)
+    forgotten = runner.steps_to_forget(without, unlabelled)
+    assert runner.steps_to_forget(chains, labelled) == forgotten
+    state.chains, state.records, state.pictures = chains, [found], state.pictures[:1]
+    with caplog.at_level(logging.INFO):
+        report.write(epath.Path(tmp_path), state, labelled, T)
+    results = json.loads((tmp_path / "long_run.json").read_text())
+    assert results["records"][0]["label_r_hat"][0] is None
+    assert "R-hat of the label inf, changes of the label per chain 0.00" in caplog.text
+    titles = [panel.title for panel in report.panels(state, labelled)]
+    assert "split R-hat of the label, median over conditions" in titles
 
 
 def test_dotted_lines_are_the_values_of_exact_samples(experiment, state):

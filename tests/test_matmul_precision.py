@@ -67,7 +67,7 @@ def model():
 def arguments_of(model, name):
     """Returns arguments of one of the programs of a model."""
     known = np.broadcast_to(masks.named("left", 8, KEY), (B, 8, 8, 1))
-    trace = np.zeros((B, 4, 1 + chains.PROJECTIONS), np.float32)
+    trace = np.zeros((B, 4, chains.SCALARS), np.float32)
     if name in ("f", "F", "propose"):
         return model.params, X, LEVEL
     arrays, settings = {

@@ -23,6 +23,7 @@ from drl_jax.tasks.long_run import runner
 
 T = 6
 DEFAULTS = {"num_steps": 20, "num_chains": 8}
+LABELLED = ["--config.evaluation.num_data=1797", "--num_chains=52", "--levels=0,4"]
 HMC = [
     "--config.mcmc.sampler=hmc",
     "--config.mcmc.leapfrog=(2,)",
@@ -109,7 +110,8 @@ def test_a_ladder_with_the_steps_of_training_draws_the_samples(workdir):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("sampler", "args", "steps", "every"), [("langevin", [], 20, 16), ("hmc", HMC, 6, 8)]
+    ("sampler", "args", "steps", "every"),
+    [("langevin", [], 20, 16), ("hmc", HMC, 6, 8), ("langevin", LABELLED, 10, 6)],
 )
 def test_an_interrupted_run_is_resumed_to_the_same_bits(
     workdir, sampler, args, steps, every, monkeypatch, caplog
@@ -166,8 +168,7 @@ def test_chains_on_marginals_have_a_folder_of_their_own_and_no_ladder(workdir, m
 
 @pytest.mark.slow
 def test_chains_and_ladders_are_compared_in_the_features_of_a_classifier(workdir, caplog):
-    labelled = "--config.evaluation.num_data=1797"
-    assert start(workdir, labelled, num_chains=52, levels="0,4", num_steps=6) == 0
+    assert start(workdir, *LABELLED, num_steps=10) == 0
     found = results(workdir)
     # The model is hardly trained. Level 4 is almost white noise.
     exact, steps = found["data"]["feature_frechet"], found["records"]
@@ -176,6 +177,10 @@ def test_chains_and_ladders_are_compared_in_the_features_of_a_classifier(workdir
     (ladder_,) = found["ladder"]["ladders"]
     assert ladder_["feature_frechet"] > 2 * exact[0]
     assert "feature Fréchet distance" in caplog.text
+    assert "R-hat of the label" in caplog.text
+    assert steps[0]["label_r_hat"] == steps[0]["label_changes"] == [None, None]
+    assert steps[-1]["draws"] == [52 * 5] * 2
+    assert all(0 <= changes <= 4 for changes in steps[-1]["label_changes"])
 
 
 def test_feature_distances_are_those_of_completed_and_clipped_images(monkeypatch):

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from etils import epath
@@ -85,6 +86,11 @@ class Classifier(NamedTuple):
             for arrays in zip(*batches, strict=True)
         )
         return self.scale * features, probabilities
+
+    def label(self, x: Float[Array, "B H W C"]) -> Float[Array, "B"]:
+        """Returns the most probable class of images, clipped to [-1, 1]; can be compiled."""
+        _, probabilities = _apply(self.params, jnp.clip(x, -1, 1))
+        return jnp.argmax(probabilities, axis=1).astype(x.dtype)
 
     def metrics(
         self,

@@ -72,6 +72,59 @@ def convergence(
     )
 
 
+class Mixing(NamedTuple):
+    """How well chains that sample several distributions mix between classes.
+
+    Attributes:
+      label_r_hat: median over the distributions of split R-hat of the class. Both variances are
+        sums over the indicators of the classes, so that its square is close to the probability
+        that two draws of any half-chains have different classes, divided by that for two draws
+        of the same half-chain. It is infinite if no class changes within a half-chain and yet
+        the classes differ, and 1 if all draws have the same class. Rank normalisation would not
+        change an indicator, which has only two values.
+      label_changes: mean number of changes of the class per chain.
+    """
+
+    label_r_hat: float
+    label_changes: float
+
+
+def mixing(
+    labels: Float[np.ndarray, "B n"], distribution: Int[np.ndarray, "B"]
+) -> Mixing | None:
+    """Returns how well chains that sample the same distribution mix between classes.
+
+    Args:
+      labels: class of every draw, for B chains at n equally spaced steps, warm-up excluded.
+      distribution: index of the distribution that each chain samples; at least two chains
+        share each distribution.
+
+    Returns:
+      None if there are fewer than `MIN_DRAWS` draws per chain.
+    """
+    if labels.shape[1] < MIN_DRAWS:
+        return None
+    r_hats = [_label_r_hat(labels[distribution == i]) for i in np.unique(distribution)]
+    return Mixing(
+        label_r_hat=float(np.median(r_hats)),
+        label_changes=float(np.mean(np.sum(labels[:, 1:] != labels[:, :-1], axis=1))),
+    )
+
+
+def _label_r_hat(labels: Float[np.ndarray, "B n"]) -> float:
+    """Returns split R-hat of the class of chains on one distribution; see `Mixing`."""
+    n = labels.shape[1] // 2  # draws per half-chain; an odd first draw is left out
+    halves = labels[:, labels.shape[1] % 2 :].reshape(2 * len(labels), n)
+    classes = np.unique(halves)
+    if len(classes) == 1:
+        return 1.0
+    shares = np.stack([np.mean(halves == c, axis=1) for c in classes])
+    within = np.sum(np.mean(shares * (1 - shares), axis=1)) * n / (n - 1)
+    between = np.sum(np.var(shares, axis=1, ddof=1))
+    with np.errstate(divide="ignore"):
+        return float(np.sqrt((n - 1) / n + between / within))
+
+
 def draws_to_forget(
     draws: Float[np.ndarray, "B n S"], distribution: Int[np.ndarray, "B"]
 ) -> int | None:

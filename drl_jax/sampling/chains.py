@@ -9,6 +9,7 @@ points or fewer, first at every step. Whenever the trace is full, every second p
 and the distance between points doubles.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -18,11 +19,15 @@ from jaxtyping import Array, Float, Int, Key
 
 from drl_jax import noise, recovery
 from drl_jax.errors import UserError
-from drl_jax.sampling.ladder import Conditionals
+from drl_jax.sampling.ladder import Conditionals, denoised
 
 POINTS = 1000  # maximum length of a trace; even
 PROJECTIONS = 4  # random projections of the position in a trace, beside its log-density
+SCALARS = 1 + PROJECTIONS  # per point of a trace without labels
 MIN_SHARING = 4  # minimum number of chains that share a condition, so that R-hat compares them
+
+# Images without noise -> the class of each.
+LabelFn = Callable[[Float[Array, "B *D"]], Float[Array, "B"]]
 
 
 class Chains(NamedTuple):
@@ -32,9 +37,10 @@ class Chains(NamedTuple):
       step: number of steps made, the same for all chains.
       state: state of the sampler.
       accepted: sum of the acceptance probabilities of all steps since it was set to zero.
-      trace: S = 1 + `PROJECTIONS` scalars at N points: log p(y | x_tilde) up to a constant,
-        and the inner products of y with fixed random unit vectors. Point i belongs to step
-        (i + 1) * `thinning`; points after the last step made are meaningless.
+      trace: S scalars at N points: log p(y | x_tilde) up to a constant, the inner products of
+        y with `PROJECTIONS` fixed random unit vectors and, if `advance` gets a function for it,
+        the label. Point i belongs to step (i + 1) * `thinning`; points after the last step made
+        are meaningless.
     """
 
     step: Int[Array, "B"]
@@ -88,6 +94,7 @@ def advance(
     t: Int[Array, "B"],
     first: Int[Array, ""],
     last: Int[Array, ""],
+    label: LabelFn | None = None,
 ) -> tuple[Chains, Observation]:
     """Makes steps first + 1, ..., last in one compiled loop.
 
@@ -102,11 +109,21 @@ def advance(
       t: level of each chain.
       first: number of steps that the chains have made.
       last: number of steps that they will have made; if it is not above `first`, none are made.
+      label: labels the positions without their noise (`ladder.denoised`), at the points of the
+        trace, which then has S = `SCALARS` + 1 columns; None: S = `SCALARS`.
     """
     keys = _level_keys(keys, t)
     log_density_fn = conditionals.log_density_fn(x_tilde, t)
     kernel, tuning = conditionals.sampler.kernel, conditionals.sampler.tuning_at(t)
-    capacity = chains.trace.shape[1]
+    y_scale, capacity = conditionals.schedule.y_scale(t), chains.trace.shape[1]
+
+    def scalars(y):
+        """Returns the columns of the trace for one point."""
+        yield log_density_fn(y)
+        yield from _projections(y)
+        if label:
+            x = y / noise.per_example(y_scale, y)
+            yield label(denoised(conditionals, x, t=t))
 
     def record(trace, n, y):
         """Writes point n // thinning of the trace, if step n belongs to a point."""
@@ -115,8 +132,7 @@ def advance(
         trace = jax.lax.cond((every > 1) & full, _halve, lambda trace: trace, trace)
 
         def write(trace):
-            point = jnp.column_stack([log_density_fn(y), *_projections(y)])
-            return trace.at[:, n // every - 1].set(point)
+            return trace.at[:, n // every - 1].set(jnp.column_stack(list(scalars(y))))
 
         return jax.lax.cond(n % every == 0, write, lambda trace: trace, trace)
 
@@ -132,7 +148,7 @@ def advance(
     )
     y = state.position
     observation = Observation(
-        x=y / noise.per_example(conditionals.schedule.y_scale(t), y),
+        x=y / noise.per_example(y_scale, y),
         log_density=conditionals.F(y, t),
         displacement=recovery.displacement(y, x_tilde),
     )

@@ -300,21 +300,31 @@ def finished(conditionals: Conditionals, x_0: Float[Array, "B *D"]) -> Float[Arr
 
 
 def denoised(
-    conditionals: Conditionals, x_0: Float[Array, "B *D"], factor: float = 1.0
+    conditionals: Conditionals,
+    x_t: Float[Array, "B *D"],
+    factor: float = 1.0,
+    t: Int[Array, "B"] | None = None,
 ) -> Float[Array, "B *D"]:
-    """Removes the noise from x_0 by Tweedie's formula (Efron 2011).
+    """Removes the noise from x_t by Tweedie's formula (Efron 2011).
 
-        (x_0 + factor sigma_bar_0² grad log p_0(x_0)) / a_bar_0
-        log p_0(x) = F(a_1 x, 0) + constant,   a_1 is 1 if T = 1
+        (x_t + factor sigma_bar_t² grad log p_t(x_t)) / a_bar_t
+        log p_t(x) = F(a_{t+1} x, t) + constant,   the factor of x is 1 at t = T - 1
 
-    With factor 1, this is the mean of the data given x_0. The program of Zhu et al. (2024) uses
+    With factor 1, this is the mean of the data given x_t. The program of Zhu et al. (2024) uses
     2, with which it is not. The cost is one gradient.
+
+    Args:
+      conditionals: conditionals of all levels.
+      x_t: noisy examples.
+      factor: factor of the step.
+      t: level of each example in 0..T-1; None: all are at level 0.
     """
     schedule = conditionals.schedule
-    t = jnp.zeros(len(x_0), jnp.int32)
-    a = noise.per_example(schedule.y_scale(t), x_0)
-    _, g = value_and_gradient(lambda x: conditionals.F(a * x, t), x_0)
-    return (x_0 + factor * schedule.sigma_bar[0] ** 2 * g) / schedule.a_bar[0]
+    t = jnp.zeros(len(x_t), jnp.int32) if t is None else t
+    a = noise.per_example(schedule.y_scale(t), x_t)
+    _, g = value_and_gradient(lambda x: conditionals.F(a * x, t), x_t)
+    step = noise.per_example(factor * schedule.sigma_bar[t] ** 2, x_t)
+    return (x_t + step * g) / noise.per_example(schedule.a_bar[t], x_t)
 
 
 class Adapted(NamedTuple):

@@ -104,8 +104,9 @@ def run(
     # Earlier versions did not save this setting and had other random keys, so that the chains
     # had other conditions. `Autosave.restore` rejects their work.
     settings |= {"random keys": "common.task_key"}
-    if data:  # earlier records lack the distances
-        settings |= {"feature distances": True}
+    if data:
+        model = model.with_labels(data.classifier.label)
+        settings |= {"feature distances and labels": True}  # earlier work lacks these
     settings |= common.resume_settings(config, SETTINGS) | {"data": source.identity}
     settings |= common.condition(label, guidance)
     autosave = Autosave(folder / "chains.snapshot", settings)

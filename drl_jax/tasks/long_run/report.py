@@ -32,7 +32,10 @@ def write(folder: epath.Path, state: State, experiment: Experiment, T: int) -> N
         steps_to_forget: for each level, the number of steps after which the autocorrelation of
           the chains is below `diagnostics.FORGOTTEN`; null if the run is too short to tell.
         records: the statistics of the chains at each recorded step
-          (`runner.chain_statistics`).
+          (`runner.chain_statistics`). With a classifier, label_r_hat is split R-hat of the
+          classes of the denoised positions, and label_changes the mean number of changes of the
+          class per chain, between the draws from which R-hat is computed
+          (`diagnostics.Mixing`).
         ladder: samples, the number of samples per ladder; data.frechet, the Fréchet distance of
           as many images of the data set; and ladders, the steps, steps_per_level, frechet and,
           with a classifier, feature_frechet of each finished ladder.
@@ -92,10 +95,13 @@ def write(folder: epath.Path, state: State, experiment: Experiment, T: int) -> N
         )
         if experiment.features:
             log.info(
-                "  level %d: feature Fréchet distance %.3f (%.3f)",
+                "  level %d: feature Fréchet distance %.3f (%.3f), R-hat of the label %.3f, "
+                "changes of the label per chain %.2f",
                 level,
                 last["feature_frechet"][i],
                 data["feature_frechet"][i],
+                _or_nan(last["label_r_hat"][i]),
+                _or_nan(last["label_changes"][i]),
             )
     for ladder in state.ladders:
         log.info(
@@ -145,6 +151,8 @@ def panels(state: State, experiment: Experiment) -> list[Panel]:
     if experiment.features:
         title = "feature Fréchet distance of completed samples (dotted: data)"
         panels.append(panel(title, "log", "feature_frechet"))
+        title = "split R-hat of the label, median over conditions"
+        panels.append(panel(title, "log", "label_r_hat"))
     if not experiment.marginal:
         panels.append(
             Panel(

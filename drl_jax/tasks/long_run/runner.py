@@ -428,8 +428,9 @@ def chain_statistics(
     """Returns the statistics of the chains of each level, as JSON values.
 
     They are 'step', and lists with one value per level: 'log_density' [nats], 'displacement',
-    'acceptance', 'frechet', 'feature_frechet' if there is a classifier, and the fields of
-    `diagnostics.Convergence`. A value that is not defined yet is None.
+    'acceptance', 'frechet', the fields of `diagnostics.Convergence` and, if there is a
+    classifier, 'feature_frechet' and the fields of `diagnostics.Mixing`. A value that is not
+    defined yet is None.
 
     Args:
       chains: the chains.
@@ -441,9 +442,10 @@ def chain_statistics(
     x = by_level(observation.x)
     draws = by_level(chains_lib.draws_after_warm_up(chains))
     distribution = by_level(experiment.distribution)
+    levels = list(zip(draws, distribution, strict=True))
     convergence = [
-        diagnostics.convergence(draws=level_draws, distribution=level_distribution)
-        for level_draws, level_distribution in zip(draws, distribution, strict=True)
+        diagnostics.convergence(level_draws[..., : chains_lib.SCALARS], level_distribution)
+        for level_draws, level_distribution in levels
     ]
     statistics: dict[str, Any] = {
         "step": int(chains.step[0]),
@@ -460,6 +462,12 @@ def chain_statistics(
             experiment.features.distance(level_x, int(level))
             for level_x, level in zip(x, experiment.levels, strict=True)
         ]
+        mixing = [
+            diagnostics.mixing(level_draws[..., chains_lib.SCALARS], level_distribution)
+            for level_draws, level_distribution in levels
+        ]
+        for name in diagnostics.Mixing._fields:
+            statistics[name] = [getattr(m, name) if m else None for m in mixing]
     for name in diagnostics.Convergence._fields:
         statistics[name] = [getattr(c, name) if c else None for c in convergence]
     return statistics
@@ -472,7 +480,8 @@ def steps_to_forget(chains: Chains, experiment: Experiment) -> list[int | None]:
     the second half of the run: the projections of the position are compared with those some
     steps later (`diagnostics.draws_to_forget`). None if the run is too short to tell.
     """
-    draws = chains_lib.draws_after_warm_up(chains)[..., 1:]  # without the log-density
+    # Without the log-density and the label.
+    draws = chains_lib.draws_after_warm_up(chains)[..., 1 : chains_lib.SCALARS]
     lags = [
         diagnostics.draws_to_forget(draws=level_draws, distribution=level_distribution)
         for level_draws, level_distribution in zip(
