@@ -259,7 +259,7 @@ class Model:
             p(label | x) ∝ exp(F(x, t, label) + log_prior[label - 1])
 
         F is known up to a constant for each label, so a classifier needs values of `log_prior`
-        that make up for them. `metrics.labels.fit_prior` finds them with labelled data.
+        that make up for them (`metrics.energy_classifier.fit_prior`).
 
         Args:
           x: data at level t, times a_{t+1} (1 at t = T - 1), like y in the docs.

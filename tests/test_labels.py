@@ -161,6 +161,12 @@ def test_a_label_that_cannot_be_used_is_one_line_and_leaves_nothing(
 
 
 @pytest.mark.slow
+def test_an_initialiser_that_diverges_ends_the_run(tmp_path, capsys):
+    assert tiny.main(*training(tmp_path / "run", initialiser__learning_rate=1e30)) == 1
+    assert "error: training diverged at step " in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_a_model_without_labels_takes_none(capsys):
     for mode in ("sample", "ood", "evaluate"):
         assert tiny.main(f"--mode={mode}", f"--workdir={tiny.trained()}", "--label=1") == 1

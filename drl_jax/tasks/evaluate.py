@@ -19,6 +19,7 @@ from drl_jax.data.sources import Source
 from drl_jax.errors import UserError
 from drl_jax.method import METROPOLIS
 from drl_jax.metrics import (
+    energy_classifier,
     inception,
     labelled,
     levels,
@@ -28,7 +29,6 @@ from drl_jax.metrics import (
     summary,
     weights,
 )
-from drl_jax.metrics import labels as labels_lib
 from drl_jax.metrics.labelled import MAX_IN_MEMORY
 from drl_jax.metrics.weights import Weights
 from drl_jax.model import Model
@@ -333,8 +333,9 @@ def label_metrics(
     """Classifies test images by the energies of the classes.
 
     Returns:
-      the fields of `labels.compare`, for at most `LABEL_IMAGES` images each to fit and to test,
-      and held_out: whether the model is known not to have been trained on the latter.
+      the fields of `energy_classifier.compare`, for at most `LABEL_IMAGES` images each to fit
+      and to test, and held_out: whether the model is known not to have been trained on the
+      latter.
 
     Args:
       config: uses `data` and `evaluation`.
@@ -346,7 +347,7 @@ def label_metrics(
     (x, own), (x_test, own_test) = (
         pipeline.load_labelled(config, part, LABEL_IMAGES) for part in (source, test)
     )
-    metrics = labels_lib.compare(model, key, x, own, x_test, own_test)
+    metrics = energy_classifier.compare(model, key, x, own, x_test, own_test)
     log.info(
         "the energies of level %(level)d find the label of %(accuracy_of_test).3f of "
         "%(num_test)d test images",

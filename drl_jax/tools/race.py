@@ -103,6 +103,7 @@ DATA = {"digits": (8, 2 / 16), "mnist5k": (28, 2 / 255)}
 SET_BY_RACE = (
     "seed",
     "data.name",
+    "data.classes",
     "data.image_size",
     "data.test_fraction",
     "optim.decay_steps",

@@ -198,9 +198,10 @@ def measure(
     mcmc = config.mcmc
     if mcmc.sampler in METROPOLIS:
         model, _ = model.adapt(adapt_key, mcmc.warmup_steps, mcmc.target_acceptance)
-    model.sample(sample_key, n)  # compiles
+    labels = model.each_label(n)
+    model.sample(sample_key, n, label=labels)  # compiles
     start = command.clock()
-    samples = model.sample(sample_key, n)
+    samples = model.sample(sample_key, n, label=labels)
     seconds = (command.clock() - start) / n
     counts = flops.evaluations(config)
     row = {
