@@ -130,7 +130,6 @@ class Method(NamedTuple):
         self,
         params: Params,
         tuning: dict[str, Shaped[Array, "T"]] | None = None,
-        keys: Key[Array, "B"] | None = None,
         label: Int[Array, "B"] | None = None,
     ) -> Conditionals:
         """Returns the conditionals of all levels.
@@ -138,11 +137,10 @@ class Method(NamedTuple):
         Args:
           params: parameters of the networks, as for `f`.
           tuning: settings of the kernel that replace those of `sampler`, if given.
-          keys: one random key per example, for the initialiser's dropout; None: no dropout.
           label: the class of each example, instead of the condition's.
         """
         sampler = self.sampler if tuning is None else self.sampler._replace(tuning=tuning)
-        F, propose = self.F(params, label=label), self.propose(params, keys, label)
+        F, propose = self.F(params, label=label), self.propose(params, label=label)
         return Conditionals(F, self.schedule, sampler, propose)
 
 

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +16,12 @@ from helpers import tiny
 from helpers.metropolis import GAUSSIAN, MEAN, VARIANCE, gaussian
 from helpers.statistical import assert_mean, assert_variance
 
+from drl_jax import config as config_lib
+from drl_jax import method as method_lib
 from drl_jax import noise
-from drl_jax.sampling import ladder
+from drl_jax.model import Model
+from drl_jax.runtime import sharding
+from drl_jax.sampling import ladder, masks
 from drl_jax.sampling.ladder import Sampler
 
 README = tiny.ROOT / "README.md"
@@ -83,13 +88,39 @@ def test_the_python_example_gives_arrays_of_the_stated_shapes():
 
 @pytest.mark.slow
 def test_the_example_of_sampling_gives_the_same_samples_in_two_parts_as_in_one():
-    (code,) = code_blocks(SAMPLING, "python")
+    code, _ = code_blocks(SAMPLING, "python")
     variables = {}
     exec(code.replace("100", "4"), variables)
     whole = variables["model"].descend(
         variables["key"], variables["x_T"], top=variables["model"].T, bottom=0
     )
     np.testing.assert_array_equal(variables["x_0"], whole)
+
+
+@pytest.mark.slow
+def test_the_example_of_labels_runs():
+    """With an untrained model in place of the one that it loads."""
+    _, code = code_blocks(SAMPLING, "python")
+    config = config_lib.load("digits")
+    config.data.classes, config.diffusion.T = 10, 3
+    method = method_lib.for_generation(method_lib.from_config(config), config)
+    params, _ = method.energy.init(jax.random.key(0))
+    model = Model.create(method, params, sharding.make_mesh(jax.devices()[:1]))
+    images = np.zeros((2, 8, 8, 1), np.float32)
+    variables = {
+        "drl_jax": SimpleNamespace(load={"runs/labels": model}.get),
+        "np": np,
+        "key": jax.random.key(0),
+        "x": images,
+        "known": masks.named("left", 8, jax.random.key(0)),
+        "y": images,
+        "t": np.array([0, 1]),
+    }
+    exec(code, variables)
+    assert variables["threes"].shape == (16, 8, 8, 1)
+    assert variables["mixed"].shape == (3, 8, 8, 1)
+    fours, mixed = variables["fours"], variables["mixed"]
+    np.testing.assert_allclose(fours.sample(variables["key"], 3)[1], mixed[1], atol=1e-3)
 
 
 def test_the_example_of_a_statistical_test_passes():

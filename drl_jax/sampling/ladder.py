@@ -201,14 +201,18 @@ def sample_conditional(
     conditionals: Conditionals,
     x_tilde: Float[Array, "B *D"],
     t: Int[Array, "B"],
+    y: Float[Array, "B *D"] | None = None,
 ) -> tuple[Float[Array, "B *D"], Float[Array, "B"]]:
     """Runs the sampler's K steps on p(y | x_tilde), at levels t in 0..T-1.
+
+    The chains start at y or, by default, where the sampler starts them.
 
     Returns:
       the last positions y, and the mean acceptance probability of each chain.
     """
     sampler, log_density_fn = conditionals.sampler, conditionals.log_density_fn(x_tilde, t)
-    y = sampler.start(keys, conditionals, x_tilde, t)
+    if y is None:
+        y = sampler.start(keys, conditionals, x_tilde, t)
     return run_chain(keys, sampler, log_density_fn, y, t, jnp.arange(sampler.K))
 
 

@@ -237,8 +237,7 @@ def recovery_gradient(
     samples until they are distributed like the data.
 
     An initialiser, if there is one, must draw the starting points ŷ of the chains. It learns
-    from their ends y_K, treated as constant: its loss is |y_K - ŷ|² (Zhu et al. 2024). The code
-    evaluates ŷ twice, but XLA computes it once.
+    from their ends y_K, treated as constant: its loss is |y_K - ŷ|² (Zhu et al. 2024).
 
     Args:
       keys: one key per example.
@@ -255,9 +254,18 @@ def recovery_gradient(
     schedule = method.schedule
     y_pos, x_tilde = positives(noise.fold(keys, 1), x, t, schedule)
     chain_keys, dropout_keys = noise.fold(keys, 2), noise.fold(keys, 3)
-    conditionals = method.conditionals(params, keys=dropout_keys, label=label)
-    y_neg, acceptance = ladder.sample_conditional(chain_keys, conditionals, x_tilde, t)
+    conditionals = method.conditionals(params, label=label)
     params, of_initialiser = initialiser.split(params)
+
+    def start_of_chain(of_initialiser):
+        propose = method.propose({initialiser.NAME: of_initialiser}, dropout_keys, label)
+        proposing = conditionals._replace(propose=propose)
+        return ladder.start_from_initialiser(chain_keys, proposing, x_tilde, t)
+
+    start: Any = None  # that of the sampler
+    if of_initialiser:
+        start, start_vjp = jax.vjp(start_of_chain, of_initialiser)
+    y_neg, acceptance = ladder.sample_conditional(chain_keys, conditionals, x_tilde, t, start)
 
     def signed_loss(params, y, sign):
         loss, f_y = recovery.loss(method.f(params, label=label), y, sign, t, schedule)
@@ -275,16 +283,9 @@ def recovery_gradient(
     statistics = Statistics(t, loss, f_pos, f_neg, displacement, acceptance)
     if not of_initialiser:
         return grads, statistics
-
-    def initialiser_loss(of_initialiser):
-        propose = method.propose({initialiser.NAME: of_initialiser}, dropout_keys, label)
-        start = ladder.start_from_initialiser(
-            chain_keys, conditionals._replace(propose=propose), x_tilde, t
-        )
-        loss = jnp.sum(jnp.square(y_neg - start), axis=range(1, y_neg.ndim))
-        return jnp.mean(loss), loss
-
-    own_grads, own_loss = jax.grad(initialiser_loss, has_aux=True)(of_initialiser)
+    moved = y_neg - start
+    (own_grads,) = start_vjp(-2 * moved / len(moved))  # of the mean of |y_K - ŷ|²
+    own_loss = jnp.sum(jnp.square(moved), axis=range(1, moved.ndim))
     grads = grads | {initialiser.NAME: own_grads}
     return grads, statistics._replace(initialiser_loss=own_loss)
 
