@@ -1,12 +1,12 @@
 """Handwritten digits of MNIST, 28x28 grey, 100 noise levels.
 
 Reproduces: nothing in the paper. The Fréchet distance from the training images, in the features
-            of a classifier, is 2.051 for 1,000 samples and 0.462 for 1,000 test images. 77.9%
-            of the samples and 95.9% of the test images have a class with a probability above
-            0.9. The median distance to the nearest training image is 1.17 times that of test
-            images.
+            of a classifier, is 0.602 for 1,000 samples, a tenth of each class, and 0.462 for
+            1,000 test images. 89.4% of the samples (with `--guidance=0.3` 94.6%) and 95.9% of
+            the test images have a class with a probability above 0.9. The median distance to
+            the nearest training image is 1.11 times that of test images.
 Hardware:   1 core of an AMD EPYC server.
-Time:       56 min (27 November 2026).
+Time:       49 min, with `--config.train.accumulate=8` (27 November 2026).
 Steps:      14,000, our choice. `configs/README.md` compares shorter runs and a multilayer
             perceptron, which takes 13 min.
 Command:
@@ -14,8 +14,8 @@ Command:
     python -m drl_jax.main --config=configs/mnist.py --workdir=DIR
 
 As in `digits.py`, training minimises the denoising loss, and a sample is one draw per level.
-Four fifths of the pixels are black, so f contains the odds that a pixel is
-(`recovery.mixture`).
+The network knows the class of each image. Four fifths of the pixels are black, so f contains
+the odds that a pixel is (`recovery.mixture`).
 """
 
 from drl_jax import config as config_lib
@@ -28,6 +28,7 @@ def get_config():
     config.data.image_size = 28
     config.data.channels = 1
     config.data.flip = False
+    config.data.classes = 10
     config.data.dequantise = 2 / 255
     config.diffusion.schedule = "cosine"
     config.diffusion.T = 100

@@ -1,15 +1,17 @@
-"""Points in the plane, 20 noise levels, with an initialiser: CDRL.
+"""Points in the plane, ten noise levels, with an initialiser: CDRL.
 
-Reproduces: the method of Zhu et al. (2024) on data with known densities; not yet run to the
-            end.
-Hardware:   CPU cores are enough.
-Time:       not yet measured.
-Steps:      2,000, our choice.
+Reproduces: the method of Zhu et al. (2024) on data with known densities;
+            KL(data || model) at level 0 is 0.015 nats for blobs.
+Hardware:   1 core of an AMD EPYC server.
+Time:       less than 2 min (27 November 2026).
+Steps:      1,000, our choice.
 Command:
 
     python -m drl_jax.main --config=configs/toy2d_cdrl.py --workdir=DIR --config.data.name=blobs
 
-`configs/README.md` compares pairs with shared and with independent noise.
+Chains of MALA, because the densities in the plane need chains that converge: with 15 steps of
+Langevin dynamics and 20 levels, KL was 2.7 nats. `configs/README.md` compares pairs with shared
+and with independent noise.
 """
 
 from drl_jax import config as config_lib
@@ -20,8 +22,9 @@ def get_config():
     config.data.name = "blobs"
     config.data.channels = 2
     config.data.flip = False
-    config.diffusion.T = 20
+    config.diffusion.T = 10
     config.diffusion.schedule = "cosine"
+    config.diffusion.min_noise = 0.1
     config.energy.network = "mlp"
     config.energy.ch = 64
     config.energy.N = 2
@@ -33,20 +36,22 @@ def get_config():
     config.initialiser.warmup_steps = 200
     config.initialiser.first_step = 0
     config.mcmc.start = "initialiser"
-    config.mcmc.K = 15
-    config.optim.learning_rate = 1e-3
+    config.mcmc.sampler = "mala"
+    config.mcmc.K = 10
+    config.mcmc.b_squared = 0.2
+    config.optim.learning_rate = 5e-3
     config.optim.adam = "optax"
     config.optim.warmup_steps = 200
     config.optim.clip_norm = 1.0
     config.optim.decay_steps = config.train.get_oneway_ref("num_steps")
     config.optim.ema_decay = 0.99
     config.train.pairs = "shared"
-    config.train.batch_size = 1024
-    config.train.num_steps = 2000
+    config.train.batch_size = 512
+    config.train.num_steps = 1000
     config.log.every_steps = 500
-    config.log.sample_every_steps = 2000
+    config.log.sample_every_steps = 1000
     config.checkpoint.every_steps = 1000
-    config.checkpoint.keep_every_steps = 2000
+    config.checkpoint.keep_every_steps = 1000
     config.evaluation.num_samples = 2000
     config.evaluation.batch_size = 2000
     return config

@@ -319,8 +319,9 @@ class Model:
         Args:
           key: random key.
           n: number of samples.
-          label: class of all samples, or one per sample; None: that of `given`, or none.
-          guidance: weight of guidance, with a label (`given`).
+          label: class of all samples, or one per sample; 0: none. By default, the label of
+            `given` or, without it, each class in turn, if the model has classes.
+          guidance: weight of guidance, with labels (`given`).
 
         Raises:
           UserError: if n < 0, `key` is not a random key, or the labels or the weight cannot be
@@ -340,6 +341,8 @@ class Model:
         The arguments and errors are those of `sample`.
         """
         require_at_least(0, n=n)
+        if label is None and guidance_lib.NAME not in self.params:
+            label = self.each_label(n)
         model, labels = self._conditioned(label, guidance, n)
         return model.run(self.programs.generate, key, np.arange(n), labels=labels)
 

@@ -172,9 +172,7 @@ def test_the_papers_settings(name):
 
 def test_every_configuration_has_a_name():
     assert config_lib.named() == {path.stem: path for path in CONFIGS}
-    with pytest.raises(
-        UserError, match=r"--config=cifar: .*, cifar10, .*, toy2d_cdrl$"
-    ):
+    with pytest.raises(UserError, match=r"--config=cifar: .*, cifar10, .*, toy2d_cdrl$"):
         config_lib.load("cifar")
 
 

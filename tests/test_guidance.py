@@ -63,6 +63,16 @@ def test_samples_of_several_labels_are_those_of_each_label_alone(model):
     assert len(np.unique(together.round(3), axis=0)) == 24
 
 
+def test_by_default_samples_are_of_each_class_in_turn(model):
+    labels = np.array([1, 2, 3, 1])
+    np.testing.assert_array_equal(
+        model.sample(KEY, 4, guidance=0.5), model.sample(KEY, 4, label=labels, guidance=0.5)
+    )
+    np.testing.assert_array_equal(model.given(2).sample(KEY, 4), model.sample(KEY, 4, label=2))
+    none = model.sample(KEY, 4, label=0)
+    assert not np.allclose(none, model.sample(KEY, 4))
+
+
 def test_label_0_is_none_and_a_model_without_a_label_has_none(model):
     x, t = np.linspace(-1, 1, 8).reshape(4, 2), np.arange(4)
     np.testing.assert_array_equal(model.f(x, t), model.f(x, t, np.zeros(4, int)))
@@ -133,7 +143,10 @@ def test_the_step_sizes_are_adapted_to_the_label():
         (lambda m: m.given(1.5), "dtype float64"),
         (lambda m: m.given(1, guidance=np.nan), "guidance is nan: give a finite number"),
         (lambda m: m.given(0, guidance=0.5), "guidance is 0.5, but there is no label"),
-        (lambda m: m.sample(KEY, 2, guidance=0.5), "guidance is 0.5, but there is no label"),
+        (
+            lambda m: m.long_run(KEY, np.zeros((1, 2)), np.zeros(1, int), 1, guidance=0.5),
+            "guidance is 0.5, but there is no label",
+        ),
         (
             lambda m: m.sample(KEY, 2, label=np.array([1, 2, 3])),
             "give one integer per example, 2",

@@ -198,10 +198,9 @@ def measure(
     mcmc = config.mcmc
     if mcmc.sampler in METROPOLIS:
         model, _ = model.adapt(adapt_key, mcmc.warmup_steps, mcmc.target_acceptance)
-    labels = model.each_label(n)
-    model.sample(sample_key, n, label=labels)  # compiles
+    model.sample(sample_key, n)  # compiles
     start = command.clock()
-    samples = model.sample(sample_key, n, label=labels)
+    samples = model.sample(sample_key, n)
     seconds = (command.clock() - start) / n
     counts = flops.evaluations(config)
     row = {

@@ -404,8 +404,7 @@ def write_grid(
     """
     params = generation_params(context.method, state, context.sampler.mesh)
     model = context.sampler.with_params(params)
-    n = images.grid_size(model.shape, columns=8)
-    samples = model.sample(key, n, label=model.each_label(n))
+    samples = model.sample(key, images.grid_size(model.shape, columns=8))
     if not np.isfinite(samples).all():
         log.warning(
             "the samples after step %d are not finite numbers: if later ones are not, either, "
