@@ -1,3 +1,4 @@
+import collections
 import functools
 
 import jax
@@ -7,6 +8,7 @@ import pytest
 from drl_jax import config as config_lib
 from drl_jax import method
 from drl_jax.networks import resnet
+from drl_jax.sampling import ladder
 from drl_jax.tools import flops
 
 
@@ -143,3 +145,44 @@ def test_an_mlp_costs_two_flops_per_weight(config):
     )
     kernels = sum(leaf.size for leaf in jax.tree.leaves(params) if leaf.ndim == 2)
     assert flops.forward(config) == 2 * kernels
+
+
+@pytest.mark.parametrize("denoise", ["no", "tweedie"])
+@pytest.mark.parametrize(
+    ("start", "sampler", "K"),
+    [
+        ("x_tilde", "langevin", 2),
+        ("x_tilde", "hmc", 2),
+        ("posterior", "langevin", 0),
+        ("posterior", "mala", 2),
+        ("initialiser", "langevin", 2),
+        ("initialiser", "mala", 0),
+    ],
+)
+def test_evaluations_are_those_that_generation_makes(config, start, sampler, K, denoise):
+    """Counts the calls of both networks in the compiled program."""
+    config.data.channels, config.diffusion.T = 2, 3
+    config.energy.update(network="mlp", ch=8, N=1)
+    config.mcmc.update(start=start, sampler=sampler, K=K, denoise=denoise, leapfrog=(2, 1, 3))
+    if start == "initialiser":
+        config.initialiser.update(network="mlp", ch=8, N=1)
+    built = method.for_generation(method.from_config(config), config)
+    params, _ = built.energy.init(jax.random.key(0))
+    calls = collections.Counter()
+
+    def counted(name, function):
+        def call(*args):
+            jax.debug.callback(lambda: calls.update([name]))
+            return function(*args)
+
+        return call
+
+    conditionals = built.conditionals(params)
+    conditionals = conditionals._replace(
+        F=counted("gradients", conditionals.F),
+        propose=counted("proposals", conditionals.propose),
+    )
+    keys = jax.random.split(jax.random.key(1), 4)
+    jax.jit(lambda keys: ladder.generate(keys, conditionals, (2,)))(keys).block_until_ready()
+    jax.effects_barrier()
+    assert flops.evaluations(config) == (calls["gradients"], calls["proposals"])

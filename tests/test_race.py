@@ -285,7 +285,7 @@ def test_all_models_train_for_the_same_time_and_finished_ones_are_kept(
     assert race.main([*arguments, "--racers=diffusion"]) == 0
     assert rows() == finished
     assert race.main([*arguments, "--seed=1"]) == 1
-    assert "give those, or another --workdir" in capsys.readouterr().err
+    assert "give those, use another --workdir, or remove" in capsys.readouterr().err
 
 
 def test_the_last_evaluation_of_a_model_draws_with_the_other_samplers(fakes, tmp_path, capsys):

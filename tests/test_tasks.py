@@ -21,7 +21,7 @@ from PIL import Image
 from drl_jax import config as config_lib
 from drl_jax.data import mixtures, pipeline, sources
 from drl_jax.errors import UserError
-from drl_jax.metrics import classifier, inception, weights
+from drl_jax.metrics import classifier, inception, labelled, weights
 from drl_jax.model import Model
 from drl_jax.storage import results, runs
 from drl_jax.storage.runs import Run
@@ -31,7 +31,6 @@ from drl_jax.tasks import (
     export,
     inpaint,
     interpolate,
-    labelled,
     ood,
     sample,
     table,

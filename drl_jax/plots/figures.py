@@ -47,7 +47,8 @@ class Panel(NamedTuple):
     Attributes:
       title: title of the panel.
       scale: scale of the y axis: 'linear', 'log' or 'symlog'.
-      curves: for the name of each curve, its y values; NaN where there is none.
+      curves: for the name of each curve, its y values; NaN where there is none. The line
+        connects the others.
       marks: for the names of some curves, the y value of a dotted line in the same colour.
       x: x values of all curves.
       x_label: what these are.
@@ -82,7 +83,9 @@ def write_curves(path: epath.Path, panels: Sequence[Panel]) -> None:
         axes = figure.add_subplot(rows, COLUMNS, number)
         colours = mpl.colormaps["viridis"].resampled(len(panel.curves) + 1)
         for i, (name, y) in enumerate(panel.curves.items()):
-            axes.plot(panel.x, y, ".-", color=colours(i), label=name)
+            found = np.isfinite(y)
+            points = np.asarray(panel.x)[found], np.asarray(y)[found]
+            axes.plot(*points, ".-", color=colours(i), label=name)
             if name in panel.marks:
                 axes.axhline(panel.marks[name], color=colours(i), linestyle=":")
         axes.set_xscale("symlog", linthresh=1)  # logarithmic from 1 on

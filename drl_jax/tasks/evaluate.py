@@ -20,6 +20,7 @@ from drl_jax.errors import UserError
 from drl_jax.method import METROPOLIS
 from drl_jax.metrics import (
     inception,
+    labelled,
     levels,
     pixels,
     plane,
@@ -27,6 +28,7 @@ from drl_jax.metrics import (
     summary,
     weights,
 )
+from drl_jax.metrics.labelled import MAX_IN_MEMORY
 from drl_jax.metrics.weights import Weights
 from drl_jax.model import Model
 from drl_jax.plots import figures, images
@@ -34,8 +36,7 @@ from drl_jax.sampling import ladder
 from drl_jax.storage import data_record, results
 from drl_jax.storage.atomic import finite_or_none, make_writable, write_json
 from drl_jax.storage.runs import Run
-from drl_jax.tasks import common, labelled
-from drl_jax.tasks.labelled import MAX_IN_MEMORY
+from drl_jax.tasks import common
 
 log = logging.getLogger(__name__)
 

@@ -1,14 +1,17 @@
-"""What the tools have in common: their command line, and their clock."""
+"""What the tools have in common: their command line, their clock, and files of results."""
 
+import json
 import logging
 import sys
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 from absl import flags
+from etils import epath
 
-from drl_jax.errors import UserError
+from drl_jax.errors import UserError, as_user_error
 from drl_jax.runtime import cpu_devices
 
 
@@ -77,3 +80,29 @@ def clock() -> float:
     """
     on_cpu = jax.devices()[0].platform == "cpu"
     return time.process_time() if on_cpu else time.perf_counter()
+
+
+def read_rows(
+    file: epath.Path, settings: dict[str, Any], missing: dict[str, Any] | None = None
+) -> list[dict[str, Any]]:
+    """Returns the rows of a table in a file of results, and none if there is no such file.
+
+    Args:
+      file: JSON file with the fields `settings` and `rows`.
+      settings: everything on which the rows depend, as JSON values by name.
+      missing: settings that files of earlier versions lack, and the values that they had.
+
+    Raises:
+      UserError: if the file cannot be read, or is that of other settings.
+    """
+    with as_user_error(f"cannot read {file}"):
+        if not file.exists():
+            return []
+        results = json.loads(file.read_text())
+        found, rows = (missing or {}) | results["settings"], results["rows"]
+    if found != settings:
+        raise UserError(
+            f"{file} has results with the settings {found}, not {settings}: give those, use "
+            "another --workdir, or remove the file"
+        )
+    return rows

@@ -6,6 +6,7 @@ more. A multiplication and an addition count as two FLOPs.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -147,9 +148,28 @@ def training_step(config: ConfigDict) -> float:
 
 def sampling(config: ConfigDict) -> float:
     """Returns the FLOPs of generating one sample from white noise, through all levels."""
-    mcmc, T = config.mcmc, config.diffusion.T
-    starts = T * initialiser(config) if mcmc.start == "initialiser" else 0.0
-    return 2 * (np.sum(_gradients(config)) + (mcmc.denoise != "no")) * forward(config) + starts
+    gradients, proposals = evaluations(config)
+    return 2 * gradients * forward(config) + proposals * initialiser(config)
+
+
+class Evaluations(NamedTuple):
+    """How often the networks are evaluated to generate one sample, through all levels.
+
+    Attributes:
+      gradients: gradients of f with respect to the image: those of the chains, of starting
+        points from `posterior`, and of the final denoising.
+      proposals: predictions of the initialiser.
+    """
+
+    gradients: int
+    proposals: int
+
+
+def evaluations(config: ConfigDict) -> Evaluations:
+    """Returns how often the networks are evaluated to generate one sample."""
+    mcmc = config.mcmc
+    gradients = int(np.sum(_gradients(config))) + (mcmc.denoise != "no")
+    return Evaluations(gradients, config.diffusion.T * (mcmc.start == "initialiser"))
 
 
 def leapfrog(config: ConfigDict) -> int:

@@ -48,7 +48,6 @@ the repository, whose `configs/` it reads.
 
 import ast
 import itertools
-import json
 import logging
 import math
 import sys
@@ -69,7 +68,7 @@ from drl_jax import config as config_lib
 from drl_jax import method as method_lib
 from drl_jax.data import pipeline, sources
 from drl_jax.diffusion import NoiseSchedule
-from drl_jax.errors import DivergenceError, UserError, as_user_error
+from drl_jax.errors import DivergenceError, UserError
 from drl_jax.method import Method
 from drl_jax.metrics import classifier, pixels
 from drl_jax.metrics.classifier import Classifier
@@ -441,7 +440,7 @@ def race(
             raise UserError(
                 f"--samplers contains {text!r}: {name!r} has no energy to accept by"
             )
-    rows = read(workdir / RESULTS, settings)
+    rows = command.read_rows(workdir / RESULTS, settings, missing={"samplers": []})
     make_writable(workdir)
     judge = open_judge(configs[names[0]], workdir)
     mesh, times = sharding.make_mesh(), evaluation_times(seconds)
@@ -510,25 +509,6 @@ def run_one(
                 for text, (sampler, K) in chains.items()
             }
         yield row
-
-
-def read(file: epath.Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """Returns the rows in a file of results, and none if there is no such file.
-
-    Raises:
-      UserError: if the file cannot be read, or is that of other settings.
-    """
-    with as_user_error(f"cannot read {file}"):
-        if not file.exists():
-            return []
-        results = json.loads(file.read_text())
-        found, rows = {"samplers": []} | results["settings"], results["rows"]
-    if found != settings:
-        raise UserError(
-            f"{file} has results with the settings {found}, not {settings}: give those, or "
-            "another --workdir"
-        )
-    return rows
 
 
 def of_model(rows: Sequence[dict[str, Any]], name: str) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from etils import epath
 from drl_jax import diffusion
 from drl_jax.data import pipeline, sources
 from drl_jax.method import METROPOLIS
+from drl_jax.metrics import labelled
 from drl_jax.metrics import levels as levels_lib
 from drl_jax.metrics.frechet import fit
 from drl_jax.runtime import preemption
@@ -18,7 +19,7 @@ from drl_jax.storage import data_record, results
 from drl_jax.storage.atomic import make_writable
 from drl_jax.storage.runs import Run
 from drl_jax.storage.snapshots import Autosave
-from drl_jax.tasks import common, labelled
+from drl_jax.tasks import common
 from drl_jax.tasks.long_run import report, runner
 from drl_jax.tasks.long_run.runner import Features
 
