@@ -9,6 +9,7 @@ import math
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from helpers.tiny import CONFIG, trained
 
 from drl_jax import config as config_lib
@@ -41,6 +42,7 @@ def rows_in(workdir):
     return json.loads((workdir / steps.RESULTS).read_text())["rows"]
 
 
+@pytest.mark.slow
 def test_rows_have_the_cost_of_their_chains_and_the_training_row_has_the_model_s_samples(
     fresh, capsys
 ):
@@ -81,6 +83,7 @@ def test_rows_have_the_cost_of_their_chains_and_the_training_row_has_the_model_s
     assert (fresh / steps.FIGURE).exists()
 
 
+@pytest.mark.slow
 def test_labelled_data_are_compared_by_their_classifier_and_measured_rows_are_kept(
     fresh, monkeypatch, capsys
 ):
@@ -147,7 +150,7 @@ def test_a_row_without_steps_belongs_to_all_curves(monkeypatch):
         {"sampler": "langevin", "evaluations": 48},
         {"sampler": "data", "pixels": 0.1},
     ]
-    steps.write_figure(None, rows)
+    steps.write_figure(epath.Path("steps.png"), rows)
     (panel,) = found
     assert panel.x == [6, 24, 30, 48]
     nan = math.nan
