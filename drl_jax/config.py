@@ -292,7 +292,7 @@ BELOW = {
 CAN_BE_INFINITE = ("train.loss_limit", "train.energy_limit")
 
 # Largest number of values of an image for which the mixtures of `FITTED` have full covariances.
-MOST_VALUES = 256
+MOST_VALUES = 1024
 
 # Settings of images that must have these values for points in the plane.
 REQUIRED_FOR_POINTS = {

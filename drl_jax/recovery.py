@@ -62,7 +62,7 @@ from drl_jax.diffusion import NoiseSchedule
 from drl_jax.mcmc.log_density import value_and_gradient
 from drl_jax.networks.energy import Form
 
-LIMIT = 60.0  # of f / tau_t if a mixture is fitted to the data [nats]
+LIMIT = 60 / 64  # of f / tau_t per dimension, if a mixture is fitted to the data [nats]
 LOG_ODDS = 4.0  # unit of the log-odds in `mixture`, so that they are learned as fast as v
 
 # (x [B, ...], t [B]) -> [B]: the network f with given parameters, or F computed from it.
@@ -216,13 +216,13 @@ def mixture(schedule: NoiseSchedule, temperature: Float[Array, "T"], half_width:
 
 
 def limited(f: LevelFn, temperature: Float[Array, "T"]) -> LevelFn:
-    """Returns c tau_t tanh(f(y, t) / (c tau_t)), with c = `LIMIT`.
+    """Returns c tau_t tanh(f(y, t) / (c tau_t)), with c = `LIMIT` D for D dimensions.
 
     It contributes between -c and c to F, and equals f where |f| / tau_t is far below c.
     """
 
     def g(y: Float[Array, "B *D"], t: Int[Array, "B"]) -> Float[Array, "B"]:
-        largest = LIMIT * temperature[t]
+        largest = LIMIT * y[0].size * temperature[t]
         return largest * jnp.tanh(f(y, t) / largest)
 
     return g

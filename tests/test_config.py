@@ -161,7 +161,7 @@ def test_the_tables_of_checks_name_fields(names):
         ),
         (
             {"energy__parameterisation": "gaussians"},
-            "parameterisation is 'gaussians': .*3072 values .*limit: 256\\); use 'uniform'",
+            "parameterisation is 'gaussians': .*3072 values .*limit: 1024\\); use 'uniform'",
         ),
         ({"diffusion__min_noise": 0.1}, "min_noise is 0.1: .*schedule 'cosine'"),
         ({"optim__decay_steps": 500}, "decay_steps is 500: .*warmup_steps, 1000"),

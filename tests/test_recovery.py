@@ -430,12 +430,14 @@ def test_positives_with_noise_are_those_of_the_recovery_likelihood(T):
     np.testing.assert_allclose(y, a * x_t, rtol=1e-6)
 
 
-def test_a_limited_f_is_f_where_it_is_small_and_never_exceeds_the_limit_in_nats():
+@pytest.mark.parametrize(("side", "largest"), [(8, 60.0), (28, 735.0)])
+def test_a_limited_f_is_f_where_it_is_small_and_never_exceeds_the_limit_in_nats(side, largest):
+    """The limit is proportional to the number of pixels."""
     tau = jnp.linspace(0.5, 3.0, 6)
-    f = recovery.limited(lambda y, t: y[:, 0], tau)
-    for nats, wanted in ((0.1, 0.1), (-0.1, -0.1), (1e6, recovery.LIMIT)):
-        found = f((nats * tau)[:, None], jnp.arange(6)) / tau
-        np.testing.assert_allclose(found, np.full(6, wanted), rtol=1e-5)
+    f = recovery.limited(lambda y, t: y[:, 0, 0], tau)
+    for nats, wanted in ((0.1, 0.1), (-0.1, -0.1), (1e6, largest), (-1e6, -largest)):
+        y = jnp.zeros((6, side, side)).at[:, 0, 0].set(nats * tau)
+        np.testing.assert_allclose(f(y, jnp.arange(6)) / tau, np.full(6, wanted), rtol=1e-5)
 
 
 def test_displacement_is_the_euclidean_distance():

@@ -341,7 +341,8 @@ def test_F_is_the_limited_f_over_the_temperature_plus_the_reference(parameterisa
     exact = mixtures.exact_F(fitted, method.schedule)(y.reshape(6, 16), t)
     f = method.energy.f(params, y, t) / method.parameterisation.temperature[t]
     assert np.std(f) > 1
-    wanted = recovery.LIMIT * np.tanh(f / recovery.LIMIT) + exact
+    limit = recovery.LIMIT * 16
+    wanted = limit * np.tanh(f / limit) + exact
     if parameterisation == "bounded_gaussians":
         wanted += recovery.bounded_pixels(method.schedule, 1.0)(y, t)
     np.testing.assert_allclose(method.F(params)(y, t), wanted, rtol=1e-5)
