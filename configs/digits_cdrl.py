@@ -9,7 +9,7 @@ Command:
     python -m drl_jax.main --config=configs/digits_cdrl.py --workdir=DIR
 
 `digits_t6.py` with cosine levels, CDRL's energy, half as many steps per level, and an
-initialiser that proposes where they start. `drl_jax/sampling/README.md` compares its parts.
+initialiser that proposes where they start.
 """
 
 from drl_jax import config as config_lib

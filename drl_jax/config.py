@@ -477,11 +477,11 @@ def validate(config: ConfigDict) -> None:
             "this needs config.energy.network 'unet' or 'image_mlp', and "
             "config.energy.parameterisation 'uniform'",
         )
-    if config.data.classes and config.energy.network == "resnet":
+    if config.data.classes and config.energy.network in ("resnet", "mlp"):
         raise invalid(
             "data.classes",
-            "config.energy.network 'resnet', the paper's, takes no labels; use 0, or another "
-            "network such as 'cdrl_resnet'",
+            f"config.energy.network {config.energy.network!r} takes no labels; use 0, or "
+            "another network for images such as 'cdrl_resnet'",
         )
     is_points = config.energy.network == "mlp"
     if config.initialiser.network == "unet" and is_points:

@@ -273,7 +273,7 @@ def make_energy(config: ConfigDict, schedule: NoiseSchedule, dtype: str) -> Ener
     levels, classes = schedule.conditioning[:-1], config.data.classes
     outputs = 2 if config.energy.form == "mixture" else 1
     if config.energy.network == "mlp":
-        energy = mlp.energy(channels, ch, N, config.diffusion.T, classes)
+        energy = mlp.energy(channels, ch, N, config.diffusion.T)
     elif config.energy.network == "image_mlp":
         energy = image_mlp.energy(
             shape=(size, size, channels),

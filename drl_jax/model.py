@@ -140,7 +140,8 @@ class Model:
         return cls(method, params, engine, programs)
 
     def __repr__(self) -> str:
-        number = sum(leaf.size for leaf in jax.tree.leaves(self.params))
+        trained = {k: v for k, v in self.params.items() if k != guidance_lib.NAME}
+        number = sum(leaf.size for leaf in jax.tree.leaves(trained))
         sampler = self.method.sampler
         parts = ["one draw per level"] * (sampler.start is not ladder.start_at_x_tilde)
         if sampler.K:
@@ -180,11 +181,12 @@ class Model:
         """Returns a model with other (normalised) parameters. Nothing is compiled again."""
         return dataclasses.replace(self, params=params)
 
-    def given(self, label: Shaped[ArrayLike, ""], guidance: float = 0.0) -> "Model":
+    def given(self, label: Shaped[ArrayLike, "..."], guidance: float = 0.0) -> "Model":
         """Returns the model of a class: the density p(x | label), and its samples.
 
-        All methods of the result use this label. Other labels and weights need no new
-        compilation.
+        All methods of the result use this label and this weight, unless they are given another
+        label, which replaces both. `classify` uses neither. Other labels and weights need no
+        new compilation.
 
         Args:
           label: a class in 1..classes, or 0 for none.
@@ -195,6 +197,8 @@ class Model:
           UserError: if the model has no classes, the label does not exist, the weight is not
             finite, or there is a weight but no label.
         """
+        if np.ndim(label):
+            raise UserError(f"the label is {np.asarray(label).tolist()}: give one label")
         (checked,) = self._labels(np.reshape(label, (1,)), 1)
         condition = Condition(checked, _weight(guidance, bool(checked)))
         return self.with_params(guidance_lib.with_condition(self.params, condition))
@@ -341,9 +345,7 @@ class Model:
         The arguments and errors are those of `sample`.
         """
         require_at_least(0, n=n)
-        if label is None and guidance_lib.NAME not in self.params:
-            label = self.each_label(n)
-        model, labels = self._conditioned(label, guidance, n)
+        model, labels = self._with_default_labels(label, guidance, n)
         return model.run(self.programs.generate, key, np.arange(n), labels=labels)
 
     def descend(
@@ -396,7 +398,7 @@ class Model:
           UserError: if the level is not in 1..T, pairs < 0, frames < 1, or the label or the
             weight cannot be used (`given`).
         """
-        model, _ = self._conditioned(label, guidance, 1)
+        model = self._of_class(label, guidance)
         require_key(key)
         require_at_least(0, pairs=pairs)
         require_at_least(1, frames=frames)
@@ -437,7 +439,7 @@ class Model:
           UserError: if the images do not fit the model, the level is not in 1..T, frames < 1,
             or the label or the weight cannot be used (`given`).
         """
-        model, _ = self._conditioned(label, guidance, 1)
+        model = self._of_class(label, guidance)
         require_key(key)
         require_at_least(1, frames=frames)
         schedule = self.method.schedule
@@ -621,9 +623,16 @@ class Model:
         return dataclasses.replace(self, programs=programs, labelled=True)
 
     def adapt(
-        self, key: AnyKey, num_steps: int = 100, target: float = 0.65, chains: int = 16
+        self,
+        key: AnyKey,
+        num_steps: int = 100,
+        target: float = 0.65,
+        chains: int = 16,
+        guidance: float = 0.0,
     ) -> tuple["Model", Adapted]:
         """Adapts the step sizes of MALA or HMC, on chains that are then discarded.
+
+        The chains have the labels of `sample`.
 
         Every device runs the same chains, so the number of devices does not affect the result.
         Warns if chains of K steps keep more than `MAX_CORRELATION` of their starting points.
@@ -633,6 +642,7 @@ class Model:
           num_steps: number of steps per level.
           target: mean acceptance probability to reach.
           chains: number of chains.
+          guidance: weight of guidance, with labels (`given`).
 
         Returns:
           the model with adapted step sizes, and the step size, the mean acceptance probability
@@ -643,14 +653,18 @@ class Model:
         """
         require_key(key)
 
+        conditioned, labels = self._with_default_labels(None, guidance, chains)
+
         @functools.partial(jax.jit, out_shardings=sharding.replicated(self.mesh))
         @full_precision
         def program(params, key):
             keys = noise.example_keys(key, jnp.arange(chains))
+            if labels is not None:
+                params = guidance_lib.with_labels(params, jnp.asarray(labels))
             conditionals = self.method.conditionals(params)
             return ladder.warm_up(keys, conditionals, self.shape, num_steps, target)
 
-        adapted = jax.tree.map(np.asarray, program(self.params, key))
+        adapted = jax.tree.map(np.asarray, program(conditioned.params, key))
         worst = int(np.argmax(np.abs(adapted.correlation)))
         from_x_tilde = self.method.sampler.start is ladder.start_at_x_tilde
         tied = bool(jnp.isfinite(self.method.schedule.sigma).all())  # not on `marginals`
@@ -744,15 +758,36 @@ class Model:
           UserError: if the labels or the weight of guidance cannot be used (`given`).
         """
         if label is None:
+            condition = self.params.get(guidance_lib.NAME)
+            if guidance and condition is not None:
+                return self.given(condition.label, guidance), None
             _weight(guidance, labelled=False)
             return self, None
         if np.ndim(label) == 0:
             return self.given(label, guidance), None
         labels = self._labels(label, n)
         weight = _weight(guidance, labelled=bool(np.any(labels)))
-        condition = Condition(jnp.int32(0), weight)
+        condition = Condition(jnp.int32(0), weight)  # `run` replaces the label
         params = guidance_lib.with_condition(self.params, condition)
         return self.with_params(params), np.asarray(labels)
+
+    def _with_default_labels(
+        self, label: Shaped[ArrayLike, "..."] | None, guidance: float, n: int
+    ) -> tuple["Model", Int[np.ndarray, "n"] | None]:
+        """Like `_conditioned`, but without any label, each class has its turn."""
+        if label is None and guidance_lib.NAME not in self.params:
+            label = self.each_label(n)
+        return self._conditioned(label, guidance, n)
+
+    def _of_class(self, label: Shaped[ArrayLike, ""] | None, guidance: float) -> "Model":
+        """Returns the model of one label; None keeps that of `given`, or none.
+
+        Raises:
+          UserError: if the label or the weight of guidance cannot be used (`given`).
+        """
+        if label is None:
+            return self._conditioned(None, guidance, 0)[0]
+        return self.given(label, guidance)
 
     def _require_classes(self) -> None:
         """Raises a UserError if the model has no classes."""
@@ -814,7 +849,7 @@ def _weight(guidance: float, labelled: bool) -> Float[Array, ""] | None:
     Raises:
       UserError: if it is not finite, or not 0 without a label.
     """
-    if not math.isfinite(guidance):
+    if not isinstance(guidance, numbers.Real) or not math.isfinite(guidance):
         raise UserError(f"guidance is {guidance}: give a finite number")
     if guidance and not labelled:
         raise UserError(
@@ -888,7 +923,9 @@ def _compile(engine: Engine, method: Method, program: Callable) -> Callable:
         params, tuning, key, settings = shared
         indices, labels, arrays = examples
         keys = noise.example_keys(key, indices)
-        conditionals = method.conditionals(params, tuning, label=labels)
+        if labels is not None:
+            params = guidance_lib.with_labels(params, labels)
+        conditionals = method.conditionals(params, tuning)
         return program(keys, conditionals, *arrays, **settings)
 
     return engine.compile(on_device)

@@ -195,7 +195,7 @@ def test_samples_and_statistics_of_levels_use_different_keys_that_are_split_off(
     """Fails if both use the same key, or one of them the key that the other is split off."""
     used = [common.task_key("evaluate", SEED)]
 
-    def sample_batches(model, key, n):
+    def sample_batches(model, key, n, guidance):
         used.append(key)
         yield np.random.default_rng(0).normal(size=(n, *model.shape)).astype(np.float32)
 
@@ -222,7 +222,7 @@ def test_tasks_whose_results_depend_on_differences_of_F_warn_of_its_resolution(
         assert len(of_levels) == len(resolutions) > 0
         raise TakenError
 
-    def sample_batches(model, key, n):
+    def sample_batches(model, key, n, guidance):
         yield np.random.default_rng(0).normal(size=(n, *model.shape)).astype(np.float32)
 
     statistics = {"level": [0.0, 1.0], "resolution": [0.2, 0.3]}

@@ -58,6 +58,7 @@ def test_a_comparison_uses_the_best_level_and_reports_the_accuracy_of_test_data(
 
     def classify_data(model, key, x, level):
         certain = np.where(x[:, :1] == np.arange(1, 4), 0.0, -9.0)
+        certain = certain + np.array([0, 20, -20])
         return certain if level == 2 else np.zeros((n, 3))
 
     monkeypatch.setattr(energy_classifier, "classify_data", classify_data)
@@ -74,3 +75,13 @@ def test_data_are_diffused_to_the_level_before_they_are_classified(model):
     keys = jax.vmap(lambda i: jax.random.fold_in(KEY, i))(jnp.arange(5))
     y, _ = recovery.positives(keys, jnp.asarray(x), jnp.full(5, 4), SCHEDULE)
     np.testing.assert_allclose(found, model.classify(y, np.full(5, 4)), rtol=1e-5)
+
+
+def test_a_class_without_examples_is_never_found():
+    """Fails if its logarithm of zero spreads to the other classes."""
+    labels = np.array([1, 1, 3, 3, 3])
+    log_p = np.log([[0.6, 0.3, 0.1]] * 2 + [[0.1, 0.7, 0.2]] * 3)
+    b = energy_classifier.fit_prior(log_p, labels)
+    assert b[1] == -np.inf
+    assert np.isfinite(b[[0, 2]]).all()
+    assert energy_classifier.accuracy(log_p + b, labels) == 1

@@ -73,6 +73,20 @@ def test_by_default_samples_are_of_each_class_in_turn(model):
     assert not np.allclose(none, model.sample(KEY, 4))
 
 
+def test_arguments_replace_the_label_and_the_guidance_of_given(model):
+    """Without a label, guidance is that of the given one; `classify` has neither."""
+    x, t = np.linspace(-1, 1, 8).reshape(4, 2), np.arange(4)
+    guided = model.given(3, guidance=0.7)
+    two = np.full(4, 2)
+    np.testing.assert_array_equal(guided.f(x, t, two), model.f(x, t, two))
+    np.testing.assert_array_equal(guided.sample(KEY, 4, label=2), model.given(2).sample(KEY, 4))
+    np.testing.assert_array_equal(
+        model.given(3).sample(KEY, 4, guidance=0.7), guided.sample(KEY, 4)
+    )
+    np.testing.assert_array_equal(guided.classify(x, t), model.classify(x, t))
+    assert "parameters=0" in repr(guided)
+
+
 def test_label_0_is_none_and_a_model_without_a_label_has_none(model):
     x, t = np.linspace(-1, 1, 8).reshape(4, 2), np.arange(4)
     np.testing.assert_array_equal(model.f(x, t), model.f(x, t, np.zeros(4, int)))
@@ -141,6 +155,7 @@ def test_the_step_sizes_are_adapted_to_the_label():
         (lambda m: m.given(4), "label 4 does not exist: give 1 to 3, or 0 for no label"),
         (lambda m: m.given(-1), "label -1 does not exist"),
         (lambda m: m.given(1.5), "dtype float64"),
+        (lambda m: m.given(np.array([1, 2])), r"the label is \[1, 2\]: give one label"),
         (lambda m: m.given(1, guidance=np.nan), "guidance is nan: give a finite number"),
         (lambda m: m.given(0, guidance=0.5), "guidance is 0.5, but there is no label"),
         (

@@ -98,7 +98,7 @@ def test_samples_that_cannot_be_written_are_one_clear_line(workdir, capsys):
 
 
 def test_the_log_reports_the_progress_of_sampling(monkeypatch, caplog):
-    def sample_batches(self, key, n):
+    def sample_batches(self, key, n, guidance):
         yield from (np.zeros((40, 1)), np.ones((40, 1)), np.ones((20, 1)))
 
     monkeypatch.setattr(Model, "sample_batches", sample_batches)

@@ -172,11 +172,15 @@ def test_the_labels_of_a_folder_are_its_subfolders(tmp_path, caplog):
     assert [pair and pair[1] for pair in pairs] == [0, 1, 1, 2]
 
 
-def test_an_image_in_no_subfolder_has_no_label(tmp_path):
+def test_a_folder_with_an_image_in_no_subfolder_has_no_labels(tmp_path):
+    """So a labelled model can be compared with it, but not be trained on it."""
     config = class_folders(tmp_path, classes=3)
     examples.save(tmp_path / "z.png", np.zeros((8, 8), np.uint8))
-    with pytest.raises(UserError, match="is in no subfolder, so it has no label: move"):
-        sources.open_source(config)
+    source = sources.open_source(config)
+    assert (source.labels, source.classes) == (None, 0)
+    message = r"has no labels \(put the images of each class into a subfolder"
+    with pytest.raises(UserError, match=message):
+        sources.require_classes(config, source)
 
 
 @pytest.mark.parametrize(
@@ -190,8 +194,19 @@ def test_the_number_of_classes_must_be_that_of_the_data(name, wanted, message):
     config = make_config(name, classes=wanted)
     if name == "rings":
         config.energy.network = "mlp"
+    source = sources.open_source(config)
     with pytest.raises(UserError, match=message):
-        sources.open_source(config)
+        sources.require_classes(config, source)
+
+
+def test_a_random_part_is_always_the_same_and_not_the_first_examples():
+    source = sources.open_source(make_config())
+    part = sources.random_part(source, 50)
+    again = sources.random_part(source, 50)
+    np.testing.assert_array_equal(part.labels, again.labels)
+    assert len(part) == 50
+    assert part.labels.tolist() != source.labels[:50].tolist()
+    assert len(sources.random_part(source, 10_000)) == len(source)
 
 
 def test_splits_and_fractions_have_different_identities():
@@ -548,7 +563,7 @@ def test_tfds_images_are_read_with_their_labels(tfds_dir, stripes, monkeypatch):
     np.testing.assert_array_equal(part[0], stripes[0][4])
     assert len(part) == 1
     with pytest.raises(UserError, match="'stripes' has 7 classes"):
-        sources.open_source(tfds_config(tfds_dir, classes=8))
+        sources.require_classes(tfds_config(tfds_dir, classes=8), source)
 
 
 def test_the_home_directory_is_expanded_in_the_folder_of_tfds_data_sets(tfds_dir, monkeypatch):

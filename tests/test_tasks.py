@@ -321,7 +321,7 @@ def test_statistics_of_the_data_by_one_protocol_are_not_read_for_the_other(
 
 
 def test_the_protocols_are_the_choices_of_the_flag():
-    (flag,) = table.TASKS["evaluate"].flags
+    flag, *_ = table.TASKS["evaluate"].flags
     assert tuple(evaluate.PROTOCOLS) == flag.choices
 
 

@@ -203,19 +203,23 @@ def load_examples(
 def load_labelled(
     config: ConfigDict, source: Source, limit: int
 ) -> tuple[Float[np.ndarray, "n *D"], Int[np.ndarray, "n"]]:
-    """Loads the first examples that can be read, at most `limit`, with their labels from 1.
+    """Loads the first `limit` examples with their labels, from 1.
+
+    Those that cannot be read, and those without a label (-1 in TFDS), are left out.
 
     Args:
       config: uses data.
       source: examples with labels.
       limit: number of examples to read.
+
+    Raises:
+      UserError: if there are none.
     """
     prepare_example = _preparation(config, source)
-    found = [
-        example
-        for example in source.read_labelled(range(min(limit, len(source))))
-        if example is not None
-    ]
+    read = source.read_labelled(range(min(limit, len(source))))
+    found = [example for example in read if example is not None and example[1] >= 0]
+    if not found:
+        raise UserError(f"{config.data.name!r} has no readable examples with labels")
     x = np.stack([prepare_example(image) for image, _ in found])
     return x, 1 + np.array([label for _, label in found])
 

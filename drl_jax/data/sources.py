@@ -218,13 +218,13 @@ class Folder(Source):
     index an image has depends only on the names of the files.
 
     If `labelled`, the label of an image is the number of the subfolder of the folder that
-    contains it, in alphabetical order.
+    contains it, in alphabetical order. If an image is in no subfolder, there are no labels.
 
     `identity` is a digest of the names and, except in a bucket, of the sizes of the files.
 
     Raises:
-      UserError: if the folder does not exist, contains no images, or cannot be read,
-        `channels` is neither 1 nor 3, or `labelled` and an image is in no subfolder.
+      UserError: if the folder does not exist, contains no images, or cannot be read, or
+        `channels` is neither 1 nor 3.
     """
 
     white = 255.0
@@ -268,21 +268,11 @@ class Folder(Source):
                 f"{', '.join(image_files.SUFFIXES)} files; give a folder of images"
             )
         self.identity = f"{len(self)} images, {_digest(self.fingerprint)}"
-        if labelled:
+        if labelled and all("/" in name for name in self._found.images):
             self._label()
 
     def _label(self) -> None:
-        """Gives each image the number of its subfolder as label.
-
-        Raises:
-          UserError: if an image is in no subfolder.
-        """
-        for name in self._found.images:
-            if "/" not in name:
-                raise UserError(
-                    f"{self.folder / name} is in no subfolder, so it has no label: move the "
-                    "images of each class into a subfolder, or set --config.data.classes=0"
-                )
+        """Gives each image the number of its subfolder as label."""
         subfolders = [name.partition("/")[0] for name in self._found.images]
         names, self.labels = np.unique(subfolders, return_inverse=True)
         self.classes = len(names)
@@ -482,7 +472,7 @@ class Tfds(Source):
         return len(self._examples)
 
     def __getitem__(self, index: int) -> UInt8[np.ndarray, "H W C"]:
-        return self._decode(index, lambda: self._examples[index]["image"])
+        return self._read_one(index)[0]
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -513,11 +503,17 @@ class Tfds(Source):
         try:
             examples = self._examples.__getitems__(indices)
         except Exception:  # does not say which record is unreadable; reading one by one does
-            return [(self[index], self._examples[index]) for index in indices]
+            return [self._read_one(index) for index in indices]
         return [
             (self._decode(index, functools.partial(example.get, "image")), example)
             for index, example in zip(indices, examples, strict=True)
         ]
+
+    def _read_one(self, index: int) -> tuple[UInt8[np.ndarray, "H W C"], dict[str, Any]]:
+        """Returns an image, and all features of its example."""
+        with as_user_error(f"cannot read image {index} {self._title}"):
+            example = self._examples[index]
+        return self._decode(index, functools.partial(example.get, "image")), example
 
     def _decode(self, index: int, read: Callable[[], bytes]) -> UInt8[np.ndarray, "H W C"]:
         with as_user_error(f"cannot read image {index} {self._title}"):
@@ -626,14 +622,36 @@ def of_class(source: Source, label: int) -> Source:
     return part
 
 
+def random_part(source: Source, n: int) -> Source:
+    """Returns n random examples of a source, always the same, or all if there are fewer."""
+    indices = np.random.default_rng(0).permutation(len(source))[:n]
+    return Part(source, indices, source.split, source.identity)
+
+
+def require_classes(config: ConfigDict, source: Source) -> None:
+    """Checks that the labels of a source are those that the networks take.
+
+    Raises:
+      UserError: if the networks take labels, and the source has another number of classes.
+    """
+    wanted, found = config.data.classes, source.classes
+    if wanted and found != wanted:
+        has = f"has {found} classes" if found else "has no labels"
+        if config.data.name.startswith("folder:") and not found:
+            has += " (put the images of each class into a subfolder, and all images into one)"
+        raise UserError(
+            f"config.data.classes is {wanted}, but {config.data.name!r} {has}: set "
+            f"--config.data.classes={found}"
+        )
+
+
 def open_source(config: ConfigDict) -> Source:
     """Opens the examples to train on, selected by `config.data`, and reads the first one.
 
     Raises:
       UserError: if the examples are missing or unreadable, do not have
-        config.data.channels channels or config.data.classes classes, do not suit
-        config.energy.network or config.data.dequantise, or are too few for
-        config.data.test_fraction.
+        config.data.channels channels, do not suit config.energy.network or
+        config.data.dequantise, or are too few for config.data.test_fraction.
     """
     return _open(config, held_out=False)
 
@@ -681,8 +699,6 @@ def _open(config: ConfigDict, held_out: bool) -> Source:
             wanted = config.evaluation.split
             splits = ["test", "validation", data.split] if wanted == "test" else [wanted]
         source = Tfds(data.name, data.data_dir, data.channels, data.split, splits)
-    if data.classes:
-        _require_classes(data.name, source.classes, data.classes)
     if data.dequantise and source.white is not None:
         distance = 2 / source.white  # between neighbouring pixel values, in [-1, 1]
         if not math.isclose(data.dequantise, distance, rel_tol=1e-3):
@@ -735,16 +751,6 @@ def _require_network(name: str, network: str) -> None:
             f"config.data.name is {name!r}, but config.energy.network 'mlp' is for points in "
             f"the plane; use {' or '.join(map(repr, mixtures.PLANAR_SHAPES))}, or the network "
             "'resnet' for images"
-        )
-
-
-def _require_classes(name: str, found: int, wanted: int) -> None:
-    """Raises a UserError if the labels of a source are of another number of classes."""
-    if found != wanted:
-        has = f"has {found} classes" if found else "has no labels"
-        raise UserError(
-            f"config.data.classes is {wanted}, but {name!r} {has}: set "
-            f"--config.data.classes={found}"
         )
 
 

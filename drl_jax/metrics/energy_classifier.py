@@ -29,13 +29,19 @@ def fit_prior(
 
     Args:
       log_p: log p(label | x) for labels 1, ..., classes.
-      labels: the labels of the examples, in 1..classes. All occur.
+      labels: the labels of the examples, in 1..classes.
+
+    Returns:
+      b, whose mean is 0. It is minus infinity for labels without examples.
     """
     counts = np.bincount(labels - 1, minlength=log_p.shape[1])
-    b = np.zeros(log_p.shape[1])
+    found, b = counts > 0, np.full(log_p.shape[1], -np.inf)
+    b[found] = 0
     for _ in range(ITERATIONS):
-        b += np.log(counts) - logsumexp(log_softmax(log_p + b, axis=1), axis=0)
-    return b - b.mean()
+        p = log_softmax((log_p + b)[:, found], axis=1)
+        b[found] += np.log(counts[found]) - logsumexp(p, axis=0)
+    b[found] -= b[found].mean()
+    return b
 
 
 def accuracy(log_p: Float[np.ndarray, "n classes"], labels: Int[np.ndarray, "n"]) -> float:
@@ -81,7 +87,7 @@ def compare(
     Args:
       model: a model with classes.
       key: random key of the noise.
-      x: data with all labels.
+      x: data with labels.
       labels: their labels, in 1..classes.
       x_test: test data.
       labels_test: their labels.

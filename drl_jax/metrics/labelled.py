@@ -17,6 +17,7 @@ log = logging.getLogger(__name__)
 
 MAX_IN_MEMORY = 10_000  # images of each part of the data that are held
 MIN_LABELLED = 500  # images with labels, to train a classifier that is worth its answers
+MAX_SIZE = 32  # height and width of images that the small classifier suits [pixels]
 MIN_COMPARED = 50  # samples and test images that the classifier compares
 TEST_FRACTION = 0.2  # of the data, as test images for the classifier if none are held out
 
@@ -55,10 +56,11 @@ def load(
       workdir: keeps the classifier if the folder of the data cannot (`classifier.of_data`).
 
     Returns:
-      None if the data have no labels, or if there are fewer than `MIN_LABELLED` training
-      images, or fewer than `MIN_COMPARED` samples or test images. The latter is logged.
+      None if the data have no labels, their images are larger than `MAX_SIZE`, or there are
+      fewer than `MIN_LABELLED` training images, or fewer than `MIN_COMPARED` samples or test
+      images. The last two are logged.
     """
-    if source.labels is None:
+    if source.labels is None or config.data.image_size > MAX_SIZE:
         return None
     test_source = sources.open_held_out(config)
     held_out = test_source.held_out
@@ -78,8 +80,7 @@ def load(
         )
         return None
     (train, labels), (test, test_labels) = (
-        (pipeline.load_examples(config, part, limit), np.asarray(part.labels))
-        for part in (source, test_source)
+        pipeline.load_labelled(config, part, limit) for part in (source, test_source)
     )
-    trained = classifier.of_data(config, source, train, labels[:n], workdir)
-    return Labelled(trained, train, test, test_labels[:k], held_out)
+    trained = classifier.of_data(config, source, train, labels - 1, workdir)
+    return Labelled(trained, train, test, test_labels - 1, held_out)

@@ -36,6 +36,12 @@ def with_condition(params: Params, condition: Condition) -> Params:
     return {**params, NAME: condition}
 
 
+def with_labels(params: Params, labels: Int[Array, "B"]) -> Params:
+    """Returns the parameters with a label for each example, and their guidance unchanged."""
+    condition = params.get(NAME, Condition(labels))
+    return with_condition(params, condition._replace(label=labels))
+
+
 def conditioned(
     network: Callable[..., Float[Array, "B *D"]],
     params: Params,
@@ -46,20 +52,18 @@ def conditioned(
     Args:
       network: f or g with its parameters, which takes (x, t), and a `label` by keyword.
       params: parameters of the model, which can contain a condition.
-      label: the class of each example, which replaces that of the condition; None: the
-        condition's, or none.
+      label: the class of each example, which replaces the condition with its guidance.
     """
     condition: Any = params.get(NAME)
-    guidance = condition.guidance if condition else None
-    if label is None and condition:
-        label = condition.label
-    if label is None:
+    if label is not None:
+        condition = Condition(label)
+    if condition is None:
         return network
 
     def conditional(x, t):
-        of_label = network(x, t, label=jnp.broadcast_to(label, t.shape))
-        if guidance is None:
+        of_label = network(x, t, label=jnp.broadcast_to(condition.label, t.shape))
+        if condition.guidance is None:
             return of_label
-        return of_label + guidance * (of_label - network(x, t))
+        return of_label + condition.guidance * (of_label - network(x, t))
 
     return conditional

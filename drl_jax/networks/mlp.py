@@ -4,8 +4,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from drl_jax.networks.energy import Energy, from_network, require_classes
-from drl_jax.networks.resnet import leaky_relu, one_hot, time_embedding
+from drl_jax.networks.energy import Energy, from_network
+from drl_jax.networks.resnet import leaky_relu, time_embedding
 
 # Angle of the time embedding's fastest sinusoid at t = T [radians]. At one radian per level, as
 # for images, neighbouring levels out of a thousand would be learned independently of each
@@ -17,7 +17,7 @@ FREQUENCY = 3.0
 
 
 class MLP(nn.Module):
-    """f(x, t, label) for vectors x [B, D] and levels t [B], one number per vector.
+    """f(x, t) for vectors x [B, D] and levels t [B], one number per vector.
 
     The input is x together with learned Fourier features of it, without which fine detail takes
     long to learn (Tancik et al. 2020). The activations are smooth in x (sine, swish), since
@@ -27,27 +27,16 @@ class MLP(nn.Module):
       width: width of every hidden layer.
       depth: number of residual hidden layers.
       T: number of levels.
-      classes: number of classes; 0 if there are no labels. A dense layer of the one-hot label
-        is added to the embedding of the level.
     """
 
     width: int
     depth: int
     T: int
-    classes: int = 0
 
     @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "B D"],
-        t: Int[Array, "B"],
-        label: Int[Array, "B"] | None = None,
-    ) -> Float[Array, "B"]:
-        require_classes(self, label)
+    def __call__(self, x: Float[Array, "B D"], t: Int[Array, "B"]) -> Float[Array, "B"]:
         temb = time_embedding(jnp.asarray(t) * (MAX_ANGLE / self.T), self.width)
         temb = nn.Dense(self.width, name="temb_0")(temb)
-        if self.classes:
-            temb += nn.Dense(self.width, name="y_map")(one_hot(label, self.classes, temb))
         temb = leaky_relu(nn.Dense(self.width, name="temb_1")(leaky_relu(temb)))
         angles = nn.Dense(
             self.width,
@@ -64,9 +53,7 @@ class MLP(nn.Module):
         return jnp.sum(nn.swish(h) * head, axis=1) / self.width**0.5
 
 
-def energy(
-    dimension: int, width: int = 128, depth: int = 3, T: int = 1000, classes: int = 0
-) -> Energy:
+def energy(dimension: int, width: int = 128, depth: int = 3, T: int = 1000) -> Energy:
     """Returns the network for vectors, without spectral normalisation.
 
     Args:
@@ -74,7 +61,6 @@ def energy(
       width: width of every hidden layer.
       depth: number of residual hidden layers.
       T: number of levels.
-      classes: number of classes; 0 if there are no labels.
     """
-    network = MLP(width=width, depth=depth, T=T, classes=classes)
+    network = MLP(width=width, depth=depth, T=T)
     return from_network(network, shape=(dimension,), rule=lambda path: None)

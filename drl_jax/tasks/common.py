@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Key
 from ml_collections import ConfigDict
 
 from drl_jax import config as config_lib
@@ -83,10 +83,14 @@ def require_images(model: Model, task: str) -> None:
         )
 
 
-def adapted(run: Run) -> Run:
+def adapted(run: Run, guidance: float = 0.0) -> Run:
     """Adapts the step sizes of MALA or HMC in a warm-up, and logs them.
 
     Logs the acceptance and the remaining correlation of each level, too (`ladder.Adapted`).
+
+    Args:
+      run: the trained model.
+      guidance: weight of guidance of samples of each class in turn.
 
     Returns:
       a run whose model uses the adapted step sizes. For other samplers, whose step sizes are
@@ -99,6 +103,7 @@ def adapted(run: Run) -> Run:
         key=task_key("adapt", run.config.seed),
         num_steps=mcmc.warmup_steps,
         target=mcmc.target_acceptance,
+        guidance=guidance,
     )
     log.info("%s step sizes after the warm-up:", mcmc.sampler)
     for group in diffusion.level_groups(model.T):
@@ -114,12 +119,14 @@ def adapted(run: Run) -> Run:
 
 
 def given(run: Run, label: str | None, guidance: float) -> Run:
-    """Returns the run with the model of one class (`Model.given`); without a label, `run`.
+    """Returns the run with the model of one class (`Model.given`).
+
+    Without a label, or with 'all', it is `run` itself.
 
     Raises:
-      UserError: if the model has no such class.
+      UserError: if the model has no such class, or cannot be guided without a label.
     """
-    if label is None:
+    if label in (None, "all"):
         return run
     return run._replace(model=run.model.given(int(label), guidance))
 
@@ -135,37 +142,29 @@ def of_label(source: Source, label: str | None) -> Source:
 
 def condition(label: str | None, guidance: float) -> dict[str, Any]:
     """Returns the settings of a label and its guidance; nothing without a label."""
-    return {} if label is None else {"label": label, "guidance": guidance}
+    if label is None:
+        return {}
+    return {"label": label if label == "all" else int(label), "guidance": guidance}
 
 
-def of_samples(model: Model, label: str | None) -> str | None:
-    """Returns the label of samples: by default 'all', if the model has classes."""
-    return "all" if label is None and model.classes else label
-
-
-def sample_labels(model: Model, label: str | None, n: int) -> Int[np.ndarray, "n"] | None:
-    """Returns the labels of n samples.
-
-    Args:
-      model: the model.
-      label: a class, or 0 for none; 'all': each class in turn; None: no labels.
-      n: number of samples.
+def label_of_samples(model: Model, label: str | None, guidance: float) -> str | None:
+    """Returns the label of samples: by default 'all', if the model has classes.
 
     Raises:
-      UserError: if the model has no such class.
+      UserError: if the model has no classes, but there is a label or a weight of guidance.
     """
-    if label is None:
+    if label is None and not model.classes:
+        if guidance:
+            raise UserError("this model was trained without labels: omit --guidance")
         return None
-    model.given(1 if label == "all" else int(label))  # which checks that the class exists
-    return model.each_label(n) if label == "all" else np.full(n, int(label))
+    if label in (None, "all"):
+        model.given(1, guidance)  # which checks the model and the weight
+        return "all"
+    return label
 
 
 def draw(
-    model: Model,
-    key: Key[Array, ""],
-    n: int,
-    label: str | None = None,
-    guidance: float = 0.0,
+    model: Model, key: Key[Array, ""], n: int, guidance: float = 0.0
 ) -> Iterator[Float[np.ndarray, "B *D"]]:
     """Yields n samples in batches (`Model.sample_batches`), and shows the progress.
 
@@ -173,15 +172,13 @@ def draw(
       model: the model.
       key: random key.
       n: number of samples.
-      label: see `sample_labels`.
-      guidance: weight of guidance.
+      guidance: weight of guidance of samples of each class in turn.
 
     Raises:
-      UserError: if a sample is not finite, or the model has no such class.
+      UserError: if a sample is not finite.
     """
-    labels = sample_labels(model, label, n)
     with Progress(n, "sample") as progress:
-        for batch in model.sample_batches(key, n, labels, guidance):
+        for batch in model.sample_batches(key, n, guidance=guidance):
             require_finite(batch, "samples")
             yield batch
             progress.add(len(batch))

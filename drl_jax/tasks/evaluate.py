@@ -69,7 +69,11 @@ PROTOCOLS = {
 
 
 def run(
-    run: Run, workdir: epath.Path, protocol: str, label: str | None, guidance: float
+    run: Run,
+    workdir: epath.Path,
+    protocol: str,
+    label: str | None = None,
+    guidance: float = 0.0,
 ) -> None:
     """Measures how well a trained model fits its data, and shows samples.
 
@@ -96,7 +100,8 @@ def run(
         used, the folder cannot be written to, there are no weights for the paper's protocol, or
         a sample is not finite.
     """
-    common.sample_labels(run.model, label, 0)  # which checks that the class exists
+    label = common.label_of_samples(run.model, label, guidance)
+    run = common.given(run, label, guidance)
     source = sources.open_source(run.config)
     data_record.warn_if_changed(workdir, source)
     require_comparable(run.config, source)
@@ -108,7 +113,7 @@ def run(
         )
     make_writable(workdir)
     measure(
-        run=common.adapted(run),
+        run=common.adapted(run, guidance if label == "all" else 0.0),
         source=source,
         workdir=workdir,
         inception_weights=inception_weights,
@@ -162,7 +167,7 @@ def measure(
       the content of metrics.json.
 
     Args:
-      run: the trained model, with adapted step sizes.
+      run: the trained model, of the class `label`, with adapted step sizes.
       source: the data.
       workdir: where the results go.
       inception_weights: for FID, KID and the inception score; None skips these.
@@ -170,7 +175,7 @@ def measure(
       label: class of the samples (`run`).
       guidance: weight of guidance.
     """
-    label = common.of_samples(run.model, label)
+    label = common.label_of_samples(run.model, label, guidance)
     key, levels_key = jax.random.split(common.task_key("evaluate", run.config.seed))
     if images.are_points(run.model.shape):
         return measure_points(run, workdir, key)
@@ -235,7 +240,7 @@ def measure_images(
     num_pixel_samples = min(num_samples, MAX_IN_MEMORY)
     grid_size = images.grid_size(model.shape, common.COLUMNS)
     num_drawn = max(num_samples if inception_weights else num_pixel_samples, grid_size)
-    batches = common.draw(model, key, num_drawn, label, guidance)
+    batches = common.draw(model, key, num_drawn, guidance if label == "all" else 0.0)
     in_memory = []
     for batch in batches:
         in_memory.append(batch)
@@ -249,11 +254,14 @@ def measure_images(
     metrics["levels"] = by_level
     if config.mcmc.sampler in METROPOLIS:
         levels.warn_of_rounding(by_level["level"], by_level["resolution"])
-    labels = common.sample_labels(model, label, num_pixel_samples)
+    labels = None
+    if label not in (None, "0"):
+        each = model.each_label(num_pixel_samples)
+        labels = each if label == "all" else np.full(num_pixel_samples, int(label))
     compared = classifier_metrics(config, source, samples[:num_pixel_samples], workdir, labels)
     if compared:
         metrics["classifier"] = compared
-    if model.classes:
+    if model.classes and source.classes == model.classes:
         metrics["labels"] = label_metrics(config, source, model, levels_key)
     if inception_weights:
         all_batches = itertools.chain(in_memory, batches)
@@ -333,9 +341,9 @@ def label_metrics(
     """Classifies test images by the energies of the classes.
 
     Returns:
-      the fields of `energy_classifier.compare`, for at most `LABEL_IMAGES` images each to fit
-      and to test, and held_out: whether the model is known not to have been trained on the
-      latter.
+      the fields of `energy_classifier.compare`, for at most `LABEL_IMAGES` random images each
+      to fit and to test, and held_out: whether the model is known not to have been trained on
+      the latter.
 
     Args:
       config: uses `data` and `evaluation`.
@@ -345,7 +353,8 @@ def label_metrics(
     """
     test = sources.open_held_out(config)
     (x, own), (x_test, own_test) = (
-        pipeline.load_labelled(config, part, LABEL_IMAGES) for part in (source, test)
+        pipeline.load_labelled(config, sources.random_part(part, LABEL_IMAGES), LABEL_IMAGES)
+        for part in (source, test)
     )
     metrics = energy_classifier.compare(model, key, x, own, x_test, own_test)
     log.info(

@@ -30,9 +30,9 @@ def run(
     images: Sequence[str],
     completions: int,
     rounds: int,
-    label: str | None,
-    guidance: float,
     seed: int,
+    label: str | None = None,
+    guidance: float = 0.0,
 ) -> None:
     """Hides some pixels of images, completes them, and compares with the original pixels.
 

@@ -24,9 +24,9 @@ def run(
     pairs: int,
     frames: int,
     level: int | None,
-    label: str | None,
-    guidance: float,
     seed: int,
+    label: str | None = None,
+    guidance: float = 0.0,
 ) -> None:
     """Interpolates between samples, or between the given images.
 

@@ -56,9 +56,9 @@ def run(
     run: Run,
     workdir: epath.Path,
     model: str | None,
-    label: str | None,
-    guidance: float,
     seed: int,
+    label: str | None = None,
+    guidance: float = 0.0,
 ) -> None:
     """Bounds log Z of level 0 by annealing, and computes the log-likelihood of the data.
 

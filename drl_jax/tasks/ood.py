@@ -34,9 +34,9 @@ def run(
     workdir: epath.Path,
     model: str | None,
     against: Sequence[str],
-    label: str | None,
-    guidance: float,
     seed: int,
+    label: str | None = None,
+    guidance: float = 0.0,
 ) -> None:
     """Scores in-distribution and other images at every level, and computes the AUROC.
 

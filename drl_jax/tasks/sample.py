@@ -19,9 +19,9 @@ def run(
     run: Run,
     workdir: epath.Path,
     num_samples: int,
-    label: str | None,
-    guidance: float,
     seed: int,
+    label: str | None = None,
+    guidance: float = 0.0,
 ) -> None:
     """Draws samples and writes each batch as it arrives.
 
@@ -48,14 +48,15 @@ def run(
       UserError: if the model has no such class, the folder cannot be written to, or a sample is
         not finite.
     """
-    label = common.of_samples(run.model, label)
-    condition = common.condition(label, guidance)
+    label = common.label_of_samples(run.model, label, guidance)
+    run, condition = common.given(run, label, guidance), common.condition(label, guidance)
+    guidance = guidance if label == "all" else 0.0  # that of a single class is in the model
     settings = common.result_settings(run, "sample", seed, num_samples=num_samples, **condition)
     path = workdir / "samples" / f"step_{run.step}_seed_{seed}"
     with results.folder(path, settings) as folder:
-        model = common.adapted(run).model
+        model = common.adapted(run, guidance).model
         key = common.task_key("sample", seed)
-        batches = common.draw(model, key, num_samples, label, guidance)
+        batches = common.draw(model, key, num_samples, guidance)
         write(folder, batches, num_samples, model.shape)
 
 

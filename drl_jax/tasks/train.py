@@ -47,6 +47,7 @@ def run(
         MetricWriter(workdir if processes.is_first() else None) as writer,
     ):
         source = sources.open_source(config)
+        sources.require_classes(config, source)
         evaluate.require_comparable(config, source)
         inception_weights = evaluate.load_inception_weights(config)
         trained = loop.train(

@@ -297,6 +297,11 @@ def write_figure(path: epath.Path, rows: Sequence[dict[str, Any]]) -> None:
     Raises:
       UserError: if the file cannot be written.
     """
+
+    def value(row, field):
+        """Returns a value, NaN for one that is missing or was not finite."""
+        return math.nan if row.get(field) is None else row[field]
+
     *drawn, last = sorted(rows, key=lambda row: row.get("evaluations", math.inf))
     x = [row["evaluations"] for row in drawn]
     names = list(dict.fromkeys(row["sampler"] for row in drawn))
@@ -307,12 +312,12 @@ def write_figure(path: epath.Path, rows: Sequence[dict[str, Any]]) -> None:
             continue
         curves = {
             name: [
-                row.get(field, math.nan) if row["sampler"] in (name, START) else math.nan
+                value(row, field) if row["sampler"] in (name, START) else math.nan
                 for row in drawn
             ]
             for name in names
         }
-        curves[last["sampler"]] = [last[field]] * len(x)
+        curves[last["sampler"]] = [value(last, field)] * len(x)
         panels.append(Panel(title, scale, curves, {}, x, x_label="evaluations per sample"))
     if panels:
         figures.write_curves(path, panels)

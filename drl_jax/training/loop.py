@@ -89,6 +89,11 @@ def train(
     method = method_lib.from_config(config)
     training = train_step.from_config(config)
     warn_of_early_decay(config)
+    if config.data.classes and not config.train.label_dropout:
+        log.warning(
+            "config.train.label_dropout is 0: the density without a label, which guidance and "
+            "--label=0 use, is not trained"
+        )
     warn_of_replicated_kernels(method, training, mesh)
     checkpoints_lib.require_usable(workdir)
     is_new = not checkpoints_lib.exist(workdir)

@@ -34,9 +34,9 @@ def run(
     num_chains: int | None,
     levels: Sequence[int],
     marginal: bool,
-    label: str | None,
-    guidance: float,
     seed: int,
+    label: str | None = None,
+    guidance: float = 0.0,
 ) -> None:
     """Runs long chains on the conditionals, and generates samples with many steps per level.
 
@@ -92,7 +92,9 @@ def run(
         levels_lib.warn_of_rounding(sampled_levels.tolist(), experiment.resolution)
     make_writable(folder)
     model = common.adapted(run).model
-    data = labelled.load(config, source, num_chains, workdir)
+    # The classifier compares chains with images of all classes, so not those of one class.
+    one_class = label is not None and int(label) > 0
+    data = None if one_class else labelled.load(config, source, num_chains, workdir)
     if data:
         train_features, _ = data.classifier(data.train)
         descend_key = jax.random.fold_in(key, model.T)
