@@ -383,7 +383,8 @@ class Model:
     ) -> Float[np.ndarray, "pairs frames H W C"]:
         """Interpolates between samples through a noise level (`interpolation.sample_strips`).
 
-        The first frames are `sample(key, pairs)`.
+        The first frames are `sample(key, pairs)`, with `label=0` if the model has classes and
+        no label is given.
 
         Args:
           key: random key.
