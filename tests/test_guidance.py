@@ -64,6 +64,7 @@ def test_samples_of_several_labels_are_those_of_each_label_alone(model):
 
 
 def test_by_default_samples_are_of_each_class_in_turn(model):
+    assert model.each_label(7).tolist() == [1, 2, 3, 1, 2, 3, 1]
     labels = np.array([1, 2, 3, 1])
     np.testing.assert_array_equal(
         model.sample(KEY, 4, guidance=0.5), model.sample(KEY, 4, label=labels, guidance=0.5)
