@@ -602,8 +602,10 @@ def of_class(source: Source, label: int) -> Source:
       label: the class, from 1.
 
     Raises:
-      UserError: if there are no examples of this class.
+      UserError: if there are no labels, or no examples of this class.
     """
+    if not source.classes:
+        raise UserError(f"the data ({source.identity}) have no labels: omit --label")
     labels = source.labels
     if labels is None:
         chunks = np.array_split(np.arange(len(source)), math.ceil(len(source) / 1000))

@@ -254,10 +254,9 @@ def measure_images(
     metrics["levels"] = by_level
     if config.mcmc.sampler in METROPOLIS:
         levels.warn_of_rounding(by_level["level"], by_level["resolution"])
-    labels = None
-    if label not in (None, "0"):
-        each = model.each_label(num_pixel_samples)
-        labels = each if label == "all" else np.full(num_pixel_samples, int(label))
+    labels = model.each_label(num_pixel_samples) if label == "all" else None
+    if label not in (None, "all") and int(label):
+        labels = np.full(num_pixel_samples, int(label))
     compared = classifier_metrics(config, source, samples[:num_pixel_samples], workdir, labels)
     if compared:
         metrics["classifier"] = compared
