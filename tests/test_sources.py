@@ -150,6 +150,8 @@ def test_examples_of_a_class_are_all_of_it_in_the_same_order():
     assert part.identity == f"{source.identity}, class 3"
     with pytest.raises(UserError, match="there are no examples of class 11"):
         sources.of_class(source, 11)
+    source.held_out = False
+    assert not sources.of_class(source, 3).held_out
     source.classes = 0
     with pytest.raises(UserError, match="have no labels: omit --label"):
         sources.of_class(source, 3)

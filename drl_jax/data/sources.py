@@ -619,15 +619,20 @@ def of_class(source: Source, label: int) -> Source:
     indices = np.flatnonzero(labels == label - 1)
     if not len(indices):
         raise UserError(f"there are no examples of class {label} in {source.identity}")
-    part = Part(source, indices, source.split, f"{source.identity}, class {label}")
-    part.held_out = source.held_out
-    return part
+    return _part(source, indices, f"{source.identity}, class {label}")
 
 
 def random_part(source: Source, n: int) -> Source:
     """Returns n random examples of a source, always the same, or all if there are fewer."""
     indices = np.random.default_rng(0).permutation(len(source))[:n]
-    return Part(source, indices, source.split, source.identity)
+    return _part(source, indices, source.identity)
+
+
+def _part(source: Source, indices: Int[np.ndarray, "n"], identity: str) -> Source:
+    """Returns some examples of a source, of the same split."""
+    part = Part(source, indices, source.split, identity)
+    part.held_out = source.held_out
+    return part
 
 
 def require_classes(config: ConfigDict, source: Source) -> None:
