@@ -72,12 +72,12 @@ def adapt(workdir):
 
 def estimate_likelihood(workdir, sampler="langevin"):
     with contextlib.suppress(UserError):  # the bounds are too loose
-        likelihood.run(run=gaussian_run(sampler), workdir=workdir, model=None, seed=SEED)
+        task(likelihood, model=None, seed=SEED)(workdir, sampler)
 
 
 def task(module, **flags):
     return lambda workdir, sampler="langevin": module.run(
-        run=gaussian_run(sampler), workdir=workdir, **flags
+        run=gaussian_run(sampler), workdir=workdir, label=None, guidance=0.0, **flags
     )
 
 

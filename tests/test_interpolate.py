@@ -75,6 +75,8 @@ def test_the_metrics_are_those_of_the_recovered_frames(tmp_path, monkeypatch):
         pairs=1,
         frames=4,
         level=None,
+        label=None,
+        guidance=0.0,
         seed=0,
     )
     (folder,) = (tmp_path / "interpolations").iterdir()

@@ -308,7 +308,14 @@ def test_a_model_whose_parameters_have_diverged_is_refused_before_the_annealing(
     run = run._replace(model=dataclasses.replace(run.model, params=params))
     monkeypatch.setattr(density, "begin", None)
     with pytest.raises(UserError, match=r"^16 of 16 values of f .* the training has diverged"):
-        likelihood.run(run=run, workdir=epath.Path(tmp_path), model=None, seed=0)
+        likelihood.run(
+            run=run,
+            workdir=epath.Path(tmp_path),
+            model=None,
+            label=None,
+            guidance=0.0,
+            seed=0,
+        )
 
 
 def test_bounds_of_the_pilot_that_are_not_numbers_are_refused():

@@ -276,7 +276,8 @@ def test_a_task_on_a_trained_model_gets_it_with_the_changes(trained, called):
     assert tiny.main(*args, "--num_samples=3") == 0
     (arguments,) = called
     run = arguments.pop("run")
-    assert arguments == {"workdir": trained, "num_samples": 3, "seed": 0}
+    flags = {"num_samples": 3, "label": None, "guidance": 0.0, "seed": 0}
+    assert arguments == {"workdir": trained} | flags
     assert (run.config.mcmc.K, run.model.method.sampler.K, run.step) == (7, 7, tiny.STEPS)
 
 

@@ -56,7 +56,9 @@ def precisions(traced, platforms=ACCELERATORS):
 @pytest.fixture(scope="module")
 def model():
     fields = {"network": "mlp", "ch": 8, "N": 1}
-    config = config_of(mcmc__start="initialiser")
+    config = config_of(
+        mcmc__start="initialiser", energy__network="cdrl_resnet", data__classes=3
+    )
     config.initialiser.update(fields)
     method = method_lib.from_config(config)
     energy = method.energy
@@ -70,6 +72,8 @@ def arguments_of(model, name):
     trace = np.zeros((B, 4, chains.SCALARS), np.float32)
     if name in ("f", "F", "propose"):
         return model.params, X, LEVEL
+    if name == "classify":
+        return model.params, X, LEVEL, np.zeros(model.classes)
     arrays, settings = {
         "generate": ((), {}),
         "descend": ((X,), {"top": T, "bottom": 0}),

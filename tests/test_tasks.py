@@ -36,6 +36,8 @@ from drl_jax.tasks import (
     table,
 )
 
+NO_LABEL = {"label": None, "guidance": 0.0}
+
 
 @pytest.fixture
 def folder(tmp_path):
@@ -356,7 +358,8 @@ def test_samples_are_written_batch_by_batch(exact_run, monkeypatch, tmp_path):
             yield batch
 
     monkeypatch.setattr(common, "draw", draw)
-    sample.run(run=exact_run, workdir=epath.Path(tmp_path), num_samples=700, seed=0)
+    workdir = epath.Path(tmp_path)
+    sample.run(run=exact_run, workdir=workdir, num_samples=700, seed=0, **NO_LABEL)
     folder = tmp_path / "samples" / "step_5_seed_0"
     np.testing.assert_array_equal(np.load(folder / "samples.npy"), x)
     assert len(list(folder.iterdir())) == 703
@@ -426,7 +429,7 @@ def test_each_kind_of_result_that_is_not_finite_is_refused_and_leaves_nothing(
     exact_run.config.data.update(image_size=2, channels=1)
     args = {"images": files, "seed": 0} | given
     with pytest.raises(UserError, match=r"of \d (images|strips) (is|are) not finite: "):
-        task.run(run=exact_run, workdir=epath.Path(tmp_path / "run"), **args)
+        task.run(run=exact_run, workdir=epath.Path(tmp_path / "run"), **args, **NO_LABEL)
     assert not list(tmp_path.glob("run/*/*"))
 
 
@@ -553,8 +556,9 @@ def test_results_depend_on_everything_that_a_task_is_given(
     def settings(seed=0, value=0, num_data=1, **args):
         save(tmp_path / "a" / "0.png", np.full((2, 2), value, np.uint8))
         exact_run.config.evaluation.num_data = num_data
+        flags = given | args | NO_LABEL
         with pytest.raises(StoppedError):
-            task.run(run=exact_run, workdir=epath.Path(tmp_path), seed=seed, **given | args)
+            task.run(run=exact_run, workdir=epath.Path(tmp_path), seed=seed, **flags)
         return found[-1]
 
     found = []
@@ -576,8 +580,9 @@ def test_scores_that_are_not_finite_are_an_error(tmp_path):
     params = jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), run.model.params)
     run.config.evaluation.num_data = 9
     run = run._replace(model=dataclasses.replace(run.model, params=params))
+    flags = {"model": None, "against": ["inverted"], "seed": 0} | NO_LABEL
     with pytest.raises(UserError, match=r"^9 of 9 scores .* the training has diverged"):
-        ood.run(run=run, workdir=epath.Path(tmp_path), model=None, against=["inverted"], seed=0)
+        ood.run(run=run, workdir=epath.Path(tmp_path), **flags)
     assert not list((tmp_path / "ood").iterdir())
 
 

@@ -72,8 +72,8 @@ def run(
     run: Run,
     workdir: epath.Path,
     protocol: str,
-    label: str | None = None,
-    guidance: float = 0.0,
+    label: str | None,
+    guidance: float,
 ) -> None:
     """Measures how well a trained model fits its data, and shows samples.
 

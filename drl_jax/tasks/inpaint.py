@@ -31,8 +31,8 @@ def run(
     completions: int,
     rounds: int,
     seed: int,
-    label: str | None = None,
-    guidance: float = 0.0,
+    label: str | None,
+    guidance: float,
 ) -> None:
     """Hides some pixels of images, completes them, and compares with the original pixels.
 

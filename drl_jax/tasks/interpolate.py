@@ -25,8 +25,8 @@ def run(
     frames: int,
     level: int | None,
     seed: int,
-    label: str | None = None,
-    guidance: float = 0.0,
+    label: str | None,
+    guidance: float,
 ) -> None:
     """Interpolates between samples, or between the given images.
 

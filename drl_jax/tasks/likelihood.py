@@ -57,8 +57,8 @@ def run(
     workdir: epath.Path,
     model: str | None,
     seed: int,
-    label: str | None = None,
-    guidance: float = 0.0,
+    label: str | None,
+    guidance: float,
 ) -> None:
     """Bounds log Z of level 0 by annealing, and computes the log-likelihood of the data.
 

@@ -35,8 +35,8 @@ def run(
     model: str | None,
     against: Sequence[str],
     seed: int,
-    label: str | None = None,
-    guidance: float = 0.0,
+    label: str | None,
+    guidance: float,
 ) -> None:
     """Scores in-distribution and other images at every level, and computes the AUROC.
 

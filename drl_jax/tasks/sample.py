@@ -20,8 +20,8 @@ def run(
     workdir: epath.Path,
     num_samples: int,
     seed: int,
-    label: str | None = None,
-    guidance: float = 0.0,
+    label: str | None,
+    guidance: float,
 ) -> None:
     """Draws samples and writes each batch as it arrives.
 

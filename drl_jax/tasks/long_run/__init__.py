@@ -35,8 +35,8 @@ def run(
     levels: Sequence[int],
     marginal: bool,
     seed: int,
-    label: str | None = None,
-    guidance: float = 0.0,
+    label: str | None,
+    guidance: float,
 ) -> None:
     """Runs long chains on the conditionals, and generates samples with many steps per level.
 
