@@ -16,35 +16,27 @@ from drl_jax import config as config_lib
 
 
 def get_config():
-    config = config_lib.default()
+    config = config_lib.cdrl()
     config.data.name = "mnist5k"
     config.data.test_fraction = 0.2
     config.data.image_size = 28
     config.data.channels = 1
     config.data.flip = False
-    config.diffusion.schedule = "cosine"
-    config.energy.network = "cdrl_resnet"
     config.energy.ch = 32
     config.energy.mult = (1, 2)
     config.energy.N = 1
-    config.initialiser.network = "unet"
+    config.initialiser.attention = ()
+    config.initialiser.dropout = 0.0
     config.initialiser.ch = 32
     config.initialiser.mult = (1, 1)
     config.initialiser.N = 1
     config.initialiser.learning_rate = 1e-4
     config.initialiser.warmup_steps = 200
     config.initialiser.first_step = 0
-    config.mcmc.start = "initialiser"
-    config.mcmc.K = 15
-    config.mcmc.b_squared = 4e-4
-    config.mcmc.denoise = "tweedie"
     config.optim.learning_rate = 1e-3
-    config.optim.adam = "optax"
     config.optim.warmup_steps = 200
-    config.optim.clip_norm = 1.0
     config.optim.decay_steps = config.train.get_oneway_ref("num_steps")
     config.optim.ema_decay = 0.99
-    config.train.pairs = "shared"
     config.train.batch_size = 64
     config.train.num_steps = 10_000
     config.log.sample_every_steps = 2000

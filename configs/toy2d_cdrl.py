@@ -18,34 +18,31 @@ from drl_jax import config as config_lib
 
 
 def get_config():
-    config = config_lib.default()
+    config = config_lib.cdrl()
     config.data.name = "blobs"
     config.data.channels = 2
     config.data.flip = False
     config.diffusion.T = 10
-    config.diffusion.schedule = "cosine"
     config.diffusion.min_noise = 0.1
     config.energy.network = "mlp"
     config.energy.ch = 64
     config.energy.N = 2
     config.energy.parameterisation = "unit"
+    config.initialiser.attention = ()
+    config.initialiser.dropout = 0.0
     config.initialiser.network = "mlp"
-    config.initialiser.ch = 64
     config.initialiser.N = 2
     config.initialiser.learning_rate = 1e-3
     config.initialiser.warmup_steps = 200
     config.initialiser.first_step = 0
-    config.mcmc.start = "initialiser"
     config.mcmc.sampler = "mala"
+    config.mcmc.denoise = "no"
     config.mcmc.K = 10
     config.mcmc.b_squared = 0.2
     config.optim.learning_rate = 5e-3
-    config.optim.adam = "optax"
     config.optim.warmup_steps = 200
-    config.optim.clip_norm = 1.0
     config.optim.decay_steps = config.train.get_oneway_ref("num_steps")
     config.optim.ema_decay = 0.99
-    config.train.pairs = "shared"
     config.train.batch_size = 512
     config.train.num_steps = 1000
     config.log.every_steps = 500

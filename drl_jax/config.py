@@ -200,6 +200,31 @@ def default() -> ConfigDict:
     )
 
 
+def cdrl() -> ConfigDict:
+    """Returns CDRL's settings for CIFAR-10 (Zhu et al. 2024).
+
+    Where the paper is silent, they are those of the authors' program.
+    """
+    config = default()
+    config.diffusion.schedule = "cosine"
+    config.energy.network = "cdrl_resnet"
+    config.energy.mult = (1, 2, 2, 2)
+    config.energy.N = 8
+    config.initialiser.network = "unet"
+    config.initialiser.attention = (16, 8)
+    config.initialiser.dropout = 0.1
+    config.mcmc.start = "initialiser"
+    config.mcmc.K = 15
+    config.mcmc.b_squared = 4e-4
+    config.mcmc.denoise = "tweedie"
+    config.optim.adam = "optax"
+    config.optim.warmup_steps = 10_000
+    config.optim.clip_norm = 1.0
+    config.optim.ema_decay = 0.9999
+    config.train.pairs = "shared"
+    return config
+
+
 # Names of fields in configurations that earlier versions saved, and their present names.
 RENAMED = {
     "train.parts": "train.accumulate",

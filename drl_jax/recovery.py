@@ -283,7 +283,8 @@ def positives_with_shared_noise(
     the first and the last term depend on one variable each, whose distributions are the same
     for both kinds of pairs, and the second one does not depend on F. So the expected gradient
     is the same for every F, also with the negative samples of short chains, which depend on
-    x_tilde alone. The gradient of a batch varies less: y and the negative sample are closer.
+    x_tilde alone. For normal data, the gradient of a batch varies less: y and the negative
+    sample are closer.
     """
     x_t, x_tilde = diffusion.shared_noise_pair(keys, x, t, schedule)
     return noise.per_example(schedule.y_scale(t), x) * x_t, x_tilde

@@ -18,20 +18,20 @@ from drl_jax.training.state import TrainState
 log = logging.getLogger(__name__)
 
 # Settings of the method, which the weights presuppose (Zhu et al. 2024).
-METHOD = {
-    "diffusion.T": 6,
-    "diffusion.schedule": "cosine",
-    "energy.network": "cdrl_resnet",
-    "energy.parameterisation": "step",
-    "initialiser.network": "unet",
-    "mcmc.start": "initialiser",
-    "mcmc.sampler": "langevin",
-    "mcmc.K": 15,
-    "mcmc.b_squared": 4e-4,
-    "mcmc.denoise": "tweedie",
-    "train.objective": "recovery",
-    "train.pairs": "shared",
-}
+METHOD = (
+    "diffusion.T",
+    "diffusion.schedule",
+    "energy.network",
+    "energy.parameterisation",
+    "initialiser.network",
+    "mcmc.start",
+    "mcmc.sampler",
+    "mcmc.K",
+    "mcmc.b_squared",
+    "mcmc.denoise",
+    "train.objective",
+    "train.pairs",
+)
 
 # Sections whose other fields have their default values.
 SECTIONS = ("energy", "initialiser", "diffusion", "mcmc")
@@ -74,7 +74,8 @@ def configure(config: ConfigDict, parts: Parts, image_size: int) -> ConfigDict:
     for section in SECTIONS:
         config[section] = config_lib.default()[section]
     energy, initialiser = parts.energy._asdict(), parts.initialiser._asdict()
-    fields = METHOD | {
+    method = dict(config_lib.flatten(config_lib.cdrl()))
+    fields = {name: method[name] for name in METHOD} | {
         "data.image_size": image_size,
         "data.channels": energy.pop("channels"),
         "data.classes": energy.pop("classes"),
