@@ -170,6 +170,19 @@ def test_the_papers_settings(name):
     assert (config.optim.ema_decay, config.data.flip) == (0.999, True)
 
 
+def test_the_settings_of_cdrl():
+    """Zhu et al. (2024), and their program: networks, optimisers and length of training."""
+    config = config_lib.load("cifar10_cdrl")
+    own, optim = config.initialiser, config.optim
+    assert (config.energy.ch, config.energy.mult, config.energy.N) == (128, (1, 2, 2, 2), 8)
+    assert (own.ch, own.mult, own.N, own.attention) == (64, (1, 1, 1), 3, (16, 8))
+    assert (own.dropout, own.groups) == (0.1, 32)
+    assert (own.learning_rate, own.warmup_steps, own.first_step) == (1e-5, 10_000, 500)
+    assert (optim.adam, optim.learning_rate, optim.warmup_steps) == ("optax", 1e-4, 10_000)
+    assert (optim.clip_norm, optim.ema_decay) == (1.0, 0.9999)
+    assert (config.train.batch_size, config.train.num_steps) == (256, 400_000)
+
+
 def test_every_configuration_has_a_name():
     assert config_lib.named() == {path.stem: path for path in CONFIGS}
     with pytest.raises(UserError, match=r"--config=cifar: .*, cifar10, .*, toy2d_cdrl$"):
