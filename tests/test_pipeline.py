@@ -386,6 +386,17 @@ def test_labels_stay_with_their_images(tmp_path):
     )
 
 
+def test_examples_without_a_label_are_not_loaded_as_labelled():
+    """TFDS gives them the label -1."""
+    config, source = numbered(4, classes=2)
+    source.labels = np.array([1, -1, 0, -1])
+    x, labels = pipeline.load_labelled(config, source, 4)
+    assert (read(x, 4)[0].tolist(), labels.tolist()) == ([0, 2], [2, 1])
+    source.labels = np.full(4, -1)
+    with pytest.raises(UserError, match="has no readable examples with labels"):
+        pipeline.load_labelled(config, source, 4)
+
+
 def test_unreadable_images_are_left_out_where_all_examples_are_read(tmp_path):
     config, source = folder_with_damage(tmp_path, 6, [0, 3])
     assert values(pipeline.all_examples(config, source)) == [1, 2, 4, 5]

@@ -147,7 +147,7 @@ def test_a_row_without_steps_belongs_to_all_curves(monkeypatch):
         {"sampler": "mala", "evaluations": 30, "pixels": 0.5},
         {"sampler": "none", "evaluations": 6, "pixels": 2.0},
         {"sampler": "langevin", "evaluations": 24, "pixels": 1.0},
-        {"sampler": "langevin", "evaluations": 48},
+        {"sampler": "langevin", "evaluations": 48, "pixels": None},
         {"sampler": "data", "pixels": 0.1},
     ]
     steps.write_figure(epath.Path("steps.png"), rows)
