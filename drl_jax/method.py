@@ -229,6 +229,14 @@ def with_sampler(method: Method, **settings: Any) -> Method:
     return _with_mcmc(method, config.mcmc)
 
 
+def with_exact_kernel(method: Method) -> Method:
+    """Returns the method with an exact kernel: its own if it is one, or one step of MALA."""
+    if method.mcmc.sampler in METROPOLIS:
+        return method
+    sampler = Sampler(mala.init, mala.kernel, {"step_size": jnp.ones(method.schedule.T)}, K=1)
+    return method._replace(sampler=sampler)
+
+
 def marginals(method: Method) -> Method:
     """Returns the method whose conditionals are the marginals of the levels, exp(F(y, t)) / Z.
 

@@ -25,10 +25,12 @@ from drl_jax.noise import AnyKey
 from drl_jax.runtime import sharding
 from drl_jax.runtime.batching import Engine
 from drl_jax.runtime.matmul_precision import full_precision
+from drl_jax.sampling import annealing, inpainting, interpolation, ladder, masks
 from drl_jax.sampling import chains as chains_lib
-from drl_jax.sampling import inpainting, interpolation, ladder, masks
+from drl_jax.sampling import smc as smc_lib
 from drl_jax.sampling.chains import Chains, LabelFn, Observation
 from drl_jax.sampling.ladder import Adapted
+from drl_jax.sampling.smc import LogLikelihood, Posterior
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +49,7 @@ class Programs(NamedTuple):
       F: (params, x, t, label) -> F(x, t, label).
       propose: (params, x_tilde, t, label) -> the initialiser's prediction, if there is one.
       classify: (params, x, t, log_prior) -> log p(label | x).
-      generate, descend, complete, inpaint, start_chains, advance_chains: the functions of
+      generate, descend, complete, inpaint, start_chains, advance_chains, smc: the functions of
         `sampling`, compiled by `Model.compile`.
     """
 
@@ -61,6 +63,7 @@ class Programs(NamedTuple):
     inpaint: Callable
     start_chains: Callable
     advance_chains: Callable
+    smc: Callable
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -136,6 +139,11 @@ class Model:
             inpaint=_compile(engine, method, inpainting.inpaint),
             start_chains=_compile(engine, method, chains_lib.start),
             advance_chains=_compile(engine, method, chains_lib.advance),
+            smc=_compile(
+                engine,
+                method_lib.with_exact_kernel(method),
+                functools.partial(_descend_particles, shape=method.energy.shape),
+            ),
         )
         return cls(method, params, engine, programs)
 
@@ -501,6 +509,167 @@ class Model:
             )
         )
         return completed.reshape(len(images), completions, *images.shape[1:])
+
+    def posterior(
+        self,
+        key: AnyKey,
+        log_likelihood: LogLikelihood,
+        n: int,
+        particles: int | None = None,
+        width: float = smc_lib.WIDTH,
+    ) -> Float[np.ndarray, "n *D"]:
+        """Draws samples of p(x | observed) ∝ exp(F(x, 0)) p(observed | x) (`sampling.smc`).
+
+        Another likelihood needs no new compilation if it is of the same kind, a
+        `jax.tree_util.Partial` of the same function with arrays of the same shapes, such as
+        `operators.likelihood`.
+
+        Args:
+          key: random key.
+          log_likelihood: (x [m, ...]) -> log p(observed | x) [m], a JAX function.
+          n: number of samples.
+          particles: number of particles of which these are drawn; more are more exact. A
+            multiple of the number of devices, by default 64, or n, rounded up, if this is more.
+          width: as for `smc`.
+
+        Raises:
+          UserError: as `smc` does, or if n < 0.
+        """
+        require_at_least(0, n=n)
+        if particles is None:
+            devices = self.mesh.size
+            particles = -(-max(smc_lib.PARTICLES, n) // devices) * devices
+        problems = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], log_likelihood)
+        result = self.smc(key, problems, 1, particles, width)
+        uniform = jax.random.uniform(jax.random.fold_in(key, particles))
+        order = annealing.resample(result.log_weights[:, 0], n, float(uniform))
+        return result.x[order, 0]
+
+    def smc(
+        self,
+        key: AnyKey,
+        log_likelihoods: LogLikelihood,
+        problems: int,
+        particles: int = smc_lib.PARTICLES,
+        width: float = smc_lib.WIDTH,
+        strength: float = 1.0,
+        bridges: int | None = None,
+    ) -> Posterior:
+        """Runs sequential Monte Carlo on several problems, each with its own observation.
+
+        Moves are those of the model's sampler if it is MALA or HMC, K per bridge, otherwise one
+        step of MALA. The result of a problem depends only on the key, its likelihood, its
+        number and the number of particles, not on the other problems.
+
+        Args:
+          key: random key.
+          log_likelihoods: (x [m, ...]) -> log p(observed | x) [m], a pytree whose arrays have
+            one entry per problem along their first axis (`operators.stack`).
+          problems: number of problems.
+          particles: number of particles of each problem, a multiple of the number of devices.
+          width: standard deviation that the likelihood leaves to pixels: std of the noise, if
+            it is Gaussian. A wrong one makes results less precise.
+          strength: factor of the log-likelihood; with 0, weights estimate Z of the model.
+          bridges: bridges per level (`sampling.smc`); by default 1, or more with fewer than
+            `smc.BRIDGES` levels.
+
+        Returns:
+          weighted particles, as numpy arrays.
+
+        Raises:
+          UserError: if a number cannot be used, or a likelihood has another shape than [m] or
+            is not a number.
+        """
+        require_key(key)
+        require_at_least(1, problems=problems, particles=particles)
+        if particles % self.mesh.size:
+            raise UserError(
+                f"{particles} particles cannot be divided among {self.mesh.size} devices: use "
+                f"{-(-particles // self.mesh.size) * self.mesh.size}"
+            )
+        if not 0 < width < math.inf:
+            raise UserError(f"width is {width}: give a finite number above 0")
+        if bridges is None:
+            bridges = -(-smc_lib.BRIDGES // self.T)
+        require_at_least(1, bridges=bridges)
+        self._require_likelihood(log_likelihoods)
+        exact = dataclasses.replace(self, method=method_lib.with_exact_kernel(self.method))
+        at_once = max(1, min(problems, self.engine.batch_size // particles))
+
+        def descend(indices):
+            (result,) = exact.run(
+                self.programs.smc,
+                key,
+                np.arange(particles),
+                problems=indices,
+                problem_keys=noise.example_keys(jax.random.fold_in(key, particles), indices),
+                log_likelihood=jax.tree.map(lambda leaf: leaf[indices], log_likelihoods),
+                width=np.float32(width),
+                strength=np.float32(strength),
+                bridges=bridges,
+            )
+            return result
+
+        results = [  # all of the same size, so that they are compiled once
+            descend(np.minimum(first + np.arange(at_once), problems - 1))
+            for first in range(0, problems, at_once)
+        ]
+        result = jax.tree.map(lambda *v: np.concatenate(v, axis=1)[:, :problems], *results)
+        for problem, values in enumerate(result.log_likelihood.T):
+            if np.isnan(values).any():
+                raise UserError(f"the log-likelihood of image {problem} is not a number (NaN)")
+        return result
+
+    def evidence(
+        self,
+        key: AnyKey,
+        log_likelihood: LogLikelihood,
+        particles: int = smc_lib.PARTICLES,
+        runs: int = 8,
+        width: float = smc_lib.WIDTH,
+    ) -> tuple[float, float]:
+        """Estimates log p(observed), the log of the mean likelihood under the model [nats].
+
+        It is the logarithm of the ratio of two estimates of Z, with the likelihood and without
+        (`sampling.smc`), each the mean of several independent runs.
+
+        Args:
+          key: random key.
+          log_likelihood: as for `posterior`.
+          particles: number of particles, a multiple of the number of devices.
+          runs: number of independent runs of either kind, at least 2.
+          width: as for `smc`.
+
+        Raises:
+          UserError: as `smc` does, or if runs < 2.
+
+        Returns:
+          the estimate, and its standard error from the spread of the runs.
+        """
+        require_at_least(2, runs=runs)
+        repeated = jax.tree.map(lambda leaf: jnp.stack([leaf] * runs), log_likelihood)
+        log_Z, variance = [], 0.0
+        for strength in (1.0, 0.0):
+            one_key = jax.random.fold_in(key, int(strength))
+            result = self.smc(one_key, repeated, runs, particles, width, strength)
+            bound = annealing.bound(smc_lib.log_mean_weight(result))
+            log_Z.append(bound.log_Z)
+            variance += bound.std_error**2 * runs / (runs - 1)
+        return log_Z[0] - log_Z[1], math.sqrt(variance)
+
+    def _require_likelihood(self, log_likelihoods: LogLikelihood) -> None:
+        """Checks the shape of what a likelihood returns.
+
+        Raises:
+          UserError: with both shapes.
+        """
+        one = jax.tree.map(lambda leaf: leaf[0], log_likelihoods)
+        m = 2
+        found = jax.eval_shape(one, jax.ShapeDtypeStruct((m, *self.shape), jnp.float32))
+        if getattr(found, "shape", None) != (m,):
+            raise UserError(
+                f"the log-likelihood of {m} examples is {found}: it must return an array [{m}]"
+            )
 
     def long_run(
         self,
@@ -930,6 +1099,24 @@ def _compile(engine: Engine, method: Method, program: Callable) -> Callable:
         return program(keys, conditionals, *arrays, **settings)
 
     return engine.compile(on_device)
+
+
+def _descend_particles(
+    keys, conditionals, problems, problem_keys, log_likelihood, width, strength, bridges, shape
+):
+    """Runs `smc.descend` on this device's share of the particles, whose keys are given."""
+    per_problem = jax.vmap(jax.random.fold_in, (None, 0))
+    return smc_lib.descend(
+        jax.vmap(per_problem, (0, None))(keys, problems),
+        problem_keys,
+        conditionals,
+        log_likelihood,
+        shape,
+        width,
+        strength,
+        bridges,
+        smc_lib.Share(sharding.gather_examples, sharding.own_examples),
+    )
 
 
 def _concatenate(batches: Iterator[Any]) -> Any:

@@ -16,7 +16,7 @@ LAYERS = (
     ("diffusion", "mcmc", "networks", "config"),
     ("recovery", "runtime"),
     ("sampling", "data"),
-    ("method",),
+    ("method", "operators"),
     ("model",),
     ("storage",),
     ("metrics",),
@@ -30,7 +30,7 @@ LAYERS = (
 LAYER = {unit: number for number, units in enumerate(LAYERS) for unit in units}
 
 # The mathematics takes arrays, functions and small tuples. It uses no file, flag or logger.
-MATHS = ("diffusion", "recovery", "networks", "mcmc", "sampling", "noise")
+MATHS = ("diffusion", "recovery", "networks", "mcmc", "sampling", "noise", "operators")
 SIDE_EFFECTS = (
     "absl",
     "clu",

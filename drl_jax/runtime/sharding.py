@@ -137,6 +137,17 @@ def over_examples(fn: Callable, mesh: Mesh) -> Callable:
     return jax.shard_map(on_device, mesh=mesh, in_specs=(replicated, split), out_specs=split)
 
 
+def gather_examples(x: jax.Array) -> jax.Array:
+    """Returns the examples of all devices, given those of one, within `over_examples`."""
+    return jax.lax.all_gather(x, AXES, tiled=True)
+
+
+def own_examples(x: jax.Array) -> jax.Array:
+    """Returns the examples of this device, given those of all: undoes `gather_examples`."""
+    n = len(x) // jax.lax.axis_size(AXES)
+    return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(AXES) * n, n)
+
+
 def mean_over_examples(fn: Callable, mesh: Mesh) -> Callable:
     """Maps fn(shared, examples) -> (mean, per_example) over the devices.
 
