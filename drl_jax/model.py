@@ -515,10 +515,14 @@ class Model:
         key: AnyKey,
         log_likelihood: LogLikelihood,
         n: int,
-        particles: int | None = None,
+        particles: int = 0,
         width: float = smc_lib.WIDTH,
     ) -> Float[np.ndarray, "n *D"]:
         """Draws samples of p(x | observed) ∝ exp(F(x, 0)) p(observed | x) (`sampling.smc`).
+
+        By default, samples are independent of each other, and approximate. With particles,
+        they are drawn from this number of weighted particles, and become exact as it grows; but
+        with few particles they resemble each other.
 
         Another likelihood needs no new compilation if it is of the same kind, a
         `jax.tree_util.Partial` of the same function with arrays of the same shapes, such as
@@ -528,22 +532,21 @@ class Model:
           key: random key.
           log_likelihood: (x [m, ...]) -> log p(observed | x) [m], a JAX function.
           n: number of samples.
-          particles: number of particles of which these are drawn; more are more exact. A
-            multiple of the number of devices, by default 64, or n, rounded up, if this is more.
+          particles: 0, or the number of weighted particles, a multiple of the number of devices.
           width: as for `smc`.
 
         Raises:
           UserError: as `smc` does, or if n < 0.
         """
-        require_at_least(0, n=n)
-        if particles is None:
-            devices = self.mesh.size
-            particles = -(-max(smc_lib.PARTICLES, n) // devices) * devices
+        require_at_least(0, n=n, particles=particles)
         problems = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], log_likelihood)
-        result = self.smc(key, problems, 1, particles, width)
-        uniform = jax.random.uniform(jax.random.fold_in(key, particles))
-        order = annealing.resample(result.log_weights[:, 0], n, float(uniform))
-        return result.x[order, 0]
+        if particles:
+            result = self.smc(key, problems, 1, particles, width)
+            u = jax.random.uniform(jax.random.fold_in(key, particles))
+            return result.x[annealing.resample(result.log_weights[:, 0], n, float(u)), 0]
+        devices = self.mesh.size
+        rounded = -(-max(n, 1) // devices) * devices
+        return self.smc(key, problems, 1, rounded, width, corrected=False).x[:n, 0]
 
     def smc(
         self,
@@ -554,6 +557,7 @@ class Model:
         width: float = smc_lib.WIDTH,
         strength: float = 1.0,
         bridges: int | None = None,
+        corrected: bool = True,
     ) -> Posterior:
         """Runs sequential Monte Carlo on several problems, each with its own observation.
 
@@ -570,6 +574,8 @@ class Model:
           width: standard deviation that the likelihood leaves to pixels: std of the noise, if
             it is Gaussian. A wrong one makes results less precise.
           strength: factor of the log-likelihood; with 0, weights estimate Z of the model.
+          corrected: whether particles have weights and are resampled. Otherwise they are
+            independent of each other, and samples of an approximation.
           bridges: bridges per level (`sampling.smc`); by default 1, or more with fewer than
             `smc.BRIDGES` levels.
 
@@ -597,8 +603,7 @@ class Model:
         at_once = max(1, min(problems, self.engine.batch_size // particles))
 
         def descend(indices):
-            (result,) = exact.run(
-                self.programs.smc,
+            shared, particle_numbers = exact.arguments(
                 key,
                 np.arange(particles),
                 problems=indices,
@@ -607,8 +612,10 @@ class Model:
                 width=np.float32(width),
                 strength=np.float32(strength),
                 bridges=bridges,
+                correction=np.float32(corrected),
             )
-            return result
+            # All particles at once, since they interact.
+            return next(self.engine.run(self.programs.smc, shared, [particle_numbers]))
 
         results = [  # all of the same size, so that they are compiled once
             descend(np.minimum(first + np.arange(at_once), problems - 1))
@@ -1102,7 +1109,7 @@ def _compile(engine: Engine, method: Method, program: Callable) -> Callable:
 
 
 def _descend_particles(
-    keys, conditionals, problems, problem_keys, log_likelihood, width, strength, bridges, shape
+    keys, conditionals, problems, problem_keys, log_likelihood, shape, **settings
 ):
     """Runs `smc.descend` on this device's share of the particles, whose keys are given."""
     per_problem = jax.vmap(jax.random.fold_in, (None, 0))
@@ -1112,10 +1119,8 @@ def _descend_particles(
         conditionals,
         log_likelihood,
         shape,
-        width,
-        strength,
-        bridges,
-        smc_lib.Share(sharding.gather_examples, sharding.own_examples),
+        share=smc_lib.Share(sharding.gather_examples, sharding.own_examples),
+        **settings,
     )
 
 

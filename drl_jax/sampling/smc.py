@@ -12,8 +12,8 @@ levels, with the targets
 - log q_t is the model's log-density of x_t (`annealing.level_log_density`).
 - x_hat_t is the data that Tweedie's formula expects (`ladder.denoised`). At level 0 it is x
   itself, so the likelihood is exact there.
-- lambda_t = w² / (w² + sigma_bar_t²) weakens the likelihood of an estimate by its error. w is
-  the width of the likelihood, and lambda_0 = 1.
+- lambda_t = w² / (w² + v_t) weakens the likelihood of an estimate by its variance v_t, that of
+  normal data of variance `PIXEL_VARIANCE`. w is the width of the likelihood, and lambda_0 = 1.
 
 **Proposals.** From x_{t+1}, a particle draws y = a_{t+1} x_t from a Gaussian r, with the mean
 x_{t+1} + sigma_{t+1}² g, g = grad log pi_{t+1}(x_{t+1}). This is E[y | x_{t+1}], if pi_{t+1} is
@@ -56,6 +56,7 @@ from drl_jax.sampling.ladder import Conditionals
 PARTICLES = 64  # by default
 BRIDGES = 100  # of all levels together, by default, if there are fewer levels
 WIDTH = 0.1  # by default [pixel values in [-1, 1]]
+PIXEL_VARIANCE = 0.05  # of what the other pixels do not explain, about
 TARGET = 0.65  # mean acceptance probability that the step sizes lead to
 FIRST_STEP = 0.5  # first step size, in standard deviations of the proposal
 RATE = 0.5  # change of a step size's logarithm per unit of acceptance
@@ -102,7 +103,8 @@ class Posterior(NamedTuple):
 
 def tempering(schedule: NoiseSchedule, width: float | Array) -> Float[Array, "T"]:
     """Returns lambda_t, the exponent of the likelihood, at levels 0..T-1."""
-    variance = schedule.sigma_bar[:-1] ** 2
+    noise, signal = schedule.sigma_bar[:-1] ** 2, PIXEL_VARIANCE * schedule.a_bar[:-1] ** 2
+    variance = PIXEL_VARIANCE * noise / (signal + noise)
     exponent = width**2 / (width**2 + variance)
     return exponent.at[0].set(1.0)
 
@@ -226,6 +228,7 @@ def descend(
     width: float | Float[Array, ""],
     strength: float | Float[Array, ""],
     bridges: int | Int[Array, ""],
+    correction: float | Float[Array, ""] = 1.0,
     share: Share = ALONE,
 ) -> Posterior:
     """Moves the particles of P problems from white noise to level 0.
@@ -241,6 +244,7 @@ def descend(
         errors of the results, but not what they converge to.
       strength: factor of the log-likelihood: 1, or 0 to estimate Z_prior.
       bridges: B, the number of bridges per level, at least 1.
+      correction: factor of the log-weights: 1, or 0 for particles that never interact.
       share: how the particles are divided among devices.
     """
     schedule, sampler = conditionals.schedule, conditionals.sampler
@@ -284,8 +288,8 @@ def descend(
         def bridge(b, carry):
             proposal, pair, log_w, log_step, smallest, acceptance = carry
             beta = (b + 1) / bridges
-            increment = (pair.log_density - proposal.log_density(pair.position)) / bridges
-            log_w = share.gather(log_w + increment)
+            difference = pair.log_density - proposal.log_density(pair.position)
+            log_w = share.gather(log_w + correction * difference / bridges)
             smallest = jnp.minimum(smallest, effective_sample_size(log_w))
             (proposal, pair), log_w = _resample(
                 noise.fold(resampling_keys, b), (proposal, pair), log_w, share
