@@ -532,7 +532,7 @@ class Model:
           key: random key.
           log_likelihood: (x [m, ...]) -> log p(observed | x) [m], a JAX function.
           n: number of samples.
-          particles: 0, or the number of weighted particles, a multiple of the number of devices.
+          particles: 0, or the number of weighted particles, a multiple of that of the devices.
           width: as for `smc`.
 
         Raises:

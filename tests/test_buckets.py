@@ -41,6 +41,10 @@ TASKS = {
     "evaluate": ([], r"metrics\.json"),
     "interpolate": (["--pairs=1", "--frames=3"], r"interpolations/.*/metrics\.json"),
     "inpaint": (["--completions=2", "--rounds=1"], r"inpaintings/.*/metrics\.json"),
+    "restore": (
+        ["--operator=blur:1", "--samples=8"],
+        r"restorations/.*/metrics\.json",
+    ),
     "long_run": (
         ["--num_steps=2", "--num_chains=8", "--levels=0,3"],
         r"long_run/.*/long_run\.json",

@@ -22,6 +22,8 @@ VALUES = {
     "label": "2",
     "marginal": "true",
     "mode": "train",
+    "observations": "a.npy",
+    "operator": "blur:1",
     "protocol": "paper",
     "resume_with_changes": "true",
 }

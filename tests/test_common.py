@@ -25,6 +25,7 @@ from drl_jax.tasks import (
     likelihood,
     long_run,
     ood,
+    restore,
     sample,
     table,
 )
@@ -89,6 +90,15 @@ PURPOSES = {
     "evaluate": task(evaluate, protocol="default"),
     "interpolate": task(interpolate, images=(), pairs=1, frames=3, level=1, seed=SEED),
     "inpaint": task(inpaint, mask="random:0.5", images=(), completions=2, rounds=1, seed=SEED),
+    "restore": task(
+        restore,
+        operator="mask:random:0.5",
+        images=(),
+        observations=(),
+        samples=2,
+        particles=0,
+        seed=SEED,
+    ),
     "long_run": task(
         long_run, num_steps=1, num_chains=2, levels=[0], marginal=False, seed=SEED
     ),
@@ -243,6 +253,7 @@ def test_the_numbers_of_the_keys_never_change():
         "evaluate": 3,
         "interpolate": 4,
         "inpaint": 5,
+        "restore": 9,
         "long_run": 6,
         "likelihood": 7,
         "ood": 8,

@@ -46,6 +46,7 @@ KEY_NUMBERS = {
     "long_run": 6,
     "likelihood": 7,
     "ood": 8,
+    "restore": 9,
 }
 # Added to these numbers. Key i of `jax.random.split(key, n)` is `fold_in(key, i)`, so a task's
 # number must exceed the number of keys that are split off a seed elsewhere: three in training

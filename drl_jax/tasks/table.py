@@ -126,7 +126,11 @@ IMAGES = Flag(
     "Image files; for interpolate, pairs FIRST,LAST,...",
     type=list[str],
     default=(),
-    default_help={"interpolate": "samples", "inpaint": "the first images of the data set"},
+    default_help={
+        "interpolate": "samples",
+        "inpaint": "the first images of the data set",
+        "restore": "the first images of the data set",
+    },
     metavar="FILE,...",
     is_path=True,
 )
@@ -135,7 +139,9 @@ LABEL = Flag(
     "Class of the images, from 1; 0: none; all (sample, evaluate): each class in turn",
     default_help={
         **dict.fromkeys(("sample", "evaluate"), "all, if the model has classes"),
-        **dict.fromkeys(("interpolate", "inpaint", "long_run", "likelihood", "ood"), "none"),
+        **dict.fromkeys(
+            ("interpolate", "inpaint", "restore", "long_run", "likelihood", "ood"), "none"
+        ),
     },
     metavar="N",
 )
@@ -204,6 +210,13 @@ def _check_interpolate(values: Mapping[str, Any], given: Collection[str]) -> str
         return f"--images names an odd number of images, {number}: give pairs, FIRST,LAST,..."
     if values["images"] and "pairs" in given:
         return "--pairs is the number of pairs of samples: omit it or --images"
+    return _check_one_label(values, given)
+
+
+def _check_restore(values: Mapping[str, Any], given: Collection[str]) -> str | None:
+    """Returns an error message if the values of `restore` cannot be used, or None."""
+    if values["images"] and values["observations"]:
+        return "--images and --observations exclude each other: omit one"
     return _check_one_label(values, given)
 
 
@@ -323,6 +336,42 @@ _TASKS = (
         ),
         changeable=AFTER_TRAINING,
         check=_check_one_label,
+    ),
+    Task(
+        "restore",
+        "Samples images given noisy or incomplete observations of them.",
+        flags=(
+            Flag(
+                "operator",
+                "What is observed of an image: mask:centre, downsample:2, blur:1, grayscale, "
+                "and last noise:0.1 (standard deviation), or several of these, in this order",
+                metavar="NAME:VALUE,...",
+            ),
+            IMAGES,
+            Flag(
+                "observations",
+                "Files with observations, .npy or images, instead of images",
+                type=list[str],
+                default=(),
+                default_help="simulated ones",
+                metavar="FILE,...",
+                is_path=True,
+            ),
+            Flag("samples", "Number of samples per image", type=int, default=64, minimum=2),
+            Flag(
+                "particles",
+                "Number of weighted particles per image from which samples are drawn, which "
+                "are more exact; 0: samples are independent of each other",
+                type=int,
+                default=0,
+                minimum=0,
+            ),
+            *CONDITION,
+            SEED,
+        ),
+        required=("workdir", "operator"),
+        changeable=AFTER_TRAINING,
+        check=_check_restore,
     ),
     Task(
         "long_run",
