@@ -14,8 +14,8 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, ArrayLike, Float, Int, Shaped
 
+from drl_jax import compose, noise
 from drl_jax import method as method_lib
-from drl_jax import noise
 from drl_jax.errors import UserError
 from drl_jax.method import Method
 from drl_jax.networks import guidance as guidance_lib
@@ -147,6 +147,87 @@ class Model:
         )
         return cls(method, params, engine, programs)
 
+    @classmethod
+    def product(
+        cls, models: Sequence["Model"], weights: compose.Numbers | None = None
+    ) -> "Model":
+        """Returns the model with F(y, t) = Σ_i w_i F_i(y, t).
+
+        `a + b`, `a - b`, `2 * a` and `-a` are short for products. Models can be those of a
+        class (`given`). Samples are those of the product only if chains with an exact sampler
+        run on the `marginals` of its levels: `compose` explains why, and how.
+
+        Other weights, parameters and classes need no new compilation. To change those of a
+        model with another sampler, pass it the parameters of the new product:
+        `with_params((a + 2 * b).params)`, for `a + 0.5 * b` of the same a and b.
+
+        Args:
+          models: one or more models of equal shape, noise levels and devices. The sampler and
+            the batch size are those of the first one, except that chains which start from an
+            initialiser start from the posterior instead.
+          weights: w_i, also negative; None: ones.
+
+        Raises:
+          UserError: if there are no models, their shapes, noise levels or devices differ, or
+            there is not one finite weight per model.
+        """
+        return _combined(compose.product, models, compose.weights(weights, len(models)))
+
+    @classmethod
+    def mixture(
+        cls,
+        models: Sequence["Model"],
+        weights: compose.Numbers | None = None,
+        log_Z: compose.Numbers | None = None,
+    ) -> "Model":
+        """Returns the model with F(y, t) = log Σ_i exp(log w_i - log Z_i[t] + F_i(y, t)).
+
+        F_i is known only up to a constant per level. The shares of the models in the samples
+        are the weights only if `log_Z` is given. As for `product`, other weights and log Z need
+        no new compilation.
+
+        Args:
+          models: as for `product`.
+          weights: w_i, positive, of which only the ratios matter; None: equal.
+          log_Z: log Z_i[t], logarithm of the integral of exp(F_i(y, t)), of shape [n, T]
+            [nats]; None: zeros. For level 0, `metrics.density.log_partition` estimates it.
+
+        Raises:
+          UserError: as for `product`, or if a weight is not positive, or `log_Z` does not have
+            this shape or is not finite.
+        """
+        T = models[0].T if models else 0
+        offsets = compose.offsets(weights, log_Z, len(models), T)
+        return _combined(compose.mixture, models, offsets)
+
+    def tempered(self, temperature: float) -> "Model":
+        """Returns the model with F(y, t) / temperature, as a `product`.
+
+        Raises:
+          UserError: if the temperature is not positive and finite.
+        """
+        if not (math.isfinite(temperature) and temperature > 0):
+            raise UserError(f"the temperature is {temperature}: give a positive number")
+        return (1 / temperature) * self
+
+    def __add__(self, other: "Model") -> "Model":
+        """Returns the `product` of both."""
+        return Model.product((self, other))
+
+    def __sub__(self, other: "Model") -> "Model":
+        """Returns the `product` with the weights 1 and -1."""
+        return Model.product((self, other), (1, -1))
+
+    def __mul__(self, weight: float) -> "Model":
+        """Returns the `product` of this model alone, with a weight."""
+        return Model.product((self,), (weight,))
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> "Model":
+        """Returns the `product` of this model alone, with the weight -1."""
+        return -1 * self
+
     def __repr__(self) -> str:
         trained = {k: v for k, v in self.params.items() if k != guidance_lib.NAME}
         number = sum(leaf.size for leaf in jax.tree.leaves(trained))
@@ -259,6 +340,33 @@ class Model:
           UserError: for the same reasons as `f`.
         """
         return self._evaluate(self.programs.F, x, t, label)
+
+    def log_density_fn(self, level: int) -> Callable[[Float[Array, "*D"]], Float[Array, ""]]:
+        """Returns x -> log q_t(x), for one example x of data at this level, up to a constant.
+
+        The function is pure: other libraries can differentiate, compile and vectorise it. x is
+        x_t without the factor a_{t+1} of `log_density`: log q_t(x) = F(a_{t+1} x, t) plus a
+        constant (`sampling.annealing`). So samples of level 0 are what `sample` returns,
+        without the final denoising. Level T is white noise. The label is that of `given`, or
+        none.
+
+        Args:
+          level: noise level t, in 0..T.
+
+        Raises:
+          UserError: if the level is not in 0..T. The function raises it if x is not one example
+            of floating-point numbers.
+        """
+        if not isinstance(level, numbers.Integral) or not 0 <= level <= self.T:
+            raise UserError(f"level {level} does not exist: give one in 0..{self.T}")
+        F, schedule, t = self.method.F(self.params), self.method.schedule, np.array([level])
+
+        @full_precision
+        def log_density(x: Float[Array, "*D"]) -> Float[Array, ""]:
+            require_examples(x[None], self.shape)
+            return annealing.level_log_density(F, x[None], jnp.asarray(t), schedule)[0]
+
+        return log_density
 
     def classify(
         self,
@@ -1091,6 +1199,54 @@ def as_images(x: ArrayLike, shape: tuple[int, ...]) -> Float[np.ndarray, "n H W 
             "[-1, 1]"
         )
     return x
+
+
+@dataclasses.dataclass(frozen=True)
+class _Parts:
+    """What is combined, as a key of a cache: equal programs have equal methods.
+
+    Attributes:
+      programs: compiled programs of each model.
+      methods: their methods, whose tuning can differ from those of equal programs.
+      engine: engine of the first model.
+    """
+
+    programs: tuple[Programs, ...]
+    methods: tuple[Method, ...] = dataclasses.field(compare=False)
+    engine: Engine = dataclasses.field(compare=False)
+
+
+@functools.lru_cache(maxsize=64)
+def _combination(rule: compose.Rule, parts: _Parts) -> Model:
+    """Returns the combination of models, without parameters."""
+    engine = parts.engine
+    return Model.create(compose.method(rule, parts.methods), {}, engine.mesh, engine.batch_size)
+
+
+def _combined(
+    rule: compose.Rule, models: Sequence[Model], coefficients: Float[Array, "n *T"]
+) -> Model:
+    """Returns the combination of models, with its compiled programs of earlier calls.
+
+    Raises:
+      UserError: if their shapes, noise levels or devices differ.
+    """
+    meshes = [model.mesh for model in models]
+    if any(mesh != meshes[0] for mesh in meshes):
+        raise UserError(
+            f"models on {', '.join(str(mesh.size) for mesh in meshes)} devices cannot be "
+            "combined: load them onto the same devices"
+        )
+    methods = tuple(model.method for model in models)
+    parts = _Parts(tuple(model.programs for model in models), methods, models[0].engine)
+    combination = _combination(rule, parts)
+    tuning = methods[0].sampler.tuning
+    sampler = combination.method.sampler._replace(tuning=tuning)
+    return dataclasses.replace(
+        combination,
+        method=combination.method._replace(sampler=sampler),
+        params=compose.params([model.params for model in models], coefficients),
+    )
 
 
 def _compile(engine: Engine, method: Method, program: Callable) -> Callable:

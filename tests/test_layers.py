@@ -17,6 +17,7 @@ LAYERS = (
     ("recovery", "runtime"),
     ("sampling", "data"),
     ("method", "operators"),
+    ("compose",),
     ("model",),
     ("storage",),
     ("metrics",),
