@@ -362,9 +362,10 @@ class Model:
         F, schedule, t = self.method.F(self.params), self.method.schedule, np.array([level])
 
         @full_precision
-        def log_density(x: Float[Array, "*D"]) -> Float[Array, ""]:
-            require_examples(x[None], self.shape)
-            return annealing.level_log_density(F, x[None], jnp.asarray(t), schedule)[0]
+        def log_density(x: Shaped[Array | np.ndarray, "..."]) -> Float[Array, ""]:
+            x = jnp.asarray(x)[None]
+            require_examples(x, self.shape)
+            return annealing.level_log_density(F, x, jnp.asarray(t), schedule)[0]
 
         return log_density
 
