@@ -629,9 +629,10 @@ class Model:
     ) -> Float[np.ndarray, "n *D"]:
         """Draws samples of p(x | observed) ∝ exp(F(x, 0)) p(observed | x) (`sampling.smc`).
 
-        By default, samples are independent of each other, and approximate. With particles,
-        they are drawn from this number of weighted particles, and become exact as it grows; but
-        with few particles they resemble each other.
+        By default, samples are approximate. They descend side by side, and share only the step
+        sizes and the variance of the proposals, for which at least `smc.LEAST` descend.
+        With particles, samples are drawn from this number of weighted particles, and become
+        exact as it grows; but with few particles they resemble each other.
 
         Another likelihood needs no new compilation if it is of the same kind, a
         `jax.tree_util.Partial` of the same function with arrays of the same shapes, such as
@@ -654,7 +655,7 @@ class Model:
             u = jax.random.uniform(jax.random.fold_in(key, particles))
             return result.x[annealing.resample(result.log_weights[:, 0], n, float(u)), 0]
         devices = self.mesh.size
-        rounded = -(-max(n, 1) // devices) * devices
+        rounded = -(-max(n, smc_lib.LEAST) // devices) * devices
         return self.smc(key, problems, 1, rounded, width, corrected=False).x[:n, 0]
 
     def smc(
@@ -684,7 +685,7 @@ class Model:
             it is Gaussian. A wrong one makes results less precise.
           strength: factor of the log-likelihood; with 0, weights estimate Z of the model.
           corrected: whether particles have weights and are resampled. Otherwise they are
-            independent of each other, and samples of an approximation.
+            samples of an approximation (`posterior`).
           bridges: bridges per level (`sampling.smc`); by default 1, or more with fewer than
             `smc.BRIDGES` levels.
 

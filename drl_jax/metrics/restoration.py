@@ -12,13 +12,17 @@ WINDOW = 7  # side of the window of `ssim` [pixels]
 RANGE = 2.0  # of pixel values
 
 
-def psnr(x: Float[np.ndarray, "*n H W C"], truth: Float[np.ndarray, "*n H W C"]) -> np.ndarray:
+def psnr(
+    x: Float[np.ndarray, "*#n H W C"], truth: Float[np.ndarray, "*#n H W C"]
+) -> np.ndarray:
     """Returns the peak signal-to-noise ratio of each image [dB]: 10 log10(range² / MSE)."""
     squares = np.mean((np.asarray(x, np.float64) - truth) ** 2, axis=(-3, -2, -1))
-    return 10 * np.log10(RANGE**2 / squares)
+    return 20 * np.log10(RANGE) - 10 * np.log10(squares)
 
 
-def ssim(x: Float[np.ndarray, "*n H W C"], truth: Float[np.ndarray, "*n H W C"]) -> np.ndarray:
+def ssim(
+    x: Float[np.ndarray, "*#n H W C"], truth: Float[np.ndarray, "*#n H W C"]
+) -> np.ndarray:
     """Returns the structural similarity of each image, at most 1 (Wang et al. 2004, eq. 13).
 
     Windows are squares of 7x7 pixels with equal weights, with unbiased covariances, as in
@@ -52,16 +56,21 @@ def coverage(
 ) -> dict[str, float]:
     """Returns the share of pixels whose true value lies in a central interval of the samples.
 
-    The keys are the probabilities `INTERVALS` of the intervals. The rank of the true value
-    among k + 1 equally likely ones decides, so that the expectation is the probability for a
-    calibrated posterior, up to 1 / (k + 1). Ties count half.
+    The keys are the probabilities `INTERVALS`. For a calibrated posterior, the rank of the true
+    value among k samples is uniform. It counts as far as its share of [0, 1], from
+    rank / (k + 1) to (rank + 1) / (k + 1), lies in the interval, so that the expected coverage
+    is the probability for any k. A tie counts as half a rank.
     """
     k = samples.shape[1]
     below = np.sum(samples < truth[:, None], axis=1)
-    equal = np.sum(samples == truth[:, None], axis=1)
-    position = (below + equal / 2 + 0.5) / (k + 1)  # in (0, 1)
-    distance = np.abs(2 * position - 1)
-    return {f"{p:g}": float(np.mean(distance <= p)) for p in INTERVALS}
+    rank = below + np.sum(samples == truth[:, None], axis=1) / 2
+
+    def share(p):
+        first = np.maximum(rank, (1 - p) / 2 * (k + 1))
+        last = np.minimum(rank + 1, (1 + p) / 2 * (k + 1))
+        return float(np.mean(np.maximum(last - first, 0)))
+
+    return {f"{p:g}": share(p) for p in INTERVALS}
 
 
 def report(

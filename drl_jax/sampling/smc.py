@@ -54,6 +54,7 @@ from drl_jax.sampling import annealing
 from drl_jax.sampling.ladder import Conditionals
 
 PARTICLES = 64  # by default
+LEAST = 16  # particles that estimate the variance of the proposals
 BRIDGES = 100  # of all levels together, by default, if there are fewer levels
 WIDTH = 0.1  # by default [pixel values in [-1, 1]]
 PIXEL_VARIANCE = 0.05  # of what the other pixels do not explain, about
@@ -210,6 +211,12 @@ def _log_normal(x: Array, mean: Array, std: Array) -> Float[Array, "n P"]:
     return jnp.sum(per_pixel, axis=range(2, per_pixel.ndim))
 
 
+def _state(log_density: Callable[[Array], Array], y: Float[Array, "n P *D"]) -> State:
+    """Returns the state of particles: y, the log-density [n, P] and its gradient."""
+    log_p, vjp = jax.vjp(log_density, y)
+    return State(y, log_p, vjp(jnp.ones_like(log_p))[0])
+
+
 def _interpolated(a: State, weight: float | Array, b: State, weight_b: float | Array) -> State:
     """Returns the state of the weighted sum of two log-densities, at the position of a."""
     return State(
@@ -244,7 +251,7 @@ def descend(
         errors of the results, but not what they converge to.
       strength: factor of the log-likelihood: 1, or 0 to estimate Z_prior.
       bridges: B, the number of bridges per level, at least 1.
-      correction: factor of the log-weights: 1, or 0 for particles that never interact.
+      correction: factor of the log-weights: 1, or 0 for particles that are not resampled.
       share: how the particles are divided among devices.
     """
     schedule, sampler = conditionals.schedule, conditionals.sampler
@@ -324,15 +331,15 @@ def descend(
             return proposal, pair, log_w, log_step, smallest, acceptance
 
         y = mean + std * split(noise.normal(noise.fold(level_keys, 0), shape))
-        pair = State(y, *value_and_gradient(lambda y: log_pair(y, x_tilde), y))
+        pair = _state(lambda y: log_pair(y, x_tilde), y)
         zeros = jnp.zeros_like(log_step)
         proposal, pair, log_w, log_step, smallest, acceptance = jax.lax.fori_loop(
             0, bridges, bridge, (proposal, pair, log_w, log_step, zeros + jnp.inf, zeros)
         )
         # log pi_t and its gradient, as a function of x_t = y / a.
-        tied = value_and_gradient(lambda y: tie(y, proposal.x_tilde), pair.position)
-        log_pi = pair.log_density - tied[0] + log_volume
-        gradient = a * (pair.gradient - tied[1])
+        tied = _state(lambda y: tie(y, proposal.x_tilde), pair.position)
+        log_pi = pair.log_density - tied.log_density + log_volume
+        gradient = a * (pair.gradient - tied.gradient)
         sizes, acceptances = sizes.at[t].set(smallest), acceptances.at[t].set(acceptance)
         return pair.position / a, log_pi, gradient, log_w, log_step, sizes, acceptances
 

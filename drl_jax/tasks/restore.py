@@ -24,7 +24,7 @@ from drl_jax.tasks.inpaint import load_mask
 
 log = logging.getLogger(__name__)
 
-NUM_IMAGES = 8  # images of the data that are restored if no files are given
+NUM_IMAGES = 8  # held-out images of the data, restored if no files are given
 SHOWN = 4  # samples per image in the grid
 LARGEST = 10.0  # absolute value of an observed pixel
 
@@ -56,10 +56,11 @@ def run(
       run: the trained model.
       workdir: folder of the results.
       operator: what is observed (`operators.parse`).
-      images: image files, of which observations are simulated; empty for images of the data.
+      images: image files, of which observations are simulated; empty for images of the data,
+        held-out ones if there are any.
       observations: files with observations, .npy or images, instead of images.
       samples: number of samples per image.
-      particles: 0 for independent samples, or the number of weighted particles per image, from
+      particles: 0 for approximate samples, or the number of weighted particles per image, from
         which the samples are drawn (`Model.posterior`).
       label: class of the images; None: none.
       guidance: weight of guidance (`Model.given`).
@@ -103,7 +104,7 @@ def run(
             key,
             problems,
             n,
-            particles or -(-k // devices) * devices,
+            particles or -(-max(k, smc.LEAST) // devices) * devices,
             width=std,
             corrected=bool(particles),
         )
@@ -133,7 +134,7 @@ def _truth(run: Run, workdir: epath.Path, images: Sequence[str]) -> Float[np.nda
     """Returns the images of which observations are simulated."""
     if images:
         return pipeline.prepared_files(run.config, images)
-    source = sources.open_source(run.config)
+    source = sources.open_held_out(run.config)
     data_record.warn_if_changed(workdir, source)
     return pipeline.load_examples(run.config, source, limit=NUM_IMAGES)
 

@@ -129,7 +129,7 @@ IMAGES = Flag(
     default_help={
         "interpolate": "samples",
         "inpaint": "the first images of the data set",
-        "restore": "the first images of the data set",
+        "restore": "the first images of the data set, held-out ones if there are any",
     },
     metavar="FILE,...",
     is_path=True,
@@ -361,7 +361,7 @@ _TASKS = (
             Flag(
                 "particles",
                 "Number of weighted particles per image from which samples are drawn, which "
-                "are more exact; 0: samples are independent of each other",
+                "become exact as it grows; 0: approximate samples",
                 type=int,
                 default=0,
                 minimum=0,
@@ -370,7 +370,7 @@ _TASKS = (
             SEED,
         ),
         required=("workdir", "operator"),
-        changeable=AFTER_TRAINING,
+        changeable=MEASURED_ON_HELD_OUT,
         check=_check_restore,
     ),
     Task(

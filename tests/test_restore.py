@@ -1,0 +1,105 @@
+"""The task restore, as run from the command line."""
+
+import json
+import re
+
+import jax
+import numpy as np
+import pytest
+from helpers import tiny
+from PIL import Image
+
+from drl_jax import operators
+from drl_jax.data import pipeline, sources
+from drl_jax.storage import npz, runs
+
+pytestmark = pytest.mark.slow
+
+OPERATOR = "--operator=downsample:2,noise:0.2"
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    return tiny.trained(copy=tmp_path_factory.mktemp("restore") / "run")
+
+
+def restore(workdir, *flags, operator=OPERATOR):
+    return tiny.main("--mode=restore", f"--workdir={workdir}", "--samples=8", operator, *flags)
+
+
+def test_held_out_images_are_observed_and_restored(workdir):
+    assert restore(workdir) == 0
+    folder = workdir / "restorations" / f"step_{tiny.STEPS}_seed_0_downsample_2_noise_0.2"
+    names = ["grid.png", "metrics.json", "restored.npz", "settings.json"]
+    assert sorted(path.name for path in folder.iterdir()) == names
+    arrays = npz.decode((folder / "restored.npz").read_bytes())
+    assert arrays["samples"].shape == (8, 8, 8, 8, 1)
+    config = runs.load(workdir).config
+    truth = np.stack(
+        list(pipeline.all_examples(config, sources.open_held_out(config), limit=8))
+    )
+    clean = np.asarray(operators.downsample(2)(truth))
+    noise = arrays["observed"] - clean
+    assert 0.1 < noise.std() < 0.3  # 128 numbers: 0.2 with a standard error of 0.013
+    metrics = json.loads((folder / "metrics.json").read_text())
+    mean = arrays["samples"].mean(axis=1)
+    psnr = np.mean(10 * np.log10(4 / np.mean((mean - truth) ** 2, axis=(1, 2, 3))))
+    assert metrics["psnr_of_mean"] == pytest.approx(psnr, rel=1e-4)
+    assert 0 < metrics["acceptance"] < 1
+    grid = np.asarray(Image.open(folder / "grid.png"))
+    tiles = grid[8:, 8:].reshape(8, 72, 8, 72).swapaxes(1, 2)[..., :64:8, :64:8]
+    np.testing.assert_allclose(tiles[:, -1] / 127.5 - 1, truth[..., 0], atol=0.5 / 127)
+    shown = np.clip(arrays["observed"][..., 0].repeat(2, axis=1).repeat(2, axis=2), -1, 1)
+    np.testing.assert_allclose(tiles[:, 0] / 127.5 - 1, shown, atol=0.5 / 127)
+
+
+def test_observations_of_the_user_are_restored_with_particles(workdir, tmp_path):
+    observed = np.random.default_rng(0).uniform(-1, 1, (8, 8, 1)).astype(np.float32)
+    np.save(tmp_path / "a.npy", observed)
+    Image.fromarray(np.full((8, 8), 255, np.uint8)).save(tmp_path / "b.png")
+    files = f"--observations={tmp_path / 'a.npy'},{tmp_path / 'b.png'}"
+    assert restore(workdir, files, "--particles=16", operator="--operator=blur:1") == 0
+    folder = workdir / "restorations" / f"step_{tiny.STEPS}_seed_0_blur_1"
+    arrays = npz.decode((folder / "restored.npz").read_bytes())
+    np.testing.assert_allclose(arrays["observed"], [observed, np.ones_like(observed)])
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics.keys() == {"step", "acceptance", "smallest_effective_sample_size"}
+    assert 1 <= metrics["smallest_effective_sample_size"] <= 16
+
+
+@pytest.mark.parametrize(
+    ("flags", "operator", "message"),
+    [
+        ([], "xyz:2", "'xyz:2' is unknown: use some of mask:NAME, downsample:N"),
+        ([], "noise:-1", "'noise:-1': give a number above 0"),
+        ([], "downsample:3", "8x8 does not divide into blocks of 3x3"),
+        ([], "mask:center", "mask 'center' is unknown: did you mean 'centre'"),
+        (["--observations={}/a.npy"], "downsample:2", "a.npy is 8x8x1: this .* gives 4x4x1"),
+        (["--observations={}/big.npy"], "blur:1", r"values in \[255, 255\]: scale pixels"),
+        (["--observations={}/text.npy"], "blur:1", "cannot read the observation"),
+        (["--observations=b.npy", "--images=a.png"], "blur:1", "exclude each other"),
+    ],
+)
+def test_bad_input_gives_one_line_and_leaves_nothing(
+    workdir, tmp_path, caplog, capsys, flags, operator, message
+):
+    np.save(tmp_path / "a.npy", np.zeros((8, 8, 1), np.float32))
+    np.save(tmp_path / "big.npy", np.full((8, 8, 1), 255, np.float32))
+    (tmp_path / "text.npy").write_text("text")
+    before = set((workdir / "restorations").glob("*"))
+    given = [flag.format(tmp_path) for flag in flags]
+    assert restore(workdir, *given, operator=f"--operator={operator}") != 0
+    errors = caplog.text + capsys.readouterr().err
+    assert re.search(message, errors)
+    assert set((workdir / "restorations").glob("*")) == before
+
+
+def test_a_seed_has_one_result(workdir):
+    model = runs.load(workdir).model
+    observed = np.zeros((8, 8, 1), np.float32)
+    likelihood = operators.likelihood(operators.blur(1.0), observed, 0.3)
+    key = jax.random.key(0)
+    first = model.posterior(key, likelihood, 8)
+    np.testing.assert_array_equal(model.posterior(key, likelihood, 8), first)
+    np.testing.assert_array_equal(model.posterior(key, likelihood, 4), first[:4])
+    assert np.any(model.posterior(jax.random.key(1), likelihood, 8) != first)
