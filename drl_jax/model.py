@@ -649,7 +649,8 @@ class Model:
           UserError: as `smc` does, or if n < 0.
         """
         require_at_least(0, n=n, particles=particles)
-        problems = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], log_likelihood)
+        tree = smc_lib.as_pytree(log_likelihood)
+        problems = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], tree)
         if particles:
             result = self.smc(key, problems, 1, particles, width)
             u = jax.random.uniform(jax.random.fold_in(key, particles))
@@ -708,6 +709,7 @@ class Model:
         if bridges is None:
             bridges = -(-smc_lib.BRIDGES // self.T)
         require_at_least(1, bridges=bridges)
+        log_likelihoods = smc_lib.as_pytree(log_likelihoods)
         self._require_likelihood(log_likelihoods)
         exact = dataclasses.replace(self, method=method_lib.with_exact_kernel(self.method))
         at_once = max(1, min(problems, self.engine.batch_size // particles))
@@ -764,7 +766,8 @@ class Model:
           the estimate, and its standard error from the spread of the runs.
         """
         require_at_least(2, runs=runs)
-        repeated = jax.tree.map(lambda leaf: jnp.stack([leaf] * runs), log_likelihood)
+        tree = smc_lib.as_pytree(log_likelihood)
+        repeated = jax.tree.map(lambda leaf: jnp.stack([leaf] * runs), tree)
         log_Z, variance = [], 0.0
         for strength in (1.0, 0.0):
             one_key = jax.random.fold_in(key, int(strength))

@@ -44,6 +44,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 from jaxtyping import Array, Float, Int, Key
 
 from drl_jax import noise
@@ -66,6 +67,12 @@ LARGEST_STEP = 2.0  # largest step size, in the same unit
 # (x [n, ...]) -> log p(observed | x) [n]. A pytree, such as `jax.tree_util.Partial`; its arrays
 # have one entry per problem along their first axis.
 LogLikelihood = Callable[[Any], Any]
+
+
+def as_pytree(log_likelihood: LogLikelihood) -> LogLikelihood:
+    """Returns the likelihood as a pytree: of a plain function, one without arrays."""
+    plain = jax.tree_util.all_leaves([log_likelihood])
+    return Partial(log_likelihood) if plain else log_likelihood
 
 
 class Share(NamedTuple):
