@@ -92,6 +92,7 @@ PURPOSES = {
     "inpaint": task(inpaint, mask="random:0.5", images=(), completions=2, rounds=1, seed=SEED),
     "restore": task(
         restore,
+        model=None,
         operator="mask:random:0.5",
         images=(),
         observations=(),

@@ -32,6 +32,7 @@ LARGEST = 10.0  # absolute value of an observed pixel
 def run(
     run: Run,
     workdir: epath.Path,
+    model: str | None,
     operator: str,
     images: Sequence[str],
     observations: Sequence[str],
@@ -55,6 +56,7 @@ def run(
     Args:
       run: the trained model.
       workdir: folder of the results.
+      model: the name by which the model was loaded; None for the model of `workdir`.
       operator: what is observed (`operators.parse`).
       images: image files, of which observations are simulated; empty for images of the data,
         held-out ones if there are any.
@@ -71,17 +73,17 @@ def run(
         written to, or a sample is not finite.
     """
     run = common.given(run, label, guidance)
-    model, config = run.model, run.config
-    common.require_images(model, "restore")
+    config, shape = run.config, run.model.shape
+    common.require_images(run.model, "restore")
     key, mask_key, noise_key = jax.random.split(common.task_key("restore", seed), 3)
     size = config.data.image_size
     observe, std = operators.parse(
-        operator, model.shape, lambda name: load_mask(name, size, mask_key)[0]
+        operator, shape, lambda name: load_mask(name, size, mask_key)[0]
     )
     if observations:
-        truth, observed = None, _load(observations, observe, model.shape)
+        truth, observed = None, _load(observations, observe, shape)
     else:
-        truth = _truth(run, workdir, images)
+        truth = _truth(run, model or workdir, images)
         keys = noise.example_keys(noise_key, jnp.arange(len(truth)))
         observed = np.asarray(operators.observe(observe, jnp.asarray(truth), std, keys))
     settings = common.result_settings(
@@ -99,8 +101,8 @@ def run(
     with results.folder(path, settings) as folder:
         problems = operators.stack([operators.likelihood(observe, o, std) for o in observed])
         n, k = len(observed), samples
-        devices = model.mesh.size
-        result = model.smc(
+        devices = run.model.mesh.size
+        result = run.model.smc(
             key,
             problems,
             n,
@@ -130,12 +132,14 @@ def run(
             )
 
 
-def _truth(run: Run, workdir: epath.Path, images: Sequence[str]) -> Float[np.ndarray, "n *D"]:
+def _truth(
+    run: Run, trained: epath.Path | str, images: Sequence[str]
+) -> Float[np.ndarray, "n *D"]:
     """Returns the images of which observations are simulated."""
     if images:
         return pipeline.prepared_files(run.config, images)
     source = sources.open_held_out(run.config)
-    data_record.warn_if_changed(workdir, source)
+    data_record.warn_if_changed(trained, source)
     return pipeline.load_examples(run.config, source, limit=NUM_IMAGES)
 
 

@@ -341,6 +341,7 @@ _TASKS = (
         "restore",
         "Samples images given noisy or incomplete observations of them.",
         flags=(
+            MODEL,
             Flag(
                 "operator",
                 "What is observed of an image: mask:centre, downsample:2, blur:1, grayscale, "
