@@ -16,6 +16,7 @@ from helpers import tiny
 from helpers.metropolis import GAUSSIAN, MEAN, VARIANCE, gaussian
 from helpers.statistical import assert_mean, assert_variance
 
+import drl_jax
 from drl_jax import config as config_lib
 from drl_jax import method as method_lib
 from drl_jax import noise
@@ -88,7 +89,7 @@ def test_the_python_example_gives_arrays_of_the_stated_shapes():
 
 @pytest.mark.slow
 def test_the_example_of_sampling_gives_the_same_samples_in_two_parts_as_in_one():
-    code, _ = code_blocks(SAMPLING, "python")
+    code, *_ = code_blocks(SAMPLING, "python")
     variables = {}
     exec(code.replace("100", "4"), variables)
     whole = variables["model"].descend(
@@ -100,7 +101,7 @@ def test_the_example_of_sampling_gives_the_same_samples_in_two_parts_as_in_one()
 @pytest.mark.slow
 def test_the_example_of_labels_runs():
     """With an untrained model in place of the one that it loads."""
-    _, code = code_blocks(SAMPLING, "python")
+    _, code, *_ = code_blocks(SAMPLING, "python")
     config = config_lib.load("digits")
     config.data.classes, config.diffusion.T = 10, 3
     method = method_lib.for_generation(method_lib.from_config(config), config)
@@ -121,6 +122,16 @@ def test_the_example_of_labels_runs():
     assert variables["mixed"].shape == (3, 8, 8, 1)
     fours, mixed = variables["fours"], variables["mixed"]
     np.testing.assert_allclose(fours.sample(variables["key"], 3)[1], mixed[1], atol=1e-3)
+
+
+@pytest.mark.slow
+def test_the_examples_of_compositions_run():
+    *_, combine, _, sample = code_blocks(SAMPLING, "python")
+    variables = {"drl_jax": drl_jax, "jnp": jnp, "log_Z": np.zeros((2, 100))}
+    exec(combine + sample, variables)
+    x = np.zeros((1, 28, 28, 1), np.float32)
+    assert (variables["a"] + variables["b"]).log_density(x, np.zeros(1, int)).shape == (1,)
+    assert variables["nuts"].init(jnp.zeros((8, 8, 1))).logdensity.shape == ()
 
 
 def test_the_example_of_a_statistical_test_passes():
