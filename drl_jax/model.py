@@ -158,8 +158,8 @@ class Model:
         run on the `marginals` of its levels: `compose` explains why, and how.
 
         Other weights, parameters and classes need no new compilation. To change those of a
-        model with another sampler, pass it the parameters of the new product:
-        `with_params((a + 2 * b).params)`, for `a + 0.5 * b` of the same a and b.
+        model with another sampler, pass it the parameters of a product of the same models:
+        `model.with_params(Model.product([a, b], [1, 2]).params)`.
 
         Args:
           models: one or more models of equal shape, noise levels and devices. The sampler and

@@ -216,6 +216,11 @@ def test_other_weights_and_parameters_compile_nothing(caplog):
     assert compiled(lambda: use(slower), caplog) == 0
     np.testing.assert_array_equal(slower.step_size, a.step_size / 2)
     assert np.abs(slower.sample(key, 4) - (a + b).sample(key, 4)).max() > 1e-3
+    chains = (a + b).with_sampler("langevin", K=2)
+    use(chains)
+    heavier = chains.with_params(Model.product([a, b], [1, 2]).params)
+    assert compiled(lambda: use(heavier), caplog) == 0
+    assert np.abs(heavier.sample(key, 4) - chains.sample(key, 4)).max() > 1e-3
     assert compiled(lambda: use(Model.mixture([a, b])), caplog) > 0
     assert compiled(lambda: use(Model.mixture([a, b], [1, 2], np.ones((2, T)))), caplog) == 0
 
