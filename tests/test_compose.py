@@ -127,6 +127,7 @@ def shift(model, constants):
     return model.method.energy._replace(f=lambda params, x, t: f(params, x, t) + constants[t])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", [(1, 1), (1, -0.3)])
 def test_chains_on_the_marginals_sample_the_product_and_those_on_the_conditionals_do_not(
     weights,
