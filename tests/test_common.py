@@ -42,7 +42,7 @@ def small_config():
         "energy.mult": (1,),
         "seed": SEED,
         "evaluation.num_samples": 9,
-        "evaluation.num_data": 40,
+        "evaluation.num_data": 60,
         "likelihood.chains": 2,
         "likelihood.distributions": 6,
         "likelihood.transitions": 1,
@@ -104,7 +104,14 @@ PURPOSES = {
         long_run, num_steps=1, num_chains=2, levels=[0], marginal=False, seed=SEED
     ),
     "likelihood": estimate_likelihood,
-    "ood": task(ood, model=None, against=["shuffled"], seed=SEED),
+    "ood": task(
+        ood,
+        model=None,
+        against=["shuffled"],
+        ood_masks=None,
+        false_alarm_rate=0.05,
+        seed=SEED,
+    ),
 }
 
 
@@ -132,7 +139,7 @@ class FirstKeys:
                 x.dtype
             )
 
-        def recording_run(engine, compiled, shared, batches):
+        def recording_run(engine, compiled, shared, batches, size=0):
             for leaf in jax.tree.leaves(shared):
                 self.use(leaf)
             for batch in batches:  # no result matters here, and compilation takes long

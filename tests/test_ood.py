@@ -238,3 +238,17 @@ def test_uniform_images_have_the_moments_of_independent_uniform_numbers():
     assert_mean(x[1:] * x[:-1], 0, 1 / 9)
     assert 0.999 < x.max() < 1
     assert -1 <= x.min() < -0.999
+
+
+def test_a_patch_is_a_square_of_uniform_noise_at_a_random_place():
+    """All 10 x 7 places occur. Fails if the size, or the range of places, is another one."""
+    n, zeros = 2000, np.zeros((2000, 12, 8, 2), np.float32)
+    changed = synthetic("patch", zeros)
+    masks = np.any(changed != 0, axis=-1)
+    rows, columns = masks.any(axis=2), masks.any(axis=1)
+    np.testing.assert_array_equal(masks, rows[:, :, None] & columns[:, None, :])
+    assert (*{*rows.sum(axis=1)}, *{*columns.sum(axis=1)}) == (3, 2)
+    first = rows.argmax(axis=1), columns.argmax(axis=1)
+    assert len({*zip(*first, strict=True)}) == 10 * 7
+    assert np.all(rows[np.arange(n), first[0] + 2] & columns[np.arange(n), first[1] + 1])
+    assert_mean(changed[masks].reshape(n, -1), 0, 1 / 3)

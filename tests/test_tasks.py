@@ -530,8 +530,14 @@ def test_results_depend_on_sampler_seed_number_precision_and_parameters(exact_ru
         ),
         (
             ood,
-            {"model": None, "against": ["folder:a"]},
+            {
+                "model": None,
+                "against": ["folder:a"],
+                "ood_masks": None,
+                "false_alarm_rate": 0.05,
+            },
             [
+                {"false_alarm_rate": 0.1},
                 {"against": ["inverted"]},
                 {"against": ["folder:a", "inverted"]},
                 {"value": 1},
@@ -580,7 +586,13 @@ def test_scores_that_are_not_finite_are_an_error(tmp_path):
     params = jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), run.model.params)
     run.config.evaluation.num_data = 9
     run = run._replace(model=dataclasses.replace(run.model, params=params))
-    flags = {"model": None, "against": ["inverted"], "seed": 0} | NO_LABEL
+    flags = {
+        "model": None,
+        "against": ["inverted"],
+        "ood_masks": None,
+        "false_alarm_rate": 0.05,
+        "seed": 0,
+    } | NO_LABEL
     with pytest.raises(UserError, match=r"^9 of 9 scores .* the training has diverged"):
         ood.run(run=run, workdir=epath.Path(tmp_path), **flags)
     assert not list((tmp_path / "ood").iterdir())

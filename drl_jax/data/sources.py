@@ -293,6 +293,11 @@ class Folder(Source):
         return [self._read(index) for index in indices]
 
     @property
+    def names(self) -> list[str]:
+        """Path of each image relative to the folder."""
+        return self._found.images
+
+    @property
     def fingerprint(self) -> dict[str, Any]:
         """The number of images, a digest of their names and, except in a bucket, their size."""
         images, stamps, _ = self._found

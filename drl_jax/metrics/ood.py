@@ -17,12 +17,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 from sklearn.metrics import roc_auc_score
 
 from drl_jax import diffusion, noise, recovery
+from drl_jax.diffusion import NoiseSchedule
 from drl_jax.mcmc.log_density import value_and_gradient
 from drl_jax.model import Model
+from drl_jax.recovery import LevelFn
 
 
 class Scores(NamedTuple):
@@ -41,18 +43,45 @@ class Scores(NamedTuple):
 ORIENTATION = {"log_density": 1, "score_norm": -1}
 
 
+def levels(schedule: NoiseSchedule) -> list[int]:
+    """Returns the levels at which images are scored: the first of each `level_groups`."""
+    return [group[0] for group in diffusion.level_groups(schedule.T)]
+
+
+def evaluate(
+    F: LevelFn,
+    key: Key[Array, ""],
+    indices: Int[Array, "B"],
+    x: Float[Array, "B H W C"],
+    level: Int[Array, ""],
+    schedule: NoiseSchedule,
+) -> tuple[Float[Array, "B H W C"], Float[Array, "B"], Float[Array, "B H W C"]]:
+    """Diffuses images to a level, and returns y, F(y, t) and grad_y F(y, t).
+
+    The noise of an image depends on the key, the level and its index only.
+    """
+    keys = noise.example_keys(jax.random.fold_in(key, level), indices)
+    t = jnp.full(indices.shape, level)
+    y, _ = recovery.positives(keys, x, t, schedule)
+    return y, *value_and_gradient(lambda y: F(y, t), y)
+
+
+def norm(gradient: Float[Array, "B H W C"]) -> Float[Array, "B"]:
+    """Returns the Euclidean norm of each example."""
+    return jnp.sqrt(jnp.sum(jnp.square(gradient), axis=range(1, gradient.ndim)))
+
+
 class Scorer:
     """Computes the scores of images under a model.
 
     Attributes:
-      levels: levels at which images are scored: all of them, or with many levels the first of
-        each of the `diffusion.level_groups`.
+      levels: levels at which images are scored (`levels`).
     """
 
     def __init__(self, model: Model):
         """Compiles the scores for the model's devices and batch size."""
         method = model.method
-        self.levels = [group[0] for group in diffusion.level_groups(method.schedule.T)]
+        self.levels = levels(method.schedule)
         self._model = model
 
         def program(shared, examples):
@@ -61,13 +90,8 @@ class Scorer:
             F = method.F(params)
 
             def at_level(level):
-                keys = noise.example_keys(jax.random.fold_in(key, level), indices)
-                t = jnp.full(indices.shape, level)
-                y, _ = recovery.positives(keys, x, t, method.schedule)
-                log_density, gradient = value_and_gradient(lambda y: F(y, t), y)
-                return log_density, jnp.sqrt(
-                    jnp.sum(jnp.square(gradient), axis=range(1, y.ndim))
-                )
+                _, log_density, gradient = evaluate(F, key, indices, x, level, method.schedule)
+                return log_density, norm(gradient)
 
             scores = jax.lax.map(at_level, levels)
             return jax.tree.map(jnp.transpose, scores)  # examples along the first axis
@@ -104,9 +128,24 @@ def _uniform(key: Key[Array, ""], x: Float[Array, "H W C"]) -> Float[Array, "H W
     return jax.random.uniform(key, x.shape, x.dtype, minval=-1, maxval=1)
 
 
+def _patch(key: Key[Array, ""], x: Float[Array, "H W C"]) -> Float[Array, "H W C"]:
+    """Replaces a square at a random place by uniform noise.
+
+    Its height and width are a quarter of the image's, rounded up. Its mask are the pixels that
+    change.
+    """
+    row_key, column_key, noise_key = jax.random.split(key, 3)
+    height, width, channels = x.shape
+    size = -(-height // 4), -(-width // 4), channels
+    row = jax.random.randint(row_key, (), 0, height - size[0] + 1)
+    column = jax.random.randint(column_key, (), 0, width - size[1] + 1)
+    patch = jax.random.uniform(noise_key, size, x.dtype, minval=-1, maxval=1)
+    return jax.lax.dynamic_update_slice(x, patch, (row, column, 0))
+
+
 # Functions (key, image) -> out-of-distribution image, by name.
 SYNTHETIC: dict[str, Callable[[Key[Array, ""], Float[Array, "H W C"]], Float[Array, "H W C"]]]
-SYNTHETIC = {"shuffled": _shuffled, "inverted": _inverted, "uniform": _uniform}
+SYNTHETIC = {"shuffled": _shuffled, "inverted": _inverted, "uniform": _uniform, "patch": _patch}
 
 
 @functools.partial(jax.jit, static_argnames="name")

@@ -44,23 +44,23 @@ class Engine:
         )
 
     def run(
-        self, compiled: Program, shared: PyTree, batches: Iterable[PyTree]
+        self, compiled: Program, shared: PyTree, batches: Iterable[PyTree], size: int = 0
     ) -> Iterator[PyTree]:
         """Yields the results for each batch, as numpy arrays.
 
         While the caller uses the results of one batch, the devices compute the next one. All
-        batches are padded to the same size (that of the first, rounded up to a multiple of the
-        number of devices), so that the program is compiled once. Padding repeats the last
-        example of a batch; its results are dropped.
+        batches are padded to the same size (`size`, or that of the first, rounded up to a
+        multiple of the number of devices), so that the program is compiled once. Padding
+        repeats the last example of a batch; its results are dropped.
 
         Args:
           compiled: program returned by `compile`.
           shared: its first argument, the same for all batches.
           batches: pytrees of numpy arrays [n, ...] of n examples; n is at most that of the
             first batch. If it is 0, the results are arrays [0, ...], and nothing is compiled.
+          size: number of examples to which batches are padded; 0: that of the first batch.
         """
         split = sharding.by_example(self.mesh)
-        size = 0
 
         def start(batch: PyTree) -> tuple[int, Any]:
             nonlocal size

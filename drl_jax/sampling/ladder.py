@@ -327,8 +327,27 @@ def denoised(
     t = jnp.zeros(len(x_t), jnp.int32) if t is None else t
     a = noise.per_example(schedule.y_scale(t), x_t)
     _, g = value_and_gradient(lambda x: conditionals.F(a * x, t), x_t)
+    return tweedie(x_t, g, t, schedule, factor)
+
+
+def tweedie(
+    x_t: Float[Array, "B *D"],
+    score: Float[Array, "B *D"],
+    t: Int[Array, "B"],
+    schedule: NoiseSchedule,
+    factor: float = 1.0,
+) -> Float[Array, "B *D"]:
+    """Returns (x_t + factor sigma_bar_t² score) / a_bar_t, the formula of `denoised`.
+
+    Args:
+      x_t: noisy examples.
+      score: grad log p_t(x_t).
+      t: level of each example in 0..T-1.
+      schedule: noise levels.
+      factor: factor of the step.
+    """
     step = noise.per_example(factor * schedule.sigma_bar[t] ** 2, x_t)
-    return (x_t + step * g) / noise.per_example(schedule.a_bar[t], x_t)
+    return (x_t + step * score) / noise.per_example(schedule.a_bar[t], x_t)
 
 
 class Adapted(NamedTuple):

@@ -203,6 +203,15 @@ def _check_one_label(values: Mapping[str, Any], given: Collection[str]) -> str |
     return _check_condition(values, given)
 
 
+def _check_ood(values: Mapping[str, Any], given: Collection[str]) -> str | None:
+    """Returns an error message if the values of `ood` cannot be used, or None."""
+    if not 0 < values["false_alarm_rate"] < 1:
+        return (
+            f"--false_alarm_rate={values['false_alarm_rate']:g}: give a number between 0 and 1"
+        )
+    return _check_one_label(values, given)
+
+
 def _check_interpolate(values: Mapping[str, Any], given: Collection[str]) -> str | None:
     """Returns an error message if the values of `interpolate` cannot be used, or None."""
     if len(values["images"]) % 2:
@@ -423,17 +432,31 @@ _TASKS = (
             Flag(
                 "against",
                 "Out-of-distribution images: shuffled or inverted (images of the data set with "
-                "their pixels in random order or negated), uniform (random pixels), "
-                "folder:PATH, or the name of a TFDS data set",
+                "their pixels in random order or negated), patch (with a square of random "
+                "pixels), uniform (random pixels), folder:PATH, or the name of a TFDS data set",
                 type=list[str],
                 default=("shuffled", "inverted", "uniform"),
                 metavar="NAME,...",
+            ),
+            Flag(
+                "ood_masks",
+                "Folder of PNG files that are white where the images of folder:PATH in "
+                "--against are anomalous; each has the name of its image",
+                default_help="only patch has masks",
+                metavar="DIR",
+                is_path=True,
+            ),
+            Flag(
+                "false_alarm_rate",
+                "Share of the images of the data that may exceed the threshold of the detector",
+                type=float,
+                default=0.05,
             ),
             *CONDITION,
             SEED,
         ),
         changeable=MEASURED_ON_HELD_OUT,
-        check=_check_one_label,
+        check=_check_ood,
     ),
     Task(
         "export",
