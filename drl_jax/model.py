@@ -654,10 +654,12 @@ class Model:
         if particles:
             result = self.smc(key, problems, 1, particles, width)
             u = jax.random.uniform(jax.random.fold_in(key, particles))
-            return result.x[annealing.resample(result.log_weights[:, 0], n, float(u)), 0]
+            log_w = np.asarray(result.log_weights[:, 0])
+            return np.asarray(result.x[annealing.resample(log_w, n, float(u)), 0])
         devices = self.mesh.size
         rounded = -(-max(n, smc_lib.LEAST) // devices) * devices
-        return self.smc(key, problems, 1, rounded, width, corrected=False).x[:n, 0]
+        result = self.smc(key, problems, 1, rounded, width, corrected=False)
+        return np.asarray(result.x[:n, 0])
 
     def smc(
         self,

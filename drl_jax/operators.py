@@ -150,7 +150,7 @@ def stack(likelihoods: Sequence[Any]) -> Any:
 
 def parse(
     text: str,
-    shape: tuple[int, int, int],
+    shape: tuple[int, ...],
     load_mask: Callable[[str], Bool[np.ndarray, "H W 1"]],
 ) -> tuple[Partial, float]:
     """Returns the operator that a text describes, and the std of the noise.

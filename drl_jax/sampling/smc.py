@@ -51,7 +51,7 @@ from drl_jax import noise
 from drl_jax.diffusion import NoiseSchedule
 from drl_jax.mcmc.hmc import State
 from drl_jax.mcmc.log_density import value_and_gradient
-from drl_jax.sampling import annealing
+from drl_jax.sampling import annealing, ladder
 from drl_jax.sampling.ladder import Conditionals
 
 PARTICLES = 64  # by default
@@ -131,8 +131,7 @@ def log_target(
     log_q, g = value_and_gradient(
         lambda x: annealing.level_log_density(conditionals.F, x, levels, schedule), flat
     )
-    denoised = (flat + schedule.sigma_bar[t] ** 2 * g) / schedule.a_bar[t]
-    x_hat = jnp.where(t == 0, flat, denoised).reshape(shape)
+    x_hat = jnp.where(t == 0, flat, ladder.tweedie(flat, g, levels, schedule)).reshape(shape)
     return log_q.reshape(shape[:2]) + exponent * _evaluate(log_likelihood, x_hat)
 
 

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -110,9 +111,15 @@ def run(
             width=std,
             corrected=bool(particles),
         )
-        restored = _select(result, k, seed) if particles else result.x.swapaxes(0, 1)[:, :k]
+        x = np.asarray(result.x).swapaxes(0, 1)
+        restored = (
+            _select(x, np.asarray(result.log_weights), k, seed) if particles else x[:, :k]
+        )
         common.require_finite(restored, "images")
-        metrics = {"step": run.step, "acceptance": float(result.acceptance.mean())}
+        metrics: dict[str, Any] = {
+            "step": run.step,
+            "acceptance": float(result.acceptance.mean()),
+        }
         if particles:
             smallest = float(result.effective_sample_size.min())
             metrics["smallest_effective_sample_size"] = smallest
@@ -172,16 +179,14 @@ def _load(
     return np.stack(observed)
 
 
-def _select(result: smc.Posterior, k: int, seed: int) -> Float[np.ndarray, "n k *D"]:
+def _select(
+    x: Float[np.ndarray, "n N *D"], log_weights: Float[np.ndarray, "N n"], k: int, seed: int
+) -> Float[np.ndarray, "n k *D"]:
     """Draws k of each image's weighted particles."""
-    u = np.random.default_rng(seed).random(result.log_weights.shape[1])
+    u = np.random.default_rng(seed).random(len(x))
+    columns = zip(x, log_weights.T, u, strict=True)
     return np.stack(
-        [
-            x[annealing.resample(log_w, k, float(u_i))]
-            for x, log_w, u_i in zip(
-                result.x.swapaxes(0, 1), result.log_weights.T, u, strict=True
-            )
-        ]
+        [x_i[annealing.resample(log_w, k, float(u_i))] for x_i, log_w, u_i in columns]
     )
 
 
