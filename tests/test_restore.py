@@ -44,7 +44,7 @@ def test_held_out_images_are_observed_and_restored(workdir):
     metrics = json.loads((folder / "metrics.json").read_text())
     mean = arrays["samples"].mean(axis=1)
     psnr = np.mean(10 * np.log10(4 / np.mean((mean - truth) ** 2, axis=(1, 2, 3))))
-    assert metrics["psnr_of_mean"] == pytest.approx(psnr, rel=1e-4)
+    assert metrics["psnr_of_mean"] == pytest.approx(psnr, abs=1e-3)
     assert 0 < metrics["acceptance"] < 1
     grid = np.asarray(Image.open(folder / "grid.png"))
     tiles = grid[8:, 8:].reshape(8, 72, 8, 72).swapaxes(1, 2)[..., :64:8, :64:8]
