@@ -724,6 +724,7 @@ class Model:
                 problem_keys=noise.example_keys(jax.random.fold_in(key, particles), indices),
                 log_likelihood=jax.tree.map(lambda leaf: leaf[indices], log_likelihoods),
                 width=np.float32(width),
+                variance=smc_lib.VARIANCE["weighted" if corrected else "approximate"],
                 strength=np.float32(strength),
                 bridges=bridges,
                 correction=np.float32(corrected),

@@ -17,6 +17,7 @@ from etils import epath
 from helpers import exact, tiny
 from helpers.fixtures import assert_close
 from helpers.runs import abstract_state, assert_same
+from jax.tree_util import Partial
 
 from drl_jax import config as config_lib
 from drl_jax import method, noise
@@ -42,6 +43,7 @@ def main(workdir):
     result["noise"] = [noise_on(mesh) for mesh in (one, eight)]
     result["scores"] = [scores_on(mesh) for mesh in (one, eight)]
     result["weights"] = [weights_on(mesh) for mesh in (one, eight)]
+    result["particles"] = [particles_on(mesh) for mesh in (one, eight)]
 
     config = make_config()
     fsdp = sharding.make_mesh(fsdp=4)
@@ -118,6 +120,17 @@ def weights_on(mesh):
     begun = density.begin(model, key, x, budget)
     *_, end = density.annealed(model, key, begun, budget, passes=("levels",))
     return end.passes["levels"].log_weight
+
+
+def particles_on(mesh):
+    """Moves 16 particles of two problems, which are resampled across devices."""
+    data = mixtures.PLANAR_SHAPES["ellipse"]()
+    likelihood = Partial(
+        lambda observed, x: -2 * jnp.sum((x - observed) ** 2, axis=1),
+        np.array([[0.3, 0.1], [-0.5, 0.2]], np.float32),
+    )
+    model = exact.model(data, 6, mesh=mesh)
+    return model.smc(jax.random.key(0), likelihood, 2, 16, width=0.5, bridges=2)
 
 
 def scores_on(mesh):
@@ -236,6 +249,14 @@ def test_images_have_the_same_scores_on_one_and_on_eight_devices(eight):
 def test_weights_of_annealed_chains_do_not_depend_on_the_number_of_devices(eight):
     on_one, on_eight = eight["weights"]
     np.testing.assert_allclose(on_eight, on_one, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_particles_that_are_resampled_do_not_depend_on_the_number_of_devices(eight):
+    on_one, on_eight = eight["particles"]
+    assert np.min(on_one.effective_sample_size) < 8  # so that they are resampled
+    for one, other in zip(on_one, on_eight, strict=True):
+        np.testing.assert_allclose(other, one, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.slow

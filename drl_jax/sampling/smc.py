@@ -13,7 +13,7 @@ levels, with the targets
 - x_hat_t is the data that Tweedie's formula expects (`ladder.denoised`). At level 0 it is x
   itself, so the likelihood is exact there.
 - lambda_t = w² / (w² + v_t) weakens the likelihood of an estimate by its variance v_t, that of
-  normal data of variance `PIXEL_VARIANCE`. w is the width of the likelihood, and lambda_0 = 1.
+  normal data. w is the width of the likelihood, and lambda_0 = 1.
 
 **Proposals.** From x_{t+1}, a particle draws y = a_{t+1} x_t from a Gaussian r, with the mean
 x_{t+1} + sigma_{t+1}² g, g = grad log pi_{t+1}(x_{t+1}). This is E[y | x_{t+1}], if pi_{t+1} is
@@ -58,7 +58,9 @@ PARTICLES = 64  # by default
 LEAST = 16  # particles that estimate the variance of the proposals
 BRIDGES = 100  # of all levels together, by default, if there are fewer levels
 WIDTH = 0.1  # by default [pixel values in [-1, 1]]
-PIXEL_VARIANCE = 0.05  # of what the other pixels do not explain, about
+# Variance of data that v_t assumes. Without weights, it is about that of a pixel given most
+# others; with weights, the largest possible, with which they vary less.
+VARIANCE = {"approximate": 0.05, "weighted": 1.0}
 TARGET = 0.65  # mean acceptance probability that the step sizes lead to
 FIRST_STEP = 0.5  # first step size, in standard deviations of the proposal
 RATE = 0.5  # change of a step size's logarithm per unit of acceptance
@@ -109,10 +111,15 @@ class Posterior(NamedTuple):
     acceptance: Float[Array, "N P T"]
 
 
-def tempering(schedule: NoiseSchedule, width: float | Array) -> Float[Array, "T"]:
-    """Returns lambda_t, the exponent of the likelihood, at levels 0..T-1."""
-    noise, signal = schedule.sigma_bar[:-1] ** 2, PIXEL_VARIANCE * schedule.a_bar[:-1] ** 2
-    variance = PIXEL_VARIANCE * noise / (signal + noise)
+def tempering(
+    schedule: NoiseSchedule, width: float | Array, variance: float | Array
+) -> Float[Array, "T"]:
+    """Returns lambda_t, the exponent of the likelihood, at levels 0..T-1.
+
+    The arguments are those of `descend`.
+    """
+    noise, signal = schedule.sigma_bar[:-1] ** 2, variance * schedule.a_bar[:-1] ** 2
+    variance = variance * noise / (signal + noise)
     exponent = width**2 / (width**2 + variance)
     return exponent.at[0].set(1.0)
 
@@ -163,7 +170,8 @@ def ancestors(log_w: Float[Array, "N"], u: Float[Array, ""]) -> Int[Array, "N"]:
     """
     N = len(log_w)
     cumulative = jnp.cumsum(jax.nn.softmax(log_w))
-    indices = jnp.searchsorted(cumulative / cumulative[-1], (jnp.arange(N) + u) / N)
+    places = (jnp.arange(N) + u) / N
+    indices = jnp.searchsorted(cumulative / cumulative[-1], places, side="right")
     return jnp.minimum(indices, N - 1)
 
 
@@ -239,6 +247,7 @@ def descend(
     log_likelihood: LogLikelihood,
     shape: tuple[int, ...],
     width: float | Float[Array, ""],
+    variance: float | Float[Array, ""],
     strength: float | Float[Array, ""],
     bridges: int | Int[Array, ""],
     correction: float | Float[Array, ""] = 1.0,
@@ -255,6 +264,7 @@ def descend(
       shape: shape of one example.
       width: w, the standard deviation that the likelihood leaves to pixels. It changes the
         errors of the results, but not what they converge to.
+      variance: variance of data that v_t assumes; it has no influence on the limit, either.
       strength: factor of the log-likelihood: 1, or 0 to estimate Z_prior.
       bridges: B, the number of bridges per level, at least 1.
       correction: factor of the log-weights: 1, or 0 for particles that are not resampled.
@@ -262,7 +272,7 @@ def descend(
     """
     schedule, sampler = conditionals.schedule, conditionals.sampler
     T, (n, P) = schedule.T, keys.shape
-    exponents = strength * tempering(schedule, width)
+    exponents = strength * tempering(schedule, width, variance)
 
     def flat(tree):
         return jax.tree.map(lambda x: x.reshape(n * P, *x.shape[2:]), tree)
@@ -284,8 +294,8 @@ def descend(
         w = jax.nn.softmax(share.gather(log_w), axis=0)
         fisher = jnp.einsum("np,np...->p...", w, jnp.square(share.gather(gradient)))
         smallest = (a * sigma * schedule.sigma_bar[t] / schedule.sigma_bar[t + 1]) ** 2
-        variance = jnp.clip(sigma**2 * (1 - sigma**2 * fisher), smallest, sigma**2)
-        std = jnp.broadcast_to(jnp.where(top, 1.0, jnp.sqrt(variance)), x_tilde.shape)
+        squares = jnp.clip(sigma**2 * (1 - sigma**2 * fisher), smallest, sigma**2)
+        std = jnp.broadcast_to(jnp.where(top, 1.0, jnp.sqrt(squares)), x_tilde.shape)
         mean = jnp.where(top, 0.0, x_tilde + sigma**2 * gradient)
         proposal = _Proposal(x_tilde, log_pi, mean, std)
         scale = jnp.mean(std, axis=(0, *range(2, std.ndim)))  # of each problem's step sizes

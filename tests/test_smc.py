@@ -1,0 +1,263 @@
+"""Sequential Monte Carlo on mixtures of Gaussians, whose posteriors have closed forms."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import exact, statistical
+from jax.tree_util import Partial
+from scipy import stats
+
+from drl_jax import operators
+from drl_jax.data import mixtures
+from drl_jax.errors import UserError
+from drl_jax.sampling import smc
+
+DATA = mixtures.mixture(
+    np.array([0.3, 0.7]),
+    np.array([[-0.6, 0.4], [0.7, -0.2]]),
+    np.array([[[0.05, 0.02], [0.02, 0.04]], [[0.08, -0.03], [-0.03, 0.05]]]),
+)
+A = np.array([1.0, 0.5])  # what is observed of x is A x
+STD = 0.2  # of the noise
+P = 200  # problems
+
+
+def log_likelihood(observed, std, x):
+    z = (x @ jnp.asarray(A, x.dtype) - observed) / std
+    return -(z**2) / 2 - jnp.log(std) - math.log(2 * math.pi) / 2
+
+
+def likelihoods(observed, std=STD):
+    return Partial(log_likelihood, jnp.float32(observed), jnp.full(len(observed), std))
+
+
+def draw(schedule, n, seed=0):
+    """Draws points of level 0, and observes each."""
+    level_0 = mixtures.marginal(DATA, 0, schedule)
+    x = np.asarray(level_0.sample(jax.random.split(jax.random.key(seed), n)))
+    rng = np.random.default_rng(seed)
+    return x, x @ A + STD * rng.normal(size=n)
+
+
+class Exact:
+    """The posterior of level 0 given each of several observations.
+
+    Attributes:
+      log_evidence: [P].
+      responsibilities: of both components, [2, P].
+      mean: [P, 2].
+      covariance: [P, 2, 2].
+    """
+
+    def __init__(self, schedule, observed):
+        data = mixtures.marginal(DATA, 0, schedule)
+        m, w = np.asarray(data.means, np.float64), np.exp(np.float64(data.log_weights))
+        C = np.einsum("kij,kj,klj->kil", data.axes, data.variances, data.axes)
+        variance = np.einsum("i,kij,j->k", A, C, A) + STD**2
+        error = observed - (m @ A)[:, None]
+        joint = w[:, None] * stats.norm.pdf(error, scale=np.sqrt(variance)[:, None])
+        self.log_evidence = np.log(joint.sum(0))
+        self.responsibilities = joint / joint.sum(0)
+        gain = C @ A / variance[:, None]
+        means = m[:, None] + error[..., None] * gain[:, None]
+        covariances = C - gain[:, :, None] * (C @ A)[:, None]
+        self.mean = np.einsum("kp,kpi->pi", self.responsibilities, means)
+        second = covariances[:, None] + means[..., :, None] * means[..., None, :]
+        self.covariance = np.einsum("kp,kpij->pij", self.responsibilities, second)
+        self.covariance -= self.mean[:, :, None] * self.mean[:, None, :]
+
+
+@functools.cache
+def solved(T, sampler="mala", **settings):
+    """Returns the schedule, the observations and the particles of P problems."""
+    model = exact.model(DATA, T)
+    if sampler == "hmc":
+        model = model.with_sampler("hmc", K=1, leapfrog=3)
+    schedule = model.method.schedule
+    _, observed = draw(schedule, P)
+    result = model.smc(jax.random.key(1), likelihoods(observed), P, 128, STD, **settings)
+    return schedule, observed, result
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("T", "sampler"), [(6, "mala"), (6, "hmc"), (1000, "mala")])
+def test_mean_covariance_mode_weights_and_evidence_are_those_of_the_posterior(T, sampler):
+    """Errors of P independent problems; their mean is within the limit but once in 10^6 runs.
+
+    A mean over weighted particles has a bias of order 1 / N, about a tenth of the limit.
+    """
+    schedule, observed, result = solved(T, sampler)
+    wanted = Exact(schedule, observed)
+    w = np.float64(jax.nn.softmax(result.log_weights, axis=0))
+    mean = np.einsum("np,npi->pi", w, result.x)
+    offsets = result.x - wanted.mean
+    covariance = np.einsum("np,npi,npj->pij", w, offsets, offsets)
+    data = mixtures.marginal(DATA, 0, schedule)
+    of_first = jax.vmap(lambda x: jax.nn.softmax(data._log_joint(x), axis=1)[:, 0])(result.x)
+    evidence = np.exp(smc.log_mean_weight(result) - wanted.log_evidence)
+    errors = {
+        "mean": mean - wanted.mean,
+        "covariance": covariance - wanted.covariance,
+        "mode": np.sum(w * of_first, axis=0) - wanted.responsibilities[0],
+        "evidence": evidence - 1,
+    }
+    for name, error in errors.items():
+        error = error.reshape(P, -1)
+        z = error.mean(axis=0) / error.std(axis=0) * math.sqrt(P)
+        assert np.all(np.abs(z) < statistical.limit(8)), (name, z)
+        assert np.all(np.abs(error.mean(axis=0)) < 0.03), name
+    assert np.median(np.abs(errors["mean"])) < 0.04
+    assert np.std(errors["evidence"]) < 0.5
+
+
+def ranks(T, corrected, draws=15):
+    """Returns the rank of the true x[0] among draws of the posterior, for 500 problems.
+
+    Problem by problem, truth and observation are drawn from the model, so the rank is uniform
+    in 0..draws if the posterior is exact (Talts et al. 2018).
+    """
+    model, n = exact.model(DATA, T), 500
+    x, observed = draw(model.method.schedule, n, seed=2)
+    settings = {"bridges": 16} if corrected else {"bridges": 1, "corrected": False}
+    result = model.smc(jax.random.key(3), likelihoods(observed), n, 128, STD, **settings)
+    rng = np.random.default_rng(4)
+    w = np.float64(jax.nn.softmax(result.log_weights, axis=0))
+    chosen = np.stack([rng.choice(128, draws, p=w_p / w_p.sum()) for w_p in w.T], axis=1)
+    values = np.take_along_axis(result.x[..., 0], chosen, axis=0)
+    return np.sum(values < x[:, 0], axis=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("corrected", [True, False])
+def test_the_posterior_is_calibrated_only_with_the_correction(corrected):
+    """The false-alarm rate of the chi-square test is 10^-4."""
+    counts = np.bincount(ranks(6, corrected), minlength=16)
+    p_value = stats.chisquare(counts).pvalue
+    assert (p_value > 1e-4) == corrected, (counts, p_value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("log_Z", [0.0, 5.0])
+def test_the_evidence_does_not_depend_on_the_constants_of_the_energies(log_Z):
+    """Within 5 standard errors; each is the spread of eight runs."""
+    model = exact.model(DATA, 6, log_Z=log_Z)
+    _, observed = draw(model.method.schedule, 1)
+    likelihood = jax.tree.map(lambda leaf: leaf[0], likelihoods(observed))
+    found, error = model.evidence(jax.random.key(0), likelihood, 256, width=STD)
+    wanted = Exact(model.method.schedule, observed).log_evidence[0]
+    assert error < 0.1
+    assert abs(found - wanted) < 5 * max(error, 0.005)
+    prior = model.smc(jax.random.key(0), likelihoods(observed), 1, 1024, STD, strength=0.0)
+    assert smc.log_mean_weight(prior)[0] == pytest.approx(log_Z, abs=0.2)
+
+
+@pytest.mark.slow
+def test_a_product_of_models_is_sampled_exactly():
+    """The product of two Gaussians is one; z-scores over 16 runs of 256 particles."""
+    a, b = (
+        exact.model(mixtures.gaussian(np.array(mean), np.diag(variance)), 6)
+        for mean, variance in (([0.5, 0.0], [0.2, 0.3]), ([-0.3, 0.4], [0.1, 0.2]))
+    )
+    result = (a + b).smc(jax.random.key(0), lambda x: jnp.zeros(len(x)), 16, 256)
+    level_0 = a.method.schedule
+    variances, means = [], []
+    for mean, variance in (([0.5, 0.0], [0.2, 0.3]), ([-0.3, 0.4], [0.1, 0.2])):
+        variances.append(level_0.a_bar[0] ** 2 * np.array(variance) + level_0.sigma_bar[0] ** 2)
+        means.append(level_0.a_bar[0] * np.array(mean))
+    variance = 1 / (1 / variances[0] + 1 / variances[1])
+    mean = variance * (means[0] / variances[0] + means[1] / variances[1])
+    w = np.float64(jax.nn.softmax(result.log_weights, axis=0))
+    found = np.einsum("np,npi->pi", w, result.x)
+    squares = np.einsum("np,npi->pi", w, (result.x - mean) ** 2)
+    for error in (found - mean, squares - variance):
+        z = error.mean(axis=0) / error.std(axis=0, ddof=1) * 4
+        assert np.all(np.abs(z) < 10)  # Student's t with 15 degrees of freedom: 10^-7
+        assert np.all(np.abs(error.mean(axis=0)) < 0.05)
+
+
+def test_particles_are_drawn_in_proportion_to_their_weights():
+    w = np.array([0.05, 0.5, 0.0, 0.25, 0.2])
+    n = np.zeros(5)
+    for u in np.linspace(0, 0.999, 200):
+        counts = np.bincount(smc.ancestors(jnp.log(w), jnp.float32(u)), minlength=5)
+        assert np.all(np.abs(counts - 5 * w) < 1)
+        n += counts
+    np.testing.assert_allclose(n / n.sum(), w, atol=2e-3)
+
+
+def test_the_effective_sample_size_counts_equal_weights():
+    log_w = np.array([[3.0, 0.0], [3.0, -np.inf], [3.0, 0.0], [3.0, -np.inf]])
+    np.testing.assert_allclose(smc.effective_sample_size(jnp.asarray(log_w)), [4, 2], rtol=1e-5)
+
+
+def test_a_problem_does_not_depend_on_the_others():
+    model = exact.model(DATA, 6)
+    observed = np.array([0.1, -0.4, 0.8])
+    key = jax.random.key(0)
+    together = model.smc(key, likelihoods(observed), 3, 128, STD)
+    others = model.smc(key, likelihoods(observed + np.array([0, 1, 1])), 3, 128, STD)
+    np.testing.assert_array_equal(together.x[:, 0], others.x[:, 0])
+    assert np.all(together.x[:, 1] != others.x[:, 1])
+    assert np.any(together.x[:, 0] != together.x[:, 1])
+
+
+def test_other_values_need_no_new_compilation():
+    model = exact.model(DATA, 6)
+    for seed, std in enumerate((0.2, 0.5)):
+        _, observed = draw(model.method.schedule, 2, seed)
+        settings = {"width": std, "strength": 1.0 - seed, "bridges": 1 + seed}
+        model.smc(jax.random.key(seed), likelihoods(observed, std), 2, 16, **settings)
+    assert model.programs.smc._cache_size() == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"log_likelihoods": lambda x: x}, r"must return an array \[2\]"),
+        ({"log_likelihoods": lambda x: (x[:, 0], x)}, r"must return an array \[2\]"),
+        ({"width": 0.0}, "width is 0.0: give a finite number above 0"),
+        ({"width": math.nan}, "width is nan"),
+        ({"particles": 0}, "particles is 0"),
+        ({"problems": 0}, "problems is 0"),
+        ({"bridges": 0}, "bridges is 0"),
+    ],
+)
+def test_bad_input_is_refused(arguments, message):
+    given = {"log_likelihoods": lambda x: x[:, 0], "problems": 1, **arguments}
+    with pytest.raises(UserError, match=message):
+        exact.model(DATA, 6).smc(jax.random.key(0), **given)
+
+
+def test_a_likelihood_that_is_not_a_number_names_the_image():
+    observed = np.array([0.1, math.nan])
+    with pytest.raises(UserError, match="of image 1 is not a number"):
+        exact.model(DATA, 6).smc(jax.random.key(0), likelihoods(observed), 2, 16)
+
+
+@pytest.mark.slow
+def test_inpainting_and_the_operator_mask_agree():
+    """The mean of the hidden one of two pixels, given the other, for one Gaussian.
+
+    Inpainting fixes the known pixel; the operator observes it with noise of 0.05, which its
+    closed form takes into account.
+    """
+    covariance = np.array([[0.25, 0.2], [0.2, 0.25]])
+    data = mixtures.gaussian(np.zeros(2), covariance)
+    model = exact.model(data, 6, shape=(1, 2, 1))
+    known = np.array([[[True], [False]]])
+    x = np.array([[[[0.4], [0.0]]]], np.float32)
+    a, std = float(model.method.schedule.a_bar[0]), 0.05
+    level_0 = a**2 * covariance + float(model.method.schedule.sigma_bar[0]) ** 2 * np.eye(2)
+    likelihood = operators.likelihood(operators.mask(known), x[0], std)
+    samples = model.posterior(jax.random.key(0), likelihood, 4000, 4096, width=std)
+    wanted = level_0[0, 1] / (level_0[0, 0] + std**2) * 0.4
+    assert samples[:, 0, 1, 0].mean() == pytest.approx(wanted, abs=0.02)
+    assert samples[:, 0, 0, 0].std() == pytest.approx(std, rel=0.15)
+    completed = model.with_sampler("mala", K=10).inpaint(jax.random.key(1), x, known, 4000)
+    assert np.all(completed[0, :, 0, 0] == x[0, 0, 0])
+    wanted = level_0[0, 1] / level_0[0, 0] * 0.4
+    assert completed[0, :, 0, 1].mean() == pytest.approx(wanted, abs=0.02)
