@@ -308,9 +308,9 @@ def require_rate(rate: float, n: int) -> None:
     if not 0 < rate < 1:
         raise UserError(f"the false-alarm rate is {rate:g}: give a number between 0 and 1")
     if _rank(rate, n) > n:
-        least = next(m for m in itertools.count(n) if _rank(rate, m) <= m)
+        least = np.ceil(round(1 / rate - 1, 6))
         raise UserError(
-            f"a false-alarm rate of {rate:g} needs {least} or more in-distribution images to "
+            f"a false-alarm rate of {rate:g} needs {least:.6g} or more in-distribution images to "
             f"calibrate the threshold, but there are {n}: give more images or a higher rate"
         )
 
