@@ -310,8 +310,8 @@ def require_rate(rate: float, n: int) -> None:
     if _rank(rate, n) > n:
         least = np.ceil(round(1 / rate - 1, 6))
         raise UserError(
-            f"a false-alarm rate of {rate:g} needs {least:.6g} or more in-distribution images to "
-            f"calibrate the threshold, but there are {n}: give more images or a higher rate"
+            f"a false-alarm rate of {rate:g} needs {least:.6g} or more in-distribution images "
+            f"to calibrate the threshold, but there are {n}: give more images or a higher rate"
         )
 
 
