@@ -11,7 +11,7 @@ from helpers import exact, statistical
 from jax.tree_util import Partial
 from scipy import stats
 
-from drl_jax import operators
+from drl_jax import diffusion, operators
 from drl_jax.data import mixtures
 from drl_jax.errors import UserError
 from drl_jax.sampling import smc
@@ -177,6 +177,17 @@ def test_a_product_of_models_is_sampled_exactly():
         z = error.mean(axis=0) / error.std(axis=0, ddof=1) * 4
         assert np.all(np.abs(z) < 10)  # Student's t with 15 degrees of freedom: 10^-7
         assert np.all(np.abs(error.mean(axis=0)) < 0.05)
+
+
+def test_the_likelihood_counts_fully_at_level_0_and_less_the_higher_the_level():
+    schedule = diffusion.schedule(6)
+    exponents = np.asarray(smc.tempering(schedule, 0.01, 1.0))
+    assert exponents[0] == 1
+    assert np.all(np.diff(exponents) < 0)
+    # Normal data of variance 0.5: Var[x | x_t] = 0.5 sigma_bar² / (0.5 a_bar² + sigma_bar²).
+    noise, signal = schedule.sigma_bar[2] ** 2, schedule.a_bar[2] ** 2 / 2
+    found = smc.tempering(schedule, 0.3, 0.5)[2]
+    assert found == pytest.approx(0.09 / (0.09 + 0.5 * noise / (signal + noise)))
 
 
 def test_particles_are_drawn_in_proportion_to_their_weights():
