@@ -156,11 +156,11 @@ class FirstKeys:
         monkeypatch.setattr(Model, "adapt", recording_adapt)
 
     def use(self, value):
-        """Records the key of the seed if it is passed to a program."""
+        """Records the key of the seed if it is passed to a program, alone or among others."""
         if isinstance(value, jax.Array) and jax.dtypes.issubdtype(
             value.dtype, jax.dtypes.prng_key
         ):
-            self.recorded |= {numbers(value)} & {self.seed_key}
+            self.recorded |= {numbers(key) for key in value.reshape(-1)} & {self.seed_key}
 
 
 def numbers(key):

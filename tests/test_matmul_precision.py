@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import tiny
+from jax.tree_util import Partial
 
 from drl_jax import config as config_lib
 from drl_jax import diffusion, recovery
@@ -81,6 +82,16 @@ def arguments_of(model, name):
         "inpaint": ((X, known), {"rounds": 2}),
         "start_chains": ((X, LEVEL, trace), {}),
         "advance_chains": ((X, LEVEL), {"first": 0, "last": 3}),
+        "smc": (
+            (),
+            {
+                "problems": np.arange(1),
+                "problem_keys": jax.random.split(KEY, 1),
+                "log_likelihood": Partial(lambda x: -jnp.sum(x**2, axis=(1, 2, 3))),
+                "bridges": 2,
+                **dict.fromkeys(("width", "variance", "strength", "correction"), 1.0),
+            },
+        ),
     }[name]
     if name == "advance_chains":
         start = model.programs.start_chains

@@ -126,7 +126,10 @@ def test_the_example_of_labels_runs():
 
 @pytest.mark.slow
 def test_the_examples_of_compositions_run():
-    *_, combine, _, sample = code_blocks(SAMPLING, "python")
+    blocks = code_blocks(SAMPLING, "python")
+    combine, sample = (
+        next(block for block in blocks if word in block) for word in ("a + b", "blackjax")
+    )
     variables = {"drl_jax": drl_jax, "jnp": jnp, "log_Z": np.zeros((2, 100))}
     exec(combine + sample, variables)
     x = np.zeros((1, 28, 28, 1), np.float32)

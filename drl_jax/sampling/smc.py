@@ -18,7 +18,8 @@ levels, with the targets
 **Proposals.** From x_{t+1}, a particle draws y = a_{t+1} x_t from a Gaussian r, with the mean
 x_{t+1} + sigma_{t+1}² g, g = grad log pi_{t+1}(x_{t+1}). This is E[y | x_{t+1}], if pi_{t+1} is
 the density of noisy pi_t. The variance of each pixel is sigma_{t+1}² (1 - sigma_{t+1}² E g²),
-then the mean of Var[y | x_{t+1}] (Bao et al. 2022), estimated from the particles.
+with the mean over the particles. Under the same condition, this is the mean of
+Var[y | x_{t+1}] (Bao et al. 2022).
 
 **Weights.** The pair (x_{t+1}, y) has the target pi_t(y) N(x_{t+1}; y, sigma_{t+1}²), whose
 marginal is pi_t, and the proposal pi_{t+1}(x_{t+1}) r(y). Between them lead B bridges,
