@@ -1,6 +1,7 @@
 """The task `restore`: samples images given noisy or incomplete observations of them."""
 
 import logging
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -97,7 +98,7 @@ def run(
         samples=samples,
         particles=particles,
     )
-    name = operator.replace(":", "_").replace(",", "_").replace("/", "_")
+    name = re.sub("[^\\w.-]+", "_", operator.strip())
     path = workdir / "restorations" / f"step_{run.step}_seed_{seed}_{name}"
     with results.folder(path, settings) as folder:
         problems = operators.stack([operators.likelihood(observe, o, std) for o in observed])
