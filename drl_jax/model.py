@@ -1085,6 +1085,8 @@ class Model:
     def _require_classes(self) -> None:
         """Raises a UserError if the model has no classes."""
         if not self.classes:
+            if "parts" in self.params:
+                raise UserError("a combination of models takes no label: give its parts labels")
             raise UserError("this model was trained without labels: give no label")
 
     def _require_levels(self, t: Shaped[Array | np.ndarray, "..."], n: int) -> None:

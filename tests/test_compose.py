@@ -337,3 +337,9 @@ def test_models_on_other_devices_cannot_be_combined():
 def test_a_combination_cannot_be_trained():
     with pytest.raises(UserError, match="train each model"):
         (-gaussians()[0]).method.energy.init(jax.random.key(0))
+
+
+def test_labels_are_for_the_parts_of_a_combination():
+    model = exact.model(mixtures.PLANAR_SHAPES["ellipse"](), 6)
+    with pytest.raises(UserError, match="a combination of models takes no label"):
+        (model + model).given(1)
