@@ -166,10 +166,16 @@ def test_all_models_train_on_the_same_images_and_none_on_the_test_images(monkeyp
         assert configs["diffusion"] == configs["score"] == configs["t100"]
 
 
-def test_the_models_without_an_energy_have_the_size_of_the_one_with_an_energy(monkeypatch):
+UNET = " energy.network=unet energy.ch=32 energy.mult=(1,2) energy.N=2"
+
+
+@pytest.mark.parametrize("variant", ["", UNET])
+def test_models_without_an_energy_have_the_network_of_the_one_with_an_energy(
+    variant, monkeypatch
+):
     """Only that of the plain diffusion model lacks the reference density."""
     monkeypatch.chdir(ROOT)
-    config = race.configuration("diffusion", "digits", 0)
+    config = race.configuration("diffusion" + variant, "digits", 0)
     methods = {name: race.make_method(name, config) for name in ("t100", "diffusion", "score")}
     shapes = [jax.eval_shape(m.energy.init, jax.random.key(0)) for m in methods.values()]
     assert shapes[0] == shapes[1] == shapes[2]

@@ -17,7 +17,8 @@ The models are those of three files in `configs/`, and two that are not energies
   of f, but the reference density is the same as in t100, that of uniform pixels.
 
 Each --variant adds a model with other settings: the name of a model above, followed by
-FIELD=VALUE for fields of its configuration, separated by spaces.
+FIELD=VALUE for fields of its configuration, separated by spaces. The network of diffusion and
+score is an image MLP, or, with energy.network=unet, a U-Net.
 
 Each model trains for the given time: CPU time of this process, the sum over its threads, or
 wall-clock time on accelerators. Compilation, evaluation and reading the data do not count. The
@@ -73,6 +74,7 @@ from drl_jax.method import Method
 from drl_jax.metrics import classifier, pixels
 from drl_jax.metrics.classifier import Classifier
 from drl_jax.model import Model
+from drl_jax.networks import unet
 from drl_jax.networks.energy import Energy, Params, from_image_to_image, inner_product
 from drl_jax.networks.image_mlp import ImageMLP
 from drl_jax.plots import figures
@@ -232,9 +234,19 @@ def make_method(name: str, config: ConfigDict) -> Method:
     name = name.split()[0]
     if name not in WITHOUT_ENERGY:
         return method
-    network = ImageMLP(
-        width=config.energy.ch, depth=config.energy.N, dropout=config.energy.dropout
-    )
+    settings = config.energy
+    if settings.network == "unet":
+        network: nn.Module = unet.network(
+            config.data.image_size,
+            settings.ch,
+            settings.mult,
+            settings.N,
+            settings.attention,
+            settings.dropout,
+            patch=settings.patch,
+        )
+    else:
+        network = ImageMLP(width=settings.ch, depth=settings.N, dropout=settings.dropout)
     schedule = method.schedule
     energy = with_gradient(network, method.energy.shape, schedule.conditioning[:-1])
     method = method._replace(energy=energy)
