@@ -629,8 +629,9 @@ class Model:
     ) -> Float[np.ndarray, "n *D"]:
         """Draws samples of p(x | observed) ∝ exp(F(x, 0)) p(observed | x) (`sampling.smc`).
 
-        By default, samples are approximate. They descend side by side, and share only the step
-        sizes and the variance of the proposals, for which at least `smc.LEAST` descend.
+        By default, samples are approximate: if several modes of the data explain an
+        observation, they get wrong weights. Samples descend side by side, and share only the
+        step sizes and the variance of the proposals, for which at least `smc.LEAST` descend.
         With particles, samples are drawn from this number of weighted particles, and become
         exact as it grows; but with few particles they resemble each other.
 

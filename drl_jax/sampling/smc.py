@@ -150,8 +150,8 @@ def _evaluate(log_likelihood: LogLikelihood, x: Float[Array, "N P *D"]) -> Float
 
 def effective_sample_size(log_w: Float[Array, "N *P"]) -> Float[Array, "*P"]:
     """Returns (sum w)² / sum w² of each problem; 0 if all weights are 0 or one is NaN."""
-    total, squares = (jax.nn.logsumexp(k * log_w, axis=0) for k in (1, 2))
-    return jnp.nan_to_num(jnp.exp(2 * total - squares))
+    w = jax.nn.softmax(log_w, axis=0)
+    return jnp.nan_to_num(1 / jnp.sum(w**2, axis=0))
 
 
 def log_mean_weight(posterior: Posterior) -> Float[np.ndarray, "P"]:
