@@ -109,6 +109,9 @@ def default() -> ConfigDict:
                 "b_squared": 2e-4,  # b², from which the step size of each level follows
                 # Factor of the noise of Langevin chains and their starts when generating
                 "noise_scale": 1.0,
+                # Noise levels that generation passes through, evenly spaced among those of
+                # training; 0: all
+                "levels": 0,
                 "leapfrog": (5,),  # HMC leapfrog steps: one number, or one per level
                 "target_acceptance": 0.65,  # of MALA and HMC, adapted before generation
                 "warmup_steps": 100,  # steps of this adaptation, per level
@@ -287,6 +290,7 @@ MINIMUM = {
     "optim.clip_norm": 0,
     "mcmc.K": 0,
     "mcmc.noise_scale": 0,
+    "mcmc.levels": 0,
     "mesh.data": -1,
     "optim.warmup_steps": 0,
     "optim.decay_steps": 0,
@@ -470,6 +474,14 @@ def validate(config: ConfigDict) -> None:
     if config.mcmc.K == 0 and config.mcmc.start == "x_tilde":
         raise invalid(
             "mcmc.K", "this needs config.mcmc.start 'posterior' or 'initialiser'; or give 1"
+        )
+    if config.mcmc.levels > config.diffusion.T:
+        raise invalid("mcmc.levels", f"the model has {config.diffusion.T} levels")
+    if config.mcmc.levels not in (0, config.diffusion.T) and config.mcmc.start == "initialiser":
+        raise invalid(
+            "mcmc.levels",
+            "the initialiser predicts chains between successive levels of training; use "
+            "config.mcmc.start 'posterior'",
         )
     if sampler in ("mala", "hmc") and config.mcmc.noise_scale != 1:
         raise invalid("mcmc.noise_scale", f"the accept step of {sampler!r} requires 1")

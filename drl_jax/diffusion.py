@@ -130,6 +130,34 @@ def _cosine(T: int, min_noise: float) -> Float[np.ndarray, "levels"]:
 _SCHEDULES = {"linear": _linear, "cosine": _cosine}
 
 
+def thinned(schedule: NoiseSchedule, T: int) -> tuple[NoiseSchedule, Int[np.ndarray, "T"]]:
+    """Returns the schedule with T of the energies of another, and their levels there.
+
+    They are spaced evenly from level 0 on; the last noise level stays the last one. One step
+    then adds the noise of several (Nichol & Dhariwal 2021).
+
+    Raises:
+      UserError: if the schedule does not have T energies.
+    """
+    if not 1 <= T <= schedule.T:
+        raise UserError(f"{T} noise levels are not among {schedule.T}: use 1 to {schedule.T}")
+    levels = np.rint(np.arange(T) * schedule.T / T).astype(np.int32)
+    ends = np.append(levels, schedule.T)
+    all_a, all_sigma = (np.asarray(v, np.float64) for v in (schedule.a, schedule.sigma))
+    a, sigma = all_a[ends], all_sigma[ends]
+    for t, (first, last) in enumerate(itertools.pairwise(ends), start=1):
+        left = np.cumprod(all_a[first + 1 : last + 1][::-1])[::-1]  # of the signal, to level t
+        a[t] = left[0]
+        noise_left = np.append(left[1:], 1.0) * all_sigma[first + 1 : last + 1]
+        sigma[t] = np.sqrt(np.sum(noise_left**2))
+    return NoiseSchedule(
+        a=jnp.asarray(a, schedule.a.dtype),
+        sigma=jnp.asarray(sigma, schedule.a.dtype),
+        a_bar=schedule.a_bar[ends],
+        sigma_bar=schedule.sigma_bar[ends],
+    ), levels
+
+
 def level_groups(T: int) -> list[range]:
     """Returns the groups into which levels 0..T-1 are divided in reports.
 

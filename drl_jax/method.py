@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int, Key, Shaped
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from drl_jax import config as config_lib
-from drl_jax import diffusion, recovery
+from drl_jax import diffusion, noise, recovery
 from drl_jax.data import mixtures
 from drl_jax.data.mixtures import Mixture
 from drl_jax.diffusion import NoiseSchedule
@@ -212,21 +212,60 @@ def for_generation(method: Method, config: ConfigDict) -> Method:
     """
     energy = make_energy(config, method.schedule, config.evaluation.dtype)
     proposal = make_initialiser(config, method.schedule, config.evaluation.dtype)
-    return _with_mcmc(method._replace(energy=energy, initialiser=proposal), config.mcmc)
+    method = method._replace(energy=energy, initialiser=proposal)
+    return _with_mcmc(with_levels(method, config.mcmc.levels), config.mcmc)
+
+
+def with_levels(method: Method, T: int) -> Method:
+    """Returns the method with T of its noise levels (`diffusion.thinned`).
+
+    Each energy keeps its density: it depends on y = a_{t+1} x_t, and a step to the next level
+    now has another a. The method has no initialiser, which predicts chains of single steps.
+
+    Args:
+      method: the method with all levels, not one from `marginals`.
+      T: number of levels; 0 for all.
+
+    Raises:
+      UserError: if the method does not have T levels.
+    """
+    old = method.schedule
+    if T in (0, old.T):
+        return method
+    schedule, chosen = diffusion.thinned(old, T)
+    levels = jnp.asarray(chosen)
+    scale = old.y_scale(levels) / schedule.y_scale(jnp.arange(T))
+    f, (temperature, reference) = method.energy.f, method.parameterisation
+
+    def rescaled(y, t):
+        return noise.per_example(scale[t], y) * y
+
+    return method._replace(
+        energy=method.energy._replace(
+            f=lambda params, y, t, *keys, **given: f(
+                params, rescaled(y, t), levels[t], *keys, **given
+            )
+        ),
+        schedule=schedule,
+        parameterisation=Parameterisation(
+            temperature[levels], lambda y, t: reference(rescaled(y, t), levels[t])
+        ),
+        initialiser=None,
+    )
 
 
 def with_sampler(method: Method, **settings: Any) -> Method:
     """Returns the method with other settings of its sampler, by their names in `config.mcmc`.
 
     Raises:
-      UserError: if `config.validate` rejects the settings, or the leapfrog steps are given for
-        another number of levels.
+      UserError: if `config.validate` rejects the settings, the leapfrog steps are given for
+        another number of levels, or as `with_levels` does.
     """
     config = config_lib.default()
     config.diffusion.T = method.schedule.T
     config.mcmc = ConfigDict({**method.mcmc, **settings})
     config_lib.validate(config)
-    return _with_mcmc(method, config.mcmc)
+    return _with_mcmc(with_levels(method, config.mcmc.levels), config.mcmc)
 
 
 def with_exact_kernel(method: Method) -> Method:

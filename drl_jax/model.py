@@ -866,6 +866,7 @@ class Model:
         noise_scale: float = 1.0,
         key: AnyKey | None = None,
         target: float | None = None,
+        levels: int | None = None,
     ) -> "Model":
         """Returns a model that draws its samples with another sampler. Compiles new programs.
 
@@ -879,11 +880,12 @@ class Model:
           noise_scale: factor of the noise of Langevin dynamics.
           key: random key of the adaptation, by default `jax.random.key(0)`.
           target: mean acceptance probability to reach in the adaptation.
+          levels: number of noise levels, evenly spaced among the model's.
 
         Raises:
           UserError: if there is no such sampler, or a setting cannot be used.
         """
-        given: dict[str, Any] = {"K": K, "target_acceptance": target}
+        given: dict[str, Any] = {"K": K, "target_acceptance": target, "levels": levels}
         if leapfrog is not None:
             given["leapfrog"] = (leapfrog,) if isinstance(leapfrog, int) else tuple(leapfrog)
         settings = {name: value for name, value in given.items() if value is not None}

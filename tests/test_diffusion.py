@@ -197,3 +197,22 @@ def test_the_lowest_noise_of_the_cosine_schedule_can_be_chosen():
     assert found.a_bar[-1] == pytest.approx(usual.a_bar[-1])
     angles = np.arctan2(found.sigma_bar, found.a_bar)
     np.testing.assert_allclose(np.diff(angles), np.mean(np.diff(angles)), rtol=1e-3)
+
+
+@pytest.mark.parametrize(("name", "T"), [("linear", 1000), ("cosine", 100)])
+def test_thinned_schedules_have_the_noise_of_all_steps_between_their_levels(name, T):
+    full = diffusion.schedule(T, name)
+    half, levels = diffusion.thinned(full, T // 2)
+    np.testing.assert_array_equal(levels, np.arange(0, T, 2))
+    ends = np.append(levels, T)
+    for field in ("a_bar", "sigma_bar"):
+        np.testing.assert_array_equal(getattr(half, field), getattr(full, field)[ends])
+    np.testing.assert_allclose(half.a**2 + half.sigma**2, 1, rtol=1e-6)
+    np.testing.assert_allclose(half.a[1:] * half.a_bar[:-1], half.a_bar[1:], rtol=2e-6)
+    np.testing.assert_array_equal(diffusion.thinned(full, T)[0].sigma, full.sigma)
+    some, levels = diffusion.thinned(full, 3)
+    assert list(levels) == [0, round(T / 3), round(2 * T / 3)]
+    assert some.T == 3
+    for wrong in (0, T + 1):
+        with pytest.raises(UserError, match=f"{wrong} noise levels are not among {T}"):
+            diffusion.thinned(full, wrong)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import exact, tiny
-from helpers.statistical import assert_mean, assert_variance
+from helpers.statistical import assert_covariance, assert_mean, assert_variance
 
 import drl_jax
 from drl_jax import config as config_lib
@@ -234,6 +234,63 @@ def test_after_training_f_is_computed_in_the_dtype_of_evaluation():
     np.testing.assert_array_equal(exact_later, exact)
     assert not np.array_equal(rounded, exact)
     np.testing.assert_array_equal(f("float32", "bfloat16")[1], rounded)
+
+
+@pytest.mark.parametrize("parameterisation", ["bounded_gaussians", "uniform", "step"])
+def test_with_fewer_levels_the_energies_are_those_of_the_same_noise(parameterisation):
+    """Log-densities of x, of all levels of the new ladder, up to a constant per level."""
+    config = config_lib.load("digits")
+    config.diffusion.T, config.energy.ch, config.energy.N = 12, 8, 1
+    config.energy.components = 1
+    config.energy.parameterisation = parameterisation
+    full = method_lib.from_config(config)
+    params, _ = full.energy.normalise(*full.energy.init(jax.random.key(0)))
+    params = jax.tree.map(lambda a: a + 0.05, params)
+    config.mcmc.levels = 4
+    thinned = method_lib.for_generation(full, config)
+    assert thinned.schedule.T == 4
+    x = jax.random.normal(jax.random.key(1), (2, 8, 8, 1))
+
+    def differences(method, levels):
+        """Returns how much more probable the first image is than the second."""
+        y_scale = method.schedule.y_scale(levels)[:, None, None, None]
+        F = method.F(params)
+        return F(y_scale * x[0], levels) - F(y_scale * x[1], levels)
+
+    found = differences(thinned, jnp.arange(4))
+    np.testing.assert_allclose(found, differences(full, 3 * jnp.arange(4)), rtol=1e-4)
+    assert len(np.unique(found)) == 4
+
+
+@pytest.mark.slow
+def test_samples_that_pass_through_fewer_levels_have_the_moments_of_the_data():
+    """Gaussian data, 1,000 levels of which 100 are used: starts from the posterior, and MALA.
+
+    The normal approximation is exact here, but for its variance, which MALA corrects.
+    """
+    covariance = np.array([[0.5, 0.3], [0.3, 0.4]])
+    full = exact.model(mixtures.gaussian(np.array([0.3, -0.2]), covariance), 1000)
+    method = method_lib.with_sampler(full.method, start="posterior", K=1, levels=100)
+    assert method.schedule.T == 100
+    x = Model.create(method, {}, full.mesh).with_sampler("mala").sample(jax.random.key(0), 4096)
+    level_0 = full.method.schedule.a_bar[0] ** 2 * covariance
+    level_0 += float(full.method.schedule.sigma_bar[0]) ** 2 * np.eye(2)
+    mean = float(full.method.schedule.a_bar[0]) * np.array([0.3, -0.2])
+    assert_mean(x, mean, np.diagonal(level_0), of=3)
+    assert_variance(x, mean, np.diagonal(level_0), of=3)
+    assert_covariance(
+        x[:, 0] - mean[0], x[:, 1] - mean[1], level_0[0, 1], level_0[0, 0], level_0[1, 1], of=3
+    )
+
+
+def test_numbers_of_levels_that_a_model_cannot_have_are_errors():
+    model = exact.model(mixtures.gaussian(np.zeros(2), np.eye(2)), 6)
+    with pytest.raises(UserError, match=r"mcmc\.levels is 7: the model has 6 levels"):
+        model.with_sampler("langevin", levels=7)
+    config = config_lib.default()
+    config.mcmc.levels, config.mcmc.start = 3, "initialiser"
+    with pytest.raises(UserError, match=r"mcmc\.levels is 3: the initialiser predicts"):
+        config_lib.validate(config)
 
 
 def test_samples_do_not_depend_on_the_batches_in_which_they_are_drawn(model):

@@ -71,13 +71,13 @@ def test_rows_have_the_cost_of_their_chains_and_the_training_row_has_the_model_s
     distances = [row["pixels"] for row in rows.values()]
     assert len(set(distances)) == len(distances)
     heading, _, *lines = capsys.readouterr().out.splitlines()
-    columns = ["sampler", "K", "b²", "evaluations", "ms", "pixels"]
+    columns = ["sampler", "levels", "K", "b²", "evaluations", "ms", "pixels"]
     assert [cell.strip() for cell in heading.strip("|").split("|")] == columns
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    assert [row[:2] for row in cells[:-1]] == [
-        ["langevin", "1"],
-        ["langevin", "2"],
-        ["mala", "2"],
+    assert [row[:3] for row in cells[:-1]] == [
+        ["langevin", "6", "1"],
+        ["langevin", "6", "2"],
+        ["mala", "6", "2"],
     ]
     assert cells[-1][0] == "two halves of the data"
     assert (fresh / steps.FIGURE).exists()
@@ -120,7 +120,7 @@ def test_chains_that_diverge_have_no_distances(fresh, capsys):
     assert row["b_squared"] == 1e6
     assert "pixels" not in row
     assert last == {"sampler": "two halves of the data"}
-    assert "| langevin | 15 | 1e+06 | 90 |" in capsys.readouterr().out
+    assert "| langevin | 6 | 15 | 1e+06 | 90 |" in capsys.readouterr().out
 
 
 def test_without_steps_there_is_one_row_for_all_samplers():
@@ -128,9 +128,9 @@ def test_without_steps_there_is_one_row_for_all_samplers():
     config.mcmc.start, config.mcmc.noise_scale = "posterior", 0.9
     configs = steps.configurations(config, ["langevin", "mala"], [0, 60], None)
     assert [steps.settings_of(each) for each in configs] == [
-        {"sampler": "none", "K": 0, "b_squared": None},
-        {"sampler": "langevin", "K": 60, "b_squared": config.mcmc.b_squared / 2},
-        {"sampler": "mala", "K": 60, "b_squared": None},
+        {"sampler": "none", "levels": 6, "K": 0, "b_squared": None},
+        {"sampler": "langevin", "levels": 6, "K": 60, "b_squared": config.mcmc.b_squared / 2},
+        {"sampler": "mala", "levels": 6, "K": 60, "b_squared": None},
     ]
     assert [each.mcmc.noise_scale for each in configs] == [0.9, 0.9, 1.0]
     config.mcmc.K = 0  # in training
@@ -166,6 +166,8 @@ def test_a_row_without_steps_belongs_to_all_curves(monkeypatch):
         (["--K=0,1"], "--K contains 0, but the chains of this model start at x_tilde"),
         (["--K=1.5"], "--K contains '1.5': give whole numbers"),
         (["--K="], "--K is empty"),
+        (["--levels=7"], "config.mcmc.levels is 7: the model has 6 levels"),
+        (["--levels=x"], "--levels contains 'x': give whole numbers"),
         (["--samplers="], "--samplers is empty"),
         (["--samplers=nuts"], "config.mcmc.sampler is 'nuts'"),
         (["--b_squared=-1"], "config.mcmc.b_squared is -1"),
@@ -187,7 +189,7 @@ def test_a_mistake_in_the_command_is_one_line(fresh, arguments, message, capsys)
 def test_help_explains_the_columns_and_lists_the_options(capsys):
     assert steps.main(["steps", "--help"]) == 0
     text = capsys.readouterr().out
-    for name, _ in list(steps.COLUMNS.values())[2:]:
+    for name in [name for name, _ in steps.COLUMNS.values() if name not in ("sampler", "K")]:
         assert f"- {name}: " in text
     for name in ("workdir", "K", "samplers", "num_samples", "b_squared", "seed"):
         assert f"--{name} " in text

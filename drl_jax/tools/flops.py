@@ -169,7 +169,8 @@ def evaluations(config: ConfigDict) -> Evaluations:
     """Returns how often the networks are evaluated to generate one sample."""
     mcmc = config.mcmc
     gradients = int(np.sum(_gradients(config))) + (mcmc.denoise != "no")
-    return Evaluations(gradients, config.diffusion.T * (mcmc.start == "initialiser"))
+    T = mcmc.levels or config.diffusion.T
+    return Evaluations(gradients, T * (mcmc.start == "initialiser"))
 
 
 def leapfrog(config: ConfigDict) -> int:
@@ -179,7 +180,8 @@ def leapfrog(config: ConfigDict) -> int:
 
 def _gradients(config: ConfigDict) -> np.ndarray:
     """Returns the number of gradients that a chain evaluates at each level [T]."""
-    mcmc, T = config.mcmc, config.diffusion.T
+    mcmc = config.mcmc
+    T = mcmc.levels or config.diffusion.T
     steps = np.asarray(mcmc.leapfrog) if mcmc.sampler == "hmc" else np.ones(1)
     gradients = mcmc.K * np.broadcast_to(steps, T)
     if mcmc.sampler != "langevin" and mcmc.K:

@@ -1,12 +1,15 @@
 """Measures the samples of a trained model against the cost of drawing them.
 
     python -m drl_jax.tools.steps --workdir=DIR [--K=1,3,5,8,15,30]
-        [--samplers=langevin,mala] [--num_samples=359] [--b_squared=8e-4] [--seed=0]
+        [--samplers=langevin,mala] [--levels=100,50,25] [--num_samples=359]
+        [--b_squared=8e-4] [--seed=0]
 
-The number of steps per level, K, and the sampler may differ from those of training. For each
-value of --K and each of --samplers, the program draws samples, and prints a row of a Markdown
-table:
+The number of steps per level, K, the sampler and the number of noise levels may differ from
+those of training. For each value of --K, --samplers and --levels, the program draws samples,
+and prints a row of a Markdown table:
 
+- levels: those that samples pass through, evenly spaced among the model's
+  (`config.mcmc.levels`).
 - b²: determines the step sizes of Langevin dynamics. By default K b² is the same as in training
   (unless K was 0 there): step sizes are inversely proportional to the square root of K (Zhu et
   al. 2024). --b_squared is used for all K. The step sizes of MALA and HMC are adapted.
@@ -64,6 +67,7 @@ START = "none"  # in place of the sampler if K = 0
 # Name and format of each column of the table, by its field; one without values is left out.
 COLUMNS = {
     "sampler": ("sampler", "{}"),
+    "levels": ("levels", "{}"),
     "K": ("K", "{}"),
     "b_squared": ("b²", "{:.3g}"),
     "evaluations": ("evaluations", "{:,}"),
@@ -134,7 +138,11 @@ def open_judge(run: Run, num_samples: int, workdir: epath.Path) -> Judge:
 
 
 def configurations(
-    config: ConfigDict, samplers: Sequence[str], K: Sequence[int], b_squared: float | None
+    config: ConfigDict,
+    samplers: Sequence[str],
+    K: Sequence[int],
+    b_squared: float | None,
+    levels: Sequence[int] = (0,),
 ) -> list[ConfigDict]:
     """Returns one configuration per row of the table, in this order.
 
@@ -143,9 +151,10 @@ def configurations(
       samplers: values of `config.mcmc.sampler`.
       K: numbers of steps per level.
       b_squared: b² of Langevin dynamics; None: K b² stays as in training.
+      levels: numbers of noise levels; 0 for all.
 
     Raises:
-      UserError: if a number of steps or a sampler cannot be used with the model.
+      UserError: if a number of steps or levels or a sampler cannot be used with the model.
     """
     if 0 in K and config.mcmc.start == "x_tilde":
         raise UserError(
@@ -153,9 +162,9 @@ def configurations(
             "its samples would be noise: give 1 or more"
         )
     found: dict[tuple[Any, ...], ConfigDict] = {}
-    for sampler, steps in itertools.product(samplers, K):
+    for T, sampler, steps in itertools.product(levels, samplers, K):
         each = config.copy_and_resolve_references()
-        each.mcmc.sampler, each.mcmc.K = sampler, steps
+        each.mcmc.sampler, each.mcmc.K, each.mcmc.levels = sampler, steps, T
         if b_squared is not None:
             each.mcmc.b_squared = b_squared
         elif steps and config.mcmc.K:
@@ -174,6 +183,7 @@ def settings_of(config: ConfigDict) -> dict[str, Any]:
     mcmc = config.mcmc
     return {
         "sampler": mcmc.sampler if mcmc.K else START,
+        "levels": mcmc.levels or config.diffusion.T,
         "K": mcmc.K,
         "b_squared": mcmc.b_squared if mcmc.K and mcmc.sampler not in METROPOLIS else None,
     }
@@ -222,6 +232,7 @@ def steps(
     num_samples: int,
     b_squared: float | None,
     seed: int,
+    levels: Sequence[int] = (0,),
 ) -> list[dict[str, Any]]:
     """Measures the rows that are not in steps.json, and writes steps.json and steps.png.
 
@@ -232,6 +243,7 @@ def steps(
       num_samples: number of samples of each row.
       b_squared: b² of Langevin dynamics; None: K b² stays as in training.
       seed: random seed.
+      levels: numbers of noise levels; 0 for all.
 
     Returns:
       the rows of the table as JSON values: the fields of `COLUMNS`, and `gradients` and
@@ -245,7 +257,7 @@ def steps(
     run = runs.load_workdir(workdir)
     if images.are_points(run.model.shape):
         raise UserError(f"the model in {workdir} is one of points: this program needs images")
-    configs = configurations(run.config, samplers, K, b_squared)
+    configs = configurations(run.config, samplers, K, b_squared, levels)
     settings = {
         "step": run.step,
         "parameters": results.digest(run.model.params),
@@ -341,6 +353,12 @@ def define_flags() -> flags.FlagValues:
         "Samplers, separated by commas (default: langevin).",
         flag_values=values,
     )
+    flags.DEFINE_list(
+        "levels",
+        ["0"],
+        "Numbers of noise levels, separated by commas; 0: all (default: 0).",
+        flag_values=values,
+    )
     flags.DEFINE_integer(
         "num_samples", 359, "Number of samples per row (default: 359).", 2, flag_values=values
     )
@@ -354,17 +372,17 @@ def define_flags() -> flags.FlagValues:
     return values
 
 
-def parse_K(texts: Sequence[str]) -> list[int]:
-    """Returns the numbers of steps in --K.
+def parse_numbers(flag: str, texts: Sequence[str]) -> list[int]:
+    """Returns the numbers in a flag such as --K.
 
     Raises:
       UserError: if there are none, or one is not a whole number.
     """
     for text in texts:
         if not text.isdecimal():
-            raise UserError(f"--K contains {text!r}: give whole numbers such as 1,3,8")
+            raise UserError(f"--{flag} contains {text!r}: give whole numbers such as 1,3,8")
     if not texts:
-        raise UserError("--K is empty: give whole numbers such as 1,3,8")
+        raise UserError(f"--{flag} is empty: give whole numbers such as 1,3,8")
     return [int(text) for text in texts]
 
 
@@ -380,10 +398,11 @@ def main(argv: Sequence[str]) -> int:
         rows = steps(
             epath.Path(values.workdir).expanduser(),
             values.samplers,
-            parse_K(values.K),
+            parse_numbers("K", values.K),
             values.num_samples,
             values.b_squared,
             values.seed,
+            parse_numbers("levels", values.levels),
         )
         print(table(rows))
 

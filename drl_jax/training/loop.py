@@ -94,6 +94,11 @@ def train(
             "config.train.label_dropout is 0: the density without a label, which guidance and "
             "--label=0 use, is not trained"
         )
+    if config.mcmc.levels:
+        raise UserError(
+            f"config.mcmc.levels is {config.mcmc.levels}, but all levels are trained: set it "
+            "when drawing samples"
+        )
     warn_of_replicated_kernels(method, training, mesh)
     checkpoints_lib.require_usable(workdir)
     is_new = not checkpoints_lib.exist(workdir)
