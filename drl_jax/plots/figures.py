@@ -65,7 +65,8 @@ class Panel(NamedTuple):
 def write_curves(path: epath.Path, panels: Sequence[Panel]) -> None:
     """Writes a figure of panels of curves, with a logarithmic x axis.
 
-    The axis includes 0 if the smallest x value is 1 or less.
+    The axis includes 0 if the smallest x value is 1 or less. If all panels have the same curves,
+    there is one legend, below them.
 
     Args:
       path: path of the PNG file.
@@ -79,6 +80,7 @@ def write_curves(path: epath.Path, panels: Sequence[Panel]) -> None:
 
     rows = -(-len(panels) // COLUMNS)
     figure = Figure(figsize=(WIDTH * COLUMNS, HEIGHT * rows), layout="constrained")
+    names = {tuple(panel.curves) for panel in panels}
     for number, panel in enumerate(panels, 1):
         axes = figure.add_subplot(rows, COLUMNS, number)
         colours = mpl.colormaps["viridis"].resampled(len(panel.curves) + 1)
@@ -95,7 +97,11 @@ def write_curves(path: epath.Path, panels: Sequence[Panel]) -> None:
         axes.set_title(panel.title, fontsize="medium")
         axes.set_xlabel(panel.x_label)
         axes.grid(alpha=0.3)
-        axes.legend(fontsize="x-small")
+        if len(names) > 1:
+            axes.legend(fontsize="x-small")
+    if len(names) == 1:
+        lines = axes.get_legend_handles_labels()
+        figure.legend(*lines, loc="outside lower center", ncols=COLUMNS, fontsize="x-small")
     _write(path, figure)
 
 
