@@ -95,6 +95,7 @@ def run(
         **common.condition(label, guidance),
         observed=results.digest(observed),
         operator=operator,
+        masks=results.digest(observe),
         samples=samples,
         particles=particles,
     )
