@@ -29,6 +29,7 @@ from jaxtyping import Array, Bool, Float
 from drl_jax.errors import UserError
 
 NOISE = 0.05  # std, unless it is given
+LEAST, LARGEST = 1e-6, 1e6  # of the numbers in a text; the rounding of others gives NaN
 LUMA = 0.299, 0.587, 0.114
 FORMS = "mask:NAME, downsample:N, blur:S, grayscale, noise:S"
 
@@ -197,12 +198,20 @@ def parse(
 
 
 def _number(part: str, value: str, kind: type) -> Any:
-    """Returns the number of a part, which must be positive and finite."""
+    """Returns the number of a part.
+
+    Raises:
+      UserError: if it is none, or not in `LEAST`..`LARGEST`.
+    """
     try:
         number = kind(value)
     except ValueError:
         number = 0
-    if not 0 < number < math.inf:
-        what = "a whole number" if kind is int else "a number"
-        raise UserError(f"operator {part!r}: give {what} above 0, as in {part.split(':')[0]}:2")
+    if not LEAST <= number <= LARGEST:
+        what = (
+            "a whole number above 0"
+            if kind is int
+            else f"a number from {LEAST:g} to {LARGEST:g}"
+        )
+        raise UserError(f"operator {part!r}: give {what}, as in {part.split(':')[0]}:2")
     return number

@@ -71,7 +71,7 @@ def test_observations_of_the_user_are_restored_with_particles(workdir, tmp_path)
     ("flags", "operator", "message"),
     [
         ([], "xyz:2", "'xyz:2' is unknown: use some of mask:NAME, downsample:N"),
-        ([], "noise:-1", "'noise:-1': give a number above 0"),
+        ([], "noise:-1", "'noise:-1': give a number from 1e-06"),
         ([], "downsample:3", "8x8 does not divide into blocks of 3x3"),
         ([], "mask:center", "mask 'center' is unknown: did you mean 'centre'"),
         (["--observations={}/a.npy"], "downsample:2", "a.npy is 8x8x1: this .* gives 4x4x1"),
