@@ -131,12 +131,21 @@ def likelihood(
     """Returns x [n, H, W, C] -> log p(observed | x) [n], of pixels that are not hidden [nats].
 
     The observed values of hidden pixels have no effect.
+
+    Raises:
+      UserError: from the result, if the operator gives observations of another shape.
     """
     return Partial(_log_likelihood, operator, jnp.asarray(observed), jnp.float32(std))
 
 
 def _log_likelihood(operator, observed, std, x):
-    log_normal = -(jnp.square((observed - operator(x)) / std) + math.log(2 * math.pi)) / 2
+    expected = operator(x)
+    if observed.shape != expected.shape[1:]:  # which may broadcast
+        raise UserError(
+            f"the observation has shape {observed.shape}: this operator gives "
+            f"{expected.shape[1:]}"
+        )
+    log_normal = -(jnp.square((observed - expected) / std) + math.log(2 * math.pi)) / 2
     known = _known(operator, x[:1])
     return jnp.sum(jnp.where(known, log_normal - jnp.log(std), 0.0), axis=(1, 2, 3))
 

@@ -69,6 +69,13 @@ def test_the_likelihood_is_that_of_normal_noise_at_known_pixels():
     )
 
 
+@pytest.mark.parametrize("shape", [(3, 4, 1), (1, 1, 3), (6, 8, 3)])
+def test_an_observation_of_another_shape_is_an_error(shape):
+    likelihood = operators.likelihood(operators.downsample(2), jnp.zeros(shape), 0.3)
+    with pytest.raises(UserError, match=r"shape \(\d, \d, \d\): this .* gives \(3, 4, 3\)"):
+        likelihood(jnp.asarray(X))
+
+
 def test_observations_have_noise_at_known_pixels_only():
     """With 128,000 numbers, a standard deviation is within 2% but once in 10^20 runs."""
     x = jnp.zeros((1000, 8, 16, 1))
