@@ -195,6 +195,10 @@ def test_too_few_images_are_an_error(fitted, calibration):
         fit(fitted, calibration)
 
 
+def test_the_threshold_of_a_rate_of_nearly_1_is_the_lowest_score():
+    assert anomaly.conformal_threshold(np.arange(20.0), 1 - 1e-13) == 0
+
+
 @pytest.mark.parametrize("rate", [0.0, 1.0, -0.1, np.nan])
 def test_rates_that_are_no_probabilities_are_an_error(rate):
     with pytest.raises(UserError, match=r"^the false-alarm rate is .*: give a number between"):

@@ -330,4 +330,4 @@ def require_enough(n: int) -> None:
 
 def _rank(rate: float, n: int) -> int:
     """Returns ceil((n + 1) (1 - rate)), without rounding errors that would change it."""
-    return math.ceil(round((n + 1) * (1 - rate), 9))
+    return max(1, math.ceil(round((n + 1) * (1 - rate), 9)))
