@@ -18,8 +18,9 @@ above only bring the chains to all of its modes.
     model, adapted = model.adapt(key)
     x = model.sample(key, 100)  # level 0 of the product
 
-Level 0 of a product contains the noise of level 0 of its models. With negative weights, exp(F)
-need not have a finite integral; chains on the marginals may then diverge.
+Level 0 of a product contains the noise of level 0 of its models. It is not a noisy version of
+one density, so samples are not denoised (`config.mcmc.denoise`) at the end. With negative
+weights, exp(F) need not have a finite integral; chains on the marginals may then diverge.
 
 The levels of a mixture are those of the diffused mixture, exactly so if every log Z_i[t] is
 known. Energies are known only up to one constant per level. Without log Z, the mixture has the
@@ -67,7 +68,8 @@ def method(rule: Rule, methods: Sequence[Method]) -> Method:
     """Returns the method whose F combines those of other methods; its parameters are `params`.
 
     Sampler and noise levels are those of the first method. Where its chains start from an
-    initialiser, they start from the posterior instead. The result has no classes.
+    initialiser, they start from the posterior instead. A product does not denoise its samples.
+    The result has no classes.
 
     Args:
       rule: `product` or `mixture`.
@@ -101,6 +103,9 @@ def method(rule: Rule, methods: Sequence[Method]) -> Method:
     if sampler.start is ladder.start_from_initialiser:
         sampler = sampler._replace(start=ladder.start_from_posterior)
         mcmc = FrozenConfigDict({**mcmc, "start": "posterior"})
+    if rule is product:
+        sampler = sampler._replace(denoise=0.0)
+        mcmc = FrozenConfigDict({**mcmc, "denoise": "no"})
     return Method(energy, first.schedule, one, sampler, mcmc)
 
 

@@ -164,7 +164,7 @@ class Model:
         Args:
           models: one or more models of equal shape, noise levels and devices. The sampler and
             the batch size are those of the first one, except that chains which start from an
-            initialiser start from the posterior instead.
+            initialiser start from the posterior instead, and samples are not denoised.
           weights: w_i, also negative; None: ones.
 
         Raises:
@@ -187,7 +187,7 @@ class Model:
         no new compilation.
 
         Args:
-          models: as for `product`.
+          models: as for `product`, but samples are denoised if those of the first model are.
           weights: w_i, positive, of which only the ratios matter; None: equal.
           log_Z: log Z_i[t], logarithm of the integral of exp(F_i(y, t)), of shape [n, T]
             [nats]; None: zeros. For level 0, `metrics.density.log_partition` estimates it.

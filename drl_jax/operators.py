@@ -29,6 +29,7 @@ from jaxtyping import Array, Bool, Float
 from drl_jax.errors import UserError
 
 NOISE = 0.05  # std, unless it is given
+LEAST, LARGEST = 1e-6, 1e6  # of the numbers in a text; the rounding of others gives NaN
 LUMA = 0.299, 0.587, 0.114
 FORMS = "mask:NAME, downsample:N, blur:S, grayscale, noise:S"
 
@@ -130,12 +131,21 @@ def likelihood(
     """Returns x [n, H, W, C] -> log p(observed | x) [n], of pixels that are not hidden [nats].
 
     The observed values of hidden pixels have no effect.
+
+    Raises:
+      UserError: from the result, if the operator gives observations of another shape.
     """
     return Partial(_log_likelihood, operator, jnp.asarray(observed), jnp.float32(std))
 
 
 def _log_likelihood(operator, observed, std, x):
-    log_normal = -(jnp.square((observed - operator(x)) / std) + math.log(2 * math.pi)) / 2
+    expected = operator(x)
+    if observed.shape != expected.shape[1:]:  # which may broadcast
+        raise UserError(
+            f"the observation has shape {observed.shape}: this operator gives "
+            f"{expected.shape[1:]}"
+        )
+    log_normal = -(jnp.square((observed - expected) / std) + math.log(2 * math.pi)) / 2
     known = _known(operator, x[:1])
     return jnp.sum(jnp.where(known, log_normal - jnp.log(std), 0.0), axis=(1, 2, 3))
 
@@ -197,12 +207,20 @@ def parse(
 
 
 def _number(part: str, value: str, kind: type) -> Any:
-    """Returns the number of a part, which must be positive and finite."""
+    """Returns the number of a part.
+
+    Raises:
+      UserError: if it is none, or not in `LEAST`..`LARGEST`.
+    """
     try:
         number = kind(value)
     except ValueError:
         number = 0
-    if not 0 < number < math.inf:
-        what = "a whole number" if kind is int else "a number"
-        raise UserError(f"operator {part!r}: give {what} above 0, as in {part.split(':')[0]}:2")
+    if not LEAST <= number <= LARGEST:
+        what = (
+            "a whole number above 0"
+            if kind is int
+            else f"a number from {LEAST:g} to {LARGEST:g}"
+        )
+        raise UserError(f"operator {part!r}: give {what}, as in {part.split(':')[0]}:2")
     return number

@@ -186,6 +186,14 @@ def test_results_do_not_depend_on_the_other_images():
     np.testing.assert_array_equal(found.scores(x[:7]), found.scores(x)[:7])
 
 
+def test_images_of_another_shape_or_of_integers_are_an_error():
+    """Fails without a check: 8-bit images had scores, and others a traceback."""
+    x = images(2, 3)
+    for wrong, words in ((x[..., 0], "2x3x4: give nx3x4x2"), (np.uint8(x), "dtype uint8")):
+        with pytest.raises(UserError, match=words):
+            detector().scores(image for image in wrong)
+
+
 @pytest.mark.parametrize(("fitted", "calibration"), [(19, 30), (30, 19), (0, 30), (30, 0)])
 def test_too_few_images_are_an_error(fitted, calibration):
     number = min(fitted, calibration)
@@ -193,6 +201,10 @@ def test_too_few_images_are_an_error(fitted, calibration):
         UserError, match=rf"^a detector needs .* of 20 or more .* has {number}:"
     ):
         fit(fitted, calibration)
+
+
+def test_the_threshold_of_a_rate_of_nearly_1_is_the_lowest_score():
+    assert anomaly.conformal_threshold(np.arange(20.0), 1 - 1e-13) == 0
 
 
 @pytest.mark.parametrize("rate", [0.0, 1.0, -0.1, np.nan])

@@ -265,6 +265,17 @@ def test_chains_that_start_from_an_initialiser_start_from_the_posterior():
     assert again.method.sampler.start is ladder.start_from_posterior
 
 
+def test_only_mixtures_are_denoised():
+    """Fails if the Tweedie step of a product adds up the steps of its models."""
+    a, b = gaussians()
+    mcmc = FrozenConfigDict({**a.method.mcmc, "denoise": "tweedie"})
+    method = a.method._replace(sampler=a.method.sampler._replace(denoise=1.0), mcmc=mcmc)
+    denoising = Model.create(method, {}, a.mesh)
+    for combined, factor in ((denoising + b, 0.0), (Model.mixture([denoising, b]), 1.0)):
+        assert combined.method.sampler.denoise == factor
+        assert combined.with_sampler("langevin", K=1).method.sampler.denoise == factor
+
+
 def test_everything_that_takes_a_model_takes_a_combination():
     data = mixtures.gaussian(np.zeros(4), 0.2 * np.eye(4))
     a, b = (exact.model(data, T, log_Z, shape=(2, 2, 1)) for log_Z in LOG_Z)

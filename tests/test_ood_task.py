@@ -99,7 +99,9 @@ def test_the_shipped_model_finds_damaged_patches(tmp_path, caplog):
     assert (width, height) == (8 * (10 * 9 + 1), 8 * (5 * 9 + 1))
 
 
-def test_masks_are_matched_by_name_and_cropped_and_resized_like_their_images(tmp_path):
+def test_masks_are_matched_by_name_and_cropped_and_resized_like_their_images(
+    tmp_path, monkeypatch
+):
     """The second image is unreadable. Fails if its mask is used for the third image."""
     top = np.indices((8, 16))[0] < 4
     masks = {"a/0": top, "a/1": ~top, "b": np.indices((8, 16))[1] < 8}
@@ -112,8 +114,11 @@ def test_masks_are_matched_by_name_and_cropped_and_resized_like_their_images(tmp
     found = task.load_masks(config, source, epath.Path(tmp_path / "masks"), limit=10)
     row, column = np.indices((4, 4))
     np.testing.assert_array_equal(found, [row < 2, column < 2])
+    read, indices = source.read, []
+    monkeypatch.setattr(source, "read", lambda some: indices.extend(some) or read(some))
     limited = task.load_masks(config, source, epath.Path(tmp_path / "masks"), limit=1)
     np.testing.assert_array_equal(limited, found[:1])
+    assert indices == [0]  # not those above the limit
 
 
 @pytest.mark.slow

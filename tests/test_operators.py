@@ -69,6 +69,13 @@ def test_the_likelihood_is_that_of_normal_noise_at_known_pixels():
     )
 
 
+@pytest.mark.parametrize("shape", [(3, 4, 1), (1, 1, 3), (6, 8, 3)])
+def test_an_observation_of_another_shape_is_an_error(shape):
+    likelihood = operators.likelihood(operators.downsample(2), jnp.zeros(shape), 0.3)
+    with pytest.raises(UserError, match=r"shape \(\d, \d, \d\): this .* gives \(3, 4, 3\)"):
+        likelihood(jnp.asarray(X))
+
+
 def test_observations_have_noise_at_known_pixels_only():
     """With 128,000 numbers, a standard deviation is within 2% but once in 10^20 runs."""
     x = jnp.zeros((1000, 8, 16, 1))
@@ -89,6 +96,14 @@ def test_likelihoods_of_one_kind_share_a_program():
     assert compiled._cache_size() == 1
 
 
+@pytest.mark.parametrize("text", ["blur:1e-6,noise:1e-6", "blur:1e6,noise:1e6"])
+def test_the_smallest_and_the_largest_numbers_give_finite_likelihoods(text):
+    """Fails at 1e-50."""
+    operator, std = parse(text)
+    log_likelihood = operators.likelihood(operator, jnp.zeros(X.shape[1:]), std)
+    assert np.all(np.isfinite(log_likelihood(jnp.asarray(X))))
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -96,12 +111,14 @@ def test_likelihoods_of_one_kind_share_a_program():
         ("sharpen", "operator 'sharpen' is unknown"),
         ("mask:", "operator 'mask:' is unknown"),
         ("grayscale:2", "operator 'grayscale:2' is unknown"),
-        ("noise:0", "'noise:0': give a number above 0"),
-        ("noise:-0.1", "'noise:-0.1': give a number above 0"),
-        ("blur:nan", "'blur:nan': give a number above 0"),
-        ("blur:inf", "'blur:inf': give a number above 0"),
-        ("blur", "'blur': give a number above 0, as in blur:2"),
-        ("downsample:1.5", "'downsample:1.5': give a whole number above 0"),
+        ("noise:0", "'noise:0': give a number from 1e-06 to 1e"),
+        ("noise:-0.1", "'noise:-0.1': give a number from"),
+        ("noise:1e-7", "'noise:1e-7': give a number from"),
+        ("blur:nan", "'blur:nan': give a number from"),
+        ("blur:inf", "'blur:inf': give a number from"),
+        ("blur", "'blur': give a number from .*, as in blur:2"),
+        ("downsample:-2", "'downsample:-2': give a whole number above 0, as in"),
+        ("downsample:1.5", "'downsample:1.5': give a whole number above 0, as in downsample:2"),
         ("downsample:4", "6x8 does not divide into blocks of 4x4"),
         ("noise:0.1,blur:1", "noise must be the last part"),
         ("downsample:2,mask:a", "the mask is 6x8, the image 3x4"),

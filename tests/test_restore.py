@@ -71,12 +71,13 @@ def test_observations_of_the_user_are_restored_with_particles(workdir, tmp_path)
     ("flags", "operator", "message"),
     [
         ([], "xyz:2", "'xyz:2' is unknown: use some of mask:NAME, downsample:N"),
-        ([], "noise:-1", "'noise:-1': give a number above 0"),
+        ([], "noise:-1", "'noise:-1': give a number from 1e-06"),
         ([], "downsample:3", "8x8 does not divide into blocks of 3x3"),
         ([], "mask:center", "mask 'center' is unknown: did you mean 'centre'"),
         (["--observations={}/a.npy"], "downsample:2", "a.npy is 8x8x1: this .* gives 4x4x1"),
         (["--observations={}/big.npy"], "blur:1", r"values in \[255, 255\]: scale pixels"),
         (["--observations={}/text.npy"], "blur:1", "cannot read the observation"),
+        (["--observations={}/complex.npy"], "blur:1", "observation .* from dtype..complex128"),
         (["--observations=b.npy", "--images=a.png"], "blur:1", "exclude each other"),
     ],
 )
@@ -85,6 +86,7 @@ def test_bad_input_gives_one_line_and_leaves_nothing(
 ):
     np.save(tmp_path / "a.npy", np.zeros((8, 8, 1), np.float32))
     np.save(tmp_path / "big.npy", np.full((8, 8, 1), 255, np.float32))
+    np.save(tmp_path / "complex.npy", np.full((8, 8, 1), 1j))
     (tmp_path / "text.npy").write_text("text")
     before = set((workdir / "restorations").glob("*"))
     given = [flag.format(tmp_path) for flag in flags]

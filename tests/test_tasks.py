@@ -32,6 +32,7 @@ from drl_jax.tasks import (
     inpaint,
     interpolate,
     ood,
+    restore,
     sample,
     table,
 )
@@ -529,6 +530,26 @@ def test_results_depend_on_sampler_seed_number_precision_and_parameters(exact_ru
             [{"pairs": 2}],
         ),
         (
+            restore,
+            {
+                "model": None,
+                "operator": "mask:a/0.png",
+                "images": [],
+                "observations": ["a/1.png"],
+                "samples": 2,
+                "particles": 0,
+            },
+            [
+                {"value": 200},
+                {"operator": "noise:0.1"},
+                {"operator": "noise:0.2"},
+                {"observations": ["left/mask.png"]},
+                {"images": ["a/1.png"], "observations": []},
+                {"samples": 3},
+                {"particles": 8},
+            ],
+        ),
+        (
             ood,
             {
                 "model": None,
@@ -545,7 +566,7 @@ def test_results_depend_on_sampler_seed_number_precision_and_parameters(exact_ru
             ],
         ),
     ],
-    ids=["sample", "inpaint", "interpolate images", "interpolate samples", "ood"],
+    ids=["sample", "inpaint", "interpolate images", "interpolate samples", "restore", "ood"],
 )
 def test_results_depend_on_everything_that_a_task_is_given(
     exact_run, tmp_path, monkeypatch, task, given, changes

@@ -38,7 +38,7 @@ from jaxtyping import Array, Float, Key
 from drl_jax import noise
 from drl_jax.errors import UserError
 from drl_jax.metrics import ood
-from drl_jax.model import Model
+from drl_jax.model import Model, require_examples
 from drl_jax.runtime.batching import Engine
 from drl_jax.sampling import ladder
 
@@ -93,6 +93,7 @@ class Meter:
         method = model.method
         schedule = method.schedule
         self.levels = ood.levels(schedule)
+        self._shape = model.shape
         self._params = model.params
         self._engine = Engine(model.mesh, batch_size)
 
@@ -134,12 +135,20 @@ class Meter:
 
         One batch of images is in memory at a time. The noise of image i depends on the key,
         the level and i only.
+
+        Raises:
+          UserError: if images have another shape than those of the model, or are not of
+            floating-point numbers.
         """
         engine = self._engine
         shared = self._params, key, np.array(self.levels)
-        yield from engine.run(
-            self._compiled, shared, engine.stack(enumerate(images)), size=engine.batch_size
-        )
+
+        def batches():
+            for indices, x in engine.stack(enumerate(images)):
+                require_examples(x, self._shape)
+                yield indices, x
+
+        yield from engine.run(self._compiled, shared, batches(), size=engine.batch_size)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +177,11 @@ class Detector:
     _scale: tuple[float, float]
 
     def __call__(self, images: Images) -> Iterator[Detection]:
-        """Yields the results of a stream of images in [-1, 1], batch by batch."""
+        """Yields the results of a stream of images in [-1, 1], batch by batch.
+
+        Raises:
+          UserError: if images have another shape or dtype than those of the model.
+        """
         for score, map_, z in self._sums(self._key, images):
             (centre, scale), (map_centre, map_scale) = zip(
                 self._centre, self._scale, strict=True
@@ -229,7 +242,8 @@ def fit(model: Model, key: Key[Array, ""], fitted: Images, calibration: Images) 
       calibration: the second set, which shares no image with the first.
 
     Raises:
-      UserError: if one of the sets has fewer than `LEAST` images.
+      UserError: if one of the sets has fewer than `LEAST` images, or images have another shape
+        or dtype than those of the model.
     """
     images = iter(fitted)
     first = list(itertools.islice(images, model.engine.batch_size))
@@ -330,4 +344,4 @@ def require_enough(n: int) -> None:
 
 def _rank(rate: float, n: int) -> int:
     """Returns ceil((n + 1) (1 - rate)), without rounding errors that would change it."""
-    return math.ceil(round((n + 1) * (1 - rate), 9))
+    return max(1, math.ceil(round((n + 1) * (1 - rate), 9)))

@@ -269,8 +269,10 @@ def load_masks(
     assert isinstance(source, Folder)
     masks: list[Bool[np.ndarray, "H W"]] = []
     for index, name in enumerate(source.names):
+        if len(masks) == limit:
+            break
         (image,) = source.read([index])
-        if image is None or len(masks) == limit:
+        if image is None:
             continue
         path = (folder / name).with_suffix(".png")
         if not path.exists():

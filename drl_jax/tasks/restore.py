@@ -95,6 +95,7 @@ def run(
         **common.condition(label, guidance),
         observed=results.digest(observed),
         operator=operator,
+        masks=results.digest(observe),
         samples=samples,
         particles=particles,
     )
@@ -165,7 +166,8 @@ def _load(
     for file in files:
         if file.lower().endswith(".npy"):
             with as_user_error(f"cannot read the observation {file}"):
-                array = np.load(epath.Path(file), allow_pickle=False).astype(np.float32)
+                array = np.load(epath.Path(file), allow_pickle=False)
+                array = array.astype(np.float32, casting="same_kind")  # not of complex numbers
         else:
             array = image_files.read_image(file, wanted[-1]) / np.float32(127.5) - 1
         if array.shape != wanted:
