@@ -212,10 +212,14 @@ class Model:
 
     def __add__(self, other: "Model") -> "Model":
         """Returns the `product` of both."""
+        if not isinstance(other, Model):
+            return NotImplemented
         return Model.product((self, other))
 
     def __sub__(self, other: "Model") -> "Model":
         """Returns the `product` with the weights 1 and -1."""
+        if not isinstance(other, Model):
+            return NotImplemented
         return Model.product((self, other), (1, -1))
 
     def __mul__(self, weight: float) -> "Model":
@@ -654,12 +658,10 @@ class Model:
         problems = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], tree)
         if particles:
             result = self.smc(key, problems, 1, particles, width)
-            u = jax.random.uniform(jax.random.fold_in(key, particles))
-            log_w = np.asarray(result.log_weights[:, 0])
-            return np.asarray(result.x[annealing.resample(log_w, n, float(u)), 0])
-        devices = self.mesh.size
-        rounded = -(-max(n, smc_lib.LEAST) // devices) * devices
-        result = self.smc(key, problems, 1, rounded, width, corrected=False)
+            u = jax.random.uniform(jax.random.fold_in(key, particles), (1,))
+            return smc_lib.draws(result, n, np.asarray(u))[:, 0]
+        number = smc_lib.unweighted(n, self.mesh.size)
+        result = self.smc(key, problems, 1, number, width, corrected=False)
         return np.asarray(result.x[:n, 0])
 
     def smc(
@@ -713,6 +715,13 @@ class Model:
             bridges = -(-smc_lib.BRIDGES // self.T)
         require_at_least(1, bridges=bridges)
         log_likelihoods = smc_lib.as_pytree(log_likelihoods)
+        for leaf in jax.tree.leaves(log_likelihoods):
+            if np.shape(leaf)[:1] != (problems,):
+                raise UserError(
+                    f"an array of the likelihoods has the shape {np.shape(leaf)}: give one "
+                    f"entry for each of {problems} problems along its first axis "
+                    "(operators.stack)"
+                )
         self._require_likelihood(log_likelihoods)
         exact = dataclasses.replace(self, method=method_lib.with_exact_kernel(self.method))
         at_once = max(1, min(problems, self.engine.batch_size // particles))
@@ -740,7 +749,10 @@ class Model:
         result = jax.tree.map(lambda *v: np.concatenate(v, axis=1)[:, :problems], *results)
         for problem, values in enumerate(result.log_likelihood.T):
             if np.isnan(values).any():
-                raise UserError(f"the log-likelihood of image {problem} is not a number (NaN)")
+                raise UserError(
+                    f"the log-likelihood of image {problem} is not a number (NaN): check its "
+                    "observation; if that is finite, the chains have diverged"
+                )
         return result
 
     def evidence(

@@ -291,6 +291,13 @@ def test_everything_that_takes_a_model_takes_a_combination():
     assert np.isfinite(density.log_likelihood(model, key, x)[0]).all()
 
 
+def test_only_models_can_be_added():
+    a, _ = gaussians()
+    for operation in (lambda: a + 1, lambda: a - 1, lambda: 1 + a):
+        with pytest.raises(TypeError, match="unsupported operand"):
+            operation()
+
+
 @pytest.mark.slow
 def test_annealing_finds_log_Z_of_a_product():
     """The lower bound is log ∫ exp(F_1 + F_2), known for Gaussians, within 5 errors."""

@@ -79,6 +79,7 @@ def test_observations_of_the_user_are_restored_with_particles(workdir, tmp_path)
         (["--observations={}/text.npy"], "blur:1", "cannot read the observation"),
         (["--observations={}/complex.npy"], "blur:1", "observation .* from dtype..complex128"),
         (["--observations=b.npy", "--images=a.png"], "blur:1", "exclude each other"),
+        (["--particles=4"], "blur:1", "--particles is 4, but --samples is 8"),
     ],
 )
 def test_bad_input_gives_one_line_and_leaves_nothing(

@@ -212,6 +212,15 @@ def test_particles_are_drawn_in_proportion_to_their_weights():
     np.testing.assert_allclose(n / n.sum(), w, atol=2e-3)
 
 
+def test_draws_are_in_proportion_to_the_weights_of_each_problem():
+    x, w = np.arange(8.0).reshape(4, 2), np.array([[0.5, 0], [0.25, 0], [0.25, 0], [0, 1]])
+    with np.errstate(divide="ignore"):
+        posterior = smc.Posterior(x, np.log(w), x, x, x)
+    drawn = smc.draws(posterior, 8, np.array([0.5, 0.5]))
+    np.testing.assert_array_equal(np.sort(drawn[:, 0]), [0, 0, 0, 0, 2, 2, 4, 4])
+    np.testing.assert_array_equal(drawn[:, 1], 7)
+
+
 def test_the_effective_sample_size_counts_equal_weights():
     log_w = np.stack([np.full(8, 3.0), np.full(8, 900.0), np.full(8, -np.inf)], axis=1)
     log_w[3:, 1] = -np.inf
@@ -264,17 +273,22 @@ def test_other_values_need_no_new_compilation():
         ({"particles": 0}, "particles is 0"),
         ({"problems": 0}, "problems is 0"),
         ({"bridges": 0}, "bridges is 0"),
+        ({"log_likelihoods": likelihoods([0.1])}, r"\(1,\): give one entry for each of 2"),
+        (
+            {"log_likelihoods": Partial(log_likelihood, 0.1, 0.2), "problems": 1},
+            r"has the shape \(\): give one",
+        ),
     ],
 )
 def test_bad_input_is_refused(arguments, message):
-    given = {"log_likelihoods": lambda x: x[:, 0], "problems": 1, **arguments}
+    given = {"log_likelihoods": lambda x: x[:, 0], "problems": 2, **arguments}
     with pytest.raises(UserError, match=message):
         exact.model(DATA, 6).smc(jax.random.key(0), **given)
 
 
 def test_a_likelihood_that_is_not_a_number_names_the_image():
     observed = np.array([0.1, math.nan])
-    with pytest.raises(UserError, match="of image 1 is not a number"):
+    with pytest.raises(UserError, match=r"of image 1 is not a number .* check its observation"):
         exact.model(DATA, 6).smc(jax.random.key(0), likelihoods(observed), 2, 16)
 
 

@@ -65,8 +65,8 @@ class Panel(NamedTuple):
 def write_curves(path: epath.Path, panels: Sequence[Panel]) -> None:
     """Writes a figure of panels of curves, with a logarithmic x axis.
 
-    The axis includes 0 if the smallest x value is 1 or less. If all panels have the same curves,
-    there is one legend, below them.
+    The axis includes 0 if the smallest x value is 1 or less. If all panels have the same
+    curves, there is one legend, below them.
 
     Args:
       path: path of the PNG file.

@@ -159,6 +159,26 @@ def log_mean_weight(posterior: Posterior) -> Float[np.ndarray, "P"]:
     return np.logaddexp.reduce(posterior.log_weights) - math.log(len(posterior.log_weights))
 
 
+def unweighted(n: int, devices: int) -> int:
+    """Returns how many particles without weights yield n samples on a number of devices."""
+    return -(-max(n, LEAST) // devices) * devices
+
+
+def draws(
+    posterior: Posterior, n: int, u: Float[np.ndarray, "P"]
+) -> Float[np.ndarray, "n P *D"]:
+    """Draws n of the particles of each problem, in proportion to their weights.
+
+    Args:
+      posterior: N weighted particles, as numpy arrays.
+      n: number of draws.
+      u: random numbers in [0, 1), one per problem.
+    """
+    columns = zip(posterior.log_weights.T, u, strict=True)
+    indices = [annealing.resample(log_w, n, float(of_one)) for log_w, of_one in columns]
+    return np.asarray(posterior.x)[np.transpose(indices), np.arange(len(u))]
+
+
 def ancestors(log_w: Float[Array, "N"], u: Float[Array, ""]) -> Int[Array, "N"]:
     """Draws N indices in proportion to their weights, by systematic resampling.
 

@@ -17,7 +17,7 @@ from drl_jax.data import image_files, pipeline, sources
 from drl_jax.errors import UserError, as_user_error
 from drl_jax.metrics import restoration
 from drl_jax.plots import images as images_lib
-from drl_jax.sampling import annealing, smc
+from drl_jax.sampling import smc
 from drl_jax.storage import data_record, npz, results
 from drl_jax.storage.atomic import write_atomically, write_json
 from drl_jax.storage.runs import Run
@@ -71,12 +71,17 @@ def run(
       seed: random seed of the samples, of simulated noise and of a random mask.
 
     Raises:
-      UserError: if the operator, the data or a file cannot be used, the folder cannot be
-        written to, or a sample is not finite.
+      UserError: if the operator, the data or a file cannot be used, there are fewer particles
+        than samples, the folder cannot be written to, or a sample is not finite.
     """
     run = common.given(run, label, guidance)
     config, shape = run.config, run.model.shape
     common.require_images(run.model, "restore")
+    if 0 < particles < samples:
+        raise UserError(
+            f"--particles is {particles}, but --samples is {samples}: give at least as many "
+            "particles, or 0"
+        )
     key, mask_key, noise_key = jax.random.split(common.task_key("restore", seed), 3)
     size = config.data.image_size
     observe, std = operators.parse(
@@ -103,20 +108,16 @@ def run(
     path = workdir / "restorations" / f"step_{run.step}_seed_{seed}_{name}"
     with results.folder(path, settings) as folder:
         problems = operators.stack([operators.likelihood(observe, o, std) for o in observed])
-        n, k = len(observed), samples
-        devices = run.model.mesh.size
+        number = particles or smc.unweighted(samples, run.model.mesh.size)
         result = run.model.smc(
-            key,
-            problems,
-            n,
-            particles or -(-max(k, smc.LEAST) // devices) * devices,
-            width=std,
-            corrected=bool(particles),
+            key, problems, len(observed), number, width=std, corrected=bool(particles)
         )
-        x = np.asarray(result.x).swapaxes(0, 1)
-        restored = (
-            _select(x, np.asarray(result.log_weights), k, seed) if particles else x[:, :k]
-        )
+        if particles:
+            u = np.random.default_rng(seed).random(len(observed))
+            drawn = smc.draws(result, samples, u)
+        else:
+            drawn = np.asarray(result.x[:samples])
+        restored = drawn.swapaxes(0, 1)
         common.require_finite(restored, "images")
         metrics: dict[str, Any] = {
             "step": run.step,
@@ -180,17 +181,6 @@ def _load(
             )
         observed.append(array)
     return np.stack(observed)
-
-
-def _select(
-    x: Float[np.ndarray, "n N *D"], log_weights: Float[np.ndarray, "N n"], k: int, seed: int
-) -> Float[np.ndarray, "n k *D"]:
-    """Draws k of each image's weighted particles."""
-    u = np.random.default_rng(seed).random(len(x))
-    columns = zip(x, log_weights.T, u, strict=True)
-    return np.stack(
-        [x_i[annealing.resample(log_w, k, float(u_i))] for x_i, log_w, u_i in columns]
-    )
 
 
 def _grid(observed, restored, truth):
