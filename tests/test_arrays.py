@@ -89,6 +89,15 @@ def test_8_bit_images_are_resized_and_images_of_floats_must_have_the_size(tmp_pa
         sources.open_source(config)
 
 
+def test_the_outline_has_shape_and_type_and_follows_changes_of_the_file(tmp_path):
+    for x in (TABLE, PIXELS):
+        outline = arrays.outline(npz(tmp_path, x=x))
+        assert (outline.shape, outline.dtype) == (x.shape, x.dtype)
+        assert not any(outline.strides)  # it takes no memory
+    for name in ("digits", "npz:", "npz:no", npz(tmp_path, x=TABLE[0]), npz(tmp_path, y=TABLE)):
+        assert arrays.outline(name) is None
+
+
 def test_the_examples_of_an_npy_file_stay_in_the_file(tmp_path):
     assert isinstance(arrays.read(npy(tmp_path, PIXELS)).x, np.memmap)
 
@@ -324,12 +333,10 @@ def test_vectors_can_be_learned_sampled_measured_and_their_density_bounded(tmp_p
     name, workdir = npz(tmp_path, x=RNG.normal(size=(200, 3))), tmp_path / "run"
     changes = {
         "data.name": name,
-        "data.channels": 3,
         "data.test_fraction": 0.5,
         "energy.ch": 8,
         "energy.N": 1,
         "diffusion.T": 5,
-        "diffusion.schedule": "cosine",
         "train.batch_size": 16,
         "train.num_steps": 20,
         "log.sample_every_steps": 20,
@@ -337,7 +344,7 @@ def test_vectors_can_be_learned_sampled_measured_and_their_density_bounded(tmp_p
         "evaluation.batch_size": 100,
     }
     flags = [f"--config.{field}={value}" for field, value in changes.items()]
-    config = tiny.ROOT / "configs" / "toy2d.py"
+    config = tiny.ROOT / "configs" / "arrays.py"
     assert tiny.main(f"--config={config}", f"--workdir={workdir}", *flags) == 0
     metrics = json.loads((workdir / "metrics.json").read_text())
     assert (metrics["num_samples"], metrics["held_out"]) == (100, True)

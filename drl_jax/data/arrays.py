@@ -10,6 +10,7 @@ Signals and volumes are not supported. Nothing is unpickled, so a file cannot ru
 """
 
 import csv
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -151,6 +152,27 @@ def checked(name: str) -> tuple[Arrays, Statistics | None]:
                 "of all classes in x and y"
             )
     return found._replace(y=y, y_test=y_test), statistics
+
+
+def outline(name: str) -> np.ndarray | None:
+    """Returns zeros with the shape and type of x in a file, in a view that needs no memory.
+
+    None if there are no such examples: `checked` raises an error then. Configurations use it.
+    """
+    try:
+        stamp = path_of(name).stat() if is_name(name) else None
+        return _outline(name, stamp.st_mtime_ns, stamp.st_size) if stamp else None
+    except (UserError, OSError):
+        return None
+
+
+@functools.lru_cache(maxsize=1)  # since several settings follow one file
+def _outline(name: str, time: int, size: int) -> np.ndarray:
+    """Returns the same for a file that was last changed at this time, and has this size."""
+    del time, size
+    x = read(name).x
+    _require_shape(repr(name), "x", x)
+    return np.broadcast_to(np.zeros((), x.dtype), x.shape)
 
 
 def are_bytes(x: np.ndarray) -> bool:

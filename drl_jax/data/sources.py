@@ -880,7 +880,8 @@ def _require_network(name: str, network: str, are_points: bool) -> None:
     if are_points and network != "mlp":
         raise UserError(
             f"config.data.name is {name!r}, whose examples are points or other vectors, but "
-            f"config.energy.network {network!r} is for images; start from configs/toy2d.py"
+            f"config.energy.network {network!r} is for images; start from configs/"
+            f"{'arrays' if arrays.is_name(name) else 'toy2d'}.py"
         )
     if not are_points and network == "mlp":
         raise UserError(
