@@ -117,14 +117,14 @@ def test_statistics_are_those_of_all_examples_also_in_several_chunks(tmp_path, m
 
 def test_labels_are_those_of_the_examples_also_of_test_data(tmp_path):
     y = np.arange(20) % 4
-    name = npz(tmp_path, x=PIXELS, y=y, x_test=PIXELS[:5], y_test=y[:5].astype(np.uint8))
+    name = npz(tmp_path, x=PIXELS, y=y, x_test=PIXELS[15:], y_test=y[15:].astype(np.uint8))
     config = make_config(name, classes=4, test_fraction=0.5)  # which x_test replaces
     train, test = sources.open_source(config), sources.open_held_out(config)
-    for source, n in ((train, 20), (test, 5)):
+    for source, first in ((train, 0), (test, 15)):
         sources.require_classes(config, source)
-        images, labels = zip(*source.read_labelled(range(n)), strict=True)
-        np.testing.assert_array_equal(np.stack(images)[..., 0], PIXELS[:n])
-        assert list(labels) == y[:n].tolist()
+        images, labels = zip(*source.read_labelled(range(len(source))), strict=True)
+        np.testing.assert_array_equal(np.stack(images)[..., 0], PIXELS[first:])
+        assert list(labels) == y[first:].tolist()
     assert (train.split, train.held_out) == ("train", False)
     assert (test.split, test.held_out) == ("test", True)
     assert train.identity != test.identity
