@@ -26,12 +26,14 @@ def default() -> ConfigDict:
         {
             "seed": 0,
             "data": {
-                # 'digits', 'mnist5k', a TFDS name or 'folder:/path/to/images'; for points in
-                # the plane: 'moons', 'rings', 'checkerboard', 'blobs', 'spirals' or 'ellipse'.
+                # 'digits', 'mnist5k', a TFDS name, 'folder:/path/to/images', or a file with
+                # arrays: 'npz:/path', 'npy:/path' or 'csv:/path'; for points in the plane:
+                # 'moons', 'rings', 'checkerboard', 'blobs', 'spirals' or 'ellipse'.
                 "name": "cifar10",
                 "split": "train",  # of a TFDS data set, to train on
-                # Of the digits, MNIST or a folder: share of the images that are not trained on.
-                # TFDS data sets and points have test data of their own.
+                # Of the digits, MNIST, a folder or a file with arrays: share of the examples
+                # that are not trained on. TFDS data sets, points, and files with x_test have
+                # test data of their own.
                 "test_fraction": 0.0,
                 "data_dir": "",  # where TFDS data sets are stored; '': TFDS's default
                 # Whether an unreadable image in a folder is an error, instead of being skipped.
@@ -40,7 +42,7 @@ def default() -> ConfigDict:
                 # such as 'white', or '#rrggbb'.
                 "background": "white",
                 "image_size": 32,  # height and width [pixels]; ignored for points
-                "channels": 3,  # per pixel; for points, the number of coordinates
+                "channels": 3,  # per pixel; for points and other vectors, their dimension
                 "crop": "centre",  # 'centre': to a square before resizing; 'none': no crop
                 "flip": True,  # random horizontal flips
                 # Number of classes of the data's labels, if the networks take them; 0: they
@@ -60,7 +62,7 @@ def default() -> ConfigDict:
             "energy": {
                 # 'resnet', the paper's; 'cdrl_resnet', its successor's (Zhu et al. 2024);
                 # 'unet', for images of any size; 'image_mlp', for small images; 'mlp' for
-                # points
+                # points and other vectors
                 "network": "resnet",
                 "ch": 128,  # channels at full resolution; for MLPs, width of each layer
                 "mult": (1, 2, 2, 2),  # channels per resolution, in units of ch; not for MLPs
@@ -323,9 +325,8 @@ CAN_BE_INFINITE = ("train.loss_limit", "train.energy_limit")
 # Largest number of values of an image for which the mixtures of `FITTED` have full covariances.
 MOST_VALUES = 1024
 
-# Settings of images that must have these values for points in the plane.
+# Settings of images that must have these values for points and other vectors.
 REQUIRED_FOR_POINTS = {
-    "data.channels": 2,
     "data.flip": False,
     "data.dequantise": 0.0,
     "evaluation.inception_weights": "",
@@ -549,8 +550,8 @@ def validate(config: ConfigDict) -> None:
             if fields[name] != wanted:
                 raise invalid(
                     name,
-                    "config.energy.network 'mlp' is for points in the plane, for which it "
-                    f"must be {wanted!r}",
+                    "config.energy.network 'mlp' is for points and other vectors, for which "
+                    f"it must be {wanted!r}",
                 )
     values = config.data.image_size**2 * config.data.channels
     if config.energy.parameterisation in FITTED and values > MOST_VALUES:

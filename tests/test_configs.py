@@ -7,6 +7,7 @@ import re
 import tomllib
 
 import jax
+import numpy as np
 import pytest
 
 from drl_jax import config as config_lib
@@ -84,7 +85,7 @@ def test_all_t1k_configs_have_the_objective_that_works_on_digits():
 def test_the_learning_rate_is_constant_or_decays_until_the_end_of_the_run(path, changes):
     """Fails if the decay has a length of its own, which longer runs would not change."""
     config = command_line.changed(config_lib.load(str(path)), changes)
-    paper = not path.stem.startswith(("mnist", "toy2d", "digits"))
+    paper = not path.stem.startswith(("mnist", "toy2d", "digits", "arrays"))
     assert config.optim.decay_steps == (0 if paper else config.train.num_steps)
 
 
@@ -181,6 +182,36 @@ def test_the_settings_of_cdrl():
     assert (optim.adam, optim.learning_rate, optim.warmup_steps) == ("optax", 1e-4, 10_000)
     assert (optim.clip_norm, optim.ema_decay) == (1.0, 0.9999)
     assert (config.train.batch_size, config.train.num_steps) == (256, 400_000)
+
+
+@pytest.mark.parametrize(
+    ("x", "network", "channels", "size", "dequantise"),
+    [
+        (np.zeros((5, 7), np.float32), "mlp", 7, 16, 0),
+        (np.zeros((5, 8, 8), np.uint8), "image_mlp", 1, 8, 2 / 255),
+        (np.zeros((5, 8, 8, 3), np.float32), "image_mlp", 3, 8, 0),
+        (np.zeros((5, 30, 30, 3), np.uint8), "unet", 3, 30, 2 / 255),
+        (np.zeros((5, 17, 17)), "unet", 1, 17, 0),
+    ],
+)
+def test_the_config_of_arrays_follows_the_file(
+    tmp_path, x, network, channels, size, dequantise
+):
+    np.save(tmp_path / "a.npy", x)
+    flag = f"--config.data.name=npy:{tmp_path / 'a.npy'}"
+    config = command_line.changed(config_lib.load("arrays"), [flag])
+    assert (config.energy.network, config.data.channels) == (network, channels)
+    assert (config.data.image_size, config.data.dequantise) == (size, dequantise)
+    shape = (channels,) if x.ndim == 2 else (size, size, channels)
+    assert method.from_config(config).energy.shape == shape
+
+
+def test_the_command_line_takes_precedence_over_the_file(tmp_path):
+    """Resized images get the network of their new size."""
+    np.save(tmp_path / "a.npy", np.zeros((5, 8, 8), np.uint8))
+    flags = [f"--config.data.name=npy:{tmp_path / 'a.npy'}", "--config.data.image_size=32"]
+    config = command_line.changed(config_lib.load("arrays"), [*flags, "--config.energy.ch=32"])
+    assert (config.energy.network, config.energy.ch, config.energy.patch) == ("unet", 32, 4)
 
 
 def test_every_configuration_has_a_name():

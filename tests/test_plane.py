@@ -169,3 +169,19 @@ def test_two_points_are_no_evidence_of_different_distributions():
 def test_a_wrong_sampler_is_detected(change):
     rng = np.random.default_rng(0)
     assert plane.two_sample_test(rng, change(draws(1000, 1)), draws(1000, 2)) <= 0.01
+
+
+@pytest.mark.parametrize("scale", [1, 100], ids=str)
+def test_in_more_dimensions_the_kernels_follow_the_scale_of_the_data(scale):
+    """Equal distributions are rejected with probability 0.01. Fails with `BANDWIDTHS`.
+
+    One of 20 values has another standard deviation in the wrong sample.
+    """
+    x, y = scale * np.random.default_rng(1).normal(size=(2, 500, 20))
+    wrong = x * np.where(np.arange(20), 1, 3)
+    p_equal, p_wrong = (
+        plane.two_sample_test(np.random.default_rng(0), z, y, bandwidths=None)
+        for z in (x, wrong)
+    )
+    assert p_equal > 0.01
+    assert p_wrong <= 0.01

@@ -212,26 +212,31 @@ def run(extended, *args):
     return done.stdout + done.stderr
 
 
+def save_idx(path, images):
+    """Writes grey images in the format of MNIST."""
+    path.write_bytes(np.array([2051, *images.shape[:3]], ">i4").tobytes() + images.tobytes())
+
+
 def test_the_new_source_gives_batches_of_the_images_in_the_file(extended):
-    images = np.arange(5 * 4 * 4 * 3, dtype=np.uint8).reshape(5, 4, 4, 3)
-    np.save(extended / "images.npy", images)
+    images = np.arange(5 * 4 * 4, dtype=np.uint8).reshape(5, 4, 4, 1)
+    save_idx(extended / "images", images)
     program = """
 from drl_jax import config as config_lib
 from drl_jax.data import pipeline, sources
 config = config_lib.default()
-config.data.name, config.data.image_size, config.train.batch_size = "npy:images.npy", 4, 5
-config.data.flip = False
+config.data.name, config.data.image_size, config.train.batch_size = "idx:images", 4, 5
+config.data.flip, config.data.channels = False, 1
 source = sources.open_source(config)
 batch = next(pipeline.training_batches(config, source))["image"]
 print(batch.shape, sorted(pipeline.to_uint8(batch)[:, 0, 0, 0].tolist()))
 try:
-    sources.Npy("images.npy", channels=1)
+    sources.Idx("images", channels=3)
 except sources.UserError as error:
     print(error)
 """
     shape, wrong_channels = run(extended, "-c", program).splitlines()[-2:]
-    assert shape == f"(5, 4, 4, 3) {images[:, 0, 0, 0].tolist()}"
-    assert "3 channels" in wrong_channels
+    assert shape == f"(5, 4, 4, 1) {images[:, 0, 0, 0].tolist()}"
+    assert "1 channel," in wrong_channels
 
 
 def test_the_new_task_is_found_and_explained(extended):
@@ -252,9 +257,9 @@ assert parameters.keys() == {"run", "workdir", *task.arguments}
 def test_all_additions_work_together(extended):
     """Trains the new network on the new source with the new sampler; runs the new task."""
     rng = np.random.default_rng(0)
-    np.save(extended / "noise.npy", rng.integers(0, 256, (20, 8, 8, 1), dtype=np.uint8))
+    save_idx(extended / "noise", rng.integers(0, 256, (20, 8, 8, 1), dtype=np.uint8))
     changes = {
-        "data__name": "npy:noise.npy",
+        "data__name": "idx:noise",
         "energy__network": "cnn",
         "mcmc__sampler": "random_walk",
         "mcmc__warmup_steps": 5,

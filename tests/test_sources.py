@@ -198,7 +198,7 @@ def test_a_folder_with_an_image_in_no_subfolder_has_no_labels(tmp_path):
 def test_the_number_of_classes_must_be_that_of_the_data(name, wanted, message):
     config = make_config(name, classes=wanted)
     if name == "rings":
-        config.energy.network = "mlp"
+        config.energy.network, config.data.channels = "mlp", 2
     source = sources.open_source(config)
     with pytest.raises(UserError, match=message):
         sources.require_classes(config, source)
@@ -646,7 +646,7 @@ def test_digits_and_folders_have_only_training_data_unless_a_share_is_held_out(t
 def test_held_out_points_are_other_exact_samples(monkeypatch):
     """Fails if they are drawn with the key of the points to train on."""
     monkeypatch.setattr(sources, "NUM_POINTS", 10_000)
-    config = make_config("ellipse")
+    config = make_config("ellipse", channels=2)
     config.energy.network = "mlp"
     trained_on, held_out = sources.open_source(config), sources.open_held_out(config)
     assert (trained_on.held_out, held_out.held_out) == (False, True)

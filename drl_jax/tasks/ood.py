@@ -11,7 +11,7 @@ from etils import epath
 from jaxtyping import Array, Bool, Float, Key, UInt8
 from ml_collections import ConfigDict
 
-from drl_jax.data import image_files, pipeline, sources
+from drl_jax.data import arrays, image_files, pipeline, sources
 from drl_jax.data.sources import Folder, Source
 from drl_jax.errors import UserError
 from drl_jax.metrics import anomaly, ood
@@ -436,9 +436,9 @@ def summarise(scores: Scores) -> dict[str, Any]:
 
 
 def short_name(name: str) -> str:
-    """Returns the last part of the path of a 'folder:', and other names unchanged."""
-    is_folder = name.startswith("folder:")
-    return epath.Path(name.removeprefix("folder:")).name if is_folder else name
+    """Returns the last part of the path of a folder or file, and other names unchanged."""
+    has_path = name.startswith("folder:") or arrays.is_name(name)
+    return epath.Path(name.partition(":")[2]).name if has_path else name
 
 
 def table(

@@ -29,7 +29,7 @@ def run(
       grids/STEP.png: samples during training.
       events.out.tfevents.*: for TensorBoard: loss, learning rate, speed and statistics of the
         levels (`training.loop.Progress`), sample grids, configuration and final metrics.
-      metrics.json, samples.png and, for points, toy2d.png: see `tasks.evaluate`.
+      metrics.json, samples.png and, for points in the plane, toy2d.png: see `tasks.evaluate`.
 
     Args:
       config: configuration of the run.
