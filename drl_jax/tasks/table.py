@@ -371,7 +371,7 @@ _TASKS = (
             Flag(
                 "particles",
                 "Number of weighted particles per image from which samples are drawn, which "
-                "become exact as it grows; 0: approximate samples",
+                "become exact as it grows, at least --samples; 0: approximate samples",
                 type=int,
                 default=0,
                 minimum=0,
