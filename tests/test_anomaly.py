@@ -59,19 +59,23 @@ def test_statistics_are_those_of_the_closed_form():
         a_bar, sigma_bar = float(schedule.a_bar[t]), float(schedule.sigma_bar[t])
         a = 1.0 if t == T - 1 else float(schedule.a[t + 1])
         inverse = np.linalg.inv(a_bar**2 * COVARIANCE + sigma_bar**2 * np.eye(D))
-        gradients, residuals = [], []
+        gradients, residuals, log_p = [], [], []
         for draw in range(anomaly.DRAWS):
             level_key = jax.random.fold_in(jax.random.fold_in(key, draw), t)
             keys = noise.example_keys(level_key, jnp.arange(5))
             eps = np.float64(noise.normal(noise.fold(keys, 0), SHAPE)).reshape(5, D)
             x_t = a_bar * np.float64(x).reshape(5, D) + sigma_bar * eps
             whitened = (x_t - a_bar * MEAN) @ inverse
+            log_p.append(-np.sum((x_t - a_bar * MEAN) * whitened, axis=1) / 2)
             gradients.append(-whitened / a)
             residuals.append(MEAN + a_bar * whitened @ COVARIANCE - x.reshape(5, D))
         pixels = [
             np.linalg.norm(np.reshape(v, (anomaly.DRAWS, 5, *SHAPE)), axis=-1)
             for v in (gradients, residuals)
         ]
+        found = mean.log_density[:, t] - mean.log_density[0, t]  # without the constant
+        wanted = np.mean(log_p, axis=0)
+        np.testing.assert_allclose(found, wanted - wanted[0], rtol=1e-3, atol=1e-2)
         norms = np.linalg.norm(gradients, axis=-1)
         np.testing.assert_allclose(mean.score_norm[:, t], norms.mean(0), rtol=1e-3)
         for name, values in zip(("gradient", "residual"), pixels, strict=True):
@@ -189,7 +193,11 @@ def test_results_do_not_depend_on_the_other_images():
 def test_images_of_another_shape_or_of_integers_are_an_error():
     """Fails without a check: 8-bit images had scores, and others a traceback."""
     x = images(2, 3)
-    for wrong, words in ((x[..., 0], "2x3x4: give nx3x4x2"), (np.uint8(x), "dtype uint8")):
+    for wrong, words in (
+        (x[..., 0], "2x3x4: give nx3x4x2"),
+        (np.uint8(x), "dtype uint8"),
+        (np.where(x == x[1, 0, 0, 0], np.nan, x), "pixels that are not finite"),
+    ):
         with pytest.raises(UserError, match=words):
             detector().scores(image for image in wrong)
 

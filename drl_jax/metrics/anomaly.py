@@ -138,7 +138,7 @@ class Meter:
 
         Raises:
           UserError: if images have another shape than those of the model, or are not of
-            floating-point numbers.
+            finite floating-point numbers.
         """
         engine = self._engine
         shared = self._params, key, np.array(self.levels)
@@ -146,6 +146,8 @@ class Meter:
         def batches():
             for indices, x in engine.stack(enumerate(images)):
                 require_examples(x, self._shape)
+                if not np.isfinite(x).all():
+                    raise UserError("an image has pixels that are not finite (NaN or infinite)")
                 yield indices, x
 
         yield from engine.run(self._compiled, shared, batches(), size=engine.batch_size)
@@ -180,7 +182,8 @@ class Detector:
         """Yields the results of a stream of images in [-1, 1], batch by batch.
 
         Raises:
-          UserError: if images have another shape or dtype than those of the model.
+          UserError: if images have another shape or dtype than those of the model, or pixels
+            that are not finite.
         """
         for score, map_, z in self._sums(self._key, images):
             (centre, scale), (map_centre, map_scale) = zip(
