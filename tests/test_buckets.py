@@ -14,7 +14,7 @@ from helpers import tiny
 from helpers.bucket import Bucket
 from helpers.examples import encoded, make_config
 
-from drl_jax.data import sources
+from drl_jax.data import arrays, sources
 from drl_jax.errors import UserError
 from drl_jax.tasks import likelihood, table
 
@@ -126,6 +126,26 @@ def test_images_in_a_bucket_are_found_without_reading_them(bucket, caplog):
     others = sources.open_source(make_config("folder:gs://bucket/others"))
     assert others.version(3) != source.version(3)
     assert others.identity == source.identity  # each size would cost a request
+
+
+@pytest.mark.parametrize("kind", ["npz", "npy", "csv"])
+def test_arrays_in_a_bucket_are_those_on_disk(bucket, tmp_path, kind):
+    x, file = np.float32([[1, 2, 5], [3, 4, 9]]), tmp_path / f"a.{kind}"
+    if kind == "npz":
+        np.savez(file, x=x)
+    elif kind == "npy":
+        np.save(file, x)
+    else:
+        np.savetxt(file, x, delimiter=",", header="a,b,c", comments="")
+    bucket.put(f"arrays/{file.name}", file.read_bytes())
+    assert arrays.outline(f"{kind}:gs://bucket/arrays/{file.name}").shape == (2, 3)
+    found, on_disk = (
+        sources.Arrays(f"{kind}:{place}") for place in (f"gs://bucket/arrays/{file.name}", file)
+    )
+    np.testing.assert_array_equal(found.read([0, 1]), x)
+    assert found.identity == on_disk.identity
+    with pytest.raises(UserError, match="there is no such file"):
+        arrays.read(f"{kind}:gs://bucket/arrays/none.{kind}")
 
 
 def test_every_task_is_tested():

@@ -11,14 +11,16 @@ Signals and volumes are not supported. Nothing is unpickled, so a file cannot ru
 
 import csv
 import functools
+import io
 import math
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from etils import epath
 from jaxtyping import Float, Int, Num
 
+from drl_jax.data import image_files
 from drl_jax.errors import UserError, as_user_error
 
 CHANNELS = (1, 3)  # of images: grey and RGB
@@ -66,7 +68,7 @@ def is_name(name: str) -> bool:
     return name.partition(":")[0] in READERS and ":" in name
 
 
-def path_of(name: str) -> Path:
+def path_of(name: str) -> epath.Path:
     """Returns the path in `config.data.name`.
 
     Raises:
@@ -77,7 +79,7 @@ def path_of(name: str) -> Path:
         raise UserError(
             f"config.data.name is {name!r}, without a path; give '{kind}:/path/file.{kind}'"
         )
-    file = Path(path).expanduser()
+    file = epath.Path(path).expanduser()
     if not file.is_file():
         raise UserError(
             f"config.data.name is {name!r}, but there is no such file; give the path of a "
@@ -89,8 +91,8 @@ def path_of(name: str) -> Path:
 def read(name: str) -> Arrays:
     """Reads the arrays in a file, without checking their values (`checked`).
 
-    Of a .npy file, which is memory-mapped, only the header is read. The arrays in a .npz file
-    and the table in a .csv file are read into memory.
+    Of a .npy file on disk, which is memory-mapped, only the header is read. The arrays in a
+    .npz file, the table in a .csv file, and files in a bucket are read into memory.
 
     Args:
       name: 'npz:', 'npy:' or 'csv:', and the path of the file.
@@ -161,7 +163,7 @@ def outline(name: str) -> np.ndarray | None:
     """
     try:
         stamp = path_of(name).stat() if is_name(name) else None
-        return _outline(name, stamp.st_mtime_ns, stamp.st_size) if stamp else None
+        return _outline(name, stamp.mtime, stamp.length) if stamp else None
     except (UserError, OSError):
         return None
 
@@ -195,9 +197,9 @@ def column(columns: Sequence[str], index: int) -> str:
     return f"column {columns[index]!r}" if columns else f"column x[:, {index}]"
 
 
-def _read_npz(file: Path) -> Arrays:
+def _read_npz(file: epath.Path) -> Arrays:
     """Reads the fields x, y, x_test and y_test; others are ignored."""
-    archive = np.load(file, allow_pickle=False)
+    archive = np.load(io.BytesIO(file.read_bytes()), allow_pickle=False)
     if not isinstance(archive, np.lib.npyio.NpzFile):
         raise ValueError("it contains a single array; give it as npy:PATH")
     with archive:
@@ -213,40 +215,42 @@ def _read_npz(file: Path) -> Arrays:
         return Arrays(archive["x"], y, x_test, y_test)
 
 
-def _read_npy(file: Path) -> Arrays:
-    """Maps an array into memory."""
+def _read_npy(file: epath.Path) -> Arrays:
+    """Maps an array into memory, or reads it from a bucket."""
+    if image_files.is_bucket(file):
+        return Arrays(np.lib.format.read_array(io.BytesIO(file.read_bytes())))
     return Arrays(np.lib.format.open_memmap(file, mode="r"))
 
 
-def _read_csv(file: Path) -> Arrays:
+def _read_csv(file: epath.Path) -> Arrays:
     """Reads a table of numbers, separated by commas.
 
     The first line is a header if none of its fields is a number.
     """
     rows: list[list[float]] = []
     columns: list[str] = []
-    with file.open(newline="", encoding="utf-8-sig") as stream:
-        reader = csv.reader(stream, skipinitialspace=True)
-        for fields in reader:
-            line = reader.line_num
-            width = len(rows[0]) if rows else len(columns)
-            if not fields:
-                continue  # an empty line
-            if width and len(fields) != width:
-                raise ValueError(f"line {line} has {len(fields)} fields instead of {width}")
-            if not width and all(map(_is_text, fields)):
-                columns = [field.strip() for field in fields]
-                continue
-            rows.append([])
-            for j, field in enumerate(fields):
-                number = _number(field)
-                if number is None or not math.isfinite(number):
-                    place = column(columns, j) if columns else f"field {j + 1}"
-                    raise ValueError(
-                        f"line {line}, {place} is {field!r}; give finite numbers, separated by "
-                        "commas, and leave out rows with missing values"
-                    )
-                rows[-1].append(number)
+    lines = file.read_bytes().decode("utf-8-sig").splitlines()
+    reader = csv.reader(lines, skipinitialspace=True)
+    for fields in reader:
+        line = reader.line_num
+        width = len(rows[0]) if rows else len(columns)
+        if not fields:
+            continue  # an empty line
+        if width and len(fields) != width:
+            raise ValueError(f"line {line} has {len(fields)} fields instead of {width}")
+        if not width and all(map(_is_text, fields)):
+            columns = [field.strip() for field in fields]
+            continue
+        rows.append([])
+        for j, field in enumerate(fields):
+            number = _number(field)
+            if number is None or not math.isfinite(number):
+                place = column(columns, j) if columns else f"field {j + 1}"
+                raise ValueError(
+                    f"line {line}, {place} is {field!r}; give finite numbers, separated by "
+                    "commas, and leave out rows with missing values"
+                )
+            rows[-1].append(number)
     if not rows:
         raise ValueError("it contains no numbers")
     return Arrays(np.array(rows), columns=columns)
@@ -254,7 +258,7 @@ def _read_csv(file: Path) -> Arrays:
 
 # How the files are read, by the prefix of config.data.name, which is also their suffix. The
 # functions raise exceptions of any type, which `read` makes a UserError.
-READERS: dict[str, Callable[[Path], Arrays]] = {
+READERS: dict[str, Callable[[epath.Path], Arrays]] = {
     "npz": _read_npz,
     "npy": _read_npy,
     "csv": _read_csv,
