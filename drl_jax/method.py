@@ -315,7 +315,6 @@ def make_energy(config: ConfigDict, schedule: NoiseSchedule, dtype: str) -> Ener
     """
     size, channels = config.data.image_size, config.data.channels
     ch, mult, N = config.energy.ch, config.energy.mult, config.energy.N
-    attention, dropout = config.energy.attention, config.energy.dropout
     form = FORMS.get(config.energy.form) or _mixture(config, schedule)
     levels, classes = schedule.conditioning[:-1], config.data.classes
     outputs = 2 if config.energy.form == "mixture" else 1
@@ -326,24 +325,14 @@ def make_energy(config: ConfigDict, schedule: NoiseSchedule, dtype: str) -> Ener
             shape=(size, size, channels),
             width=ch,
             depth=N,
-            dropout=dropout,
+            dropout=config.energy.dropout,
             form=form,
             levels=levels,
             outputs=outputs,
             classes=classes,
         )
     elif config.energy.network == "unet":
-        network = unet.network(
-            size,
-            ch,
-            mult,
-            N,
-            attention,
-            dropout,
-            patch=config.energy.patch,
-            outputs=outputs,
-            classes=classes,
-        )
+        network = make_unet(config, outputs)
         energy = from_image_to_image(network, (size, size, channels), form, levels)
     elif config.energy.network == "cdrl_resnet":
         energy = resnet.cdrl_energy(size, channels, ch, mult, N, levels, classes)
@@ -354,6 +343,26 @@ def make_energy(config: ConfigDict, schedule: NoiseSchedule, dtype: str) -> Ener
     if proposal := make_initialiser(config, schedule, dtype):
         energy = initialiser.joined(energy, proposal)
     return with_dtype(jnp.bfloat16, energy) if dtype == "bfloat16" else energy
+
+
+def make_unet(config: ConfigDict, outputs: int = 1) -> unet.UNet:
+    """Builds the U-Net that `config.energy` describes, with this number of outputs.
+
+    Raises:
+      UserError: as `unet.network` does.
+    """
+    settings = config.energy
+    return unet.network(
+        config.data.image_size,
+        settings.ch,
+        settings.mult,
+        settings.N,
+        settings.attention,
+        settings.dropout,
+        patch=settings.patch,
+        outputs=outputs,
+        classes=config.data.classes,
+    )
 
 
 def make_initialiser(

@@ -149,19 +149,22 @@ def test_an_mlp_costs_two_flops_per_weight(config):
 
 @pytest.mark.parametrize("denoise", ["no", "tweedie"])
 @pytest.mark.parametrize(
-    ("start", "sampler", "K"),
+    ("start", "sampler", "K", "levels"),
     [
-        ("x_tilde", "langevin", 2),
-        ("x_tilde", "hmc", 2),
-        ("posterior", "langevin", 0),
-        ("posterior", "mala", 2),
-        ("initialiser", "langevin", 2),
-        ("initialiser", "mala", 0),
+        ("x_tilde", "langevin", 2, 0),
+        ("x_tilde", "hmc", 2, 0),
+        ("posterior", "langevin", 0, 0),
+        ("posterior", "mala", 2, 0),
+        ("posterior", "mala", 2, 2),
+        ("initialiser", "langevin", 2, 0),
+        ("initialiser", "mala", 0, 0),
     ],
 )
-def test_evaluations_are_those_that_generation_makes(config, start, sampler, K, denoise):
+def test_evaluations_are_those_that_generation_makes(
+    config, start, sampler, K, levels, denoise
+):
     """Counts the calls of both networks in the compiled program."""
-    config.data.channels, config.diffusion.T = 2, 3
+    config.data.channels, config.diffusion.T, config.mcmc.levels = 2, 3, levels
     config.energy.update(network="mlp", ch=8, N=1)
     config.mcmc.update(start=start, sampler=sampler, K=K, denoise=denoise, leapfrog=(2, 1, 3))
     if start == "initialiser":

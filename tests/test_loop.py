@@ -334,6 +334,7 @@ def test_a_run_that_has_checkpoints_resumes_instead_of_starting_from_another(unt
     [
         ({}, {"resume_with_changes": True}, "--resume_with_changes: there is no checkpoint in"),
         ({}, {"init_from": "nonesuch"}, "there is no checkpoint in nonesuch"),
+        ({"mcmc.levels": 2}, {}, "mcmc.levels is 2, but all levels are trained"),
         ({}, {"init_from": "UNTRAINED:5"}, "no checkpoint of step 5 in .*: the steps are 7, 3"),
         (
             {"energy.ch": 16, "seed": 1},

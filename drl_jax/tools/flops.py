@@ -169,8 +169,12 @@ def evaluations(config: ConfigDict) -> Evaluations:
     """Returns how often the networks are evaluated to generate one sample."""
     mcmc = config.mcmc
     gradients = int(np.sum(_gradients(config))) + (mcmc.denoise != "no")
-    T = mcmc.levels or config.diffusion.T
-    return Evaluations(gradients, T * (mcmc.start == "initialiser"))
+    return Evaluations(gradients, levels(config) * (mcmc.start == "initialiser"))
+
+
+def levels(config: ConfigDict) -> int:
+    """Returns the number of noise levels that samples pass through."""
+    return config.mcmc.levels or config.diffusion.T
 
 
 def leapfrog(config: ConfigDict) -> int:
@@ -181,9 +185,8 @@ def leapfrog(config: ConfigDict) -> int:
 def _gradients(config: ConfigDict) -> np.ndarray:
     """Returns the number of gradients that a chain evaluates at each level [T]."""
     mcmc = config.mcmc
-    T = mcmc.levels or config.diffusion.T
     steps = np.asarray(mcmc.leapfrog) if mcmc.sampler == "hmc" else np.ones(1)
-    gradients = mcmc.K * np.broadcast_to(steps, T)
+    gradients = mcmc.K * np.broadcast_to(steps, levels(config))
     if mcmc.sampler != "langevin" and mcmc.K:
         gradients = gradients + 1  # to initialise the chain
     # The program computes the starting point at every level, although it is not used at T - 1.

@@ -74,7 +74,6 @@ from drl_jax.method import Method
 from drl_jax.metrics import classifier, pixels
 from drl_jax.metrics.classifier import Classifier
 from drl_jax.model import Model
-from drl_jax.networks import unet
 from drl_jax.networks.energy import Energy, Params, from_image_to_image, inner_product
 from drl_jax.networks.image_mlp import ImageMLP
 from drl_jax.plots import figures
@@ -236,15 +235,7 @@ def make_method(name: str, config: ConfigDict) -> Method:
         return method
     settings = config.energy
     if settings.network == "unet":
-        network: nn.Module = unet.network(
-            config.data.image_size,
-            settings.ch,
-            settings.mult,
-            settings.N,
-            settings.attention,
-            settings.dropout,
-            patch=settings.patch,
-        )
+        network: nn.Module = method_lib.make_unet(config)
     else:
         network = ImageMLP(width=settings.ch, depth=settings.N, dropout=settings.dropout)
     schedule = method.schedule

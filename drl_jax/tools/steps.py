@@ -183,7 +183,7 @@ def settings_of(config: ConfigDict) -> dict[str, Any]:
     mcmc = config.mcmc
     return {
         "sampler": mcmc.sampler if mcmc.K else START,
-        "levels": mcmc.levels or config.diffusion.T,
+        "levels": flops.levels(config),
         "K": mcmc.K,
         "b_squared": mcmc.b_squared if mcmc.K and mcmc.sampler not in METROPOLIS else None,
     }
