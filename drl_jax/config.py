@@ -45,6 +45,9 @@ def default() -> ConfigDict:
                 "channels": 3,  # per pixel; for points and other vectors, their dimension
                 "crop": "centre",  # 'centre': to a square before resizing; 'none': no crop
                 "flip": True,  # random horizontal flips
+                # Whether the networks see vectors, signals and volumes with mean 0 and standard
+                # deviation 1 in each feature; samples and densities are those of the data.
+                "standardise": False,
                 # Number of classes of the data's labels, if the networks take them; 0: they
                 # take none. The data must have as many classes.
                 "classes": 0,
@@ -341,6 +344,7 @@ DEFINING = (
     "data.channels",
     "data.classes",
     "data.dequantise",
+    "data.standardise",
     "diffusion.",
     "energy.",
     "initialiser.",
@@ -521,6 +525,14 @@ def validate(config: ConfigDict) -> None:
             f"config.energy.network {config.energy.network!r} takes no labels; use 0, or "
             "another network for images such as 'cdrl_resnet'",
         )
+    if config.data.standardise:
+        if config.data.dequantise:
+            raise invalid("data.dequantise", "only 8-bit images, which are not standardised")
+        if config.energy.parameterisation in ("uniform", "bounded_gaussians"):
+            raise invalid(
+                "energy.parameterisation",
+                "it is for pixels in [-1, 1], but config.data.standardise is True; use 'unit'",
+            )
     is_points = config.energy.network == "mlp"
     if config.initialiser.network == "unet" and is_points:
         raise invalid("initialiser.network", "points are not images; use 'mlp'")

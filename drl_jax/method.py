@@ -3,18 +3,17 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, Key, Shaped
+from jaxtyping import Array, ArrayLike, Float, Int, Key, Shaped
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from drl_jax import config as config_lib
-from drl_jax import diffusion, noise, recovery
+from drl_jax import diffusion, noise, recovery, standardisation
 from drl_jax.data import mixtures
 from drl_jax.data.mixtures import Mixture
 from drl_jax.diffusion import NoiseSchedule
@@ -339,7 +338,10 @@ def make_energy(config: ConfigDict, schedule: NoiseSchedule, dtype: str) -> Ener
     else:
         energy = resnet.energy(size, channels, ch, mult, N)
     if config.energy.parameterisation in config_lib.FITTED:
-        energy = energy._replace(init=_init_with_mixture(energy, config.energy.components))
+        energy = _with_entry(energy, MIXTURE, _white_mixture(energy, config.energy.components))
+    if config.data.standardise:
+        unfitted = standardisation.unfitted(channels)
+        energy = _with_entry(energy, standardisation.NAME, unfitted._asdict())
     if proposal := make_initialiser(config, schedule, dtype):
         energy = initialiser.joined(energy, proposal)
     return with_dtype(jnp.bfloat16, energy) if dtype == "bfloat16" else energy
@@ -397,21 +399,21 @@ def make_initialiser(
     return initialiser.from_network(network, shape, levels, jnp.dtype(dtype))
 
 
-def _init_with_mixture(
-    energy: Energy, K: int
-) -> Callable[[Key[Array, ""]], tuple[Params, Vectors]]:
-    """Returns an `Energy.init` whose parameters include a mixture, not fitted yet.
-
-    Its K components are white noise.
-    """
-    D = math.prod(energy.shape)
-    white = mixtures.mixture(np.full(K, 1 / K), np.zeros((K, D)), np.tile(np.eye(D), (K, 1, 1)))
+def _with_entry(energy: Energy, name: str, value: dict[str, ArrayLike]) -> Energy:
+    """Returns the energy with another entry among its initial parameters."""
 
     def init(key: Key[Array, ""]) -> tuple[Params, Vectors]:
         params, vectors = energy.init(key)
-        return with_mixture(params, white), vectors
+        return params | {name: jax.tree.map(jnp.asarray, value)}, vectors
 
-    return init
+    return energy._replace(init=init)
+
+
+def _white_mixture(energy: Energy, K: int) -> dict[str, ArrayLike]:
+    """Returns a mixture that is not fitted yet: its K components are white noise."""
+    D = math.prod(energy.shape)
+    white = mixtures.mixture(np.full(K, 1 / K), np.zeros((K, D)), np.tile(np.eye(D), (K, 1, 1)))
+    return white._asdict()
 
 
 def _mixture(config: ConfigDict, schedule: NoiseSchedule) -> Form:

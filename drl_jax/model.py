@@ -12,10 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jax.tree_util import Partial
 from jaxtyping import Array, ArrayLike, Float, Int, Shaped
 
 from drl_jax import compose, noise
 from drl_jax import method as method_lib
+from drl_jax import standardisation as standardisation_lib
 from drl_jax.errors import UserError
 from drl_jax.method import Method
 from drl_jax.networks import guidance as guidance_lib
@@ -31,6 +33,7 @@ from drl_jax.sampling import smc as smc_lib
 from drl_jax.sampling.chains import Chains, LabelFn, Observation
 from drl_jax.sampling.ladder import Adapted
 from drl_jax.sampling.smc import LogLikelihood, Posterior
+from drl_jax.standardisation import Standardisation, with_standardisation
 
 log = logging.getLogger(__name__)
 
@@ -72,6 +75,10 @@ class Model:
 
     Use `Model.create`, `drl_jax.load` or `storage.runs.load` to make one. Its methods take the
     keys of `jax.random.key` and of `jax.random.PRNGKey`.
+
+    If the data are standardised, the methods take and return examples in the units of the data:
+    x_t in these units is mean + std x_t. Only `descend` and `long_run`, which go from one noise
+    level to another, are in the units of the levels, those of `standardisation.apply(x)`.
 
     Attributes:
       method: network, noise levels and sampler.
@@ -247,7 +254,7 @@ class Model:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of one example: [H, W, C] for images, [D] for vectors."""
+        """Shape of one example: [D] (vector), [L, C] (signal), [H, W, C] (image), ..."""
         return self.method.energy.shape
 
     @property
@@ -269,6 +276,11 @@ class Model:
     def step_size(self) -> Float[np.ndarray, "T"]:
         """Step size of the sampler at every level t in 0..T-1."""
         return np.asarray(self.method.sampler.tuning["step_size"])
+
+    @property
+    def standardisation(self) -> Standardisation:
+        """Turns data into the units of the noise levels, and back."""
+        return standardisation_lib.of(self.params)
 
     def with_params(self, params: Params) -> "Model":
         """Returns a model with other (normalised) parameters. Nothing is compiled again."""
@@ -337,8 +349,9 @@ class Model:
     ) -> Float[Array, "B"]:
         """Returns F(x, t), the log-density of level t in 0..T-1 up to a constant [nats].
 
-        The constant depends on the level and the label. Labels are those of `f`. As for `f`,
-        traced values are not checked.
+        The constant depends on the level and the label; with standardised data, it contains
+        Σ log std (`Standardisation.log_volume`). Labels are those of `f`. As for `f`, traced
+        values are not checked.
 
         Raises:
           UserError: for the same reasons as `f`.
@@ -364,12 +377,13 @@ class Model:
         if not isinstance(level, numbers.Integral) or not 0 <= level <= self.T:
             raise UserError(f"level {level} does not exist: give one in 0..{self.T}")
         F, schedule, t = self.method.F(self.params), self.method.schedule, np.array([level])
+        to_levels = self.standardisation.apply
 
         @full_precision
         def log_density(x: Shaped[Array | np.ndarray, "..."]) -> Float[Array, ""]:
             x = jnp.asarray(x)[None]
             require_examples(x, self.shape)
-            return annealing.level_log_density(F, x, jnp.asarray(t), schedule)[0]
+            return annealing.level_log_density(F, to_levels(x), jnp.asarray(t), schedule)[0]
 
         return log_density
 
@@ -422,7 +436,8 @@ class Model:
             raise UserError(
                 "this model has no initialiser: train one with config.initialiser.network"
             )
-        return self._evaluate(self.programs.propose, x_tilde, t, label, shape=self.shape)
+        y = self._evaluate(self.programs.propose, x_tilde, t, label, shape=self.shape)
+        return self.standardisation.invert(y)
 
     def each_label(self, n: int) -> Int[np.ndarray, "n"] | None:
         """Returns n labels, each class in turn; None if the model has no classes."""
@@ -467,7 +482,8 @@ class Model:
         """
         require_at_least(0, n=n)
         model, labels = self._with_default_labels(label, guidance, n)
-        return model.run(self.programs.generate, key, np.arange(n), labels=labels)
+        batches = model.run(self.programs.generate, key, np.arange(n), labels=labels)
+        return map(self.standardisation.invert, batches)
 
     def descend(
         self, key: AnyKey, x: Float[ArrayLike, "n *D"], top: int, bottom: int
@@ -501,7 +517,7 @@ class Model:
         level: int | None = None,
         label: Shaped[ArrayLike, ""] | None = None,
         guidance: float = 0.0,
-    ) -> Float[np.ndarray, "pairs frames H W C"]:
+    ) -> Float[np.ndarray, "pairs frames *D"]:
         """Interpolates between samples through a noise level (`interpolation.sample_strips`).
 
         The first frames are `sample(key, pairs)`, with `label=0` if the model has classes and
@@ -542,15 +558,15 @@ class Model:
         level: int,
         label: Shaped[ArrayLike, ""] | None = None,
         guidance: float = 0.0,
-    ) -> Float[np.ndarray, "pairs frames H W C"]:
-        """Interpolates between given images through a noise level.
+    ) -> Float[np.ndarray, "pairs frames *D"]:
+        """Interpolates between given images, or other examples, through a noise level.
 
         See `interpolation.image_strips`.
 
         Args:
           key: random key.
-          first: images [pairs, H, W, C] in [-1, 1] at the start of the strips.
-          last: images [pairs, H, W, C] in [-1, 1] at the end of the strips.
+          first: examples [pairs, ...] at the start of the strips; images in [-1, 1].
+          last: examples [pairs, ...] at the end of the strips.
           frames: number of images per strip, including both ends.
           level: noise level in 1..T at which the images are interpolated. At 1 they hardly
             change; at T nothing of them is left.
@@ -565,10 +581,10 @@ class Model:
         require_key(key)
         require_at_least(1, frames=frames)
         schedule = self.method.schedule
-        starts, ends = as_images(first, self.shape), as_images(last, self.shape)
+        starts, ends = map(self.as_examples, (first, last))
         if len(starts) != len(ends):
             raise UserError(
-                f"{len(starts)} first images and {len(ends)} last images cannot be paired: "
+                f"{len(starts)} first examples and {len(ends)} last ones cannot be paired: "
                 "give equal numbers"
             )
         interpolation.require_level(level, schedule.T)
@@ -585,20 +601,22 @@ class Model:
         rounds: int = 10,
         label: Shaped[ArrayLike, "..."] | None = None,
         guidance: float = 0.0,
-    ) -> Float[np.ndarray, "n completions H W C"]:
-        """Draws the unknown pixels of images given the known ones (`inpainting.inpaint`).
+    ) -> Float[np.ndarray, "n completions *D"]:
+        """Draws the unknown values of examples given the known ones (`inpainting.inpaint`).
 
         Args:
           key: random key.
-          x: images [n, H, W, C] in [-1, 1]; their values at unknown pixels have no effect.
-          known: mask [H, W, 1] of bool, true where a pixel is known; see `masks.named`.
-          completions: number of completions per image.
+          x: examples [n, ...], images in [-1, 1]; their unknown values have no effect, but
+            must be finite.
+          known: mask of bool, true where a value is known: of the shape of an example, or with
+            a last axis of length 1 for all channels; see `masks.named`.
+          completions: number of completions per example.
           rounds: number of times that each level is drawn; see `inpainting`.
           label: class of all images, or one per image; None: that of `given`, or none.
           guidance: weight of guidance, with a label (`given`).
 
         Returns:
-          images that are equal to x at known pixels.
+          examples that are equal to x at known values.
 
         Raises:
           UserError: if the images or the mask do not fit the model, completions < 0,
@@ -606,22 +624,26 @@ class Model:
         """
         require_at_least(0, completions=completions)
         require_at_least(1, rounds=rounds)
-        images, known = as_images(x, self.shape), np.asarray(known)
+        examples, known = self.as_examples(x), np.asarray(known)
         masks.require_mask(known, self.shape)
-        model, labels = self._conditioned(label, guidance, len(images))
-        n = len(images) * completions
+        model, labels = self._conditioned(label, guidance, len(examples))
+        n = len(examples) * completions
         completed = _concatenate(
             model.run(
                 self.programs.inpaint,
                 key,
                 np.arange(n),
-                np.repeat(images, completions, axis=0),
+                np.repeat(examples, completions, axis=0),
                 np.broadcast_to(known, (n, *known.shape)),
                 labels=None if labels is None else np.repeat(labels, completions),
                 rounds=rounds,
             )
         )
-        return completed.reshape(len(images), completions, *images.shape[1:])
+        completed = completed.reshape(len(examples), completions, *self.shape)
+        if self.standardisation.is_identity:
+            return completed
+        given = np.asarray(x, np.float32)[:, None]
+        return np.where(known, given, self.standardisation.invert(completed))
 
     def posterior(
         self,
@@ -723,6 +745,10 @@ class Model:
                     "(operators.stack)"
                 )
         self._require_likelihood(log_likelihoods)
+        standardisation = self.standardisation
+        if not standardisation.is_identity:
+            repeated = (jnp.stack([jnp.asarray(a)] * problems) for a in standardisation)
+            log_likelihoods = Partial(_in_units_of_levels, log_likelihoods, *repeated)
         exact = dataclasses.replace(self, method=method_lib.with_exact_kernel(self.method))
         at_once = max(1, min(problems, self.engine.batch_size // particles))
 
@@ -753,7 +779,7 @@ class Model:
                     f"the log-likelihood of image {problem} is not a number (NaN): check its "
                     "observation; if that is finite, the chains have diverged"
                 )
-        return result
+        return result._replace(x=standardisation.invert(result.x))
 
     def evidence(
         self,
@@ -1046,16 +1072,32 @@ class Model:
         Raises:
           UserError: if they do not fit the model or each other.
         """
-        x = jnp.asarray(x)
-        require_examples(x, self.shape)
+        array = jnp.asarray(x)
+        require_examples(array, self.shape)
         if not isinstance(t, jax.core.Tracer):
             t = np.asarray(t)  # `jnp.asarray` would trace it inside `jax.jit`
-        self._require_levels(t, len(x))
+        self._require_levels(t, len(array))
         if label is not None:
-            others["label"] = self._labels(label, len(x))
-        if not len(x):
-            return jnp.zeros((0, *shape), x.dtype)
-        return program(self.params, x, t, **others)
+            others["label"] = self._labels(label, len(array))
+        if not len(array):
+            return jnp.zeros((0, *shape), array.dtype)
+        return program(self.params, self.standardisation.apply(array), t, **others)
+
+    def as_examples(self, x: ArrayLike) -> Float[np.ndarray, "n *D"]:
+        """Checks that x contains data of the model; returns them in the units of the levels.
+
+        Raises:
+          UserError: naming the dtype, the shape or, for images that are not standardised, the
+            range that is wrong, or an example that is not finite.
+        """
+        if len(self.shape) == 3 and self.standardisation.is_identity:
+            return as_images(x, self.shape)
+        array = np.asarray(x)
+        require_examples(array, self.shape)
+        finite = np.isfinite(array).reshape(len(array), -1).all(axis=1)
+        if not finite.all():
+            raise UserError(f"example {np.argmin(finite)} is not finite: give finite numbers")
+        return self.standardisation.apply(array.astype(np.float32))
 
     def _conditioned(
         self, label: Shaped[ArrayLike, "..."] | None, guidance: float, n: int
@@ -1143,14 +1185,19 @@ class Model:
         return jnp.asarray(array, jnp.int32)
 
     def _recover_strips(
-        self, key: AnyKey, strips: Float[Array, "pairs frames H W C"], level: int
-    ) -> Float[np.ndarray, "pairs frames H W C"]:
-        """Recovers images from strips of x_level; the frames of a strip share their noise."""
+        self, key: AnyKey, strips: Float[Array, "pairs frames *D"], level: int
+    ) -> Float[np.ndarray, "pairs frames *D"]:
+        """Recovers data from strips of x_level; the frames of a strip share their noise."""
         pairs, frames, *shape = strips.shape
         x = np.asarray(strips).reshape(-1, *shape)
         indices = np.repeat(np.arange(pairs), frames)
-        images = self.run(self.programs.complete, key, indices, x, top=level)
-        return _concatenate(images).reshape(strips.shape)
+        completed = _concatenate(self.run(self.programs.complete, key, indices, x, top=level))
+        return self.standardisation.invert(completed).reshape(strips.shape)
+
+
+def _in_units_of_levels(log_likelihood, mean, std, z):
+    """Returns the log-likelihood of standardised examples z."""
+    return log_likelihood(Standardisation(mean, std).invert(z))
 
 
 def _weight(guidance: float, labelled: bool) -> Float[Array, ""] | None:
@@ -1254,7 +1301,7 @@ def _combined(
     """Returns the combination of models, with its compiled programs of earlier calls.
 
     Raises:
-      UserError: if their shapes, noise levels or devices differ.
+      UserError: if their shapes, noise levels, standardisations or devices differ.
     """
     meshes = [model.mesh for model in models]
     if any(mesh != meshes[0] for mesh in meshes):
@@ -1262,15 +1309,23 @@ def _combined(
             f"models on {', '.join(str(mesh.size) for mesh in meshes)} devices cannot be "
             "combined: load them onto the same devices"
         )
+    first = models[0].standardisation
+    for model in models:
+        if not all(map(np.array_equal, first, model.standardisation)):
+            raise UserError(
+                "models with different standardisations cannot be combined: train all of them "
+                "on one file of arrays, or without config.data.standardise"
+            )
     methods = tuple(model.method for model in models)
     parts = _Parts(tuple(model.programs for model in models), methods, models[0].engine)
     combination = _combination(rule, parts)
     tuning = methods[0].sampler.tuning
     sampler = combination.method.sampler._replace(tuning=tuning)
+    params = compose.params([model.params for model in models], coefficients)
     return dataclasses.replace(
         combination,
         method=combination.method._replace(sampler=sampler),
-        params=compose.params([model.params for model in models], coefficients),
+        params=params if first.is_identity else with_standardisation(params, first),
     )
 
 

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "drl_jax"
 # From lowest to highest. A unit is a module or a subpackage of drl_jax.
 LAYERS = (
     ("errors", "noise"),
-    ("diffusion", "mcmc", "networks", "config"),
+    ("diffusion", "mcmc", "networks", "config", "standardisation"),
     ("recovery", "runtime"),
     ("sampling", "data"),
     ("method", "operators"),
@@ -31,7 +31,16 @@ LAYERS = (
 LAYER = {unit: number for number, units in enumerate(LAYERS) for unit in units}
 
 # The mathematics takes arrays, functions and small tuples. It uses no file, flag or logger.
-MATHS = ("diffusion", "recovery", "networks", "mcmc", "sampling", "noise", "operators")
+MATHS = (
+    "diffusion",
+    "recovery",
+    "networks",
+    "mcmc",
+    "sampling",
+    "noise",
+    "operators",
+    "standardisation",
+)
 SIDE_EFFECTS = (
     "absl",
     "clu",

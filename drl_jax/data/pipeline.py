@@ -177,6 +177,15 @@ def all_examples(
     return itertools.islice(examples.to_iter_dataset(_READ_OPTIONS), limit)
 
 
+def batches_in_order(
+    config: ConfigDict, source: Source, size: int = 1024
+) -> Iterator[Float[np.ndarray, "n *D"]]:
+    """Yields the examples of `all_examples` in batches of `size`; the last can be smaller."""
+    examples = all_examples(config, source)
+    while batch := list(itertools.islice(examples, size)):
+        yield np.stack(batch)
+
+
 def load_examples(
     config: ConfigDict, source: Source, limit: int | None = None, least: int = 1
 ) -> Float[np.ndarray, "n *D"]:

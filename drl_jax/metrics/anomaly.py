@@ -95,6 +95,7 @@ class Meter:
         self.levels = ood.levels(schedule)
         self._shape = model.shape
         self._params = model.params
+        self._standardisation = model.standardisation
         self._engine = Engine(model.mesh, batch_size)
 
         def program(shared, examples):
@@ -148,7 +149,7 @@ class Meter:
                 require_examples(x, self._shape)
                 if not np.isfinite(x).all():
                     raise UserError("an image has pixels that are not finite (NaN or infinite)")
-                yield indices, x
+                yield indices, self._standardisation.apply(x)
 
         yield from engine.run(self._compiled, shared, batches(), size=engine.batch_size)
 

@@ -176,7 +176,7 @@ def begin(
 
     step_size, tempered_step_size = map(np.asarray, warm_up(model.params, keys["warm_up"]))
     start_keys = noise.example_keys(keys["start"], jnp.arange(n))
-    data = jnp.asarray(x[np.arange(n) % len(x)], jnp.float32)
+    data = jnp.asarray(model.standardisation.apply(x[np.arange(n) % len(x)]), jnp.float32)
     x_0 = diffusion.diffuse(noise.fold(start_keys, 0), data, jnp.zeros(n, jnp.int32), schedule)
     x_T = ladder.white_noise(noise.fold(start_keys, 1), shape, schedule)
     wide = budget.tempered_std * ladder.white_noise(noise.fold(start_keys, 2), shape, schedule)
@@ -443,9 +443,10 @@ def log_likelihood(
 ) -> tuple[Float[np.ndarray, "n"], Float[np.ndarray, "n"] | None]:
     """Returns log p(x_0) + log Z, and for discrete data log P(x) + log Z, per example [nats].
 
-    x_0 is the example x with the noise of level 0 (`annealing.noisy_log_density`). P(x) is the
-    probability of x among its possible discrete values, of which the result is a lower bound
-    in expectation over the noise (`annealing.log_volume`).
+    x_0 is the example x with the noise of level 0 (`annealing.noisy_log_density`). If the
+    data are standardised, Z is that of the standardised density, but p is the density in the
+    units of the data. P(x) is the probability of x among its possible discrete values, of which
+    the result is a lower bound in expectation over the noise (`annealing.log_volume`).
 
     Args:
       model: the model.
@@ -473,6 +474,9 @@ def log_likelihood(
             return log_q, log_q
         return log_q, log_q + annealing_lib.log_volume(x_0, values, dequantised, schedule)
 
-    batches = model.run(model.compile(program), key, np.arange(len(x)), np.float32(x))
+    standardisation = model.standardisation
+    x = standardisation.apply(np.float32(x))
+    batches = model.run(model.compile(program), key, np.arange(len(x)), x)
     log_q, log_P = map(np.concatenate, zip(*batches, strict=True))
+    log_q = log_q - np.asarray(standardisation.log_volume(model.shape), log_q.dtype)
     return log_q, log_P if values else None

@@ -60,14 +60,14 @@ def classify_data(
       x: data, images in [-1, 1] or points.
       level: t in 0..T-1.
     """
-    rows = model.engine.batch_size
+    rows, standardisation = model.engine.batch_size, model.standardisation
     log_p = []
     for start in range(0, len(x), rows):
-        part = jnp.asarray(x[start : start + rows])
+        part = jnp.asarray(standardisation.apply(x[start : start + rows]))
         keys = noise.example_keys(key, start + jnp.arange(len(part)))
         t = jnp.full(len(part), level)
         y, _ = recovery.positives(keys, part, t, model.method.schedule)
-        log_p.append(np.asarray(model.classify(y, t), np.float64))
+        log_p.append(np.asarray(model.classify(standardisation.invert(y), t), np.float64))
     return np.concatenate(log_p)
 
 

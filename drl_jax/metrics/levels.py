@@ -58,6 +58,7 @@ def level_statistics(
         return f(y_pos, t), f(y_neg, t), moved, acceptance
 
     compiled = engine.compile(program)
+    x = model.standardisation.apply(x)
     levels = [group[0] for group in diffusion.level_groups(method.schedule.T)]
     statistics: dict[str, list[int | float]] = {"level": [*levels]}
     statistics |= {name: [] for name in (*STATISTICS, "resolution")}

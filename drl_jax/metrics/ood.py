@@ -108,7 +108,8 @@ class Scorer:
         """
         engine = self._model.engine
         shared = self._model.params, key, np.array(self.levels)
-        batches = engine.run(self._compiled, shared, engine.stack(enumerate(images)))
+        x = map(self._model.standardisation.apply, images)
+        batches = engine.run(self._compiled, shared, engine.stack(enumerate(x)))
         return Scores(*(np.concatenate(scores).T for scores in zip(*batches, strict=True)))
 
 

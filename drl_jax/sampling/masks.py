@@ -1,8 +1,9 @@
-"""Masks for inpainting, named after the region that they hide."""
+"""Masks for inpainting, named after what they hide of an image or another example."""
 
 import difflib
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -11,16 +12,17 @@ from jaxtyping import Bool, Int, Shaped
 from drl_jax.errors import UserError
 from drl_jax.noise import AnyKey
 
-# (row, column, size) -> whether that pixel of a size x size image is hidden.
-_HIDDEN: dict[str, Callable[[Int[np.ndarray, "h 1"], Int[np.ndarray, "1 w"], int], np.ndarray]]
-_HIDDEN = {
-    "centre": lambda row, column, size: _middle(row, size) & _middle(column, size),
-    "left": lambda row, column, size: column < size // 2,
-    "right": lambda row, column, size: column >= size // 2,
-    "top": lambda row, column, size: row < size // 2,
-    "bottom": lambda row, column, size: row >= size // 2,
-    "checkerboard": lambda row, column, size: (row + column) % 2 == 0,
+# (positions along each axis, size) -> whether that value of an example with `size` values along
+# each axis is hidden. The last axis goes to the right; it is time in a signal.
+_HIDDEN: dict[str, Callable[[Sequence[Int[np.ndarray, "..."]], int], np.ndarray]] = {
+    "centre": lambda at, size: functools.reduce(np.logical_and, [_middle(i, size) for i in at]),
+    "left": lambda at, size: at[-1] < size // 2,
+    "right": lambda at, size: at[-1] >= size // 2,
+    "top": lambda at, size: at[-2] < size // 2,
+    "bottom": lambda at, size: at[-2] >= size // 2,
+    "checkerboard": lambda at, size: functools.reduce(np.add, at) % 2 == 0,
 }
+_VERTICAL = ("top", "bottom")
 _RANDOM = "random"
 
 
@@ -29,33 +31,41 @@ def _middle(i: Int[np.ndarray, "*D"], size: int) -> Bool[np.ndarray, "*D"]:
     return (i >= size // 4) & (i < size - size // 4)
 
 
-def named(name: str, size: int, key: AnyKey) -> Bool[np.ndarray, "size size 1"]:
-    """Returns the mask of this name, true where a pixel is known.
+def named(name: str, shape: int | tuple[int, ...], key: AnyKey) -> Bool[np.ndarray, "*D"]:
+    """Returns the mask of this name, true where a pixel, time step or feature is known.
 
     Args:
-      name: the hidden region: 'centre' (the middle half of the rows and columns); 'left',
-        'right', 'top' or 'bottom' (that half); 'checkerboard' (every other pixel); or a random
-        fraction of the pixels, such as 'random:0.3'.
-      size: height and width of the image.
+      name: what is hidden: 'centre' (the middle half along each axis); 'left', 'right', 'top'
+        or 'bottom' (that half; of signals and vectors, 'left' is the first half);
+        'checkerboard' (every other one); or a random fraction, such as 'random:0.3'.
+      shape: shape of an example; or the width and height of square images.
       key: random key, which only 'random' uses.
 
+    Returns:
+      a mask [D] of vectors; otherwise one that all channels share, [..., 1].
+
     Raises:
-      UserError: if the name is unknown, or the fraction is not in (0, 1).
+      UserError: if the name is unknown, or of no use for such examples, or the fraction is not
+        in (0, 1).
     """
-    if name in _HIDDEN:
-        row, column = np.ogrid[:size, :size]
-        hidden = np.broadcast_to(_HIDDEN[name](row, column, size), (size, size))
-        return ~hidden[..., np.newaxis]
+    shape = (shape, shape, 1) if isinstance(shape, int) else shape
+    axes = shape if len(shape) == 1 else shape[:-1]
+    mask_shape = shape if len(shape) == 1 else (*axes, 1)
+    names = [name for name in _HIDDEN if len(axes) > 1 or name not in _VERTICAL]
+    if name in names:
+        hidden = _HIDDEN[name](np.ogrid[tuple(slice(size) for size in axes)], axes[0])
+        return ~np.broadcast_to(hidden, axes).reshape(mask_shape)
     kind, _, number = name.partition(":")
     if kind == _RANDOM:
-        hide = round(_fraction(name, number) * size**2)
-        order = np.asarray(jax.random.permutation(key, size**2))
-        return (order >= hide).reshape(size, size, 1)
-    near = difflib.get_close_matches(kind, [*_HIDDEN, _RANDOM], n=1)
+        n = math.prod(axes)
+        hide = round(_fraction(name, number) * n)
+        order = np.asarray(jax.random.permutation(key, n))
+        return (order >= hide).reshape(mask_shape)
+    near = difflib.get_close_matches(kind, [*names, _RANDOM], n=1)
     hint = f"did you mean {near[0]!r}? If not, " if near else ""
+    png = ", or a PNG file with hidden pixels in white" if len(axes) == 2 else ""
     raise UserError(
-        f"mask {name!r} is unknown: {hint}use {', '.join(_HIDDEN)}, {_RANDOM}:0.5, or a PNG "
-        "file with hidden pixels in white"
+        f"mask {name!r} is unknown: {hint}use {', '.join(names)} or {_RANDOM}:0.5{png}"
     )
 
 
@@ -72,21 +82,21 @@ def _fraction(name: str, number: str) -> float:
 
 
 def require_mask(known: Shaped[np.ndarray, "..."], shape: tuple[int, ...]) -> None:
-    """Checks that a mask fits images of this shape [H, W, C].
+    """Checks that a mask fits examples of this shape.
 
     Raises:
-      UserError: if its shape differs, it is not boolean, or all or none of its pixels are
-        known.
+      UserError: if it has neither this shape nor, unless examples are vectors, one with a last
+        axis of length 1; if it is not boolean; or if all or none of its values are known.
     """
-    height, width, _ = shape
-    if known.shape != (height, width, 1):
+    wanted = [shape] if len(shape) == 1 else [(*shape[:-1], 1), shape]
+    if known.shape not in wanted:
+        found, *sizes = ("x".join(map(str, size)) for size in (known.shape, shape, wanted[0]))
         raise UserError(
-            f"the mask is {'x'.join(map(str, known.shape))}, the images are {height}x{width}: "
-            f"give a mask of {height}x{width}x1"
+            f"the mask is {found}, the examples are {sizes[0]}: give a mask of {sizes[1]}"
         )
     if known.dtype != np.bool_:
         raise UserError(f"the mask has dtype {known.dtype}: give bool, true where known")
     if known.all():
-        raise UserError("the mask hides no pixels, so there is nothing to sample")
+        raise UserError("the mask hides nothing, so there is nothing to sample")
     if not known.any():
-        raise UserError("the mask hides every pixel: use --mode=sample instead")
+        raise UserError("the mask hides everything: use --mode=sample instead")

@@ -10,7 +10,7 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 
 from drl_jax import config as config_lib
-from drl_jax import method
+from drl_jax import method, standardisation
 from drl_jax.errors import UserError, as_user_error
 from drl_jax.networks.energy import Params
 from drl_jax.storage import npz
@@ -48,14 +48,19 @@ def write(
       params: normalised parameters.
       file: path of the file.
       dtype: of the parameters in the file: 'float32', or 'float16', which halves its size and
-        rounds them to 11 significant bits.
+        rounds them to 11 significant bits. A standardisation keeps float32.
 
     Raises:
       UserError: if the file cannot be written.
     """
     about = {"config": config_lib.to_json(config), "step": step}
     flat = traverse_util.flatten_dict(params, sep="/")
-    arrays = {f"{PREFIX}{name}": np.asarray(value, dtype) for name, value in flat.items()}
+    arrays = {
+        f"{PREFIX}{name}": np.asarray(
+            value, "float32" if name.startswith(f"{standardisation.NAME}/") else dtype
+        )
+        for name, value in flat.items()
+    }
     content = npz.encode({ABOUT: np.array(json.dumps(about))} | arrays, compress=True)
     write_atomically(file, content)
 

@@ -19,10 +19,9 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from drl_jax import config as config_lib
-from drl_jax import diffusion
+from drl_jax import diffusion, standardisation
 from drl_jax import method as method_lib
 from drl_jax.data import mixtures, pipeline
-from drl_jax.data.mixtures import Mixture
 from drl_jax.data.sources import Source
 from drl_jax.errors import DivergenceError, Interrupted, UserError, resumable
 from drl_jax.method import METROPOLIS, Method
@@ -206,8 +205,9 @@ def new_state(
 ) -> TrainState:
     """Returns the state before the first step, sharded over the devices of the mesh.
 
-    Its parameters are random, with the mixture that `data.mixtures.fit` finds if the
-    parameterisation has one; or those of another run.
+    Its parameters are random, or those of another run. The standardisation and the mixture of
+    the data, if the configuration has them, are fitted (`standardisation.fit`,
+    `data.mixtures.fit`).
 
     Args:
       config: configuration.
@@ -228,33 +228,42 @@ def new_state(
         return dataclasses.replace(
             state, params=start.params, ema=start.ema, vectors=start.vectors
         )
-    if config.energy.parameterisation in config_lib.FITTED:
-        state = with_fitted_mixture(state, config, source, mesh)
-    return state
+    fitted = fit_to_data(config, source)
+
+    def with_fitted(params: Params) -> Params:
+        return params | jax.tree.map(
+            lambda array: sharding.place(
+                np.asarray(array), sharding.fully_sharded(array.shape, mesh)
+            ),
+            fitted,
+        )
+
+    return dataclasses.replace(
+        state, params=with_fitted(state.params), ema=with_fitted(state.ema)
+    )
 
 
-def with_fitted_mixture(
-    state: TrainState, config: ConfigDict, source: Source, mesh: Mesh
-) -> TrainState:
-    """Returns the state with the mixture that `data.mixtures.fit` finds for the data.
+def fit_to_data(config: ConfigDict, source: Source) -> Params:
+    """Returns the parameters that are fitted to the data before the first step.
 
-    Uniform noise of dequantisation is taken into account by its variance.
+    They are a standardisation and a mixture of Gaussians, if the configuration has them.
+    Uniform noise of dequantisation adds its variance to that of the mixture.
 
     Raises:
-      UserError: if fewer examples can be read than the mixture has components.
+      UserError: if a feature is constant, or fewer examples can be read than the mixture has
+        components.
     """
-    x = pipeline.load_examples(config, source, least=config.energy.components)
-    mixture = mixtures.fit(x, config.energy.components)
-    mixture = mixture.diffused(1.0, config.data.dequantise / math.sqrt(12))
-
-    def fitted(params: Params) -> Params:
-        placed = (
-            sharding.place(np.asarray(array), sharding.fully_sharded(array.shape, mesh))
-            for array in mixture
-        )
-        return method_lib.with_mixture(params, Mixture(*placed))
-
-    return dataclasses.replace(state, params=fitted(state.params), ema=fitted(state.ema))
+    fitted: Params = {}
+    if config.data.standardise:
+        found = standardisation.fit(pipeline.batches_in_order(config, source))
+        fitted = standardisation.with_standardisation(fitted, found)
+    if config.energy.parameterisation in config_lib.FITTED:
+        x = pipeline.load_examples(config, source, least=config.energy.components)
+        x = standardisation.of(fitted).apply(x)
+        mixture = mixtures.fit(x, config.energy.components)
+        mixture = mixture.diffused(1.0, config.data.dequantise / math.sqrt(12))
+        fitted = method_lib.with_mixture(fitted, mixture)
+    return fitted
 
 
 def warn_of_early_decay(config: ConfigDict) -> None:

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 from ml_collections import ConfigDict
 
-from drl_jax import diffusion, noise, recovery
+from drl_jax import diffusion, noise, recovery, standardisation
 from drl_jax.diffusion import NoiseSchedule
 from drl_jax.errors import UserError
 from drl_jax.method import Method
@@ -190,7 +190,8 @@ def train_step(
         label = batch.get("label")
         if label is not None:
             label = drop_labels(noise.fold(keys, 4), label, training.label_dropout)
-        return training.objective(keys, params, batch["image"], t, method, label)
+        x = standardisation.of(jax.lax.stop_gradient(params)).apply(batch["image"])
+        return training.objective(keys, params, x, t, method, label)
 
     def on_device(params, examples):
         return accumulate(
@@ -201,10 +202,13 @@ def train_step(
     (grads,) = normalise_vjp(grads)
     updates, opt_state = training.optimiser.update(grads, state.opt_state, state.params)
     new_params = optax.apply_updates(state.params, updates)
+    ema = optax.incremental_update(new_params, state.ema, 1 - training.ema_decay)
+    if standardisation.NAME in new_params:  # whose average would differ by rounding errors
+        ema |= {standardisation.NAME: new_params[standardisation.NAME]}
     new_state = TrainState(
         step=state.step + 1,
         params=new_params,
-        ema=optax.incremental_update(new_params, state.ema, 1 - training.ema_decay),
+        ema=ema,
         vectors=vectors,
         opt_state=opt_state,
     )

@@ -188,6 +188,8 @@ def prepare(
     order_key, noise_key = jax.random.split(key)
     order = np.asarray(jax.random.permutation(order_key, len(images)))
     images = images[order[: num_conditions + n + MAX_REFERENCE]]
+    to_data = model.standardisation.invert
+    images = model.standardisation.apply(images)
     conditions = slice(num_conditions)
     exact = slice(num_conditions, num_conditions + num_chains)  # one image per chain of a level
     all_exact = slice(num_conditions, num_conditions + n)  # one image per chain of all levels
@@ -216,9 +218,9 @@ def prepare(
         condition_images.append(x_t[conditions][condition_index[:COLUMNS]])
         references.append(fit(_flatten(x_t[reference])))
         y = y_t[exact]
-        f = np.asarray(model.f(y, t[exact]))
+        f = np.asarray(model.f(to_data(y), t[exact]))
         resolutions.append(levels_lib.resolution(f, temperature[level]))
-        data["log_density"].append(_mean(model.log_density(y, t[exact])))
+        data["log_density"].append(_mean(model.log_density(to_data(y), t[exact])))
         start = y_t[conditions] if marginal else x_tilde[exact]
         displacement = recovery.displacement(jnp.asarray(y), jnp.asarray(start))
         data["displacement"].append(_mean(displacement))
