@@ -26,9 +26,11 @@ def default() -> ConfigDict:
         {
             "seed": 0,
             "data": {
-                # 'digits', 'mnist5k', a TFDS name, 'folder:/path/to/images', or a file with
-                # arrays: 'npz:/path', 'npy:/path' or 'csv:/path'; for points in the plane:
-                # 'moons', 'rings', 'checkerboard', 'blobs', 'spirals' or 'ellipse'.
+                # Images: 'digits', 'mnist5k', a TFDS name, or 'folder:/path/to/images'. A file
+                # with arrays: 'npz:/path', 'npy:/path' or 'csv:/path'. Tables and signals:
+                # 'wine', 'breast_cancer', 'mnist1d', 'heartbeats' or 'premature_beats'. Points
+                # in the plane: 'moons', 'rings', 'checkerboard', 'blobs', 'spirals' or
+                # 'ellipse'.
                 "name": "cifar10",
                 "split": "train",  # of a TFDS data set, to train on
                 # Of the digits, MNIST, a folder or a file with arrays: share of the examples

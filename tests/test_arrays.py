@@ -12,7 +12,8 @@ from drl_jax.errors import UserError
 
 RNG = np.random.default_rng(0)
 TABLE = RNG.normal(size=(20, 3)).astype(np.float32)
-PIXELS = RNG.integers(0, 256, (20, 8, 8), np.uint8)
+PIXELS = RNG.integers(0, 256, (20, 8, 8, 1), np.uint8)
+SIGNALS = RNG.normal(size=(20, 12, 2)).astype(np.float32)
 
 
 def table_config(name, D=3, **fields):
@@ -66,12 +67,11 @@ def test_vectors_of_any_real_numbers_become_float32_and_are_not_scaled(tmp_path,
     assert examples.dtype == np.float32
 
 
-@pytest.mark.parametrize("shape", [(20, 8, 8), (20, 8, 8, 1), (20, 8, 8, 3)])
+@pytest.mark.parametrize("shape", [(20, 8, 8, 1), (20, 8, 8, 3)])
 def test_8_bit_images_are_scaled_and_images_of_floats_are_used_as_they_are(tmp_path, shape):
     pixels = RNG.integers(0, 256, shape, np.uint8)
-    pixels = pixels[..., None] if len(shape) == 3 else pixels
     for x in (pixels, scaled(pixels).astype(np.float64)):
-        name = npz(tmp_path, x=x.reshape(shape))
+        name = npz(tmp_path, x=x)
         config = make_config(name, channels=pixels.shape[-1])
         source = sources.open_source(config)
         assert source.white == (255 if x is pixels else None)
@@ -98,6 +98,18 @@ def test_the_outline_has_shape_and_type_and_follows_changes_of_the_file(tmp_path
         assert arrays.outline(name) is None
 
 
+@pytest.mark.parametrize("write", [np.savez, np.savez_compressed])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_arrays_that_are_not_compressed_stay_in_the_file(tmp_path, write, order):
+    """Fails if the place of an array in the archive is off by a byte, or its order is lost."""
+    fields = {"y": np.arange(20) % 2, "x": np.asarray(SIGNALS, order=order), "x_test": PIXELS}
+    write(tmp_path / "a.npz", **fields)
+    found = arrays.read(f"npz:{tmp_path / 'a.npz'}")
+    for name, value in fields.items():
+        np.testing.assert_array_equal(getattr(found, name), value)
+    assert isinstance(found.x, np.memmap) == (write is np.savez)
+
+
 def test_the_examples_of_an_npy_file_stay_in_the_file(tmp_path):
     assert isinstance(arrays.read(npy(tmp_path, PIXELS)).x, np.memmap)
 
@@ -106,7 +118,7 @@ def test_statistics_are_those_of_all_examples_also_in_several_chunks(tmp_path, m
     """Fails in float32, because the mean is large."""
     monkeypatch.setattr(arrays, "CHUNK", 10)
     x = TABLE.astype(np.float64) * [1, 1e-2, 10] + [0, 1e4, -5]
-    found = arrays.checked(npz(tmp_path, x=x))[1]
+    found = arrays.checked("x", arrays.read(npz(tmp_path, x=x)))[1]
     x = x.astype(np.float32).astype(np.float64)
     for got, want in zip(found, (x.min(0), x.max(0), x.mean(0), x.std(0)), strict=True):
         np.testing.assert_allclose(got, want, rtol=1e-6)
@@ -169,6 +181,7 @@ def test_columns_that_look_like_labels_or_have_another_scale_are_named(tmp_path,
     read_all(table_config(text(tmp_path, f"a,kind,size\n{rows}")))
     assert "column 'kind' has only a few values, all whole numbers" in caplog.text
     assert "column 'size' has mean" in caplog.text
+    assert "use --config.data.standardise=True" in caplog.text
     assert caplog.text.count("has only a few") == 1
 
 
@@ -193,13 +206,16 @@ def bad(x, index, value):
         ({"x": TABLE[0, 0]}, r"shape \(\) .*without an axis|shape \(\).*"),
         ({"x": TABLE[0]}, r"shape \(3,\) .*without an axis for the values.*\[n, D\]"),
         ({"x": TABLE[:0]}, "which is empty"),
-        ({"x": np.zeros((5, 100, 2))}, "signals and images that are not square"),
-        ({"x": np.zeros((5, 8, 9, 1), np.uint8)}, "not square.*crop"),
-        ({"x": np.zeros((5, 8, 8, 8))}, "1 .grey. or 3 .RGB. channels.*volumes"),
-        ({"x": np.zeros((5, 8, 8, 8, 1))}, "volumes are not supported"),
+        ({"x": PIXELS[..., 0]}, r"if these are grey images.*x\[..., None\]"),
+        ({"x": np.zeros((5, 8, 9, 1), np.uint8)}, "sides of different lengths; crop"),
+        ({"x": np.zeros((5, 8, 8, 9, 1))}, "sides of different lengths; crop"),
+        ({"x": np.zeros((5, 8, 8, 8))}, "1 .grey. or 3 .RGB. channels"),
+        ({"x": np.zeros((5, 4, 4, 4, 4, 1))}, "too many axes; give vectors"),
+        ({"x": bad(SIGNALS, (Ellipsis, 1), 4)}, r"channel x\[..., 1\] is constant \(4\)"),
+        ({"x": bad(SIGNALS, (7, 3, 0), np.nan)}, r"x\[7, 3, 0\] = nan"),
         ({"x": PIXELS.astype(np.int64)}, "type int64; give images as uint8"),
-        ({"x": PIXELS.astype(np.float32)}, r"x\[0, 0, 0\] = \d+; scale images to \[-1, 1\]"),
-        ({"x": bad(scaled(PIXELS), (3, 1, 2), np.nan)}, r"x\[3, 1, 2\] = nan; .*missing"),
+        ({"x": PIXELS.astype(np.float32)}, r"x\[0, 0, 0, 0\] = \d+; scale images to \[-1, 1\]"),
+        ({"x": bad(scaled(PIXELS), (3, 1, 2), np.nan)}, r"x\[3, 1, 2, 0\] = nan; .*missing"),
         ({"x": bad(TABLE, (3, 1), np.nan)}, r"x\[3, 1\] = nan; leave out .* missing values"),
         ({"x": bad(TABLE, (19, 2), -np.inf)}, r"x\[19, 2\] = -inf"),
         ({"x": bad(TABLE, (19, 2), 1e300)}, r"x\[19, 2\] = inf"),
@@ -210,7 +226,7 @@ def bad(x, index, value):
         ({"x": PIXELS, "y": np.zeros(20)}, "y of float64; give labels as integers"),
         ({"x": PIXELS, "y": np.arange(20) - 1}, "label -1 in y; count labels from 0"),
         ({"x": PIXELS, "y": np.arange(20) * 2}, "up to 38, but no example with the label 1"),
-        ({"x": PIXELS, "x_test": PIXELS[:, :4, :4]}, r"\(8, 8\), but x_test .*\(4, 4\)"),
+        ({"x": PIXELS, "x_test": PIXELS[:, :4, :4]}, r"\(8, 8, 1\), but x_test .*\(4, 4, 1\)"),
         ({"x": PIXELS, "x_test": scaled(PIXELS)}, "x of uint8 .* x_test of float32"),
         ({"x": TABLE, "x_test": bad(TABLE, (0, 0), np.nan)}, r"x_test\[0, 0\] = nan"),
         ({"x": PIXELS, "y_test": np.zeros(20, int)}, "y_test but no x_test"),
@@ -302,9 +318,25 @@ def test_the_path_of_a_file_is_answered_with_the_name_of_the_source(tmp_path):
     ("x", "fields", "words"),
     [
         (TABLE, {"data.channels": 2}, "vectors of 3 values, .*--config.data.channels=3"),
-        (TABLE, {"energy.network": "unet"}, "vectors, but .*'unet' is for images"),
-        (PIXELS, {}, "'mlp' is for points and other vectors"),
+        (TABLE, {"energy.network": "unet"}, "vectors, but .*'unet' is for other examples"),
+        (PIXELS, {}, "images, but .*'mlp' is for vectors; start from configs/arrays.py"),
         (PIXELS, {"energy.network": "unet"}, "1 channel, .*--config.data.channels=1"),
+        (SIGNALS, {"energy.network": "unet"}, "signals, .*set --config.data.axes=1"),
+        (
+            SIGNALS,
+            {"energy.network": "unet", "data.axes": 1},
+            "signals of 2 channels, .*--config.data.channels=2",
+        ),
+        (
+            SIGNALS,
+            {"energy.network": "unet", "data.axes": 1, "data.channels": 2},
+            "signals of 12 numbers, .*--config.data.image_size=12",
+        ),
+        (
+            scaled(PIXELS),
+            {"energy.network": "unet", "data.channels": 1, "data.standardise": True},
+            "not standardised; set it to False",
+        ),
         (
             scaled(PIXELS),
             {"energy.network": "unet", "data.channels": 1, "data.dequantise": 2 / 255},

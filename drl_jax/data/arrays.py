@@ -4,17 +4,21 @@
 'csv:/path/file.csv'. The rank of an example decides what it is:
 
 - [D]: a vector, of any numbers;
-- [H, W] or [H, W, C]: a square image, grey or RGB: uint8 in 0..255, or floats in [-1, 1].
+- [L, C]: a signal of length L with C channels, of any numbers;
+- [H, W, C]: a square image, grey or RGB: uint8 in 0..255, or floats in [-1, 1];
+- [D, H, W, C]: a volume whose three sides are equal, of any numbers.
 
-Signals and volumes are not supported. Nothing is unpickled, so a file cannot run code.
+Nothing is unpickled, so a file cannot run code.
 """
 
 import csv
 import functools
 import io
 import math
+import struct
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import BinaryIO, Literal, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -23,9 +27,17 @@ from jaxtyping import Float, Int, Num
 from drl_jax.data import image_files
 from drl_jax.errors import UserError, as_user_error
 
+KINDS = {1: "vector", 2: "signal", 3: "image", 4: "volume"}  # by the rank of an example
+WANTED = (
+    "give vectors [n, D], signals [n, L, C], images [n, H, W, C] or volumes [n, D, H, W, C]"
+)
 CHANNELS = (1, 3)  # of images: grey and RGB
 CHUNK = 2**22  # values that are checked at once, to limit memory
 EXAMINED = 10_000  # rows of a table in which columns of labels are searched
+MAGIC = b"\x93NUMPY"  # first bytes of a .npy file
+HEADERS = {
+    (1, 0): np.lib.format.read_array_header_1_0
+}  # by version; others have 4-byte lengths
 FEW = 10  # largest number of different values of such a column
 
 
@@ -33,7 +45,7 @@ class Arrays(NamedTuple):
     """The arrays in a file.
 
     Attributes:
-      x: the examples. Those of a .npy file are in a memory map, which is read on demand.
+      x: the examples; if possible in a memory map, which is read on demand (`read`).
       y: the label of each example, from 0; or None.
       x_test: examples that training does not use; or None.
       y_test: their labels; or None.
@@ -48,7 +60,7 @@ class Arrays(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """Statistics of the columns of a table.
+    """Statistics of each feature: a column of a table, or a channel.
 
     Attributes:
       low: smallest value.
@@ -57,10 +69,10 @@ class Statistics(NamedTuple):
       std: standard deviation.
     """
 
-    low: Float[np.ndarray, "D"]
-    high: Float[np.ndarray, "D"]
-    mean: Float[np.ndarray, "D"]
-    std: Float[np.ndarray, "D"]
+    low: Float[np.ndarray, "C"]
+    high: Float[np.ndarray, "C"]
+    mean: Float[np.ndarray, "C"]
+    std: Float[np.ndarray, "C"]
 
 
 def is_name(name: str) -> bool:
@@ -91,8 +103,9 @@ def path_of(name: str) -> epath.Path:
 def read(name: str) -> Arrays:
     """Reads the arrays in a file, without checking their values (`checked`).
 
-    Of a .npy file on disk, which is memory-mapped, only the header is read. The arrays in a
-    .npz file, the table in a .csv file, and files in a bucket are read into memory.
+    Arrays on disk that are not compressed, those of `np.save` and `np.savez`, are mapped into
+    memory: only their headers are read here, and they can be larger than memory. Compressed
+    arrays, tables in .csv files, and files in a bucket are read into memory.
 
     Args:
       name: 'npz:', 'npy:' or 'csv:', and the path of the file.
@@ -107,30 +120,29 @@ def read(name: str) -> Arrays:
         return READERS[kind](file)
 
 
-def checked(name: str) -> tuple[Arrays, Statistics | None]:
-    """Reads the arrays in a file, and checks all values except 8-bit pixels.
+def checked(title: str, found: Arrays) -> tuple[Arrays, Statistics | None]:
+    """Checks all values of arrays except 8-bit pixels.
 
     Labels become int64.
 
     Args:
-      name: as for `read`.
+      title: names the arrays in messages.
+      found: arrays, as they are in a file.
 
     Returns:
-      the arrays, and the statistics of x if it is a table.
+      the arrays, and the statistics of x unless it contains images.
 
     Raises:
-      UserError: as for `read`; or naming an array that is neither a table nor images, an array
-        of another length or shape than x, a value that is missing or infinite, a column that is
-        constant, or a label that is missing.
+      UserError: naming an array of another kind, an array of another length
+        or shape than x, a value that is missing or infinite, a feature that is constant, or a
+        label that is missing.
     """
-    found = read(name)
-    title = repr(name)
     _require_shape(title, "x", found.x)
     _require_values(title, "x", found.x)
     statistics = None
-    if found.x.ndim == 2:
+    if not are_images(found.x):
         statistics = _statistics(found.x)
-        _require_spread(title, statistics, found.columns)
+        _require_spread(title, statistics, found)
     x_test, y_test = found.x_test, found.y_test
     if x_test is not None:
         _require_shape(title, "x_test", x_test)
@@ -177,9 +189,14 @@ def _outline(name: str, time: int, size: int) -> np.ndarray:
     return np.broadcast_to(np.zeros((), x.dtype), x.shape)
 
 
+def are_images(x: np.ndarray) -> bool:
+    """Returns whether x are images [n, H, W, C]."""
+    return x.ndim == 4
+
+
 def are_bytes(x: np.ndarray) -> bool:
     """Returns whether x are images with 8-bit pixels."""
-    return x.ndim > 2 and x.dtype == np.uint8
+    return are_images(x) and x.dtype == np.uint8
 
 
 def label_like(x: Num[np.ndarray, "n D"]) -> list[int]:
@@ -192,34 +209,69 @@ def label_like(x: Num[np.ndarray, "n D"]) -> list[int]:
     return [j for j in whole.tolist() if len(np.unique(rows[:, j])) <= FEW < len(rows)]
 
 
-def column(columns: Sequence[str], index: int) -> str:
-    """Returns how a message names a column of a table."""
+def column(columns: Sequence[str], index: int, rank: int = 1) -> str:
+    """Returns how a message names a column of a table, or a channel of longer examples."""
+    if rank > 1:
+        return f"channel x[..., {index}]"
     return f"column {columns[index]!r}" if columns else f"column x[:, {index}]"
 
 
 def _read_npz(file: epath.Path) -> Arrays:
     """Reads the fields x, y, x_test and y_test; others are ignored."""
-    archive = np.load(io.BytesIO(file.read_bytes()), allow_pickle=False)
-    if not isinstance(archive, np.lib.npyio.NpzFile):
-        raise ValueError("it contains a single array; give it as npy:PATH")
-    with archive:
-        names = archive.files
-        if "x" not in names:
-            has = ", ".join(map(repr, names)) or "none"
-            raise ValueError(
-                f"it has no field 'x' (its fields: {has}); save it by np.savez(path, x=x)"
-            )
-        y, x_test, y_test = (
-            archive[field] if field in names else None for field in ("y", "x_test", "y_test")
-        )
-        return Arrays(archive["x"], y, x_test, y_test)
+    in_bucket = image_files.is_bucket(file)
+    with file.open("rb") as opened:
+        if opened.read(len(MAGIC)) == MAGIC:
+            raise ValueError("it contains a single array; give it as npy:PATH")
+        with zipfile.ZipFile(io.BytesIO(file.read_bytes()) if in_bucket else opened) as archive:
+            members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+            if "x" not in members:
+                has = ", ".join(map(repr, members)) or "none"
+                raise ValueError(
+                    f"it has no field 'x' (its fields: {has}); save it by np.savez(path, x=x)"
+                )
+
+            def member(field: str) -> np.ndarray | None:
+                if field not in members:
+                    return None
+                info = members[field]
+                if not in_bucket and info.compress_type == zipfile.ZIP_STORED:
+                    opened.seek(info.header_offset + 26)  # to the lengths of a name and extras
+                    return _mapped(file, opened.tell() + 4 + sum(_lengths(opened)))
+                with archive.open(info) as stream:
+                    return np.lib.format.read_array(stream, allow_pickle=False)
+
+            x = member("x")
+            assert x is not None
+            return Arrays(x, member("y"), member("x_test"), member("y_test"))
+
+
+def _lengths(opened: BinaryIO) -> tuple[int, int]:
+    """Reads the last two numbers of a header in a zip file: lengths of what follows it."""
+    first, second = struct.unpack("<HH", opened.read(4))
+    return first, second
 
 
 def _read_npy(file: epath.Path) -> Arrays:
     """Maps an array into memory, or reads it from a bucket."""
     if image_files.is_bucket(file):
         return Arrays(np.lib.format.read_array(io.BytesIO(file.read_bytes())))
-    return Arrays(np.lib.format.open_memmap(file, mode="r"))
+    return Arrays(_mapped(file, 0))
+
+
+def _mapped(file: epath.Path, start: int) -> np.ndarray:
+    """Maps the array in .npy format that begins at a position of a file into memory."""
+    with file.open("rb") as opened:
+        opened.seek(start)
+        version = np.lib.format.read_magic(opened)
+        read_header = HEADERS.get(version, np.lib.format.read_array_header_2_0)
+        shape, fortran, dtype = read_header(opened)
+        offset = opened.tell()
+    if dtype.hasobject:
+        raise ValueError("Object arrays cannot be loaded: they could run code")
+    if not math.prod(shape):
+        return np.zeros(shape, dtype)
+    order: Literal["F", "C"] = "F" if fortran else "C"
+    return np.memmap(file, dtype, "r", offset, shape, order)
 
 
 def _read_csv(file: epath.Path) -> Arrays:
@@ -279,30 +331,25 @@ def _is_text(field: str) -> bool:
 
 
 def _require_shape(title: str, name: str, x: np.ndarray) -> None:
-    """Raises a UserError unless x is a table of numbers, or square images."""
+    """Raises a UserError unless x contains examples of one of the `KINDS`."""
     has = f"{title} has {name} of shape {x.shape} and type {x.dtype}"
-    wanted = "give a table [n, D], or images [n, H, W] or [n, H, W, C]"
     example = x.shape[1:]
     if x.dtype.kind not in "iuf":
-        raise UserError(f"{has}, which are not real numbers; {wanted}")
+        raise UserError(f"{has}, which are not real numbers; {WANTED}")
     if not x.size:
-        raise UserError(f"{has}, which is empty; {wanted}")
+        raise UserError(f"{has}, which is empty; {WANTED}")
     if not example:
-        raise UserError(f"{has}, without an axis for the values of an example; {wanted}")
-    if len(example) > 3:
-        raise UserError(f"{has}: volumes are not supported; {wanted}")
-    if len(example) == 1:
+        raise UserError(f"{has}, without an axis for the values of an example; {WANTED}")
+    if len(example) not in KINDS:
+        raise UserError(f"{has}, with too many axes; {WANTED}")
+    if len(example) == 2 and example[0] == example[1] and x.dtype == np.uint8:
+        raise UserError(f"{has}; if these are grey images, add an axis for it: x[..., None]")
+    if len(example) > 2 and len(set(example[:-1])) > 1:
+        raise UserError(f"{has}, with sides of different lengths; crop or pad them to be equal")
+    if not are_images(x):
         return
-    if example[0] != example[1]:
-        raise UserError(
-            f"{has}: signals and images that are not square are not supported; crop images to "
-            "squares"
-        )
-    if len(example) == 3 and example[2] not in CHANNELS:
-        raise UserError(
-            f"{has}: images have 1 (grey) or 3 (RGB) channels, along the last axis, and "
-            "volumes are not supported"
-        )
+    if example[2] not in CHANNELS:
+        raise UserError(f"{has}: images have 1 (grey) or 3 (RGB) channels, along the last axis")
     if x.dtype.kind != "f" and x.dtype != np.uint8:
         raise UserError(f"{has}; give images as uint8 in 0..255, or floats in [-1, 1]")
 
@@ -319,45 +366,48 @@ def _require_values(title: str, name: str, x: np.ndarray) -> None:
     """Raises a UserError unless values are finite, and those of images in [-1, 1] if floats."""
     if are_bytes(x):
         return
-    are_images = x.ndim > 2
+    as_images = are_images(x)
     for start, chunk in _chunks(x):
-        wrong = ~(np.abs(chunk) <= 1) if are_images else ~np.isfinite(chunk)
+        wrong = ~(np.abs(chunk) <= 1) if as_images else ~np.isfinite(chunk)
         if wrong.any():
             index = np.argwhere(wrong)[0]
             value = chunk[tuple(index)]
             index[0] += start
             advice = (
                 "scale images to [-1, 1], or give them as uint8 in 0..255"
-                if are_images and np.isfinite(value)
+                if as_images and np.isfinite(value)
                 else "leave out examples with missing values, and give finite numbers"
             )
             raise UserError(f"{title} has {name}{index.tolist()} = {value:g}; {advice}")
 
 
-def _statistics(x: Num[np.ndarray, "n D"]) -> Statistics:
-    """Returns the statistics of the columns of a table."""
-    low, high = np.full(x.shape[1], np.inf), np.full(x.shape[1], -np.inf)
-    total, squares = np.zeros(x.shape[1]), np.zeros(x.shape[1])
-    origin = np.asarray(x[0], np.float64)  # so that a large mean costs no precision
+def _statistics(x: Num[np.ndarray, "n *D"]) -> Statistics:
+    """Returns the statistics of each feature, along the last axis."""
+    C = x.shape[-1]
+    low, high = np.full(C, np.inf), np.full(C, -np.inf)
+    total, squares = np.zeros(C), np.zeros(C)
+    origin = np.asarray(x[0], np.float64).reshape(-1, C)[0]  # a large mean costs no precision
     for _, chunk in _chunks(x):
-        low = np.minimum(low, chunk.min(axis=0))
-        high = np.maximum(high, chunk.max(axis=0))
-        shifted = chunk - origin
+        rows = chunk.reshape(-1, C)
+        low, high = np.minimum(low, rows.min(axis=0)), np.maximum(high, rows.max(axis=0))
+        shifted = rows - origin
         total += shifted.sum(axis=0)
         squares += np.square(shifted).sum(axis=0)
-    mean = total / len(x)
-    variance = np.maximum(squares / len(x) - mean**2, 0)
+    n = x.size // C
+    mean = total / n
+    variance = np.maximum(squares / n - mean**2, 0)
     return Statistics(low, high, origin + mean, np.sqrt(variance))
 
 
-def _require_spread(title: str, statistics: Statistics, columns: Sequence[str]) -> None:
-    """Raises a UserError if a column of a table is constant."""
+def _require_spread(title: str, statistics: Statistics, found: Arrays) -> None:
+    """Raises a UserError if a feature is constant."""
     constant = np.flatnonzero(statistics.low == statistics.high)
     if constant.size:
         index = int(constant[0])
         others = f", as are {constant.size - 1} others" if constant.size > 1 else ""
         raise UserError(
-            f"{title}: {column(columns, index)} is constant ({statistics.low[index]:g})"
+            f"{title}: {column(found.columns, index, found.x.ndim - 1)} is constant "
+            f"({statistics.low[index]:g})"
             f"{others}; a constant has no density: remove it"
         )
 

