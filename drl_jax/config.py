@@ -43,7 +43,10 @@ def default() -> ConfigDict:
                 # Colour that shows through transparent pixels of images in a folder: a name
                 # such as 'white', or '#rrggbb'.
                 "background": "white",
-                "image_size": 32,  # height and width [pixels]; ignored for points
+                # Number of spatial axes of an example: 1 for signals, 2 for images, 3 for
+                # volumes. The network 'mlp' is for vectors, which have none, and ignores it.
+                "axes": 2,
+                "image_size": 32,  # length of every spatial axis [pixels]; ignored for points
                 "channels": 3,  # per pixel; for points and other vectors, their dimension
                 "crop": "centre",  # 'centre': to a square before resizing; 'none': no crop
                 "flip": True,  # random horizontal flips
@@ -66,8 +69,8 @@ def default() -> ConfigDict:
             },
             "energy": {
                 # 'resnet', the paper's; 'cdrl_resnet', its successor's (Zhu et al. 2024);
-                # 'unet', for images of any size; 'image_mlp', for small images; 'mlp' for
-                # points and other vectors
+                # 'unet', for images of any size; 'image_mlp', for small images; each of them
+                # also for signals and volumes; 'mlp', for points and other vectors
                 "network": "resnet",
                 "ch": 128,  # channels at full resolution; for MLPs, width of each layer
                 "mult": (1, 2, 2, 2),  # channels per resolution, in units of ch; not for MLPs
@@ -82,7 +85,7 @@ def default() -> ConfigDict:
                 # 'inner_product', 'squared_distance', or, for images of which many pixels are
                 # black, 'mixture'
                 "form": "inner_product",
-                "dropout": 0.0,  # probability, in training; for 'unet' and 'image_mlp'
+                "dropout": 0.0,  # probability, in training; for 'unet', 'image_mlp' and 'mlp'
                 # F from f: 'step': f / s_t²; 'noise': f / sigma_bar_t - |x|² / 2;
                 # 'unit': f - |x|² / 2; 'uniform': f / sigma_bar_t + log-density of level t if
                 # pixels were uniform; 'gaussians': the same if the data were a mixture of
@@ -283,6 +286,7 @@ CHOICES = {
 # Smallest values of numbers. All other numbers must be positive.
 MINIMUM = {
     "seed": 0,
+    "data.axes": 0,
     "data.classes": 0,
     "data.dequantise": 0,
     "data.test_fraction": 0,
@@ -313,6 +317,7 @@ MINIMUM = {
 # than 2^31, since JAX counts in 32 bits.
 BELOW = {
     "seed": 2**32,
+    "data.axes": 4,
     "data.test_fraction": 1,
     "diffusion.min_noise": 0.9,
     "mcmc.target_acceptance": 1,
@@ -327,14 +332,17 @@ BELOW = {
 # Limits, which can be infinite.
 CAN_BE_INFINITE = ("train.loss_limit", "train.energy_limit")
 
-# Largest number of values of an image for which the mixtures of `FITTED` have full covariances.
+# Largest number of values of an example for which the mixtures of `FITTED` have full
+# covariances.
 MOST_VALUES = 1024
 
-# Settings of images that must have these values for points and other vectors.
+# Settings of images that must have these values for all other examples,
+REQUIRED_WITHOUT_IMAGES = {"data.flip": False, "evaluation.inception_weights": ""}
+
+# and for points and other vectors.
 REQUIRED_FOR_POINTS = {
-    "data.flip": False,
+    **REQUIRED_WITHOUT_IMAGES,
     "data.dequantise": 0.0,
-    "evaluation.inception_weights": "",
     "energy.dtype": "float32",
     "evaluation.dtype": "float32",
 }
@@ -342,6 +350,7 @@ REQUIRED_FOR_POINTS = {
 # Fields and sections that determine what the parameters mean. They cannot change when a run
 # resumes; but a new run can start from the parameters (--init_from).
 DEFINING = (
+    "data.axes",
     "data.image_size",
     "data.channels",
     "data.classes",
@@ -444,6 +453,17 @@ def unknown_field(name: str) -> str:
     return f"config.{name} is unknown: {hint}"
 
 
+def example_shape(config: ConfigDict) -> tuple[int, ...]:
+    """Returns the shape of an example.
+
+    It is [channels] for the network 'mlp', and otherwise [L, channels] for signals,
+    [H, W, channels] for images or [D, H, W, channels] for volumes, with equal lengths.
+    """
+    data = config.data
+    axes = 0 if config.energy.network == "mlp" else data.axes
+    return (data.image_size,) * axes + (data.channels,)
+
+
 def validate(config: ConfigDict) -> None:
     """Raises unless every value can be used, by itself and with the others.
 
@@ -504,9 +524,10 @@ def validate(config: ConfigDict) -> None:
         raise invalid("energy.attention", "only config.energy.network 'unet' has attention")
     if config.energy.patch != 1 and config.energy.network != "unet":
         raise invalid("energy.patch", "only config.energy.network 'unet' has patches")
-    if config.energy.dropout and config.energy.network not in ("unet", "image_mlp"):
+    if config.energy.dropout and config.energy.network not in ("unet", "image_mlp", "mlp"):
         raise invalid(
-            "energy.dropout", "only config.energy.network 'unet' or 'image_mlp' has dropout"
+            "energy.dropout",
+            "only config.energy.network 'unet', 'image_mlp' or 'mlp' has dropout",
         )
     if config.energy.dropout and config.train.objective != "denoising":
         raise invalid(
@@ -521,11 +542,11 @@ def validate(config: ConfigDict) -> None:
             "this needs config.energy.network 'unet' or 'image_mlp', and "
             "config.energy.parameterisation 'uniform'",
         )
-    if config.data.classes and config.energy.network in ("resnet", "mlp"):
+    if config.data.classes and config.energy.network == "resnet":
         raise invalid(
             "data.classes",
-            f"config.energy.network {config.energy.network!r} takes no labels; use 0, or "
-            "another network for images such as 'cdrl_resnet'",
+            "config.energy.network 'resnet' takes no labels; use 0, or another network such as "
+            "'cdrl_resnet'",
         )
     if config.data.standardise:
         if config.data.dequantise:
@@ -557,7 +578,19 @@ def validate(config: ConfigDict) -> None:
         for name in ("energy.dtype", "evaluation.dtype"):
             if fields[name] != "float32":
                 raise invalid(name, "config.energy.network 'image_mlp' needs 'float32'")
-    if config.energy.network == "mlp":
+    if config.data.axes == 0 and not is_points:
+        raise invalid(
+            "data.axes",
+            f"config.energy.network {config.energy.network!r} needs 1 for signals, 2 for "
+            "images or 3 for volumes; vectors need the network 'mlp'",
+        )
+    if config.data.axes != 2 and not is_points:
+        for name, wanted in REQUIRED_WITHOUT_IMAGES.items():
+            if fields[name] != wanted:
+                raise invalid(
+                    name, f"config.data.axes is {config.data.axes}; use {wanted!r}, or images"
+                )
+    if is_points:
         if config.energy.parameterisation in ("uniform", *FITTED):
             raise invalid("energy.parameterisation", "points have no pixels; use 'unit'")
         for name, wanted in REQUIRED_FOR_POINTS.items():
@@ -567,11 +600,11 @@ def validate(config: ConfigDict) -> None:
                     "config.energy.network 'mlp' is for points and other vectors, for which "
                     f"it must be {wanted!r}",
                 )
-    values = config.data.image_size**2 * config.data.channels
+    values = math.prod(example_shape(config))
     if config.energy.parameterisation in FITTED and values > MOST_VALUES:
         raise invalid(
             "energy.parameterisation",
-            f"the covariances of images with {values} values are too large (limit: "
+            f"the covariances of examples with {values} values are too large (limit: "
             f"{MOST_VALUES}); use 'uniform'",
         )
 

@@ -309,19 +309,20 @@ def make_energy(config: ConfigDict, schedule: NoiseSchedule, dtype: str) -> Ener
       dtype: name of the dtype in which the network multiplies.
 
     Raises:
-      UserError: if the network cannot halve the images often enough, or has no such sizes for
-        attention.
+      UserError: if the network cannot halve the examples often enough, or has no such lengths
+        for attention.
     """
-    size, channels = config.data.image_size, config.data.channels
+    shape = config_lib.example_shape(config)
+    size, channels, axes = config.data.image_size, config.data.channels, len(shape) - 1
     ch, mult, N = config.energy.ch, config.energy.mult, config.energy.N
     form = FORMS.get(config.energy.form) or _mixture(config, schedule)
     levels, classes = schedule.conditioning[:-1], config.data.classes
     outputs = 2 if config.energy.form == "mixture" else 1
     if config.energy.network == "mlp":
-        energy = mlp.energy(channels, ch, N, config.diffusion.T)
+        energy = mlp.energy(channels, ch, N, config.diffusion.T, config.energy.dropout, classes)
     elif config.energy.network == "image_mlp":
         energy = image_mlp.energy(
-            shape=(size, size, channels),
+            shape=shape,
             width=ch,
             depth=N,
             dropout=config.energy.dropout,
@@ -332,11 +333,11 @@ def make_energy(config: ConfigDict, schedule: NoiseSchedule, dtype: str) -> Ener
         )
     elif config.energy.network == "unet":
         network = make_unet(config, outputs)
-        energy = from_image_to_image(network, (size, size, channels), form, levels)
+        energy = from_image_to_image(network, shape, form, levels)
     elif config.energy.network == "cdrl_resnet":
-        energy = resnet.cdrl_energy(size, channels, ch, mult, N, levels, classes)
+        energy = resnet.cdrl_energy(size, channels, ch, mult, N, levels, classes, axes)
     else:
-        energy = resnet.energy(size, channels, ch, mult, N)
+        energy = resnet.energy(size, channels, ch, mult, N, axes)
     if config.energy.parameterisation in config_lib.FITTED:
         energy = _with_entry(energy, MIXTURE, _white_mixture(energy, config.energy.components))
     if config.data.standardise:
@@ -393,9 +394,7 @@ def make_initialiser(
             own.groups,
             classes=data.classes,
         )
-    shape: tuple[int, ...] = (data.image_size, data.image_size, data.channels)
-    if config.energy.network == "mlp":  # for points
-        shape = (data.channels,)
+    shape = config_lib.example_shape(config)
     return initialiser.from_network(network, shape, levels, jnp.dtype(dtype))
 
 

@@ -148,7 +148,7 @@ def test_the_example_of_a_statistical_test_passes():
 @pytest.mark.slow
 def test_the_new_network_is_a_differentiable_function_of_image_level_and_parameters(tmp_path):
     cnn = load("drl_jax/networks/cnn.py", tmp_path)
-    energy = cnn.energy(image_size=8, channels=1, ch=8, N=2)
+    energy = cnn.energy(shape=(8, 8, 1), ch=8, N=2)
     params, vectors = energy.init(jax.random.key(0))
     assert vectors.keys() == {
         f"{layer}/kernel"

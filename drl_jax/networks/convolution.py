@@ -1,18 +1,20 @@
-"""3x3 convolution whose gradients are fast on every backend.
+"""Convolution with 3, 3x3 or 3x3x3 taps, whose gradients are fast on every backend.
 
 The gradients of a convolution by JAX's automatic differentiation are slow to run or to compile:
 
-- The gradient with respect to the images is a convolution with transposed dimension numbers
-  (`01oi`). Inside a while-loop, such as that over the steps of a chain, it is about five times
-  slower than the forward convolution (https://github.com/jax-ml/jax/issues/12868). Here it is a
-  forward convolution (`01io`) of the output gradient with the kernel, rotated by 180 degrees
-  and with its channels swapped: the same result, and the same program on every backend.
+- The gradient with respect to the images (or signals, or volumes) is a convolution with
+  transposed dimension numbers (`01oi`). Inside a while-loop, such as that over the steps of a
+  chain, it is about five times slower than the forward convolution
+  (https://github.com/jax-ml/jax/issues/12868). Here it is a forward convolution (`01io`) of the
+  output gradient with the kernel, reversed along its spatial axes and with its channels
+  swapped: the same result, and the same program on every backend.
 - The gradient with respect to the kernel is a convolution whose window is the whole image, with
   the batch in place of the channels. Inside a while-loop on CPUs, it is a hundred times slower
   than outside, unless the arrays are transposed first, as is done here. On TPUs it is computed
   in blocks of equal size.
 
-On CPUs, wide convolutions and their kernel gradients use Winograd's algorithm (`winograd.py`).
+On CPUs, wide convolutions of images and their kernel gradients use Winograd's algorithm
+(`winograd.py`).
 
 The derivatives of the convolution and of its kernel gradient are expressed in terms of each
 other, so derivatives of any order are as fast.
@@ -28,33 +30,40 @@ from drl_jax.networks import winograd
 # Channels per block of `_kernel_gradient_by_blocks`: the width of a TPU's matrix unit.
 BLOCK_CHANNELS = 128
 
+Kernel = Float[Array, "3 I O"] | Float[Array, "3 3 I O"] | Float[Array, "3 3 3 I O"]
 
-def _forward(
-    x: Float[Array, "B H W I"], kernel: Float[Array, "3 3 I O"]
-) -> Float[Array, "B H W O"]:
+
+def _forward(x: Float[Array, "B *S I"], kernel: Kernel) -> Float[Array, "B *S O"]:
     """Computes `conv3x3` by the fastest algorithm, without its gradients."""
-    if winograd.is_faster(x, kernel):
+    if x.ndim == 4 and winograd.is_faster(x, kernel):
         return lax.platform_dependent(x, kernel, cpu=winograd.conv3x3, default=_direct)
     return _direct(x, kernel)
 
 
 def _direct(x, kernel):
     """Computes `conv3x3` as a direct sum, with XLA's convolution."""
+    axes = _spatial(x)
     return lax.conv_general_dilated(
         x,
         kernel.astype(x.dtype),
-        (1, 1),
+        (1,) * len(axes),
         "SAME",
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        dimension_numbers=(f"N{axes}C", f"{axes}IO", f"N{axes}C"),
         preferred_element_type=kernel.dtype,
     )
 
 
+def _spatial(x) -> str:
+    """Returns one letter per spatial axis of x [B, ..., C], for dimension numbers."""
+    return "DHW"[5 - x.ndim :]
+
+
 @jax.custom_vjp
-def conv3x3(
-    x: Float[Array, "B H W I"], kernel: Float[Array, "3 3 I O"]
-) -> Float[Array, "B H W O"]:
+def conv3x3(x: Float[Array, "B *S I"], kernel: Kernel) -> Float[Array, "B *S O"]:
     """Convolves NHWC images with a 3x3 kernel, with stride 1 and zero padding.
+
+    Likewise signals [B, L, I] with a kernel of 3 taps, and volumes [B, D, H, W, I] with one of
+    3x3x3.
 
     Multiplies in x's dtype and accumulates in the kernel's. Reverse-mode differentiable to any
     order. Inside `shard_map` the kernel must be device-varying, since its gradient is not
@@ -64,16 +73,14 @@ def conv3x3(
 
 
 @jax.custom_vjp
-def kernel_gradient(
-    x: Float[Array, "B H W I"], g: Float[Array, "B H W O"]
-) -> Float[Array, "3 3 I O"]:
+def kernel_gradient(x: Float[Array, "B *S I"], g: Float[Array, "B *S O"]) -> Kernel:
     """Returns the gradient of <g, conv3x3(x, kernel)> with respect to the kernel.
 
     Multiplies in x's dtype and accumulates in g's. Reverse-mode differentiable to any order.
     """
-    on_cpu = (
-        winograd.kernel_gradient if winograd.is_faster(x, g) else _kernel_gradient_transposed
-    )
+    on_cpu = _kernel_gradient_transposed
+    if x.ndim == 4 and winograd.is_faster(x, g):
+        on_cpu = winograd.kernel_gradient
     return lax.platform_dependent(
         x,
         g,
@@ -97,11 +104,12 @@ def materialise_gradient(x: Float[Array, "..."]) -> Float[Array, "..."]:
 materialise_gradient.defvjp(lambda x: (x, None), lambda _, g: (lax.optimization_barrier(g),))
 
 
-def _adjoint(kernel: Float[Array, "3 3 I O"]) -> Float[Array, "3 3 O I"]:
+def _adjoint(kernel: Kernel) -> Kernel:
     """Returns the kernel of the adjoint convolution."""
     # With the barrier, XLA moves this out of a loop in which the kernel is constant. XLA does
     # not move a reversal or a transposition by itself.
-    return lax.optimization_barrier(jnp.swapaxes(kernel[::-1, ::-1], 2, 3))
+    reversed_kernel = lax.rev(kernel, range(kernel.ndim - 2))
+    return lax.optimization_barrier(jnp.swapaxes(reversed_kernel, -2, -1))
 
 
 def _image_gradient(x, g, kernel):
@@ -151,19 +159,20 @@ def _kernel_gradient_by_blocks(x, g):
         return lax.optimization_barrier(_correlate(x, g_block, g.dtype))
 
     xs, gs = lax.optimization_barrier((split(x), split(g.astype(x.dtype))))
-    rows = [jnp.concatenate([block(x, g_block) for g_block in gs], axis=3) for x in xs]
-    return jnp.concatenate(rows, axis=2)
+    rows = [jnp.concatenate([block(x, g_block) for g_block in gs], axis=-1) for x in xs]
+    return jnp.concatenate(rows, axis=-2)
 
 
 def _correlate(x, g, dtype):
     """Computes the kernel gradient as one convolution, accumulated in `dtype`."""
     # The batch takes the place of the channels, and the channels of x that of the batch.
+    axes = _spatial(x)
     return lax.conv_general_dilated(
         x,
         g,
-        (1, 1),
-        ((1, 1), (1, 1)),
-        dimension_numbers=("CHWN", "IHWO", "HWNC"),
+        (1,) * len(axes),
+        ((1, 1),) * len(axes),
+        dimension_numbers=(f"C{axes}N", f"I{axes}O", f"{axes}NC"),
         preferred_element_type=dtype,
     )
 
@@ -171,13 +180,14 @@ def _correlate(x, g, dtype):
 def _kernel_gradient_transposed(x, g):
     # The barriers keep XLA from merging the transpositions into the convolution, which would
     # then be the slow one of `_correlate`.
-    x, g = lax.optimization_barrier((x.transpose(3, 1, 2, 0), g.transpose(1, 2, 0, 3)))
+    axes = _spatial(x)
+    x, g = lax.optimization_barrier((jnp.swapaxes(x, 0, -1), jnp.moveaxis(g, 0, -2)))
     result = lax.conv_general_dilated(
         x,
         g.astype(x.dtype),
-        (1, 1),
-        ((1, 1), (1, 1)),
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        (1,) * len(axes),
+        ((1, 1),) * len(axes),
+        dimension_numbers=(f"N{axes}C", f"{axes}IO", f"N{axes}C"),
         preferred_element_type=g.dtype,
     )
-    return lax.optimization_barrier(result).transpose(1, 2, 0, 3)
+    return jnp.moveaxis(lax.optimization_barrier(result), 0, -2)

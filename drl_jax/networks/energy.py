@@ -86,7 +86,8 @@ def from_network(
     """Returns the energy of a flax module.
 
     Args:
-      network: maps (x [B, ...], t [B]) to [B]; or (x, t, label [B]), if it has classes.
+      network: maps (x [B, ...], t [B]) to [B]. If it has classes, it takes a `label` [B], and
+        if it has dropout, `keys` [B] or None.
       shape: shape of one example x.
       rule: which kernels are spectrally normalised, and how.
       levels: input of the network for each level t in 0..T-1; None passes t itself.
@@ -104,10 +105,12 @@ def from_network(
         return spectral.normalise(params, vectors, rule)
 
     def f(params, x, t, keys=None, label=None):
-        del keys  # no dropout
         if levels is not None:
             t = level_input(levels, t, x)
-        return network.apply({"params": params}, x, t, **label_argument(network, label))
+        more = label_argument(network, label)
+        if getattr(network, "dropout", 0.0):
+            more["keys"] = keys
+        return network.apply({"params": params}, x, t, **more)
 
     classes = getattr(network, "classes", 0)
     return Energy(init, normalise, f, shape, type(network).__name__, classes)
@@ -116,7 +119,7 @@ def from_network(
 def from_image_to_image(
     network: nn.Module, shape: tuple[int, ...], form: Form, levels: Float[Array, "T"]
 ) -> Energy:
-    """Returns the energy of a network U that maps images to images.
+    """Returns the energy of a network U that maps examples to arrays of their shape.
 
     f is a function of x and U(x, t), and its gradient is that of the whole expression, through
     U. So the model stays an energy, unlike a denoiser (Salimans and Ho 2021; Du et al. 2023).

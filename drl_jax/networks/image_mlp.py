@@ -1,4 +1,4 @@
-"""A multilayer perceptron for small images, as vectors.
+"""A multilayer perceptron for small images, signals and volumes, as vectors.
 
 Up to about a thousand pixels, dense layers learn faster per second than convolutions, above all
 on CPUs, where matrix products reach the full speed of the hardware. They have many parameters,
@@ -53,7 +53,7 @@ class ImageMLP(nn.Module):
           x: images or other arrays.
           level: noise level, in 0..1000 (`NoiseSchedule.conditioning`).
           keys: random keys for dropout; None evaluates the network without it.
-          label: class of each image, in 1..classes, or 0 for no label; None is 0 for all.
+          label: class of each example, in 1..classes, or 0 for no label; None is 0 for all.
         """
         require_classes(self, label)
         embedding = nn.Dense(2 * EMBEDDING, name="temb_0")(time_embedding(level, EMBEDDING))

@@ -1,13 +1,16 @@
-"""The paper's network for images: a time-conditional Wide ResNet without normalisation layers.
+"""The paper's network: a time-conditional Wide ResNet without normalisation layers.
 
-(Gao et al. 2021, appendix B.) The second convolution of every block is initialised close to
-zero, so that every block is close to its skip connection at first.
+(Gao et al. 2021, appendix B.) It is for images, and here for signals and volumes, too. The
+second convolution of every block is initialised close to zero, so that every block is close to
+its skip connection at first.
 
 `cdrl_energy` is its variant in cooperative diffusion recovery likelihood (CDRL; Zhu et al.
 2024), which is conditioned on noise levels that do not depend on T, and optionally on labels.
 """
 
 import functools
+import itertools
+import operator
 from typing import Literal
 
 import flax.linen as nn
@@ -37,19 +40,22 @@ def time_embedding(t: Num[Array, "B"], ch: int) -> Float[Array, "B ch"]:
 
 
 class Conv(nn.Module):
-    """3x3 convolution with bias; the result has the parameters' dtype.
+    """Convolution with bias; the result has the parameters' dtype.
+
+    The kernel has 3 taps along each spatial axis of x: it is [3, 3, I, O] for images.
 
     Attributes:
       features: number of output channels O.
-      kernel_init: initialiser of the kernel [3, 3, I, O].
+      kernel_init: initialiser of the kernel.
     """
 
     features: int
     kernel_init: nn.initializers.Initializer = fan_avg
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B H W I"]) -> Float[Array, "B H W O"]:
-        kernel = self.param("kernel", self.kernel_init, (3, 3, x.shape[-1], self.features))
+    def __call__(self, x: Float[Array, "B *S I"]) -> Float[Array, "B *S O"]:
+        shape = (*(3,) * (x.ndim - 2), x.shape[-1], self.features)
+        kernel = self.param("kernel", self.kernel_init, shape)
         return conv3x3(x, kernel) + self.param("bias", nn.initializers.zeros, (self.features,))
 
 
@@ -59,7 +65,7 @@ class Block(nn.Module):
         h = conv1(lrelu(x)) + dense(lrelu(temb))
         block(x, temb) = skip(x) + g · (conv2(lrelu(h)) + bias)
 
-    skip is a 3x3 convolution where the width changes and the identity elsewhere. The gain g is
+    skip is a `Conv` where the width changes and the identity elsewhere. The gain g is
     multiplied into conv2's kernel and bias once per training step (`with_gains`). conv2 is
     initialised close to zero.
 
@@ -76,14 +82,14 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B H W I"], temb: Float[Array, "B E"]
-    ) -> Float[Array, "B H W O"]:
+        self, x: Float[Array, "B *S I"], temb: Float[Array, "B E"]
+    ) -> Float[Array, "B *S O"]:
         h = Conv(self.features, name="conv1")(leaky_relu(x))
         dense = nn.Dense(self.features, kernel_init=fan_avg, name="dense")
         projection = dense(leaky_relu(temb))
         if self.cdrl:
             projection = leaky_relu(projection)
-        h += projection[:, None, None, :]
+        h += jnp.expand_dims(projection, range(1, x.ndim - 1))
         h = materialise_gradient(h.astype(x.dtype))
         h = Conv(self.features, fan_avg if self.cdrl else near_zero, name="conv2")(
             leaky_relu(h)
@@ -94,12 +100,14 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """f(x, t) for images x [B, H, W, C] and levels t [B], one number per image.
+    """f(x, t) for examples x [B, ..., C] and levels t [B], one number per example.
+
+    Examples are images [H, W, C], signals [L, C] or volumes [D, H, W, C].
 
     CDRL's network is f(x, level, label). Its blocks differ (see `Block`), its head has no bias,
     and a dense layer of the one-hot label is added to the time embedding.
 
-    Convolutions multiply in the images' dtype, which is also that of stored activations. They
+    Convolutions multiply in x's dtype, which is also that of stored activations. They
     accumulate in the parameters' dtype, which is also that of the sum over pixels and of the
     time embedding.
 
@@ -121,16 +129,16 @@ class ResNet(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: Float[Array, "B H W C"],
+        x: Float[Array, "B *S C"],
         t: Num[Array, "B"],
         label: Int[Array, "B"] | None = None,
     ) -> Float[Array, "B"]:
         """Evaluates the network.
 
         Args:
-          x: images.
+          x: images, signals or volumes.
           t: level; in CDRL a noise level in 0..1000 (`NoiseSchedule.conditioning`).
-          label: class of each image, in 1..classes, or 0 for no label; None is 0 for all.
+          label: class of each example, in 1..classes, or 0 for no label; None is 0 for all.
         """
         require_classes(self, label)
         dense = functools.partial(nn.Dense, kernel_init=fan_avg)
@@ -147,7 +155,7 @@ class ResNet(nn.Module):
             for i in range(self.N):
                 name = f"level_{resolution}_block_{i}"
                 h = Block(m * self.ch, self.cdrl, name=name)(h, temb)
-        h = jnp.sum(nn.relu(h), axis=(1, 2), dtype=temb.dtype)
+        h = jnp.sum(nn.relu(h), axis=range(1, h.ndim - 1), dtype=temb.dtype)
         head = dense(h.shape[-1], use_bias=not self.cdrl, name="head")
         return jnp.sum(h * head(leaky_relu(temb)), axis=1)
 
@@ -167,11 +175,12 @@ def one_hot(
     return jax.nn.one_hot(label, classes + 1, dtype=like.dtype)
 
 
-def mean_pool(x: Float[Array, "B H W C"]) -> Float[Array, "B H/2 W/2 C"]:
-    """Halves the height and width: averages 2x2 squares of pixels, without overlap."""
+def mean_pool(x: Float[Array, "B *S C"]) -> Float[Array, "B *H C"]:
+    """Halves every spatial axis: averages squares of 2x2 pixels (or pairs, or cubes)."""
     # Written with slices, which XLA:TPU fuses with the neighbouring convolutions in the forward
     # and in the backward pass.
-    return (x[:, ::2, ::2] + x[:, ::2, 1::2] + x[:, 1::2, ::2] + x[:, 1::2, 1::2]) / 4
+    halves = itertools.product((slice(0, None, 2), slice(1, None, 2)), repeat=x.ndim - 2)
+    return functools.reduce(operator.add, (x[:, *half] for half in halves)) / 2 ** (x.ndim - 2)
 
 
 def spectral_rule(path: str) -> Literal["normalise", "clip"] | None:
@@ -195,7 +204,7 @@ def with_gains(energy: Energy) -> Energy:
     """Adds a learned gain g per channel to the second convolution of every block.
 
     Since g · (conv(x, W) + b) = conv(x, g W) + g b, the gain can scale parameters instead of
-    images: `normalise` multiplies W and b by g once per training step, after spectral
+    activations: `normalise` multiplies W and b by g once per training step, after spectral
     normalisation.
     """
 
@@ -217,36 +226,48 @@ def with_gains(energy: Energy) -> Energy:
     return energy._replace(init=init, normalise=normalise)
 
 
-def require_divisible(size: int, mult: tuple[int, ...]) -> None:
-    """Checks that images can be halved between all resolutions.
+def require_divisible(length: int, mult: tuple[int, ...], patch: int = 1) -> None:
+    """Checks that examples can be halved between all resolutions.
+
+    Args:
+      length: length of every spatial axis, a multiple of `patch` [pixels].
+      mult: multipliers, one per resolution.
+      patch: number of pixels along each axis that the first resolution treats as one.
 
     Raises:
-      UserError: if size is not a multiple of 2^(len(mult) - 1).
+      UserError: if length is not a multiple of patch times 2^(len(mult) - 1).
     """
-    factor = 2 ** (len(mult) - 1)
-    if size % factor:
+    halvings = len(mult) - 1
+    factor = patch * 2**halvings
+    if length % factor:
+        times = "once" if halvings == 1 else f"{halvings} times"
+        patches = f" and patches of length {patch}" if patch > 1 else ""
         raise UserError(
-            f"images of {size}x{size} cannot be halved {len(mult) - 1} times for "
-            f"mult = {mult}; use a multiple of {factor}, or fewer multipliers"
+            f"examples of length {length} cannot be halved {times} for mult = {mult}{patches}; "
+            f"use a multiple of {factor}, such as {(length // factor + 1) * factor}, or fewer "
+            "multipliers"
         )
 
 
-def energy(image_size: int, channels: int, ch: int, mult: tuple[int, ...], N: int) -> Energy:
-    """Returns the paper's network for square images, with spectral normalisation.
+def energy(
+    image_size: int, channels: int, ch: int, mult: tuple[int, ...], N: int, axes: int = 2
+) -> Energy:
+    """Returns the paper's network, with spectral normalisation.
 
     Args:
-      image_size: height and width of the images [pixels].
-      channels: number of image channels.
+      image_size: length of every spatial axis [pixels].
+      channels: number of channels of an example.
       ch: number of channels at the first resolution.
       mult: number of channels at each resolution, in units of ch.
       N: number of residual blocks per resolution.
+      axes: number of spatial axes: 1 for signals, 2 for square images, 3 for cubes.
 
     Raises:
       UserError: if image_size is not a multiple of 2^(len(mult) - 1).
     """
     require_divisible(image_size, mult)
     network = ResNet(ch=ch, mult=tuple(mult), N=N)
-    shape = (image_size, image_size, channels)
+    shape = (image_size,) * axes + (channels,)
     return with_gains(from_network(network, shape, spectral_rule))
 
 
@@ -258,23 +279,25 @@ def cdrl_energy(
     N: int,
     levels: Float[Array, "T"],
     classes: int = 0,
+    axes: int = 2,
 ) -> Energy:
-    """Returns CDRL's network for square images, with spectral normalisation.
+    """Returns CDRL's network, with spectral normalisation.
 
     Args:
-      image_size: height and width of the images [pixels].
-      channels: number of image channels.
+      image_size: length of every spatial axis [pixels].
+      channels: number of channels of an example.
       ch: number of channels at the first resolution.
       mult: number of channels at each resolution, in units of ch.
       N: number of residual blocks per resolution.
       levels: input of the network for each level t in 0..T-1, in 0..1000
         (`NoiseSchedule.conditioning`).
       classes: number of classes; 0 if there are no labels.
+      axes: number of spatial axes: 1 for signals, 2 for square images, 3 for cubes.
 
     Raises:
       UserError: if image_size is not a multiple of 2^(len(mult) - 1).
     """
     require_divisible(image_size, mult)
     network = ResNet(ch=ch, mult=tuple(mult), N=N, cdrl=True, classes=classes)
-    shape = (image_size, image_size, channels)
+    shape = (image_size,) * axes + (channels,)
     return with_gains(from_network(network, shape, cdrl_spectral_rule, levels))

@@ -1,6 +1,7 @@
 """Spectral normalisation as a pure function of parameters (Miyato et al. 2018).
 
-Divides a kernel W, reshaped to a matrix [-1, out], by its largest singular value sigma. Power
+Divides a kernel W, reshaped to a matrix [-1, out], by its largest singular value sigma: the
+rows are the inputs I of a dense layer, or the taps and input channels of a convolution. Power
 iteration estimates sigma from a vector u [out] that is carried from one training step to the
 next. Normalising once per training step, and not in every forward pass, keeps the energy
 function fixed throughout a chain.

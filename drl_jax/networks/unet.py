@@ -1,4 +1,4 @@
-"""A U-Net for images: the base of a conservative energy, and a predictor of images.
+"""A U-Net for images, signals and volumes: the base of an energy, and a predictor of examples.
 
 Its blocks are those of Ho et al. (2020), conditioned on time by scale and shift (Dhariwal and
 Nichol 2021), as Zhu et al. (2024) use them. The result U(x, level) has x's shape. Two functions
@@ -40,7 +40,7 @@ EPSILON = 1e-6  # added to the variance in `Normalisation`
 
 
 class Pointwise(nn.Module):
-    """1x1 convolution with bias; the result has the parameters' dtype.
+    """Dense layer of each pixel's channels; the result has the parameters' dtype.
 
     Attributes:
       features: number of output channels O.
@@ -51,10 +51,10 @@ class Pointwise(nn.Module):
     kernel_init: nn.initializers.Initializer = fan_avg
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B H W I"]) -> Float[Array, "B H W O"]:
+    def __call__(self, x: Float[Array, "B *S I"]) -> Float[Array, "B *S O"]:
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
         bias = self.param("bias", zeros, (self.features,))
-        return product("bhwi,io->bhwo", x, kernel, kernel.dtype) + bias
+        return product("...i,io->...o", x, kernel, kernel.dtype) + bias
 
 
 def product(subscripts: str, x: Array, other: Array, dtype: DTypeLike) -> Array:
@@ -76,9 +76,9 @@ class Normalisation(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B H W C"]
-    ) -> tuple[Float[Array, "B 1 1 C"], Float[Array, "B 1 1 C"]]:
-        C = x.shape[-1]
+        self, x: Float[Array, "B *S C"]
+    ) -> tuple[Float[Array, "B *ones C"], Float[Array, "B *ones C"]]:
+        C, pixels = x.shape[-1], range(1, x.ndim - 1)
         scale = self.param("scale", nn.initializers.ones, (C,))
         bias = self.param("bias", zeros, (C,))
         x = x.astype(scale.dtype)
@@ -86,11 +86,11 @@ class Normalisation(nn.Module):
         def group_mean(channels):
             split = channels.reshape(len(x), math.gcd(self.groups, C), -1)
             mean = jnp.broadcast_to(jnp.mean(split, axis=2, keepdims=True), split.shape)
-            return mean.reshape(len(x), 1, 1, C)
+            return mean.reshape(len(x), *(1 for _ in pixels), C)
 
         # Sums over pixels first: they run along vectors of channels, and read x once.
-        mean = group_mean(jnp.mean(x, axis=(1, 2)))
-        variance = group_mean(jnp.mean(jnp.square(x), axis=(1, 2))) - jnp.square(mean)
+        mean = group_mean(jnp.mean(x, axis=pixels))
+        variance = group_mean(jnp.mean(jnp.square(x), axis=pixels)) - jnp.square(mean)
         A = scale * jax.lax.rsqrt(jnp.maximum(variance, 0) + EPSILON)
         return A, bias - mean * A
 
@@ -102,14 +102,14 @@ class Block(nn.Module):
         h = conv2(dropout(silu((1 + scale) norm2(h) + shift)))
         block(x, temb) = skip(resample(x)) + h
 
-    (scale, shift) = dense(silu(temb)), per channel. skip is a 1x1 convolution where the width
+    (scale, shift) = dense(silu(temb)), per channel. skip is a `Pointwise` where the width
     changes and the identity elsewhere. conv2 is initialised to zero.
 
     Attributes:
       features: number of output channels O.
       groups: maximum number of groups of a normalisation.
       dropout: probability with which an activation is set to zero.
-      resample: halves or doubles the height and width, if given.
+      resample: halves or doubles every spatial axis, if given.
     """
 
     features: int
@@ -120,17 +120,18 @@ class Block(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: Float[Array, "B H W I"],
+        x: Float[Array, "B *S I"],
         temb: Float[Array, "B E"],
         keys: Key[Array, "B"] | None,
-    ) -> Float[Array, "B H2 W2 O"]:
+    ) -> Float[Array, "B *S2 O"]:
         A, B = Normalisation(self.groups, name="norm1")(x)
         resample = self.resample or (lambda x: x)
         h = resample(nn.silu(A * x + B).astype(x.dtype))
         h = Conv(self.features, name="conv1")(h)
         h = materialise_gradient(h.astype(x.dtype))
         dense = nn.Dense(2 * self.features, kernel_init=fan_avg, name="dense")
-        scale, shift = jnp.split(dense(nn.silu(temb))[:, None, None, :], 2, axis=3)
+        modulation = jnp.expand_dims(dense(nn.silu(temb)), range(1, x.ndim - 1))
+        scale, shift = jnp.split(modulation, 2, axis=-1)
         A, B = Normalisation(self.groups, name="norm2")(h)
         h = nn.silu((1 + scale) * A * h + ((1 + scale) * B + shift)).astype(x.dtype)
         if keys is not None and self.dropout:
@@ -143,7 +144,7 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Single-head attention between all pixels of an image, added to its input.
+    """Single-head attention between all pixels of an example, added to its input.
 
         q, k, v = qkv(norm(x));   x + out(softmax(q kᵀ / sqrt(C)) v)
 
@@ -156,7 +157,7 @@ class Attention(nn.Module):
     groups: int
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+    def __call__(self, x: Float[Array, "B *S C"]) -> Float[Array, "B *S C"]:
         C = x.shape[-1]
         A, B = Normalisation(self.groups, name="norm")(x)
         qkv = Pointwise(3 * C, name="qkv")((A * x + B).astype(x.dtype))
@@ -168,7 +169,9 @@ class Attention(nn.Module):
 
 
 class UNet(nn.Module):
-    """U(x, level) for images x [B, H, W, C], an array of the same shape.
+    """U(x, level) for examples x [B, ..., C], an array of the same shape.
+
+    Examples are images [H, W, C], signals [L, C] or volumes [D, H, W, C].
 
     The way down has N blocks per resolution, and one that halves the resolution. The way up has
     N + 1 blocks per resolution, each of which also reads the result of a block of the way down
@@ -179,12 +182,12 @@ class UNet(nn.Module):
       ch: number of channels at the first resolution.
       mult: number of channels at each resolution, in units of ch.
       N: number of blocks per resolution on the way down.
-      attention: sizes of the images, in pixels, that `Attention` follows each block at; it is
-        then also used in the middle.
+      attention: lengths of the first spatial axis, in pixels, at which `Attention` follows each
+        block; it is then also used in the middle.
       dropout: probability with which a block sets an activation to zero, if there are keys.
       groups: maximum number of groups of a normalisation.
-      patch: side of the squares of pixels that the first resolution treats as one pixel with
-        more channels (Luhman and Luhman 2022).
+      patch: side of the squares (or intervals, or cubes) of pixels that the first resolution
+        treats as one pixel with more channels (Luhman and Luhman 2022).
       outputs: number O of arrays of x's shape in U; if it is 1, U has no axis for them.
       classes: number of classes; 0 if there are no labels. A dense layer of the one-hot label
         is added to the time embedding.
@@ -203,18 +206,18 @@ class UNet(nn.Module):
     @nn.compact
     def __call__(
         self,
-        x: Float[Array, "B H W C"],
+        x: Float[Array, "B *S C"],
         level: Float[Array, "B"],
         keys: Key[Array, "B"] | None = None,
         label: Int[Array, "B"] | None = None,
-    ) -> Float[Array, "B H W C"] | Float[Array, "B O H W C"]:
+    ) -> Float[Array, "B *S C"] | Float[Array, "B O *S C"]:
         """Evaluates the network.
 
         Args:
-          x: images.
+          x: images, signals or volumes.
           level: noise level, in 0..1000 (`NoiseSchedule.conditioning`).
           keys: random keys for dropout; None evaluates the network without it.
-          label: class of each image, in 1..classes, or 0 for no label; None is 0 for all.
+          label: class of each example, in 1..classes, or 0 for no label; None is 0 for all.
         """
         require_classes(self, label)
         shape, x = x.shape, to_patches(x, self.patch)
@@ -254,7 +257,7 @@ class UNet(nn.Module):
 
         for resolution, m in reversed(list(enumerate(self.mult))):
             for i in range(self.N + 1):
-                h = jnp.concatenate([h, skips.pop()], axis=3)
+                h = jnp.concatenate([h, skips.pop()], axis=-1)
                 h = block_and_attention(h, m, f"up_{resolution}_block_{i}")
             if resolution:
                 h = block(h, m, f"up_{resolution}_double", double)
@@ -262,33 +265,39 @@ class UNet(nn.Module):
         A, B = Normalisation(self.groups, name="norm_out")(h)
         h = nn.silu(A * h + B).astype(x.dtype)
         h = Conv(self.outputs * x.shape[-1], zeros, name="conv_out")(h)
-        parts = jnp.split(h, self.outputs, axis=3)
+        parts = jnp.split(h, self.outputs, axis=-1)
         u = jnp.stack([from_patches(part, self.patch) for part in parts], axis=1)
         return u.reshape(shape) if self.outputs == 1 else u
 
 
-def to_patches(x: Float[Array, "B H W C"], size: int) -> Float[Array, "B H2 W2 C2"]:
+def to_patches(x: Float[Array, "B *S C"], size: int) -> Float[Array, "B *S2 C2"]:
     """Returns an image whose pixels are the squares of `size` x `size` pixels of x.
 
-    Their values become channels: C2 = size² C.
+    Of a signal, they are its intervals; of a volume, its cubes. Their values become channels:
+    C2 = size² C for images.
     """
-    B, H, W, C = x.shape
-    x = x.reshape(B, H // size, size, W // size, size, C)
-    return x.swapaxes(2, 3).reshape(B, H // size, W // size, -1)
+    B, *lengths, C = x.shape
+    n, counts = len(lengths), [length // size for length in lengths]
+    x = x.reshape(B, *itertools.chain(*((count, size) for count in counts)), C)
+    x = x.transpose(0, *range(1, 2 * n, 2), *range(2, 2 * n + 1, 2), 2 * n + 1)
+    return x.reshape(B, *counts, -1)
 
 
-def from_patches(x: Float[Array, "B H2 W2 C2"], size: int) -> Float[Array, "B H W C"]:
+def from_patches(x: Float[Array, "B *S2 C2"], size: int) -> Float[Array, "B *S C"]:
     """Inverts `to_patches`."""
-    B, H, W, _ = x.shape
-    x = x.reshape(B, H, W, size, size, -1)
-    return x.swapaxes(2, 3).reshape(B, H * size, W * size, -1)
+    B, *counts, _ = x.shape
+    n = len(counts)
+    x = x.reshape(B, *counts, *(size,) * n, -1)
+    x = x.transpose(0, *itertools.chain(*((1 + i, 1 + n + i) for i in range(n))), 2 * n + 1)
+    return x.reshape(B, *(count * size for count in counts), -1)
 
 
-def double(x: Float[Array, "B H W C"]) -> Float[Array, "B 2*H 2*W C"]:
-    """Doubles the height and width: repeats each pixel in a 2x2 square."""
-    B, H, W, C = x.shape
-    x = jnp.broadcast_to(x[:, :, None, :, None], (B, H, 2, W, 2, C))
-    return x.reshape(B, 2 * H, 2 * W, C)
+def double(x: Float[Array, "B *S C"]) -> Float[Array, "B *S2 C"]:
+    """Doubles every spatial axis: repeats each pixel of an image in a 2x2 square."""
+    B, *lengths, C = x.shape
+    repeated = (B, *itertools.chain(*((length, 2) for length in lengths)), C)
+    x = jnp.broadcast_to(jnp.expand_dims(x, range(2, 2 * x.ndim - 3, 2)), repeated)
+    return x.reshape(B, *(2 * length for length in lengths), C)
 
 
 def network(
@@ -303,35 +312,36 @@ def network(
     outputs: int = 1,
     classes: int = 0,
 ) -> UNet:
-    """Returns the U-Net for square images.
+    """Returns the U-Net for square images, signals or cubes.
 
     Args:
-      image_size: height and width of the images [pixels].
+      image_size: length of every spatial axis [pixels].
       ch: number of channels at the first resolution.
       mult: number of channels at each resolution, in units of ch.
       N: number of blocks per resolution on the way down.
-      attention: sizes of the images at which attention is used.
+      attention: lengths at which attention is used.
       dropout: probability with which a block sets an activation to zero, if there are keys.
       groups: maximum number of groups of a normalisation.
-      patch: side of the squares of pixels that become one pixel at the first resolution.
+      patch: side of the squares (or intervals, or cubes) of pixels that become one pixel at
+        the first resolution.
       outputs: number of arrays of x's shape in U.
       classes: number of classes; 0 if there are no labels.
 
     Raises:
       UserError: if image_size is not a multiple of patch times 2^(len(mult) - 1), or attention
-        names a size that no resolution has.
+        names a length that no resolution has.
     """
     if image_size % patch:
         raise UserError(
-            f"images of {image_size}x{image_size} cannot be divided into patches of "
-            f"{patch}x{patch}; use a divisor of {image_size}"
+            f"examples of length {image_size} cannot be divided into patches of length "
+            f"{patch}; use a divisor of {image_size}"
         )
-    require_divisible(image_size // patch, mult)
+    require_divisible(image_size, mult, patch)
     sizes = [image_size // patch >> resolution for resolution in range(len(mult))]
     if not set(attention) <= set(sizes):
         raise UserError(
-            f"attention at {tuple(attention)}: images of {image_size}x{image_size} have the "
-            f"sizes {sizes} in this network; choose among these"
+            f"attention at {tuple(attention)}: examples of length {image_size} have the "
+            f"lengths {sizes} in this network; choose among these"
         )
     return UNet(
         ch,

@@ -129,7 +129,7 @@ def configure(config: ConfigDict, tensors: Tensors, image_size: int) -> ConfigDi
     channels, ch = kernels[first][-2:]
     width_of_level = {level: width for (level, _), width in sorted(widths.items())}
     config = config.copy_and_resolve_references()
-    config.data.image_size = image_size
+    config.data.axes, config.data.image_size = 2, image_size
     config.data.channels = channels
     config.data.classes = 0
     config.initialiser = config_lib.default().initialiser

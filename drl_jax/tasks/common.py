@@ -16,7 +16,6 @@ from drl_jax.data.sources import Source
 from drl_jax.errors import UserError
 from drl_jax.method import METROPOLIS
 from drl_jax.model import Model
-from drl_jax.plots import images
 from drl_jax.runtime.progress import Progress
 from drl_jax.storage import results
 from drl_jax.storage.runs import Run
@@ -68,19 +67,19 @@ def task_key(task: str, seed: int) -> Key[Array, ""]:
 
 
 def require_images(model: Model, task: str) -> None:
-    """Checks that the model is one of images, for a task that is not defined for points.
+    """Checks that the model is one of images, for a task that is not defined for others.
 
     Args:
       model: the model.
       task: the value of --mode, for the message.
 
     Raises:
-      UserError: if the model is one of points in the plane.
+      UserError: if the model is one of points, other vectors, signals or volumes.
     """
-    if images.are_points(model.shape):
+    if len(model.shape) != 3:
         raise UserError(
-            f"--mode={task} needs a model of images, but this is a model of points: use "
-            "--mode=sample or --mode=evaluate"
+            f"--mode={task} needs a model of images, but the examples of this model have the "
+            f"shape {model.shape}: use --mode=sample or --mode=evaluate"
         )
 
 

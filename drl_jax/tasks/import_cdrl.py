@@ -76,6 +76,7 @@ def configure(config: ConfigDict, parts: Parts, image_size: int) -> ConfigDict:
     energy, initialiser = parts.energy._asdict(), parts.initialiser._asdict()
     method = dict(config_lib.flatten(config_lib.cdrl()))
     fields = {name: method[name] for name in METHOD} | {
+        "data.axes": 2,
         "data.image_size": image_size,
         "data.channels": energy.pop("channels"),
         "data.classes": energy.pop("classes"),

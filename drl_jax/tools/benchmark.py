@@ -504,8 +504,16 @@ def measure_input(
     Returns:
       JSON values: the batch size, the shape of an image, and the batches per second in each
       repeat.
+
+    Raises:
+      UserError: if the configuration is not for images.
     """
-    shape = (config.data.image_size, config.data.image_size, config.data.channels)
+    shape = config_lib.example_shape(config)
+    if len(shape) != 3:
+        raise UserError(
+            f"--input measures images, but examples have the shape {shape}: set "
+            "--config.data.axes=2 and a network for images"
+        )
     speeds: list[float] = []
     with tempfile.TemporaryDirectory() as folder:
         random_config = with_changes(config, random_image_data(folder, shape, images))
@@ -526,7 +534,7 @@ def measure_input(
     }
 
 
-def random_image_data(folder: str, shape: tuple[int, int, int], images: int) -> dict[str, str]:
+def random_image_data(folder: str, shape: tuple[int, ...], images: int) -> dict[str, str]:
     """Writes a TFDS data set of random PNG images; returns the config fields that select it."""
     import tensorflow_datasets as tfds  # imported here because it takes seconds
 
@@ -558,10 +566,10 @@ def with_changes(config: ConfigDict, changes: dict[str, Any]) -> ConfigDict:
 def programs_table(result: dict[str, Any]) -> str:
     """Formats the result of `measure_programs`."""
     config, matmul = result["config"], result["matmul_flops_per_second"]
+    shape = "x".join(map(str, config_lib.example_shape(ConfigDict(config))))
     lines = [
         f"{result['device']}, {result['parameters'] / 1e6:.1f}M parameters, "
-        f"{config['data']['image_size']}x{config['data']['image_size']}, "
-        f"batch size {config['train']['batch_size']}, K = {config['mcmc']['K']}",
+        f"{shape}, batch size {config['train']['batch_size']}, K = {config['mcmc']['K']}",
         f"matrix product: {np.median(matmul) / 1e9:.0f} GFLOP/s "
         f"({min(matmul) / 1e9:.0f} to {max(matmul) / 1e9:.0f}); "
         f"peak memory: {result['peak_memory_bytes'] / 2**30:.2f} GiB",

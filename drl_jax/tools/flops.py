@@ -5,12 +5,14 @@ costs one pass more than f alone; a gradient with respect to images and paramete
 more. A multiplication and an addition count as two FLOPs.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
 
+from drl_jax.config import example_shape
 from drl_jax.networks.image_mlp import EMBEDDING
 
 
@@ -20,12 +22,16 @@ def forward(config: ConfigDict) -> float:
     outputs = 2 if energy.form == "mixture" else 1
     if energy.network == "mlp":
         return mlp(data.channels, energy.ch, energy.N)
-    if energy.network == "unet":
-        size, channels = data.image_size // energy.patch, data.channels * energy.patch**2
-        return unet(size, channels, energy.ch, energy.mult, energy.N, energy.attention, outputs)
     if energy.network == "image_mlp":
-        return image_mlp(data.image_size**2 * data.channels, energy.ch, energy.N, outputs)
-    return resnet(data.image_size, data.channels, energy.ch, energy.mult, energy.N)
+        return image_mlp(math.prod(example_shape(config)), energy.ch, energy.N, outputs)
+    own = energy.ch, energy.mult, energy.N
+    if energy.network == "unet":
+        size, channels = (
+            data.image_size // energy.patch,
+            data.channels * energy.patch**data.axes,
+        )
+        return unet(size, channels, *own, energy.attention, outputs, axes=data.axes)
+    return resnet(data.image_size, data.channels, *own, axes=data.axes)
 
 
 def initialiser(config: ConfigDict) -> float:
@@ -34,10 +40,9 @@ def initialiser(config: ConfigDict) -> float:
     if own.network == "none":
         return 0.0
     if own.network == "unet":
-        return unet(data.image_size, data.channels, own.ch, own.mult, own.N, own.attention)
-    is_points = config.energy.network == "mlp"
-    dimension = data.channels * (1 if is_points else data.image_size**2)
-    return image_mlp(dimension, own.ch, own.N)
+        size, channels = data.image_size, data.channels
+        return unet(size, channels, own.ch, own.mult, own.N, own.attention, axes=data.axes)
+    return image_mlp(math.prod(example_shape(config)), own.ch, own.N)
 
 
 def mlp(dimension: int, width: int, depth: int) -> float:
@@ -49,21 +54,23 @@ def mlp(dimension: int, width: int, depth: int) -> float:
 
 
 def image_mlp(dimension: int, width: int, depth: int, outputs: int = 1) -> float:
-    """Returns the FLOPs of `networks.image_mlp` for one image of `dimension` pixel values."""
+    """Returns the FLOPs of `networks.image_mlp` for one example of `dimension` values."""
     E = 2 * EMBEDDING  # width of the level's embedding
     embedding, ends = EMBEDDING * E + E * E, (1 + outputs) * dimension * width
     return 2.0 * (embedding + ends + depth * (2 * width**2 + 2 * E * width))
 
 
-def resnet(image_size: int, channels: int, ch: int, mult: Sequence[int], N: int) -> float:
-    """Returns the FLOPs of `networks.resnet` for one image; those of labels are not counted.
+def resnet(
+    image_size: int, channels: int, ch: int, mult: Sequence[int], N: int, axes: int = 2
+) -> float:
+    """Returns the FLOPs of `networks.resnet` for one example; those of labels are not counted.
 
     Products with the zero padding at the border are included, because a convolution computed as
     matrix products performs them too.
     """
 
     def conv(size: int, inputs: int, outputs: int) -> int:
-        return 2 * 9 * size**2 * inputs * outputs
+        return 2 * (3 * size) ** axes * inputs * outputs
 
     E = 4 * ch  # width of the time embedding
     total = 2 * ch * E + 2 * E * E + conv(image_size, channels, ch)
@@ -86,16 +93,17 @@ def unet(
     N: int,
     attention: Sequence[int] = (),
     outputs: int = 1,
+    axes: int = 2,
 ) -> float:
-    """Returns the FLOPs of `networks.unet` for one image, without patches.
+    """Returns the FLOPs of `networks.unet` for one example, without patches.
 
     Like `resnet`, it includes products with the padding. Halving or doubling the resolution and
     the normalisations are not counted.
     """
     E = 4 * ch  # width of the time embedding
 
-    def conv(size: int, inputs: int, outputs: int, taps: int = 9) -> int:
-        return 2 * taps * size**2 * inputs * outputs
+    def conv(size: int, inputs: int, outputs: int, taps: int = 3) -> int:
+        return 2 * (taps * size) ** axes * inputs * outputs
 
     def block(size: int, inputs: int, outputs: int) -> int:
         skip = conv(size, inputs, outputs, taps=1) if inputs != outputs else 0
@@ -104,7 +112,7 @@ def unet(
         )
 
     def attend(size: int, width: int) -> int:
-        pairs = size**4  # of pixels
+        pairs = size ** (2 * axes)  # of pixels
         return conv(size, width, 4 * width, taps=1) + 2 * 2 * pairs * width
 
     def block_and_attention(size: int, inputs: int, outputs: int) -> int:
