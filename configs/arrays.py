@@ -1,4 +1,4 @@
-"""Your own arrays: vectors or images in a .npz, .npy or .csv file, 100 noise levels.
+"""Your own arrays in a .npz, .npy or .csv file, 100 noise levels.
 
 Reproduces: nothing in the paper; `configs/README.md` shows two examples.
 Hardware:   1 core of an AMD EPYC server.
@@ -9,20 +9,22 @@ Command:
     python -m drl_jax.main --config=configs/arrays.py --workdir=DIR --config.data.name=npz:PATH
 
 The shape of the examples and the network follow the file: an MLP for vectors, that of digits.py
-for images of up to 16x16 pixels, and the U-Net of mnist.py for larger ones. What
-is given on the command line takes precedence. Standardise a table before you save it.
+for images of up to 16x16 pixels, and a U-Net for larger ones, for signals and for volumes. What
+is given on the command line takes precedence.
 """
 
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 from ml_collections import FieldReference
 
 from drl_jax import config as config_lib
 from drl_jax.data import arrays
 
 SMALL = 16  # size up to which an MLP learns images [pixels]
+LONG = 128  # length above which steps of a signal are grouped
 
 
 class Operation(NamedTuple):
@@ -46,28 +48,37 @@ def get_config():
 
         return FieldReference(default, op=Operation(value, fields))
 
+    config.data.axes = follows(0, lambda x: x.ndim - 2)
     config.data.image_size = follows(SMALL, lambda x: SMALL if x.ndim == 2 else x.shape[1])
-    config.data.channels = follows(2, lambda x: 1 if x.ndim == 3 else x.shape[-1])
+    config.data.channels = follows(2, lambda x: x.shape[-1])
+    config.data.standardise = follows(True, lambda x: not arrays.are_images(x))
     config.data.flip = False
     config.data.dequantise = follows(0.0, lambda x: 2 / 255 if arrays.are_bytes(x) else 0.0)
     fields += (config.data.get_ref("image_size"),)
 
-    def by_kind(vectors: Any, small: Any, large: Any) -> FieldReference:
-        """Returns the value for vectors, for small images or for large ones."""
-        return follows(
-            vectors,
-            lambda x, size: vectors if x.ndim == 2 else small if size <= SMALL else large,
-        )
+    def by_kind(vectors: Any, small: Any, large: Any, others: Any) -> FieldReference:
+        """Returns the value for vectors, small images, large ones, or signals and volumes."""
+
+        def choose(x: np.ndarray, size: int) -> Any:
+            if arrays.are_images(x):
+                return small if size <= SMALL else large
+            return vectors if x.ndim == 2 else others
+
+        return follows(vectors, choose)
 
     config.diffusion.schedule = "cosine"
     config.diffusion.T = 100
-    config.energy.network = by_kind("mlp", "image_mlp", "unet")
-    config.energy.ch = by_kind(64, 256, 64)
-    config.energy.N = by_kind(2, 4, 1)
-    config.energy.mult = (1,)
-    config.energy.patch = follows(1, lambda x, size: math.gcd(size, 4) if size > SMALL else 1)
-    config.energy.dropout = by_kind(0.0, 0.4, 0.05)
-    config.energy.parameterisation = by_kind("unit", "uniform", "uniform")
+    config.energy.network = by_kind("mlp", "image_mlp", "unet", "unet")
+    config.energy.ch = by_kind(64, 256, 64, 32)
+    config.energy.N = by_kind(2, 4, 1, 1)
+    config.energy.mult = follows(
+        (1,), lambda x, size: (1,) if arrays.are_images(x) or size % 2 else (1, 2)
+    )
+    config.energy.patch = follows(
+        1, lambda x, size: math.gcd(size, 4) if size > (LONG if x.ndim == 3 else SMALL) else 1
+    )
+    config.energy.dropout = by_kind(0.0, 0.4, 0.05, 0.05)
+    config.energy.parameterisation = by_kind("unit", "uniform", "uniform", "unit")
     config.mcmc.start = "posterior"
     config.mcmc.K = 0
     config.optim.learning_rate = 1e-3
@@ -75,7 +86,7 @@ def get_config():
     config.optim.decay_steps = config.train.get_oneway_ref("num_steps")
     config.optim.ema_decay = 0.995
     config.train.objective = "denoising"
-    config.train.levels = by_kind("log_snr", "uniform", "uniform")
+    config.train.levels = by_kind("log_snr", "uniform", "uniform", "log_snr")
     config.train.batch_size = 128
     config.train.num_steps = 1000
     config.log.every_steps = 500

@@ -591,7 +591,7 @@ def validate(config: ConfigDict) -> None:
                     name, f"config.data.axes is {config.data.axes}; use {wanted!r}, or images"
                 )
     if is_points:
-        if config.energy.parameterisation in ("uniform", *FITTED):
+        if config.energy.parameterisation in ("uniform", "bounded_gaussians"):
             raise invalid("energy.parameterisation", "points have no pixels; use 'unit'")
         for name, wanted in REQUIRED_FOR_POINTS.items():
             if fields[name] != wanted:
