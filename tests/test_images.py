@@ -3,7 +3,7 @@ import pytest
 from etils import epath
 from PIL import Image
 
-from drl_jax.plots import images
+from drl_jax.plots import arrays, images
 
 
 def test_a_grid_has_grey_gaps_around_enlarged_images():
@@ -18,13 +18,19 @@ def test_a_grid_has_grey_gaps_around_enlarged_images():
 
 
 @pytest.mark.parametrize(
-    ("shape", "points", "size"), [((2,), True, images.POINTS), ((8, 8, 1), False, 9)]
+    ("shape", "points", "size"),
+    [((2,), True, images.POINTS), ((5, 1), True, 9), ((8, 8, 1), False, 9)],
 )
-def test_points_are_shown_as_a_histogram_and_images_as_a_square_grid(shape, points, size):
+def test_each_kind_of_example_has_its_own_picture(shape, points, size):
     assert images.are_points(shape) == points
     assert images.grid_size(shape, columns=3) == size
-    x = np.zeros((size + 5, *shape), np.float32)
-    expected = images.histogram(x) if points else images.grid(x[:size], columns=3)
+    x = np.random.default_rng(0).normal(size=(size + 5, *shape)).astype(np.float32)
+    if len(shape) == 1:
+        expected = images.histogram(x)
+    elif len(shape) == 2:
+        expected = arrays.signals(x)
+    else:
+        expected = images.grid(x[:size], columns=3)
     np.testing.assert_array_equal(images.picture(x, columns=3), expected)
 
 

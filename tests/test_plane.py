@@ -1,8 +1,6 @@
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers.statistical import limit
 
 from drl_jax import diffusion, recovery
 from drl_jax.data import mixtures
@@ -128,60 +126,3 @@ def test_shown_levels_descend_to_level_0_in_decreasing_steps():
     roots = np.sqrt(np.float64(SCHEDULE.sigma_bar[np.array(levels)]))
     np.testing.assert_allclose(roots, np.linspace(roots[0], roots[-1], 6), atol=0.005)
     assert plane.shown_levels(diffusion.schedule(6), 6) == [5, 4, 3, 2, 1, 0]
-
-
-def draws(n, seed, std=0.12):
-    """Draws n points of the eight blobs, with this width."""
-    blobs = mixtures.PLANAR_SHAPES["blobs"]()
-    blobs = blobs._replace(variances=jnp.full_like(blobs.variances, std**2))
-    keys = jax.random.split(jax.random.key(seed), n)
-    return np.asarray(jax.jit(blobs.sample)(keys))
-
-
-def test_the_rate_of_false_alarms_is_the_significance_level():
-    """Of 400 tests at level 0.1, 40 ± 6 are expected to reject."""
-    n, tests, alpha = 40, 400, 0.1
-    x = draws(2 * n * tests, seed=0).reshape(tests, 2, n, 2)
-    rng = np.random.default_rng(0)
-    p = np.array([plane.two_sample_test(rng, *pair, permutations=99) for pair in x])
-    assert p.min() >= 0.01
-    spread = np.sqrt(tests * alpha * (1 - alpha))
-    assert abs(np.sum(p <= alpha) - tests * alpha) < limit(2) * spread
-    assert abs(np.mean(p) - 0.5) < limit(2) / np.sqrt(12 * tests)
-
-
-def test_two_points_are_no_evidence_of_different_distributions():
-    """There are only two partitions, with equal statistics. Fails if a tie does not count."""
-    x, y = np.zeros((1, 2)), np.array([[0.3, 2.0]])
-    assert plane.two_sample_test(np.random.default_rng(0), x, y, permutations=99) == 1
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda x: x + np.float32([0.06, 0]),
-        lambda x: x * np.float32(1.1),
-        lambda x: np.where(x[:, :1] > 0.6, -x, x),  # one blob is missing
-        lambda x: draws(len(x), 1, std=0.18),
-    ],
-    ids=["shifted", "larger", "missing", "wider"],
-)
-def test_a_wrong_sampler_is_detected(change):
-    rng = np.random.default_rng(0)
-    assert plane.two_sample_test(rng, change(draws(1000, 1)), draws(1000, 2)) <= 0.01
-
-
-@pytest.mark.parametrize("scale", [1, 100], ids=str)
-def test_in_more_dimensions_the_kernels_follow_the_scale_of_the_data(scale):
-    """Equal distributions are rejected with probability 0.01. Fails with `BANDWIDTHS`.
-
-    One of 20 values has another standard deviation in the wrong sample.
-    """
-    x, y = scale * np.random.default_rng(1).normal(size=(2, 500, 20))
-    wrong = x * np.where(np.arange(20), 1, 3)
-    p_equal, p_wrong = (
-        plane.two_sample_test(np.random.default_rng(0), z, y, bandwidths=None)
-        for z in (x, wrong)
-    )
-    assert p_equal > 0.01
-    assert p_wrong <= 0.01

@@ -68,7 +68,9 @@ def test_the_tested_points_are_the_samples_of_the_model(trained_toy, monkeypatch
     """Although the descent stops at each shown level."""
     tested = []
     monkeypatch.setattr(
-        evaluate.plane, "two_sample_test", lambda rng, x, y: tested.append((x, y)) or 0.5
+        evaluate.distances,
+        "two_sample_test",
+        lambda rng, x, y, bandwidths: tested.append((x, y)) or 0.5,
     )
     run, key = runs.load(trained_toy), jax.random.key(3)
     evaluate.measure_points(run, epath.Path(tmp_path), key)

@@ -1,4 +1,4 @@
-"""Metrics for points in the plane: log Z and KL divergence by quadrature, a two-sample test.
+"""Metrics for points in the plane: log Z and KL divergence by quadrature.
 
 Log Z and the KL divergence are integrals over the plane, computed as sums over a grid in
 float64. For a density that is smooth on the scale of the grid spacing, such a sum converges
@@ -155,45 +155,3 @@ def shown_levels(schedule: NoiseSchedule, n: int) -> list[int]:
     targets = np.linspace(roots[-1], roots[0], n)
     nearest = {int(np.abs(roots - root).argmin()) for root in targets}
     return sorted(nearest, reverse=True)
-
-
-def two_sample_test(
-    rng: np.random.Generator,
-    x: Float[np.ndarray, "n D"],
-    y: Float[np.ndarray, "n D"],
-    permutations: int = 999,
-    bandwidths: Sequence[float] | None = BANDWIDTHS,
-) -> float:
-    """Returns the p-value of the hypothesis that x and y come from the same distribution.
-
-    The statistic is the squared maximum mean discrepancy E k(x, x') + E k(y, y') - 2 E k(x, y)
-    (Gretton et al. 2012), which is zero only for equal distributions. The kernel k is a sum of
-    Gaussian kernels, sensitive both to the width of thin structures and to how the mass is
-    distributed. The p-value is the relative rank of the statistic among those of random
-    partitions of all points into two sets of n. If the distributions are equal, it is at most α
-    with probability at most α, for any n.
-
-    Args:
-      rng: random number generator of the partitions.
-      x: n points.
-      y: as many points.
-      permutations: number of random partitions.
-      bandwidths: of the Gaussian kernels; None: a quarter, a half and all of the median
-        distance between two of all points, for vectors that are not points in the plane.
-    """
-    n = len(x)
-    both = np.concatenate([x, y]).astype(np.float32)
-    squares = np.zeros((2 * n, 2 * n), np.float32)
-    for values in both.T:
-        squares += np.square(values[:, None] - values)
-    if bandwidths is None:
-        median = float(np.sqrt(np.median(squares)))
-        bandwidths = (median / 4, median / 2, median)
-    kernel = sum(np.exp(squares / np.float32(-2 * h**2)) for h in bandwidths)
-    signs = np.repeat(np.array([1, -1], np.float32), n)
-    partitions = np.stack([signs, *(rng.permutation(signs) for _ in range(permutations))])
-    statistics = np.sum(partitions @ kernel * partitions, axis=1, dtype=np.float64)
-    observed, *others = np.asarray(statistics).tolist()
-    # A partition with both sets exchanged has the same statistic up to rounding errors.
-    at_least = sum(other >= observed - 1e-6 * abs(observed) for other in others)
-    return (1 + at_least) / (1 + permutations)

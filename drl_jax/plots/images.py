@@ -1,6 +1,7 @@
-"""Draws samples as PNG files: images as a grid, points and other vectors as a histogram."""
+"""Draws samples as PNG files: images as a grid, points as a histogram, others as figures."""
 
 import io
+from collections.abc import Sequence
 
 import numpy as np
 from etils import epath
@@ -8,19 +9,19 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 from drl_jax.data.pipeline import to_uint8
+from drl_jax.plots import arrays
 from drl_jax.storage.atomic import write_atomically
 
 GAP = 1  # width of the gap between images, before they are enlarged [pixels]
 GREY = 128  # pixel value of the gap
 HALF_WIDTH = 1.5  # half the side of a histogram, in units of the data
 BINS = 96  # along each side of a histogram
-HALF_WIDTH_OF_VECTORS = 3.0  # the same, unless they are points in the plane
 POINTS = 2000  # samples per histogram
 
 
 def are_points(shape: tuple[int, ...]) -> bool:
-    """Returns whether examples of this shape are vectors [D] rather than images [H, W, C]."""
-    return len(shape) == 1
+    """Returns whether examples are vectors [D] or signals [L, C], rather than images."""
+    return len(shape) in (1, 2)
 
 
 def grid(x: Float[np.ndarray, "B H W C"], columns: int) -> UInt8[np.ndarray, "h w C"]:
@@ -44,18 +45,14 @@ def grid(x: Float[np.ndarray, "B H W C"], columns: int) -> UInt8[np.ndarray, "h 
     return sheet.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
-def histogram(x: Float[np.ndarray, "B D"]) -> UInt8[np.ndarray, "h w 1"]:
+def histogram(x: Float[np.ndarray, "B 2"]) -> UInt8[np.ndarray, "h w 1"]:
     """Returns a histogram of points in [-HALF_WIDTH, HALF_WIDTH]² as an image, y upwards.
 
-    Of longer vectors it shows the first two values, and of numbers (D = 1) their histogram as a
-    horizontal line, in [-HALF_WIDTH_OF_VECTORS, HALF_WIDTH_OF_VECTORS]². The brightness is
-    proportional to the square root of the count, whose standard deviation is about the same
-    everywhere (1/2).
+    The brightness is proportional to the square root of the count, whose standard deviation is
+    about the same everywhere (1/2).
     """
-    half_width = HALF_WIDTH if x.shape[1] == 2 else HALF_WIDTH_OF_VECTORS
-    edges = np.linspace(-half_width, half_width, BINS + 1)
-    vertical = x[:, 1] if x.shape[1] > 1 else np.zeros(len(x))
-    counts, _, _ = np.histogram2d(x[:, 0], vertical, bins=(edges, edges))
+    edges = np.linspace(-HALF_WIDTH, HALF_WIDTH, BINS + 1)
+    counts, _, _ = np.histogram2d(x[:, 0], x[:, 1], bins=(edges, edges))
     roots = np.sqrt(counts.T[::-1])
     bright = to_uint8(2 * roots / max(roots.max(), 1) - 1)[..., None]
     factor = 512 // BINS
@@ -64,19 +61,34 @@ def histogram(x: Float[np.ndarray, "B D"]) -> UInt8[np.ndarray, "h w 1"]:
 
 def grid_size(shape: tuple[int, ...], columns: int) -> int:
     """Returns the number of samples of this shape that `picture` shows."""
-    return POINTS if are_points(shape) else columns**2
+    return POINTS if len(shape) == 1 else columns**2
 
 
-def picture(x: Float[np.ndarray, "B *D"], columns: int) -> UInt8[np.ndarray, "h w C"]:
-    """Returns images as a grid with at most as many rows as columns, or points as a histogram.
+def picture(
+    x: Float[np.ndarray, "B *D"],
+    columns: int,
+    data: Float[np.ndarray, "m *D"] | None = None,
+    names: Sequence[str] = (),
+) -> UInt8[np.ndarray, "h w C"]:
+    """Returns a picture of samples.
+
+    Images become a grid with at most as many rows as columns, and points in the plane a
+    histogram (`histogram`). Other vectors become a corner plot (`arrays.corner`), also those of
+    two values with `data`, and signals are overlaid (`arrays.signals`).
 
     Args:
-      x: images in [-1, 1] or points; of images, only the first `grid_size` are shown.
+      x: images in [-1, 1], vectors or signals; of images, only the first `grid_size` are shown.
       columns: number of images per row.
+      data: vectors or signals to show beside the samples, if any; not for images.
+      names: names of the features of vectors; empty if there are none.
     """
-    if are_points(x.shape[1:]):
+    if x.ndim == 4:
+        return grid(x[: grid_size(x.shape[1:], columns)], columns)
+    if x.ndim == 3:
+        return arrays.signals(x, data)
+    if data is None and x.shape[1] == 2:
         return histogram(x)
-    return grid(x[: grid_size(x.shape[1:], columns)], columns)
+    return arrays.corner(x, data, names)
 
 
 def write_png(path: epath.Path, image: UInt8[np.ndarray, "H W C"]) -> None:

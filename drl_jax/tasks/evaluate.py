@@ -14,11 +14,12 @@ from ml_collections import ConfigDict
 
 from drl_jax import config as config_lib
 from drl_jax import diffusion, noise
-from drl_jax.data import mixtures, pipeline, sources
+from drl_jax.data import arrays, mixtures, pipeline, sources
 from drl_jax.data.sources import Source
 from drl_jax.errors import UserError
 from drl_jax.method import METROPOLIS
 from drl_jax.metrics import (
+    distances,
     energy_classifier,
     inception,
     labelled,
@@ -82,7 +83,7 @@ def run(
 
     Writes to `workdir`:
       settings.json: how the samples were drawn and compared.
-      samples.png: a grid of samples, or a histogram of points.
+      samples.png: a grid of samples, a histogram of points, or samples beside data.
       toy2d.png: for points in the plane, the learned and the true density at several levels.
       metrics.json: the fields of `measure_images`, `measure_points` or `measure_vectors`. It is
         written last, so that next to it all other files belong to it. A number that is
@@ -379,7 +380,7 @@ def measure_points(run: Run, workdir: epath.Path, key: Key[Array, ""]) -> dict[s
         step: training steps of the model.
         num_samples: number of samples, at most `MAX_TEST_POINTS`.
         two_sample_p_value: p-value of the hypothesis that the samples follow the true
-          density of level 0 (`plane.two_sample_test`).
+          density of level 0 (`distances.two_sample_test`).
         levels: for each shown level, from the highest to level 0: level, log_Z [nats],
           kl = KL(true ‖ learned) [nats], and edge_mass, the learned mass along the edge of
           the grid of integration (`plane.compare`).
@@ -404,8 +405,9 @@ def measure_points(run: Run, workdir: epath.Path, key: Key[Array, ""]) -> dict[s
     samples = x[0]
     common.require_finite(samples, "samples")
     exact = mixtures.marginal(data, 0, schedule).sample(jax.random.split(data_key, n))
-    p_value = plane.two_sample_test(
-        np.random.default_rng(config.seed), samples, np.asarray(exact)
+    rng = np.random.default_rng(config.seed)
+    p_value = distances.two_sample_test(
+        rng, samples, np.asarray(exact), bandwidths=plane.BANDWIDTHS
     )
     grid = plane.square_grid()
     compared = plane.compare(model, mixtures.exact_F(data, schedule), shown, grid)
@@ -442,7 +444,7 @@ def measure_points(run: Run, workdir: epath.Path, key: Key[Array, ""]) -> dict[s
 
 
 def measure_vectors(run: Run, workdir: epath.Path, key: Key[Array, ""]) -> dict[str, Any]:
-    """Compares samples with data whose density is not known: vectors in a file.
+    """Compares samples with data whose density is not known: vectors or signals in a file.
 
     The data are held out from training, if there are such. They get the noise of level 0, as
     samples have it.
@@ -450,14 +452,16 @@ def measure_vectors(run: Run, workdir: epath.Path, key: Key[Array, ""]) -> dict[
     Returns the content of metrics.json.
 
     Writes to `workdir`:
-      samples.png: a histogram of the samples (`images.histogram`).
+      samples.png: samples beside data (`images.picture`).
       metrics.json, with the fields:
         step: training steps of the model.
         num_samples: number of samples, at most `MAX_TEST_POINTS`, and as many as data.
         held_out: whether training is known not to have used the data.
         two_sample_p_value: p-value of the hypothesis that samples and data have the same
-          distribution (`plane.two_sample_test`).
-        mean, std, mean_of_data, std_of_data: mean and standard deviation of each value.
+          distribution (`distances.two_sample_test`).
+        sliced_wasserstein, energy_distance, c2st_accuracy, correlation_error,
+          largest_correlation_error, each also with _of_data_halves; and error_of_mean and
+          error_of_std, with one number per value of an example: see `distances.compare`.
 
     Args:
       run: the trained model.
@@ -474,29 +478,30 @@ def measure_vectors(run: Run, workdir: epath.Path, key: Key[Array, ""]) -> dict[
     samples = np.concatenate(list(common.draw(model, samples_key, n)))
     keys = noise.example_keys(data_key, jnp.arange(n))
     data = np.asarray(diffusion.diffuse(keys, clean, jnp.zeros(n, int), model.method.schedule))
-    p_value = plane.two_sample_test(
-        np.random.default_rng(config.seed), samples, data, bandwidths=None
-    )
+    rng = np.random.default_rng(config.seed)
     metrics: dict[str, Any] = {
         "step": run.step,
         "num_samples": n,
         "held_out": source.held_out,
-        "two_sample_p_value": p_value,
-        "mean": samples.mean(axis=0).tolist(),
-        "std": samples.std(axis=0).tolist(),
-        "mean_of_data": data.mean(axis=0).tolist(),
-        "std_of_data": data.std(axis=0).tolist(),
+        "two_sample_p_value": distances.two_sample_test(rng, samples, data),
+        **distances.compare(samples, data),
     }
+    names = arrays.read(config.data.name).columns if config.data.name.startswith("csv:") else ()
+    picture = images.picture(samples, common.COLUMNS, data, names)
+    log.info(
+        "%(num_samples)d samples and as many data (in brackets: two halves of the data) have "
+        "the sliced Wasserstein distance %(sliced_wasserstein).3f "
+        "(%(sliced_wasserstein_of_data_halves).3f), energy distance %(energy_distance).3f "
+        "(%(energy_distance_of_data_halves).3f), error of correlations %(correlation_error).3f "
+        "(%(correlation_error_of_data_halves).3f), and a classifier separates them with "
+        "accuracy %(c2st_accuracy).3f (%(c2st_accuracy_of_data_halves).3f); two-sample p-value "
+        "%(two_sample_p_value).3f; the data: %(split)s",
+        metrics | {"split": source.described_split()},
+    )
     metrics = finite_or_none(metrics)
     begin_results(run, workdir)
-    images.write_png(workdir / "samples.png", images.picture(samples, common.COLUMNS))
+    images.write_png(workdir / "samples.png", picture)
     write_json(workdir / "metrics.json", metrics)
-    log.info(
-        "two-sample p-value of %d samples and as many data (%s): %.3f",
-        n,
-        source.described_split(),
-        p_value,
-    )
     log.info("wrote samples.png and metrics.json to %s", workdir)
     return metrics
 

@@ -6,17 +6,19 @@ import math
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jaxtyping import Array, Float, Key
 
-from drl_jax.data import pipeline, sources
+from drl_jax import diffusion, noise
+from drl_jax.data import arrays, pipeline, sources
 from drl_jax.data.sources import Source
 from drl_jax.errors import UserError
-from drl_jax.metrics import density, levels
+from drl_jax.metrics import baselines, density, levels
 from drl_jax.metrics.density import Annealing, Budget
 from drl_jax.model import Model
-from drl_jax.plots import figures
+from drl_jax.plots import figures, images
 from drl_jax.runtime import preemption
 from drl_jax.runtime.progress import Progress
 from drl_jax.sampling import annealing as annealing_lib
@@ -91,6 +93,10 @@ def run(
         log_density: mean log-density of level 0 at the examples with noise sigma_bar_0, as
           from (with `Partition.upper` as log Z), to (with `Partition.lower`), and std_error
           over the examples [nats]. If the gap is negative, from exceeds to.
+        baselines: for vectors and signals in a file, if held_out: the mean log-density of the
+          same examples, also with noise sigma_bar_0, under simple densities that are fitted
+          to training examples with this noise (`baselines.log_densities`), and num_train, the
+          number of the latter.
         bits_per_dim: bound of -log2 P(x) / D, as from (with `Partition.lower` as log Z), to
           (with `Partition.upper`), and std_error; for images only. The same holds.
 
@@ -143,7 +149,7 @@ def run(
     saved = "the annealing is complete and saved: the same command writes the results"
     with preemption.reporting(saved, has_others=jax.process_count() > 1):
         settings = settings | {"step": run.step, "seed": seed}
-        write(folder, run, annealing, bounds, budget, x, source, data_key, settings)
+        write(folder, run, annealing, bounds, budget, x, source, data_key, settings, label)
     remove(autosave.path)
 
 
@@ -157,6 +163,7 @@ def write(
     source: Source,
     key: Key[Array, ""],
     settings: dict[str, Any],
+    label: str | None,
 ) -> None:
     """Computes the log-likelihood of the data, and writes and logs all results of `run`.
 
@@ -170,6 +177,7 @@ def write(
       source: the data set that they are from.
       key: random key of the noise of the data.
       settings: how the results were computed, as JSON values by name.
+      label: class of the data; None: none.
 
     Raises:
       UserError: if a file cannot be written.
@@ -208,6 +216,9 @@ def write(
         "log Z hold; standard error over the examples %(std_error).3f nats",
         results["log_density"] | {"n": len(x), "noise": schedule.sigma_bar[0], "where": where},
     )
+    in_file = arrays.is_name(run.config.data.name)
+    if in_file and source.held_out and images.are_points(run.model.shape):
+        results["baselines"] = baseline_densities(run, key, x, label)
     if log_P is not None:
         unit = -1 / (x[0].size * math.log(2))
         results["bits_per_dim"] = mean_between(log_P, bounds, unit=unit)
@@ -223,6 +234,42 @@ def write(
     figures.write_annealing(folder / "likelihood.png", history, log_q - middle)
     write_json(folder / "likelihood.json", results)
     log.info("wrote likelihood.json and likelihood.png to %s", folder)
+
+
+def baseline_densities(
+    run: Run, key: Key[Array, ""], x: Float[np.ndarray, "n *D"], label: str | None
+) -> dict[str, Any]:
+    """Returns and logs the field `baselines` of `run`.
+
+    Args:
+      run: the trained model.
+      key: random key of the noise.
+      x: held-out data.
+      label: class of the data; None: none.
+    """
+    config, schedule = run.config, run.model.method.schedule
+    train = common.of_label(sources.open_source(config), label)
+    clean = pipeline.load_examples(config, sources.random_part(train, baselines.MAX_EXAMPLES))
+
+    def noisy(key: Key[Array, ""], x: Float[np.ndarray, "m *D"]) -> Float[np.ndarray, "m *D"]:
+        keys = noise.example_keys(key, jnp.arange(len(x)))
+        return np.asarray(
+            diffusion.diffuse(keys, jnp.asarray(x), jnp.zeros(len(x), int), schedule)
+        )
+
+    train_key, key = jax.random.split(key)
+    found = baselines.log_densities(noisy(train_key, clean), noisy(key, x))
+    log.info(
+        "mean log-density of the same examples under densities fitted to %d training examples: "
+        "Gaussian %.3f nats, mixture of %d Gaussians %.3f nats, kernel density estimate %.3f "
+        "nats",
+        len(clean),
+        found["gaussian"]["log_density"],
+        found["mixture"]["components"],
+        found["mixture"]["log_density"],
+        found["kernel"]["log_density"],
+    )
+    return {"num_train": len(clean), **found}
 
 
 def described(bounds: Partition) -> list[str]:

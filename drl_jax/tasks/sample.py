@@ -31,9 +31,10 @@ def run(
     Writes to `workdir`/samples/step_STEP_seed_SEED, or to a folder with a number after this
     name if there are samples with other settings (`storage.results.folder`):
       settings.json: everything on which the samples depend.
-      samples.npy: all samples, float32 [num_samples, H, W, C] in [-1, 1], or [num_samples, D].
-      000000.png, ...: one file per image; none for points.
-      grid.png: the first 100 images, or a histogram of the points.
+      samples.npy: all samples, float32 [num_samples, H, W, C] in [-1, 1]; [num_samples, D] for
+        vectors; [num_samples, L, C] for signals.
+      000000.png, ...: one file per image; none for vectors and signals.
+      grid.png: the first images (at most 100), vectors or signals (`images.picture`).
 
     Args:
       run: the trained model.
