@@ -85,7 +85,7 @@ def test_8_bit_images_are_resized_and_images_of_floats_must_have_the_size(tmp_pa
     source = sources.open_source(config)
     assert pipeline.load_examples(config, source).shape == (20, 4, 4, 1)
     config.data.name = npz(tmp_path, x=scaled(PIXELS))
-    with pytest.raises(UserError, match=r"8x8 floats.*--config.data.image_size=8"):
+    with pytest.raises(UserError, match=r"8x8 numbers.*--config.data.image_size=8"):
         sources.open_source(config)
 
 
@@ -135,7 +135,7 @@ def test_labels_are_those_of_the_examples_also_of_test_data(tmp_path):
     for source, first in ((train, 0), (test, 15)):
         sources.require_classes(config, source)
         images, labels = zip(*source.read_labelled(range(len(source))), strict=True)
-        np.testing.assert_array_equal(np.stack(images)[..., 0], PIXELS[first:])
+        np.testing.assert_array_equal(np.stack(images), PIXELS[first:])
         assert list(labels) == y[first:].tolist()
     assert (train.split, train.held_out) == ("train", False)
     assert (test.split, test.held_out) == ("test", True)

@@ -188,10 +188,13 @@ def test_the_settings_of_cdrl():
     ("x", "network", "channels", "size", "dequantise"),
     [
         (np.zeros((5, 7), np.float32), "mlp", 7, 16, 0),
-        (np.zeros((5, 8, 8), np.uint8), "image_mlp", 1, 8, 2 / 255),
+        (np.zeros((5, 40, 1)), "unet", 1, 40, 0),
+        (np.zeros((5, 41, 2), np.uint8), "unet", 2, 41, 0),
+        (np.zeros((5, 8, 8, 1), np.uint8), "image_mlp", 1, 8, 2 / 255),
         (np.zeros((5, 8, 8, 3), np.float32), "image_mlp", 3, 8, 0),
         (np.zeros((5, 30, 30, 3), np.uint8), "unet", 3, 30, 2 / 255),
-        (np.zeros((5, 17, 17)), "unet", 1, 17, 0),
+        (np.zeros((5, 17, 17, 1)), "unet", 1, 17, 0),
+        (np.zeros((5, 8, 8, 8, 2)), "unet", 2, 8, 0),
     ],
 )
 def test_the_config_of_arrays_follows_the_file(
@@ -202,13 +205,13 @@ def test_the_config_of_arrays_follows_the_file(
     config = command_line.changed(config_lib.load("arrays"), [flag])
     assert (config.energy.network, config.data.channels) == (network, channels)
     assert (config.data.image_size, config.data.dequantise) == (size, dequantise)
-    shape = (channels,) if x.ndim == 2 else (size, size, channels)
-    assert method.from_config(config).energy.shape == shape
+    assert method.from_config(config).energy.shape == x.shape[1:]
+    assert config.data.standardise == (x.ndim != 4)
 
 
 def test_the_command_line_takes_precedence_over_the_file(tmp_path):
     """Resized images get the network of their new size."""
-    np.save(tmp_path / "a.npy", np.zeros((5, 8, 8), np.uint8))
+    np.save(tmp_path / "a.npy", np.zeros((5, 8, 8, 1), np.uint8))
     flags = [f"--config.data.name=npy:{tmp_path / 'a.npy'}", "--config.data.image_size=32"]
     config = command_line.changed(config_lib.load("arrays"), [*flags, "--config.energy.ch=32"])
     assert (config.energy.network, config.energy.ch, config.energy.patch) == ("unet", 32, 4)

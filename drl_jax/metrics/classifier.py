@@ -1,4 +1,4 @@
-"""A small classifier of labelled images, and what it says about samples.
+"""A small classifier of labelled images, signals or volumes, and what it says about samples.
 
 FID needs the weights of a network that was trained on photographs. For small images with
 labels, a network that is trained on the data set itself in a few seconds takes its place.
@@ -19,9 +19,11 @@ from flax import traverse_util
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
+from drl_jax import standardisation
 from drl_jax.data.sources import Source
 from drl_jax.metrics import cache, frechet, neighbours
 from drl_jax.runtime.matmul_precision import full_precision
+from drl_jax.standardisation import Standardisation
 
 log = logging.getLogger(__name__)
 
@@ -48,14 +50,15 @@ class Network(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B H W C"]
+        self, x: Float[Array, "B *D"]
     ) -> tuple[Float[Array, "B 64"], Float[Array, "B classes"]]:
         """Returns the features and the logits."""
-        stride = max(1, x.shape[1] // 16)  # at most 31 pixels remain per side
-        h = nn.swish(nn.Conv(32, (5, 5), stride, name="conv1")(x))
-        h = nn.avg_pool(h, (2, 2), (2, 2))
-        h = nn.swish(nn.Conv(64, (3, 3), name="conv2")(h))
-        h = nn.avg_pool(h, (2, 2), (2, 2))
+        axes = x.ndim - 2
+        stride = max(1, x.shape[1] // (16 if axes > 1 else 64))  # at most 31 pixels per side
+        h = nn.swish(nn.Conv(32, (5,) * axes, stride, name="conv1")(x))
+        h = nn.avg_pool(h, (2,) * axes, (2,) * axes)
+        h = nn.swish(nn.Conv(64, (3,) * axes, name="conv2")(h))
+        h = nn.avg_pool(h, (2,) * axes, (2,) * axes)
         features = nn.swish(nn.Dense(64, name="features")(h.reshape(len(h), -1)))
         return features, nn.Dense(self.classes, name="logits")(features)
 
@@ -67,15 +70,21 @@ class Classifier(NamedTuple):
       params: parameters of `Network`.
       scale: factor of the features, with which their variances over the training data have the
         mean 1. Distances then do not depend on the scale that training happened to find.
+      standardisation: of signals and volumes, fitted to the training data; images have none.
     """
 
     params: dict[str, Any]
     scale: float
+    standardisation: Standardisation = standardisation.IDENTITY
 
     def __call__(
-        self, x: Float[np.ndarray, "n H W C"]
+        self, x: Float[np.ndarray, "n *D"]
     ) -> tuple[Float[np.ndarray, "n 64"], Float[np.ndarray, "n classes"]]:
-        """Returns the scaled features and the class probabilities of images in [-1, 1]."""
+        """Returns the scaled features and the class probabilities of examples.
+
+        Images are clipped to [-1, 1].
+        """
+        x = np.asarray(self._prepared(x))
         # The last batch is padded with the last image, so that all have the same size.
         batches = [
             _apply(self.params, x[np.minimum(np.arange(start, start + ROWS), len(x) - 1)])
@@ -87,16 +96,22 @@ class Classifier(NamedTuple):
         )
         return self.scale * features, probabilities
 
-    def label(self, x: Float[Array, "B H W C"]) -> Float[Array, "B"]:
-        """Returns the most probable class of images, clipped to [-1, 1]; can be compiled."""
-        _, probabilities = _apply(self.params, jnp.clip(x, -1, 1))
+    def label(self, x: Float[Array, "B *D"]) -> Float[Array, "B"]:
+        """Returns the most probable class of each example; can be compiled."""
+        _, probabilities = _apply(self.params, self._prepared(x))
         return jnp.argmax(probabilities, axis=1).astype(x.dtype)
+
+    def _prepared(self, x: Any) -> Any:
+        """Returns the network's input: clipped images, or other examples, standardised."""
+        if self.standardisation.is_identity:
+            return x.clip(-1, 1)
+        return self.standardisation.apply(x)
 
     def metrics(
         self,
-        samples: Float[np.ndarray, "n H W C"],
-        train: Float[np.ndarray, "m H W C"],
-        test: Float[np.ndarray, "k H W C"],
+        samples: Float[np.ndarray, "n *D"],
+        train: Float[np.ndarray, "m *D"],
+        test: Float[np.ndarray, "k *D"],
     ) -> dict[str, Any]:
         """Compares samples with training images, and test images with the same training images.
 
@@ -104,7 +119,7 @@ class Classifier(NamedTuple):
         reaches what the test images reach.
 
         Args:
-          samples: images drawn from a model; clipped to [-1, 1].
+          samples: examples drawn from a model.
           train: images on which the classifier, and possibly the model, was trained.
           test: images of the same data set on which the classifier was not trained.
 
@@ -118,19 +133,21 @@ class Classifier(NamedTuple):
             classes, classes_of_test: share of images per most probable class.
             precision, recall, precision_of_test, recall_of_test: see
               `neighbours.precision_and_recall`, in the scaled features.
-            nearest: Euclidean distance to the nearest training image, in pixels in [-1, 1]:
-              median and percentile_5 over the images, the same of the test images, and the
-              ratios median_ratio and percentile_5_ratio of both.
+            nearest: Euclidean distance to the nearest training example, of images in [-1, 1]
+              or standardised examples: median and percentile_5, the same of the test examples,
+              and the ratios median_ratio and percentile_5_ratio of both.
         """
         n = min(len(samples), len(test))
-        samples, test = np.clip(samples[:n], -1, 1), test[:n]
+        samples, test = samples[:n], test[:n]
         train_features, _ = self(train)
         of_samples = self._compare(samples, train_features)
         of_test = self._compare(test, train_features)
-        flat = train.reshape(len(train), -1)
+        flat_samples, flat_test, flat = (
+            self._prepared(x).reshape(len(x), -1) for x in (samples, test, train)
+        )
         distances, test_distances = (
-            np.percentile(neighbours.nearest(x.reshape(n, -1), flat), [50, 5])
-            for x in (samples, test)
+            np.percentile(neighbours.nearest(x, flat), [50, 5])
+            for x in (flat_samples, flat_test)
         )
         near = {}
         for i, name in enumerate(("median", "percentile_5")):
@@ -145,13 +162,13 @@ class Classifier(NamedTuple):
             "nearest": near,
         }
 
-    def accuracy(self, x: Float[np.ndarray, "n H W C"], labels: Int[np.ndarray, "n"]) -> float:
+    def accuracy(self, x: Float[np.ndarray, "n *D"], labels: Int[np.ndarray, "n"]) -> float:
         """Returns the share of images whose most probable class is their label."""
         _, probabilities = self(x)
         return float(np.mean(probabilities.argmax(axis=1) == labels))
 
     def _compare(
-        self, x: Float[np.ndarray, "n H W C"], train_features: Float[np.ndarray, "m 64"]
+        self, x: Float[np.ndarray, "n *D"], train_features: Float[np.ndarray, "m 64"]
     ) -> dict[str, Any]:
         """Returns the metrics of one set of images, except for the nearest neighbours."""
         features, probabilities = self(x)
@@ -171,7 +188,7 @@ class Classifier(NamedTuple):
 def of_data(
     config: ConfigDict,
     source: Source,
-    x: Float[np.ndarray, "n H W C"],
+    x: Float[np.ndarray, "n *D"],
     labels: Int[np.ndarray, "n"],
     workdir: epath.Path,
 ) -> Classifier:
@@ -183,7 +200,7 @@ def of_data(
     Args:
       config: its field data is used.
       source: the data.
-      x: the first n images of the source, prepared.
+      x: the first n examples of the source, prepared.
       labels: their classes, from 0.
       workdir: work directory of the run.
     """
@@ -192,7 +209,8 @@ def of_data(
         log.info("training a classifier of the data, once, on %d images", len(x))
         trained = train(x, labels)
         flat = traverse_util.flatten_dict(trained.params, sep="/")
-        return {"scale": np.asarray(trained.scale), **flat}
+        own = {} if trained.standardisation.is_identity else trained.standardisation._asdict()
+        return {"scale": np.asarray(trained.scale), **flat, **own}
 
     arrays = cache.of_data(
         kind="classifier",
@@ -203,28 +221,33 @@ def of_data(
         workdir=workdir,
         compute=compute,
     )
-    scale = arrays.pop("scale")
-    return Classifier(traverse_util.unflatten_dict(arrays, sep="/"), float(scale))
+    scale = float(arrays.pop("scale"))
+    own = standardisation.IDENTITY
+    if "mean" in arrays:
+        own = Standardisation(arrays.pop("mean"), arrays.pop("std"))
+    return Classifier(traverse_util.unflatten_dict(arrays, sep="/"), scale, own)
 
 
 def train(
-    x: Float[np.ndarray, "n H W C"], labels: Int[np.ndarray, "n"], steps: int = STEPS
+    x: Float[np.ndarray, "n *D"], labels: Int[np.ndarray, "n"], steps: int = STEPS
 ) -> Classifier:
     """Trains a classifier, always with the same random seed.
 
     Args:
-      x: images in [-1, 1].
+      x: images in [-1, 1], or other examples.
       labels: their classes, from 0.
       steps: number of training steps.
     """
+    own = standardisation.IDENTITY if x.ndim == 4 else standardisation.fit([x])
+    original, x = x, own.apply(x)
     rng = np.random.default_rng(0)
     params = _initial_params(rng, Network(int(labels.max()) + 1), x[:1])
     state = _optimiser(steps).init(params)
     for _ in range(steps):
         i = rng.integers(len(x), size=BATCH_SIZE)
         params, state = _step(params, state, _augmented(rng, x[i]), labels[i], steps=steps)
-    classifier = Classifier(jax.tree.map(np.asarray, params), scale=1.0)
-    features, _ = classifier(x)
+    classifier = Classifier(jax.tree.map(np.asarray, params), 1.0, own)
+    features, _ = classifier(original)
     variance = features.var(axis=0, ddof=1).mean()
     return classifier._replace(scale=1 / math.sqrt(variance))
 
@@ -247,7 +270,7 @@ def _step(params, state, x, labels, steps):
 
 
 def _initial_params(
-    rng: np.random.Generator, network: Network, x: Float[np.ndarray, "B H W C"]
+    rng: np.random.Generator, network: Network, x: Float[np.ndarray, "B *D"]
 ) -> dict[str, Any]:
     """Draws kernels with variance 1 / fan-in; biases are zero.
 
@@ -263,14 +286,19 @@ def _initial_params(
 
 
 def _augmented(
-    rng: np.random.Generator, x: Float[np.ndarray, "B H W C"]
-) -> Float[np.ndarray, "B H W C"]:
-    """Shifts each image by up to `SHIFT` pixels, repeating its edge, and adds noise."""
-    B, H, W, _ = x.shape
-    rows, columns = rng.integers(-SHIFT, SHIFT + 1, (2, B, 1, 1))
-    rows = np.clip(np.arange(H)[:, None] + rows, 0, H - 1)
-    columns = np.clip(np.arange(W) + columns, 0, W - 1)
-    shifted = x[np.arange(B)[:, None, None], rows, columns]
+    rng: np.random.Generator, x: Float[np.ndarray, "B *D"]
+) -> Float[np.ndarray, "B *D"]:
+    """Shifts each example by up to `SHIFT` pixels, repeating its edge, and adds noise."""
+    B, *sides, _ = x.shape
+    example, *positions = np.ogrid[tuple(map(slice, (B, *sides)))]
+    shifts = rng.integers(-SHIFT, SHIFT + 1, (len(sides), *example.shape))
+    shifted = x[
+        example,
+        *(
+            np.clip(position + shift, 0, side - 1)
+            for position, shift, side in zip(positions, shifts, sides, strict=True)
+        ),
+    ]
     return shifted + np.float32(NOISE) * rng.standard_normal(x.shape, np.float32)
 
 

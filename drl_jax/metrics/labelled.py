@@ -8,6 +8,7 @@ from etils import epath
 from jaxtyping import Float, Int
 from ml_collections import ConfigDict
 
+from drl_jax import config as config_lib
 from drl_jax.data import pipeline, sources
 from drl_jax.data.sources import Source
 from drl_jax.metrics import classifier
@@ -17,7 +18,7 @@ log = logging.getLogger(__name__)
 
 MAX_IN_MEMORY = 10_000  # images of each part of the data that are held
 MIN_LABELLED = 500  # images with labels, to train a classifier that is worth its answers
-MAX_SIZE = 32  # height and width of images that the small classifier suits [pixels]
+MAX_SIZE = {1: 512, 2: 32, 3: 16}  # largest side that the small classifier suits, by rank
 MIN_COMPARED = 50  # samples and test images that the classifier compares
 TEST_FRACTION = 0.2  # of the data, as test images for the classifier if none are held out
 
@@ -27,15 +28,15 @@ class Labelled(NamedTuple):
 
     Attributes:
       classifier: the classifier.
-      train: training images in [-1, 1].
-      test: test images in [-1, 1].
+      train: training examples.
+      test: test examples.
       test_labels: their classes, from 0.
       held_out: whether the model is known not to have been trained on the test images.
     """
 
     classifier: Classifier
-    train: Float[np.ndarray, "m H W C"]
-    test: Float[np.ndarray, "k H W C"]
+    train: Float[np.ndarray, "m *D"]
+    test: Float[np.ndarray, "k *D"]
     test_labels: Int[np.ndarray, "k"]
     held_out: bool
 
@@ -56,11 +57,12 @@ def load(
       workdir: keeps the classifier if the folder of the data cannot (`classifier.of_data`).
 
     Returns:
-      None if the data have no labels, their images are larger than `MAX_SIZE`, or there are
+      None if the data have no labels, are vectors or larger than `MAX_SIZE`, or there are
       fewer than `MIN_LABELLED` training images, or fewer than `MIN_COMPARED` samples or test
       images. The last two are logged.
     """
-    if source.labels is None or config.data.image_size > MAX_SIZE:
+    *sides, _ = config_lib.example_shape(config)
+    if source.labels is None or not sides or sides[0] > MAX_SIZE[len(sides)]:
         return None
     test_source = sources.open_held_out(config)
     held_out = test_source.held_out

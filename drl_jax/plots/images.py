@@ -19,9 +19,9 @@ BINS = 96  # along each side of a histogram
 POINTS = 2000  # samples per histogram
 
 
-def are_points(shape: tuple[int, ...]) -> bool:
-    """Returns whether examples are vectors [D] or signals [L, C], rather than images."""
-    return len(shape) in (1, 2)
+def are_images(shape: tuple[int, ...]) -> bool:
+    """Returns whether examples are images [H, W, C]."""
+    return len(shape) == 3
 
 
 def grid(x: Float[np.ndarray, "B H W C"], columns: int) -> UInt8[np.ndarray, "h w C"]:
@@ -74,14 +74,19 @@ def picture(
 
     Images become a grid with at most as many rows as columns, and points in the plane a
     histogram (`histogram`). Other vectors become a corner plot (`arrays.corner`), also those of
-    two values with `data`, and signals are overlaid (`arrays.signals`).
+    two values with `data`, and signals are overlaid (`arrays.signals`). Of volumes, the middle
+    slices along the first axis are shown, from their 1st percentile (black) to their 99th.
 
     Args:
-      x: images in [-1, 1], vectors or signals; of images, only the first `grid_size` are shown.
+      x: examples, images in [-1, 1]; of images, only the first `grid_size` are shown.
       columns: number of images per row.
       data: vectors or signals to show beside the samples, if any; not for images.
       names: names of the features of vectors; empty if there are none.
     """
+    if x.ndim == 5:
+        x = x[: columns**2, x.shape[1] // 2, ..., :1]
+        low, high = np.percentile(x, [1, 99])
+        x = np.clip(2 * (x - low) / max(high - low, 1e-9) - 1, -1, 1)
     if x.ndim == 4:
         return grid(x[: grid_size(x.shape[1:], columns)], columns)
     if x.ndim == 3:

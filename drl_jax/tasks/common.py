@@ -5,12 +5,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 from ml_collections import ConfigDict
 
 from drl_jax import config as config_lib
-from drl_jax import diffusion
+from drl_jax import diffusion, noise
 from drl_jax.data import sources
 from drl_jax.data.sources import Source
 from drl_jax.errors import UserError
@@ -81,6 +82,16 @@ def require_images(model: Model, task: str) -> None:
             f"--mode={task} needs a model of images, but the examples of this model have the "
             f"shape {model.shape}: use --mode=sample or --mode=evaluate"
         )
+
+
+def with_noise_of_level_0(
+    model: Model, key: Key[Array, ""], x: Float[np.ndarray, "n *D"]
+) -> Float[np.ndarray, "n *D"]:
+    """Returns data diffused to level 0, as samples are unless they are denoised."""
+    keys, there = noise.example_keys(key, jnp.arange(len(x))), model.standardisation
+    t = jnp.zeros(len(x), jnp.int32)
+    x_0 = diffusion.diffuse(keys, jnp.asarray(there.apply(x)), t, model.method.schedule)
+    return np.asarray(there.invert(np.asarray(x_0)))
 
 
 def adapted(run: Run, guidance: float = 0.0) -> Run:

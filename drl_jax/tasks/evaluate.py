@@ -13,8 +13,8 @@ from jaxtyping import Array, Float, Int, Key
 from ml_collections import ConfigDict
 
 from drl_jax import config as config_lib
-from drl_jax import diffusion, noise
-from drl_jax.data import arrays, mixtures, pipeline, sources
+from drl_jax import noise
+from drl_jax.data import mixtures, pipeline, sources
 from drl_jax.data.sources import Source
 from drl_jax.errors import UserError
 from drl_jax.method import METROPOLIS
@@ -181,8 +181,8 @@ def measure(
     key, levels_key = jax.random.split(common.task_key("evaluate", run.config.seed))
     if run.config.data.name in mixtures.PLANAR_SHAPES:
         return measure_points(run, workdir, key)
-    if images.are_points(run.model.shape):
-        return measure_vectors(run, workdir, key)
+    if not images.are_images(run.model.shape):
+        return measure_arrays(run, source, workdir, key, levels_key, label, guidance)
     return measure_images(
         run, source, workdir, key, levels_key, inception_weights, protocol, label, guidance
     )
@@ -293,7 +293,7 @@ def measure_images(
 def classifier_metrics(
     config: ConfigDict,
     source: Source,
-    samples: Float[np.ndarray, "n H W C"],
+    samples: Float[np.ndarray, "n *D"],
     workdir: epath.Path,
     labels: Int[np.ndarray, "n"] | None = None,
 ) -> dict[str, Any] | None:
@@ -322,7 +322,7 @@ def classifier_metrics(
         "held_out": data.held_out,
     }
     if labels is not None:
-        agreement = data.classifier.accuracy(np.clip(samples, -1, 1), labels - 1)
+        agreement = data.classifier.accuracy(samples, labels - 1)
         metrics["label_agreement"] = agreement
         log.info("the classifier finds the label of %.3f of the samples", agreement)
     log.info(
@@ -443,11 +443,19 @@ def measure_points(run: Run, workdir: epath.Path, key: Key[Array, ""]) -> dict[s
     return metrics
 
 
-def measure_vectors(run: Run, workdir: epath.Path, key: Key[Array, ""]) -> dict[str, Any]:
-    """Compares samples with data whose density is not known: vectors or signals in a file.
+def measure_arrays(
+    run: Run,
+    source: Source,
+    workdir: epath.Path,
+    key: Key[Array, ""],
+    levels_key: Key[Array, ""],
+    label: str | None,
+    guidance: float,
+) -> dict[str, Any]:
+    """Compares samples with data whose density is not known: vectors, signals or volumes.
 
     The data are held out from training, if there are such. They get the noise of level 0, as
-    samples have it.
+    samples have it, unless these are denoised.
 
     Returns the content of metrics.json.
 
@@ -462,31 +470,39 @@ def measure_vectors(run: Run, workdir: epath.Path, key: Key[Array, ""]) -> dict[
         sliced_wasserstein, energy_distance, c2st_accuracy, correlation_error,
           largest_correlation_error, each also with _of_data_halves; and error_of_mean and
           error_of_std, with one number per value of an example: see `distances.compare`.
+        classifier, labels: as for images (`measure_images`); not for vectors without labels.
 
     Args:
       run: the trained model.
+      source: the training data.
       workdir: where the results go.
       key: for the samples and the noise of the data.
+      levels_key: for the accuracy of the energies as a classifier.
+      label: class of the samples, or 0 for none; 'all': each class in turn; None: no labels.
+      guidance: weight of guidance.
     """
     config, model = run.config, run.model
-    source = sources.open_held_out(config)
+    one_class = label is not None and label != "all" and int(label) > 0
+    held_out = sources.open_held_out(config)
+    compared = common.of_label(held_out, label if one_class else None)
     n = min(config.evaluation.num_samples, config.evaluation.num_data, MAX_TEST_POINTS)
-    n = min(n, len(source))
-    part = sources.random_part(source, n)
-    clean = jnp.asarray(pipeline.load_examples(config, part))
+    n = min(n, len(compared))
+    data = pipeline.load_examples(config, sources.random_part(compared, n))
     samples_key, data_key = jax.random.split(key)
-    samples = np.concatenate(list(common.draw(model, samples_key, n)))
-    keys = noise.example_keys(data_key, jnp.arange(n))
-    data = np.asarray(diffusion.diffuse(keys, clean, jnp.zeros(n, int), model.method.schedule))
+    samples = np.concatenate(
+        list(common.draw(model, samples_key, n, guidance if label == "all" else 0.0))
+    )
+    if not model.method.sampler.denoise:
+        data = common.with_noise_of_level_0(model, data_key, data)
     rng = np.random.default_rng(config.seed)
     metrics: dict[str, Any] = {
         "step": run.step,
         "num_samples": n,
-        "held_out": source.held_out,
+        "held_out": held_out.held_out,
         "two_sample_p_value": distances.two_sample_test(rng, samples, data),
         **distances.compare(samples, data),
     }
-    names = arrays.read(config.data.name).columns if config.data.name.startswith("csv:") else ()
+    names = held_out.columns if isinstance(held_out, sources.Arrays) else ()
     picture = images.picture(samples, common.COLUMNS, data, names)
     log.info(
         "%(num_samples)d samples and as many data (in brackets: two halves of the data) have "
@@ -496,10 +512,17 @@ def measure_vectors(run: Run, workdir: epath.Path, key: Key[Array, ""]) -> dict[
         "(%(correlation_error_of_data_halves).3f), and a classifier separates them with "
         "accuracy %(c2st_accuracy).3f (%(c2st_accuracy_of_data_halves).3f); two-sample p-value "
         "%(two_sample_p_value).3f; the data: %(split)s",
-        metrics | {"split": source.described_split()},
+        metrics | {"split": held_out.described_split()},
     )
+    labels = model.each_label(n) if label == "all" else None
+    if label is not None and one_class:
+        labels = np.full(n, int(label))
+    if classified := classifier_metrics(config, source, samples, workdir, labels):
+        metrics["classifier"] = classified
+    if model.classes and source.classes == model.classes:
+        metrics["labels"] = label_metrics(config, source, model, levels_key)
     metrics = finite_or_none(metrics)
-    begin_results(run, workdir)
+    begin_results(run, workdir, label, guidance)
     images.write_png(workdir / "samples.png", picture)
     write_json(workdir / "metrics.json", metrics)
     log.info("wrote samples.png and metrics.json to %s", workdir)

@@ -6,12 +6,10 @@ import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jaxtyping import Array, Float, Key
 
-from drl_jax import diffusion, noise
 from drl_jax.data import arrays, pipeline, sources
 from drl_jax.data.sources import Source
 from drl_jax.errors import UserError
@@ -217,7 +215,7 @@ def write(
         results["log_density"] | {"n": len(x), "noise": schedule.sigma_bar[0], "where": where},
     )
     in_file = arrays.is_name(run.config.data.name)
-    if in_file and source.held_out and images.are_points(run.model.shape):
+    if in_file and source.held_out and not images.are_images(run.model.shape):
         results["baselines"] = baseline_densities(run, key, x, label)
     if log_P is not None:
         unit = -1 / (x[0].size * math.log(2))
@@ -247,18 +245,14 @@ def baseline_densities(
       x: held-out data.
       label: class of the data; None: none.
     """
-    config, schedule = run.config, run.model.method.schedule
+    config = run.config
     train = common.of_label(sources.open_source(config), label)
     clean = pipeline.load_examples(config, sources.random_part(train, baselines.MAX_EXAMPLES))
-
-    def noisy(key: Key[Array, ""], x: Float[np.ndarray, "m *D"]) -> Float[np.ndarray, "m *D"]:
-        keys = noise.example_keys(key, jnp.arange(len(x)))
-        return np.asarray(
-            diffusion.diffuse(keys, jnp.asarray(x), jnp.zeros(len(x), int), schedule)
-        )
-
     train_key, key = jax.random.split(key)
-    found = baselines.log_densities(noisy(train_key, clean), noisy(key, x))
+    found = baselines.log_densities(
+        common.with_noise_of_level_0(run.model, train_key, clean),
+        common.with_noise_of_level_0(run.model, key, x),
+    )
     log.info(
         "mean log-density of the same examples under densities fitted to %d training examples: "
         "Gaussian %.3f nats, mixture of %d Gaussians %.3f nats, kernel density estimate %.3f "

@@ -89,7 +89,7 @@ def write(
         for batch in batches:
             with as_user_error(failure):
                 file.write(batch.astype("<f4").tobytes())
-            if not images.are_points(shape):
+            if images.are_images(shape):
                 for i, image in enumerate(pipeline.to_uint8(batch), done):
                     images.write_png(folder / f"{i:06d}.png", image)
             if done < grid_size:

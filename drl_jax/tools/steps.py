@@ -255,7 +255,7 @@ def steps(
         these samplers and steps, or steps.json has results with other settings.
     """
     run = runs.load_workdir(workdir)
-    if images.are_points(run.model.shape):
+    if not images.are_images(run.model.shape):
         raise UserError(f"the model in {workdir} is one of points: this program needs images")
     configs = configurations(run.config, samplers, K, b_squared, levels)
     settings = {

@@ -110,7 +110,7 @@ class Features(NamedTuple):
         """
         images = self.to_images(x_t, top=level)
         common.require_finite(images, f"images completed from level {level}")
-        features, _ = self.classifier(np.clip(images, -1, 1))
+        features, _ = self.classifier(images)
         return frechet_distance(fit(features), self.reference)
 
 
