@@ -1,16 +1,19 @@
-"""Operators: what is observed of an image, and the likelihood of an observation.
+"""Operators: what is observed of an example, and the likelihood of an observation.
 
     observed = A(x) + std eps,   eps ~ N(0, I)
 
 `parse` reads A and std from a text such as 'mask:centre,blur:1,noise:0.1', whose parts act from
 left to right:
 
-- mask:NAME hides pixels (`masks.named`): they become 0.
-- downsample:N averages blocks of N x N pixels.
+- mask:NAME hides pixels, or other values (`masks.named`): they become 0.
+- downsample:N averages blocks of N x N pixels, or of N steps of a signal.
 - blur:S averages pixels with Gaussian weights of standard deviation S pixels. At the edges,
   only pixels inside of the image count.
-- grayscale averages the channels, with the weights of luma (ITU-R BT.601) if there are three.
-- noise:S, the last part, sets std, in units of pixel values in [-1, 1].
+- grayscale averages the channels; those of images with three have the weights of luma (ITU-R
+  BT.601).
+- noise:S, the last part, sets std, in the units of the data: of images, pixels in [-1, 1].
+
+Vectors can only be masked.
 
 Operators and likelihoods are pytrees (`jax.tree_util.Partial`). Their masks, widths and
 observations are arrays, so other values of them need no new compilation.
@@ -28,18 +31,18 @@ from jaxtyping import Array, Bool, Float
 
 from drl_jax.errors import UserError
 
-NOISE = 0.05  # std, unless it is given
+NOISE = 0.05  # std for images, unless it is given
 LEAST, LARGEST = 1e-6, 1e6  # of the numbers in a text; the rounding of others gives NaN
 LUMA = 0.299, 0.587, 0.114
 FORMS = "mask:NAME, downsample:N, blur:S, grayscale, noise:S"
 
 
-def mask(known: Bool[Array | np.ndarray, "H W 1"]) -> Partial:
+def mask(known: Bool[Array | np.ndarray, "..."]) -> Partial:
     """Returns the operator that sets the pixels to 0 that are not known."""
     return Partial(_masked, jnp.asarray(known))
 
 
-def _masked(known: Bool[Array, "H W 1"], x: Float[Array, "n H W C"]) -> Array:
+def _masked(known: Bool[Array, "*#D"], x: Float[Array, "n *D"]) -> Array:
     return jnp.where(known, x, 0.0)
 
 
@@ -60,10 +63,10 @@ class _Downsampled:
     def __hash__(self) -> int:
         return hash((_Downsampled, self.factor))
 
-    def __call__(self, x: Float[Array, "n H W C"]) -> Float[Array, "n h w C"]:
-        n, H, W, C = x.shape
-        f = self.factor
-        return x.reshape(n, H // f, f, W // f, f, C).mean(axis=(2, 4))
+    def __call__(self, x: Float[Array, "n *D"]) -> Float[Array, "n *E"]:
+        n, *sides, C = x.shape
+        blocks = (size for side in sides for size in (side // self.factor, self.factor))
+        return x.reshape(n, *blocks, C).mean(axis=tuple(range(2, 2 * len(sides) + 1, 2)))
 
 
 def blur(std: float) -> Partial:
@@ -71,12 +74,14 @@ def blur(std: float) -> Partial:
     return Partial(_blurred, jnp.float32(std))
 
 
-def _blurred(std: Float[Array, ""], x: Float[Array, "n H W C"]) -> Float[Array, "n H W C"]:
+def _blurred(std: Float[Array, ""], x: Float[Array, "n *D"]) -> Float[Array, "n *D"]:
     def weights(size):
         distance = jnp.arange(size)[:, None] - jnp.arange(size)
         return jax.nn.softmax(-((distance / std) ** 2) / 2, axis=1)
 
-    return jnp.einsum("ih,jw,nhwc->nijc", weights(x.shape[1]), weights(x.shape[2]), x)
+    for axis in range(1, x.ndim - 1):
+        x = jnp.moveaxis(jnp.tensordot(weights(x.shape[axis]), x, [1, axis]), 0, axis)
+    return x
 
 
 def grayscale() -> Partial:
@@ -84,9 +89,9 @@ def grayscale() -> Partial:
     return Partial(_grey)
 
 
-def _grey(x: Float[Array, "n H W C"]) -> Float[Array, "n H W 1"]:
+def _grey(x: Float[Array, "n *D C"]) -> Float[Array, "n *D 1"]:
     C = x.shape[-1]
-    weights = jnp.asarray(LUMA if C == 3 else [1 / C] * C, x.dtype)
+    weights = jnp.asarray(LUMA if (x.ndim, C) == (4, 3) else [1 / C] * C, x.dtype)
     return jnp.sum(x * weights, axis=-1, keepdims=True)
 
 
@@ -95,15 +100,15 @@ def composition(operators: Sequence[Partial]) -> Partial:
     return Partial(_in_turn, tuple(operators))
 
 
-def _in_turn(operators: tuple[Partial, ...], x: Float[Array, "n H W C"]) -> Array:
+def _in_turn(operators: tuple[Partial, ...], x: Float[Array, "n *D"]) -> Array:
     for operator in operators:
         x = operator(x)
     return x
 
 
 def observe(
-    operator: Partial, x: Float[Array, "n H W C"], std: float, keys: Any
-) -> Float[Array, "n h w c"]:
+    operator: Partial, x: Float[Array, "n *D"], std: float, keys: Any
+) -> Float[Array, "n *E"]:
     """Draws observations of images; hidden pixels contain no noise, and are 0.
 
     Args:
@@ -117,7 +122,7 @@ def observe(
     return jnp.where(_known(operator, x[:1]), clean + std * eps, 0.0)
 
 
-def _known(operator: Partial, x: Float[Array, "1 H W C"]) -> Bool[Array, "1 h w c"]:
+def _known(operator: Partial, x: Float[Array, "1 *D"]) -> Bool[Array, "1 *E"]:
     """Returns which pixels of an observation depend on the image.
 
     All operators preserve constant images, except where pixels are hidden.
@@ -126,9 +131,9 @@ def _known(operator: Partial, x: Float[Array, "1 H W C"]) -> Bool[Array, "1 h w 
 
 
 def likelihood(
-    operator: Partial, observed: Float[Array | np.ndarray, "h w c"], std: float
+    operator: Partial, observed: Float[Array | np.ndarray, "*E"], std: float
 ) -> Partial:
-    """Returns x [n, H, W, C] -> log p(observed | x) [n], of pixels that are not hidden [nats].
+    """Returns x [n, ...] -> log p(observed | x) [n], of pixels that are not hidden [nats].
 
     The observed values of hidden pixels have no effect.
 
@@ -147,7 +152,8 @@ def _log_likelihood(operator, observed, std, x):
         )
     log_normal = -(jnp.square((observed - expected) / std) + math.log(2 * math.pi)) / 2
     known = _known(operator, x[:1])
-    return jnp.sum(jnp.where(known, log_normal - jnp.log(std), 0.0), axis=(1, 2, 3))
+    each = jnp.where(known, log_normal - jnp.log(std), 0.0)
+    return jnp.sum(each, axis=range(1, each.ndim))
 
 
 def stack(likelihoods: Sequence[Any]) -> Any:
@@ -161,20 +167,20 @@ def stack(likelihoods: Sequence[Any]) -> Any:
 def parse(
     text: str,
     shape: tuple[int, ...],
-    load_mask: Callable[[str], Bool[np.ndarray, "H W 1"]],
+    load_mask: Callable[[str], Bool[np.ndarray, "..."]],
 ) -> tuple[Partial, float]:
     """Returns the operator that a text describes, and the std of the noise.
 
     Args:
       text: parts separated by commas, such as 'downsample:2,noise:0.1'.
-      shape: [H, W, C] of the images.
+      shape: shape of an example.
       load_mask: returns the mask of a name, true at known pixels.
 
     Raises:
-      UserError: if a part is unknown, a number is not one or out of range, or an operator does
-        not fit the images that it gets.
+      UserError: if a part is unknown, a number is not one or out of range, an operator does not
+        fit the examples that it gets, or there is no noise and the examples are not images.
     """
-    H, W, _ = shape
+    *sides, _ = shape
     operators, std = [], None
     for part in text.split(","):
         kind, _, value = part.strip().partition(":")
@@ -182,18 +188,23 @@ def parse(
             raise UserError(f"operator {text!r}: noise must be the last part")
         if kind == "mask" and value:
             known = load_mask(value)
-            if known.shape != (H, W, 1):
-                size = "x".join(map(str, known.shape[:2]))
-                raise UserError(f"operator {part!r}: the mask is {size}, the image {H}x{W}")
+            if known.shape != ((*sides, 1) if sides else shape):
+                found, wanted = (
+                    "x".join(map(str, size)) for size in (known.shape[: len(sides)], sides)
+                )
+                raise UserError(f"operator {part!r}: the mask is {found}, the example {wanted}")
             operators.append(mask(known))
+        elif kind in ("downsample", "blur", "grayscale") and not sides:
+            raise UserError(f"operator {part!r}: vectors have no axes; use mask:NAME")
         elif kind == "downsample":
             factor = _number(part, value, int)
-            if H % factor or W % factor:
+            if any(side % factor for side in sides):
+                size, block = ("x".join(map(str, of)) for of in (sides, [factor] * len(sides)))
                 raise UserError(
-                    f"operator {part!r}: an image of {H}x{W} does not divide into blocks of "
-                    f"{factor}x{factor}"
+                    f"operator {part!r}: an example of {size} does not divide into blocks of "
+                    f"{block}"
                 )
-            H, W = H // factor, W // factor
+            sides = [side // factor for side in sides]
             operators.append(downsample(factor))
         elif kind == "blur":
             operators.append(blur(_number(part, value, float)))
@@ -203,6 +214,10 @@ def parse(
             std = _number(part, value, float)
         else:
             raise UserError(f"operator {part!r} is unknown: use some of {FORMS}")
+    if std is None and len(shape) != 3:
+        raise UserError(
+            f"operator {text!r}: add noise:S, its standard deviation in the units of the data"
+        )
     return composition(operators), NOISE if std is None else std
 
 

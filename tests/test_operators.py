@@ -121,7 +121,7 @@ def test_the_smallest_and_the_largest_numbers_give_finite_likelihoods(text):
         ("downsample:1.5", "'downsample:1.5': give a whole number above 0, as in downsample:2"),
         ("downsample:4", "6x8 does not divide into blocks of 4x4"),
         ("noise:0.1,blur:1", "noise must be the last part"),
-        ("downsample:2,mask:a", "the mask is 6x8, the image 3x4"),
+        ("downsample:2,mask:a", "the mask is 6x8, the example 3x4"),
     ],
 )
 def test_bad_operators_are_refused(text, message):

@@ -1,4 +1,4 @@
-"""How well samples of a posterior restore images: errors, and calibration.
+"""How well samples of a posterior restore images or other examples: errors, and calibration.
 
 Images are in [-1, 1].
 """
@@ -74,10 +74,22 @@ def coverage(
 
 
 def report(
-    samples: Float[np.ndarray, "n k H W C"], truth: Float[np.ndarray, "n H W C"]
+    samples: Float[np.ndarray, "n k *D"], truth: Float[np.ndarray, "n *D"]
 ) -> dict[str, object]:
-    """Returns PSNR and SSIM of the samples and of their mean, and the coverage."""
+    """Returns PSNR and SSIM of the samples and of their mean, and the coverage.
+
+    Of examples that are not images, it returns root mean square errors instead of PSNR and
+    SSIM.
+    """
     mean = samples.mean(axis=1)
+    if truth.ndim != 4:
+        errors = mean - truth, samples - truth[:, None]
+        of_mean, of_samples = (float(np.sqrt(np.mean(np.square(e)))) for e in errors)
+        return {
+            "rmse_of_mean": of_mean,
+            "rmse_of_samples": of_samples,
+            "coverage": coverage(samples, truth),
+        }
     return {
         "psnr_of_mean": float(np.mean(psnr(mean, truth))),
         "psnr_of_samples": float(np.mean(psnr(samples, truth[:, None]))),

@@ -1,8 +1,8 @@
-"""Draws vectors and signals as pixels: a corner plot; overlaid signals with power spectra."""
+"""Draws vectors and signals: a corner plot, overlaid signals with power spectra, and panels."""
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,6 +19,19 @@ WIDTH, HEIGHT = 3.6, 2.6  # of a panel of signals [inches]
 BINS = 40  # of a histogram; fewer for fewer than 400 values
 PERCENTILES = 0.1, 99.9  # limits of the axes, beyond which are a twentieth of their distance
 COLOURS = {"data": "tab:blue", "samples": "tab:orange"}
+PANELS = 4  # panels per row of `panels`
+
+# How `panels` draws each kind of lines. Those without a colour lead from one colour to another.
+STYLES: dict[str, dict[str, Any]] = {
+    "known": {"color": "black", "marker": ".", "linewidth": 1.2},
+    "observed": {"color": "black", "marker": ".", "linewidth": 0.8},
+    "completions": {"color": "tab:orange", "linewidth": 0.8, "alpha": 0.6},
+    "samples": {"color": "tab:orange", "linewidth": 0.8, "alpha": 0.6},
+    "mean": {"color": "tab:red", "linewidth": 1.4},
+    "original": {"color": "tab:blue", "linewidth": 1.2, "linestyle": "--"},
+    "frames": {"linewidth": 0.9},
+    "map": {},  # a background, dark where it is high
+}
 
 
 def corner(
@@ -116,6 +129,51 @@ def signals(
     for axes in grid[-1, :-1]:
         axes.set_xlabel("step")
     grid[-1, -1].set_xlabel("frequency [cycles per step]")
+    return _pixels(figure)
+
+
+def panels(
+    parts: Mapping[str, Float[np.ndarray, "n _ *D"]], titles: Sequence[str] = ()
+) -> UInt8[np.ndarray, "h w 3"]:
+    """Returns one panel per example, with lines along time or, for vectors, along the features.
+
+    Args:
+      parts: lines of each kind of `STYLES`, several per example: vectors [n, k, D], or signals
+        [n, k, L, C], of which the first channel is shown. Values that are not finite are
+        left out.
+      titles: of the panels, if any.
+    """
+    from matplotlib import colormaps  # takes half a second, and most tasks draw no figure
+    from matplotlib.figure import Figure
+
+    n = len(next(iter(parts.values())))
+    columns = min(n, PANELS)
+    rows = -(-n // columns)
+    figure = Figure(figsize=(WIDTH * columns, HEIGHT * rows + 0.3), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False, sharex=True).ravel()
+    for axes in grid[n:]:
+        axes.set_axis_off()
+    for i, axes in enumerate(grid[:n]):
+        for name, lines in parts.items():
+            values = lines[i] if lines.ndim == 3 else lines[i, ..., 0]
+            style = STYLES[name]
+            if name == "map":
+                extent = (-0.5, values.shape[1] - 0.5, 0, 1)
+                axes.imshow(
+                    values, aspect="auto", extent=extent, cmap="Reds", vmin=0, vmax=1,
+                    transform=axes.get_xaxis_transform(), alpha=0.6, zorder=0,
+                )  # fmt: skip
+                continue
+            for j, line in enumerate(values):
+                colour = {} if "color" in style else {
+                    "color": colormaps["viridis"](j / max(len(values) - 1, 1))
+                }  # fmt: skip
+                label = {"label": name} if i == j == 0 else {}
+                axes.plot(line, **style, **colour, **label)
+        if titles:
+            axes.set_title(titles[i], fontsize="medium")
+    figure.legend(loc="outside upper right", ncols=len(parts), fontsize="small")
+    figure.supxlabel("step" if lines.ndim == 4 else "feature", fontsize="medium")
     return _pixels(figure)
 
 

@@ -1,7 +1,7 @@
 """Draws samples as PNG files: images as a grid, points as a histogram, others as figures."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from etils import epath
@@ -84,9 +84,7 @@ def picture(
       names: names of the features of vectors; empty if there are none.
     """
     if x.ndim == 5:
-        x = x[: columns**2, x.shape[1] // 2, ..., :1]
-        low, high = np.percentile(x, [1, 99])
-        x = np.clip(2 * (x - low) / max(high - low, 1e-9) - 1, -1, 1)
+        x = slices(x[: columns**2])
     if x.ndim == 4:
         return grid(x[: grid_size(x.shape[1:], columns)], columns)
     if x.ndim == 3:
@@ -94,6 +92,35 @@ def picture(
     if data is None and x.shape[1] == 2:
         return histogram(x)
     return arrays.corner(x, data, names)
+
+
+def slices(x: Float[np.ndarray, "B D H W C"]) -> Float[np.ndarray, "B H W 1"]:
+    """Returns the middle slices of volumes along the first axis, as images in [-1, 1].
+
+    Of several channels the first is shown. Black is the 1st percentile of the values, white the
+    99th.
+    """
+    x = x[:, x.shape[1] // 2, ..., :1]
+    low, high = np.nanpercentile(x, [1, 99])
+    return np.clip(2 * (x - low) / max(high - low, 1e-9) - 1, -1, 1)
+
+
+def rows(parts: Mapping[str, Float[np.ndarray, "n _ *D"]]) -> UInt8[np.ndarray, "h w C"]:
+    """Returns a picture that compares several versions of each of n examples.
+
+    Images, and slices of volumes, are tiles, with one row per example. Vectors and signals are
+    lines, with one panel per example (`arrays.panels`).
+
+    Args:
+      parts: versions of each kind, in the order of the tiles; the names are those of
+        `arrays.STYLES`.
+    """
+    first = next(iter(parts.values()))
+    if first.ndim < 5:
+        return arrays.panels(parts)
+    tiles = np.concatenate(list(parts.values()), axis=1)
+    columns, flat = tiles.shape[1], tiles.reshape(-1, *tiles.shape[2:])
+    return grid(flat if flat.ndim == 4 else np.nan_to_num(slices(flat)), columns)
 
 
 def write_png(path: epath.Path, image: UInt8[np.ndarray, "H W C"]) -> None:

@@ -91,10 +91,10 @@ def inpaint(
 
 
 def errors(
-    completions: Float[np.ndarray, "n k H W C"],
-    samples: Float[np.ndarray, "n k H W C"],
-    truth: Float[np.ndarray, "n H W C"],
-    known: Bool[np.ndarray, "H W 1"],
+    completions: Float[np.ndarray, "n k *D"],
+    samples: Float[np.ndarray, "n k *D"],
+    truth: Float[np.ndarray, "n *D"],
+    known: Bool[np.ndarray, "*#D"],
 ) -> dict[str, float]:
     """Returns mean squared differences per hidden pixel.
 

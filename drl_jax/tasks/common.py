@@ -17,6 +17,7 @@ from drl_jax.data.sources import Source
 from drl_jax.errors import UserError
 from drl_jax.method import METROPOLIS
 from drl_jax.model import Model
+from drl_jax.plots import images
 from drl_jax.runtime.progress import Progress
 from drl_jax.storage import results
 from drl_jax.storage.runs import Run
@@ -67,20 +68,20 @@ def task_key(task: str, seed: int) -> Key[Array, ""]:
     return jax.random.fold_in(jax.random.key(seed), FIRST_KEY + KEY_NUMBERS[task])
 
 
-def require_images(model: Model, task: str) -> None:
-    """Checks that the model is one of images, for a task that is not defined for others.
+def require_images(model: Model, flag: str) -> None:
+    """Checks that the model is one of images, for a flag that is not defined for others.
 
     Args:
       model: the model.
-      task: the value of --mode, for the message.
+      flag: the flag, for the message.
 
     Raises:
       UserError: if the model is one of points, other vectors, signals or volumes.
     """
-    if len(model.shape) != 3:
+    if not images.are_images(model.shape):
         raise UserError(
-            f"--mode={task} needs a model of images, but the examples of this model have the "
-            f"shape {model.shape}: use --mode=sample or --mode=evaluate"
+            f"{flag} is for models of images, but the examples of this model have the shape "
+            f"{model.shape}: omit it"
         )
 
 

@@ -1,4 +1,4 @@
-"""The task `interpolate`: writes strips of images that lead from one image to another."""
+"""The task `interpolate`: leads from one image, or another example, to another one."""
 
 import logging
 from collections.abc import Sequence
@@ -9,8 +9,8 @@ from etils import epath
 from drl_jax.data import pipeline
 from drl_jax.plots import images as images_lib
 from drl_jax.sampling import interpolation
-from drl_jax.storage import results
-from drl_jax.storage.atomic import write_json
+from drl_jax.storage import npz, results
+from drl_jax.storage.atomic import write_atomically, write_json
 from drl_jax.storage.runs import Run
 from drl_jax.tasks import common
 
@@ -34,13 +34,16 @@ def run(
     'samples' or 'images', or to a folder with a number after this name if there are results
     with other settings (`storage.results.folder`):
       settings.json: everything on which the strips depend.
-      000.png, ...: one strip per pair. If there are `images`, the two of a pair are added at
-        the ends of its strip, next to the frames recovered from their diffused versions.
-      grid.png: all strips.
+      000.png, ...: one strip per pair, for images. If there are `images`, the two of a pair
+        are added at the ends of its strip, next to the frames recovered from their diffused
+        versions.
+      grid.png: all strips; of vectors and signals, one panel per pair, with a line per frame.
+      strips.npz: `frames` [pairs, frames, ...].
       metrics.json, with the fields:
         step: number of training steps of the model.
         smoothness: per strip, its largest step divided by its mean step. A step is the
-          Euclidean distance between two neighbouring frames, with pixels in [-1, 1].
+          Euclidean distance between two neighbouring frames, of pixels in [-1, 1] or
+          standardised values.
         length: per strip, the sum of its steps.
         distance: per strip, the Euclidean distance between its ends.
 
@@ -62,7 +65,8 @@ def run(
     """
     run = common.given(run, label, guidance)
     model = run.model
-    common.require_images(model, "interpolate")
+    if images:
+        common.require_images(model, "--images")
     schedule = model.method.schedule
     if level is None:
         level = max(1, schedule.T // 3) if images else interpolation.sample_level(schedule)
@@ -91,12 +95,14 @@ def run(
             # images: show the images too.
             shown = np.concatenate([ends[::2, None], strips, ends[1::2, None]], axis=1)
         common.require_finite(strips, "strips")
-        for i, strip in enumerate(shown):
-            row = images_lib.grid(strip, columns=len(strip))
-            images_lib.write_png(folder / f"{i:03d}.png", row)
-        frames_in_rows = shown.reshape(-1, *shown.shape[2:])
-        grid = images_lib.grid(frames_in_rows, columns=shown.shape[1])
-        images_lib.write_png(folder / "grid.png", grid)
+        if images_lib.are_images(model.shape):
+            for i, strip in enumerate(shown):
+                row = images_lib.grid(strip, columns=len(strip))
+                images_lib.write_png(folder / f"{i:03d}.png", row)
+        images_lib.write_png(folder / "grid.png", images_lib.rows({"frames": shown}))
+        content = npz.encode({"frames": strips}, compress=True)
+        write_atomically(folder / "strips.npz", content)
+        strips = model.standardisation.apply(strips)
         metrics = {
             "smoothness": [interpolation.smoothness(strip) for strip in strips],
             "length": [interpolation.length(strip) for strip in strips],
