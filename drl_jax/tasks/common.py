@@ -76,10 +76,11 @@ def require_images(model: Model, task: str) -> None:
     Raises:
       UserError: if the model is one of points, other vectors, signals or volumes.
     """
-    if len(model.shape) != 3:
+    kind = {1: "points", 2: "signals", 4: "volumes"}.get(len(model.shape))
+    if kind:
         raise UserError(
-            f"--mode={task} needs a model of images, but the examples of this model have the "
-            f"shape {model.shape}: use --mode=sample or --mode=evaluate"
+            f"--mode={task} needs a model of images, but this is a model of {kind}: use "
+            "--mode=sample or --mode=evaluate"
         )
 
 
