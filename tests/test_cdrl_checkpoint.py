@@ -308,7 +308,7 @@ def test_a_checkpoint_of_another_network_is_rejected_by_name(network, change, wo
 @pytest.mark.parametrize(
     ("size", "words"),
     [
-        (30, r"30x30 cannot be halved 3 times"),
+        (30, r"length 30 cannot be halved 3 times"),
         (64, r"64x64 would have attention at the sizes \[32, 16\] of \[64, 32, 16\], .* size"),
     ],
 )
@@ -319,7 +319,7 @@ def test_an_image_size_that_does_not_fit_is_rejected(size, words):
 
 def test_images_that_only_the_initialiser_cannot_halve_are_rejected():
     weights = read(CDRL).initialiser.raw
-    with pytest.raises(UserError, match=r"18x18 cannot be halved 2 times"):
+    with pytest.raises(UserError, match=r"length 18 cannot be halved 2 times"):
         cdrl_checkpoint.infer_initialiser(weights, image_size=18)
 
 

@@ -134,7 +134,24 @@ def test_the_tables_of_checks_name_fields(names):
         ),
         ({"energy__attention": (8,)}, r"attention is \(8,\): .*network 'unet' has"),
         ({"energy__patch": 2}, "patch is 2: only .*network 'unet' has patches"),
-        ({"energy__dropout": 0.1}, "dropout is 0.1: .*network 'unet' or 'image_mlp'"),
+        ({"energy__dropout": 0.1}, "dropout is 0.1: .*network 'unet', 'image_mlp' or 'mlp'"),
+        ({"data__classes": 10}, "classes is 10: .*'resnet' takes no labels; .*'cdrl_resnet'"),
+        ({"data__axes": 4}, "axes is 4: it must be 0 or more and less than 4"),
+        ({"data__axes": 0}, "axes is 0: .*'resnet' needs 1 .*the network 'mlp'"),
+        ({"data__axes": 1}, "flip is True: config.data.axes is 1; use False"),
+        (
+            {"data__axes": 3, "data__flip": False, "evaluation__inception_weights": "x"},
+            "inception_weights is 'x': config.data.axes is 3; use ''",
+        ),
+        (
+            {
+                "data__axes": 3,
+                "data__flip": False,
+                "data__image_size": 8,
+                "energy__parameterisation": "gaussians",
+            },
+            "parameterisation is 'gaussians': .*examples with 1536 values",
+        ),
         (
             {"energy__dropout": 0.1, "energy__network": "image_mlp"},
             "dropout is 0.1: .*objective 'denoising'",
@@ -179,6 +196,24 @@ def test_a_run_may_end_during_the_warm_up():
 
 def test_chains_from_the_posterior_may_have_no_steps():
     config_lib.validate(changed(mcmc__K=0, mcmc__start="posterior"))
+
+
+@pytest.mark.parametrize(
+    ("network", "axes", "shape"),
+    [
+        ("resnet", 1, (32, 3)),
+        ("unet", 2, (32, 32, 3)),
+        ("image_mlp", 3, (32, 32, 32, 3)),
+        ("mlp", 0, (3,)),
+        ("mlp", 2, (3,)),
+    ],
+)
+def test_the_shape_of_an_example_follows_from_the_network_and_the_number_of_axes(
+    network, axes, shape
+):
+    config = changed(energy__network=network, data__axes=axes, data__flip=False)
+    config_lib.validate(config)
+    assert config_lib.example_shape(config) == shape
 
 
 def test_points_in_the_plane_are_computed_in_float32():
@@ -265,6 +300,7 @@ def test_the_configuration_of_an_earlier_version_gets_the_new_names_values_and_f
     values["train"]["parts"], values["likelihood"]["rungs"] = 4, 70
     values["train"]["levels"] = "log_noise"
     del values["data"]["crop"], values["data"]["strict"], values["data"]["background"]
+    del values["data"]["axes"]
     del values["optim"]["adam"]
     before = json.dumps(values)
     config = config_lib.from_json(values)
@@ -388,6 +424,7 @@ def test_a_run_may_resume_with_changes_of_optimiser_seed_sampler_data_and_length
         {"energy__ch": 64},
         {"energy__parameterisation": "noise"},
         {"data__image_size": 64},
+        {"data__axes": 3},
         {"data__dequantise": 0.1},
         {"mcmc__b_squared": 1e-4},
     ],

@@ -37,8 +37,11 @@ def float64():
 
 
 def direct(x, kernel):
+    """Returns XLA's convolution of images, or of signals or volumes."""
+    axes = {3: "W", 4: "HW", 5: "DHW"}[x.ndim]
+    numbers = (f"N{axes}C", f"{axes}IO", f"N{axes}C")
     return lax.conv_general_dilated(
-        x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        x, kernel, (1,) * len(axes), "SAME", dimension_numbers=numbers
     )
 
 
@@ -76,6 +79,50 @@ def test_gradients_to_second_order_are_those_of_autodiff(shape):
     args = arrays(*shape)
     for order in (lambda conv: conv, gradients, second_gradients):
         assert_equal(jax.jit(order(conv3x3))(*args), jax.jit(order(direct))(*args))
+
+
+@pytest.fixture(params=[(5,), (3, 4, 2)], ids=["signals", "volumes"])
+def other(request):
+    """Signals or volumes with two channels, and a kernel with three outputs."""
+    rng = np.random.default_rng(0)
+    x, kernel = rng.normal(size=(2, *request.param, 2)), rng.normal(size=(2, 3))
+    return x, kernel + rng.normal(size=(3,) * len(request.param) + (2, 3))
+
+
+def test_signals_and_volumes_are_summed_over_all_taps(other):
+    """Fails if a kernel is reversed, or an axis is left out."""
+    x, kernel = other
+    n = x.ndim - 2
+    padded = np.pad(x, ((0, 0), *((1, 1),) * n, (0, 0)))
+    expected = 0
+    for tap in np.ndindex((3,) * n):
+        window = tuple(
+            slice(i, i + length) for i, length in zip(tap, x.shape[1:], strict=False)
+        )
+        expected = expected + padded[:, *window] @ kernel[tap]
+    assert_equal(conv3x3(jnp.asarray(x), jnp.asarray(kernel)), expected)
+
+
+@pytest.mark.slow
+def test_gradients_to_second_order_for_signals_and_volumes_are_those_of_autodiff(other):
+    expected = jax.jit(second_gradients(direct))(*other)
+    assert_equal(jax.jit(second_gradients(conv3x3))(*other), expected)
+
+
+@pytest.mark.slow
+def test_every_form_of_the_kernel_gradient_is_the_same_for_signals_and_volumes(
+    other, monkeypatch
+):
+    monkeypatch.setattr(convolution, "BLOCK_CHANNELS", 2)
+    x, g = jnp.asarray(other[0]), direct(*other)
+    forms = [
+        convolution._kernel_gradient_by_blocks,
+        convolution._kernel_gradient_by_convolution,
+        convolution._kernel_gradient_transposed,
+    ]
+    first, *others = (jax.jit(form)(x, g) for form in forms)
+    for result in others:
+        assert_equal(result, first)
 
 
 @pytest.mark.slow

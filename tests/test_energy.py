@@ -1,10 +1,16 @@
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from drl_jax import config as config_lib
+from drl_jax import diffusion
+from drl_jax import method as method_lib
 from drl_jax.errors import UserError
+from drl_jax.networks import resnet, unet
 from drl_jax.networks.energy import from_image_to_image, from_network, inner_product, with_dtype
 
 
@@ -108,3 +114,93 @@ def test_a_network_of_one_number_can_read_noise_levels():
     np.testing.assert_allclose(ratio, ratio[0], rtol=1e-2)
     f = np.asarray(energy.f(params, x, jnp.array([2, 0, 1])))
     np.testing.assert_allclose(f[1:] / f[0], np.array([999, 1000]) / 1001, rtol=1e-6)
+
+
+RESNET = {"network": "resnet", "ch": 4, "mult": (1, 2), "N": 1}
+UNET = {"network": "unet", "ch": 4, "mult": (1, 2), "N": 0, "attention": (2,), "patch": 2}
+MLP = {"network": "image_mlp", "ch": 8, "N": 1}
+# Compiles in half the time of `jax.jit`, to slower programs.
+FAST = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+KEY = jax.eval_shape(lambda: jax.random.key(0))
+
+
+def randomised(params):
+    """Returns random parameters of the given shapes; kernels are of order inputs^-1/2."""
+    rng = np.random.default_rng(1)
+
+    def draw(leaf):
+        return rng.normal(size=leaf.shape) / max(np.prod(leaf.shape[:-1]), 4) ** 0.5
+
+    return jax.tree.map(draw, params)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("network", "axes"),
+    [(RESNET, 1), (RESNET, 3), (UNET, 3), (MLP, 1)],
+    ids=lambda value: value["network"] if isinstance(value, dict) else value,
+)
+def test_the_gradient_of_f_for_signals_and_volumes_is_a_finite_difference(network, axes):
+    """f is one number per example, which does not depend on the others."""
+    config = config_lib.default()
+    config.data.update(axes=axes, image_size=4, channels=2)
+    config.energy.update(network)
+    with jax.enable_x64(True):
+        schedule = diffusion.schedule(6, "cosine")
+        energy = method_lib.make_energy(config, schedule, "float32")
+        assert energy.shape == (4,) * axes + (2,)
+        params = randomised(jax.eval_shape(energy.init, KEY)[0])
+        x = np.random.default_rng(0).normal(size=(3, *energy.shape))
+        direction = np.random.default_rng(2).normal(size=x.shape)
+        t = jnp.array([0, 3, 5])
+
+        @FAST
+        def evaluate(x):
+            f, vjp = jax.vjp(lambda x: energy.f(params, x, t), x)
+            return f, vjp(jnp.ones_like(f))[0]
+
+        f, gradient = evaluate(x)
+        assert (f.shape, gradient.shape) == ((3,), x.shape)
+        step = 1e-6
+        ends = [evaluate(x + sign * step * direction)[0] for sign in (1, -1)]
+        expected = np.sum(gradient * direction, axis=tuple(range(1, x.ndim)))
+        np.testing.assert_allclose((ends[0] - ends[1]) / (2 * step), expected, rtol=1e-5)
+        others = np.concatenate([x[:1], x[:0:-1]])
+        np.testing.assert_allclose(evaluate(others)[0][0], f[0], rtol=1e-9)
+        assert np.all(np.abs(f) > 1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "network",
+    [
+        resnet.ResNet(ch=4, mult=(1,), N=1),
+        unet.network(4, ch=4, mult=(1,), N=0, attention=(4,), groups=2),
+    ],
+    ids=["resnet", "unet"],
+)
+def test_a_signal_is_an_image_of_width_one_and_an_image_a_volume_of_width_one(network):
+    """In the longer kernels, all taps but those in the middle meet the padding only.
+
+    Fails if the spatial axes of a kernel are in another order, or one is left out of a sum.
+    """
+
+    def embedded(kernel):
+        """Returns a kernel with one axis more, the last spatial one."""
+        if kernel.ndim < 3:
+            return kernel
+        shape = (*kernel.shape[:-2], 3, *kernel.shape[-2:])
+        longer = np.random.default_rng(3).normal(size=shape)
+        longer[..., 1, :, :] = kernel
+        return longer
+
+    with jax.enable_x64(True):
+        t = jnp.array([1.0, 4.0])
+        apply = FAST(lambda params, x: network.apply({"params": params}, x, t))
+        for shape in ((2, 4, 3), (2, 4, 2, 3)):
+            x = np.random.default_rng(0).normal(size=shape)
+            params = randomised(jax.eval_shape(network.init, KEY, x, t)["params"])
+            f = apply(params, x)
+            longer = apply(jax.tree.map(embedded, params), x[..., None, :])
+            np.testing.assert_allclose(np.reshape(longer, f.shape), f, rtol=1e-9, atol=1e-12)
+            assert np.all(np.abs(f) > 1e-9)

@@ -236,7 +236,7 @@ def test_labels_that_do_not_exist_are_errors(tmp_path_factory):
     ("changes", "message"),
     [
         (["--checkpoint=missing.tar"], "missing.tar cannot be read as a checkpoint"),
-        (["--image_size=30"], "images of 30x30"),
+        (["--image_size=30"], "examples of length 30"),
         (["--config=missing"], "--config=missing: no such Python file"),
         (["--config.energy.ch=8"], "energy.ch=8: --mode=import_cdrl"),
         (["--config.mcmc.K=8"], "mcmc.K=8: --mode=import_cdrl"),

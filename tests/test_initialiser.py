@@ -469,7 +469,7 @@ def test_a_new_initialiser_predicts_that_nothing_changes(network):
             {"initialiser.network": "mlp", "initialiser.attention": (8,)},
             "only config.initialiser.network 'unet' has attention",
         ),
-        ({"initialiser.mult": (1,) * 5}, "images of 4x4 cannot be halved 4 times"),
+        ({"initialiser.mult": (1,) * 5}, "examples of length 4 cannot be halved 4 times"),
         ({"initialiser.attention": (5,)}, "attention at (5,)"),
         ({"initialiser.dropout": 1.0}, "config.initialiser.dropout is 1.0"),
         ({"optim.clip_norm": -1.0}, "config.optim.clip_norm is -1.0"),

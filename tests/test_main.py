@@ -114,8 +114,11 @@ def test_a_wrong_command_is_one_clear_line(fails, args, words):
         ({"diffusion__T": 502}, "T = 502"),
         ({"mcmc__sampler": "hmc", "mcmc__leapfrog": "(1,2)"}, r"leapfrog is \(1, 2\): .* 6 "),
         ({"mcmc__b_squared": "nan"}, "b_squared is nan"),
-        ({"data__image_size": 7, "energy__mult": "(1,1)"}, "7x7 cannot be halved"),
-        ({"data__image_size": 8, "energy__mult": "(1,1,1,1,1)"}, "8x8 cannot be halved"),
+        ({"data__image_size": 7, "energy__mult": "(1,1)"}, "length 7 cannot be halved once"),
+        (
+            {"data__image_size": 8, "energy__mult": "(1,1,1,1,1)"},
+            "length 8 cannot be halved 4 times",
+        ),
         ({"data__channels": 3}, "channels"),
         ({"data__name": "folder:nonesuch"}, "data.name is 'folder:nonesuch'"),
         ({"data__name": "folder:EMPTY"}, "empty.*.png, .jpg, .jpeg"),

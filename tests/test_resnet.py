@@ -48,9 +48,10 @@ def test_time_embedding_has_sines_in_the_first_half_and_cosines_in_the_second():
 
 
 @pytest.mark.slow
-def test_mean_pool_averages_two_by_two_pixels():
-    x = jax.random.normal(jax.random.key(0), (2, 6, 4, 3))
-    expected = nn.avg_pool(x, (2, 2), strides=(2, 2))
+@pytest.mark.parametrize("lengths", [(6,), (6, 4), (2, 6, 4)])
+def test_mean_pool_averages_two_pixels_along_every_axis(lengths):
+    x = jax.random.normal(jax.random.key(0), (2, *lengths, 3))
+    expected = nn.avg_pool(x, (2,) * len(lengths), strides=(2,) * len(lengths))
     np.testing.assert_allclose(resnet.mean_pool(x), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -77,9 +78,16 @@ def test_every_kernel_but_the_head_is_spectrally_normalised():
     assert resnet.spectral_rule("level_1_block_0/skip/kernel") == "normalise"
 
 
-def test_image_size_that_cannot_be_halved_raises():
-    with pytest.raises(UserError, match=r"12x12 .* 3 times .* multiple of 8"):
-        resnet.energy(12, 3, ch=8, mult=(1, 2, 2, 2), N=1)
+def test_lengths_that_cannot_be_halved_raise_with_the_next_length_that_can():
+    words = (
+        r"^examples of length 42 cannot be halved 2 times for mult = \(1, 2, 2\); use a "
+        r"multiple of 4, such as 44, or fewer multipliers$"
+    )
+    for axes in (1, 2, 3):
+        with pytest.raises(UserError, match=words):
+            resnet.energy(42, 3, ch=8, mult=(1, 2, 2), N=1, axes=axes)
+    with pytest.raises(UserError, match=r"length 7 .* halved once .* of 2, such as 8, or"):
+        resnet.require_divisible(7, (1, 1))
 
 
 def paths(tree):
@@ -176,5 +184,5 @@ def test_labels_for_the_papers_network_raise():
 
 
 def test_image_size_that_cdrls_network_cannot_halve_raises():
-    with pytest.raises(UserError, match=r"12x12 .* 3 times .* multiple of 8"):
+    with pytest.raises(UserError, match=r"length 12 .* 3 times .* multiple of 8"):
         resnet.cdrl_energy(12, 3, ch=8, mult=(1, 2, 2, 2), N=1, levels=LEVELS)

@@ -52,6 +52,19 @@ def test_norms_become_one_or_at_most_one_and_other_parameters_are_unchanged():
     np.testing.assert_array_equal(normalised["a"]["bias"], params["a"]["bias"])
 
 
+@pytest.mark.parametrize("taps", [(3,), (3, 3, 3)], ids=["signals", "volumes"])
+def test_kernels_of_signals_and_volumes_are_matrices_of_taps_and_inputs(taps):
+    """The norm is that of the matrix with a row per tap and input channel, from an SVD."""
+    kernel = 3 * jax.random.normal(jax.random.key(2), (*taps, 2, 4))
+    vectors = spectral.init_vectors(jax.random.key(1), {"a": {"kernel": kernel}}, rule)
+    normalise = jax.jit(lambda p, u: spectral.normalise(p, u, rule))
+    for _ in range(100):
+        normalised, vectors = normalise({"a": {"kernel": kernel}}, vectors)
+    rows = [np.asarray(kernel)[(*tap, i)] for tap in np.ndindex(taps) for i in range(2)]
+    norm = np.linalg.svd(np.stack(rows), compute_uv=False)[0]
+    np.testing.assert_allclose(normalised["a"]["kernel"], kernel / norm, rtol=1e-5)
+
+
 def test_normalise_makes_one_power_iteration():
     params = make_params()
     u = spectral.init_vectors(jax.random.key(1), params, rule)["a/kernel"]

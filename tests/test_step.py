@@ -400,3 +400,39 @@ def test_levels_are_drawn_with_their_probabilities(name):
     expected = n * p / p.sum()
     counts = np.bincount(np.asarray(t), minlength=100)
     assert np.abs((counts - expected) / np.sqrt(expected)).max() < 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("axes", "energy", "start", "classes"),
+    [
+        (1, {"network": "resnet", "mult": (1, 2)}, "x_tilde", 0),
+        (3, {"network": "unet", "mult": (1, 2), "patch": 2}, "initialiser", 3),
+        (3, {"network": "image_mlp"}, "posterior", 0),
+        (0, {"network": "mlp", "parameterisation": "unit"}, "posterior", 3),
+    ],
+    ids=lambda value: value.get("network") if isinstance(value, dict) else str(value),
+)
+def test_networks_train_on_signals_volumes_and_labelled_vectors(axes, energy, start, classes):
+    """The loss stays finite, and all parameters of the energy change."""
+    config = config_lib.default()
+    config.data.update(axes=axes, image_size=4, channels=2, classes=classes, flip=False)
+    config.energy.update(ch=8, N=1, **energy)
+    config.mcmc.update(start=start, K=1)
+    config.optim.update(learning_rate=1e-2, warmup_steps=0, adam="optax")
+    if start == "initialiser":
+        config.initialiser.update(network="unet", ch=4, mult=(1,), N=1, groups=2)
+        config.initialiser.update(warmup_steps=0, first_step=0, learning_rate=1e-2)
+    config_lib.validate(config)
+    method = method_lib.from_config(config)
+    chosen = train_step.from_config(config)
+    state = train_state.create(jax.random.key(0), method.energy, chosen.optimiser)
+    before = jax.tree.map(np.asarray, state.params)
+    step = train_step.compile_step(sharding.make_mesh(), method, chosen)
+    x = jax.random.uniform(jax.random.key(1), (8, *method.energy.shape), minval=-1)
+    batch = {"image": x} | ({"label": 1 + jnp.arange(8) % 3} if classes else {})
+    for _ in range(3):
+        state, metrics = step(state, batch, jax.random.key(2))
+        assert np.isfinite(metrics.loss)
+    changed = jax.tree.map(lambda a, b: bool(np.any(a != np.asarray(b))), before, state.params)
+    assert jax.tree.reduce(lambda a, b: a and b, changed), changed

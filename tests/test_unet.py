@@ -75,14 +75,15 @@ def test_the_result_has_the_shape_of_the_images(size, channels, mult, N, attenti
     assert shape == (2, size, size, channels)
 
 
-def test_patches_are_squares_of_pixels():
+@pytest.mark.parametrize("counts", [(3,), (2, 3), (1, 3, 2)])
+def test_patches_are_intervals_squares_or_cubes_of_pixels(counts):
     """Fails if rows and columns are swapped."""
-    x = images(2, 4, 6, 3)
+    x = images(2, *(2 * count for count in counts), 3)
     patches = np.asarray(unet.to_patches(jnp.asarray(x), 2))
-    assert patches.shape == (2, 2, 3, 12)
-    for row, column in np.ndindex(2, 3):
-        square = x[:, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
-        np.testing.assert_array_equal(patches[:, row, column], square.reshape(2, -1))
+    assert patches.shape == (2, *counts, 3 * 2 ** len(counts))
+    for index in np.ndindex(counts):
+        square = x[:, *(slice(2 * i, 2 * i + 2) for i in index)]
+        np.testing.assert_array_equal(patches[:, *index], square.reshape(2, -1))
     np.testing.assert_array_equal(unet.from_patches(jnp.asarray(patches), 2), x)
 
 
@@ -309,9 +310,11 @@ def test_a_block_resamples_after_the_first_activation_and_on_the_skip_connection
     np.testing.assert_allclose(actual, skip + h, rtol=1e-4, atol=1e-4)
 
 
-def test_doubling_repeats_every_pixel_in_a_square():
-    x = images(2, 3, 2, 5)
-    expected = np.repeat(np.repeat(x, 2, axis=1), 2, axis=2)
+@pytest.mark.parametrize("lengths", [(3,), (3, 2), (3, 2, 4)])
+def test_doubling_repeats_every_pixel_along_every_axis(lengths):
+    expected = x = images(2, *lengths, 5)
+    for axis in range(1, 1 + len(lengths)):
+        expected = np.repeat(expected, 2, axis=axis)
     np.testing.assert_array_equal(unet.double(jnp.asarray(x)), expected)
 
 
@@ -429,11 +432,13 @@ def test_the_gradients_have_the_dtypes_of_the_images_and_parameters(tiny):
 
 
 def test_sizes_that_do_not_fit_raise():
-    with pytest.raises(UserError, match=r"12x12 .* 3 times .* multiple of 8"):
+    with pytest.raises(UserError, match=r"length 12 .* 3 times .* multiple of 8"):
         unet.network(12, ch=8, mult=(1, 2, 2, 2), N=1)
-    with pytest.raises(UserError, match=r"28x28 .* patches of 3x3; use a divisor of 28"):
+    with pytest.raises(
+        UserError, match=r"length 28 .* patches of length 3; use a divisor of 28"
+    ):
         unet.network(28, ch=8, mult=(1,), N=1, patch=3)
-    with pytest.raises(UserError, match=r"7x7 cannot be halved"):
+    with pytest.raises(UserError, match=r"28 .* once .* patches of length 4; .* such as 32"):
         unet.network(28, ch=8, mult=(1, 2), N=1, patch=4)
-    with pytest.raises(UserError, match=r"attention at \(16, 5\): .* sizes \[16, 8\]"):
+    with pytest.raises(UserError, match=r"attention at \(16, 5\): .* lengths \[16, 8\]"):
         unet.network(16, ch=8, mult=(1, 2), N=1, attention=(16, 5))

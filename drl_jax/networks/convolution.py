@@ -104,7 +104,7 @@ def materialise_gradient(x: Float[Array, "..."]) -> Float[Array, "..."]:
 materialise_gradient.defvjp(lambda x: (x, None), lambda _, g: (lax.optimization_barrier(g),))
 
 
-def _adjoint(kernel: Kernel) -> Kernel:
+def _adjoint(kernel: Float[Array, "*taps I O"]) -> Float[Array, "*taps O I"]:
     """Returns the kernel of the adjoint convolution."""
     # With the barrier, XLA moves this out of a loop in which the kernel is constant. XLA does
     # not move a reversal or a transposition by itself.

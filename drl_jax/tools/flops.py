@@ -26,10 +26,8 @@ def forward(config: ConfigDict) -> float:
         return image_mlp(math.prod(example_shape(config)), energy.ch, energy.N, outputs)
     own = energy.ch, energy.mult, energy.N
     if energy.network == "unet":
-        size, channels = (
-            data.image_size // energy.patch,
-            data.channels * energy.patch**data.axes,
-        )
+        size = data.image_size // energy.patch
+        channels = data.channels * energy.patch**data.axes
         return unet(size, channels, *own, energy.attention, outputs, axes=data.axes)
     return resnet(data.image_size, data.channels, *own, axes=data.axes)
 
