@@ -103,7 +103,7 @@ def test_a_classifier_separates_different_distributions(change, least):
 
 
 def test_errors_of_correlations_are_those_of_known_matrices(monkeypatch):
-    """Correlations 0.8 and 0.2 of the first two of three features: off by 0.6, others by 0.
+    """Correlations 0.8 and 0.2 of the first and the last feature: off by 0.6, others by 0.
 
     The root mean square over the six pairs is 0.6 sqrt(2 / 6). With 40,000 vectors the standard
     error of a correlation is at most 0.005.
@@ -111,7 +111,7 @@ def test_errors_of_correlations_are_those_of_known_matrices(monkeypatch):
     monkeypatch.setattr(distances, "BLOCK", 2)
     n = 40_000
     x, y = (
-        np.concatenate([correlated(rho, i, n), normal(9 + i, n, 1)], axis=1)
+        np.insert(correlated(rho, i, n), 1, normal(9 + i, n), axis=1)
         for i, rho in enumerate((0.8, 0.2))
     )
     rms, largest = distances.correlation_errors(5 + 3 * x, y)
