@@ -950,9 +950,14 @@ class Model:
         """Returns a model whose `long_run` also records labels. Compiles one program again.
 
         Args:
-          label: (images without noise) -> the class of each; see `chains.advance`.
+          label: (data without noise) -> the class of each; see `chains.advance`.
         """
-        advance = self.compile(functools.partial(chains_lib.advance, label=label))
+        there = self.standardisation
+
+        def label_of(x):
+            return label(there.invert(x))
+
+        advance = self.compile(functools.partial(chains_lib.advance, label=label_of))
         programs = self.programs._replace(advance_chains=advance)
         return dataclasses.replace(self, programs=programs, labelled=True)
 

@@ -32,6 +32,7 @@ def test_between_samples_there_is_one_strip_and_one_number_per_pair(tmp_path):
         "grid.png",
         "metrics.json",
         "settings.json",
+        "strips.npz",
     ]
     metrics = json.loads((folder / "metrics.json").read_text())
     assert metrics.pop("step") == tiny.STEPS

@@ -7,6 +7,8 @@ An image x is diffused to level t several times (`DRAWS`), with y = a_{t+1} x_t 
 - of each pixel, the norm over its channels of grad_y F(y, t), and of the denoising residual
   E[x | x_t] - x, by Tweedie's formula (`ladder.tweedie`).
 
+Steps of signals and voxels are pixels, too, and so are the features of vectors.
+
 A `Detector` is fitted to in-distribution images only, of which it needs two sets.
 
 The first gives the mean and the standard deviation of each statistic, at each pixel if it is a
@@ -46,7 +48,7 @@ DRAWS = 8  # of the noise, per image and level
 LEAST = 20  # smallest number of images in each of the two sets
 _SMALLEST = np.finfo(np.float32).tiny
 
-Images = Iterable[Float[np.ndarray, "H W C"]]
+Images = Iterable[Float[np.ndarray, "*D"]]
 
 
 class Statistics(NamedTuple):
@@ -63,8 +65,13 @@ class Statistics(NamedTuple):
 
     log_density: Any  # Float[np.ndarray, "B G"]
     score_norm: Any  # Float[np.ndarray, "B G"]
-    gradient: Any  # Float[np.ndarray, "B G H W"]
-    residual: Any  # Float[np.ndarray, "B G H W"]
+    gradient: Any  # Float[np.ndarray, "B G *E"]
+    residual: Any  # Float[np.ndarray, "B G *E"]
+
+
+def over_channels(v: Float[Array, "B *D"]) -> Float[Array, "B *E"]:
+    """Returns the norm over the channels; of vectors, the absolute value of each feature."""
+    return jnp.abs(v) if v.ndim == 2 else jnp.linalg.norm(v, axis=-1)
 
 
 class Detection(NamedTuple):
@@ -77,7 +84,7 @@ class Detection(NamedTuple):
     """
 
     score: Float[np.ndarray, "B"]
-    map: Float[np.ndarray, "B H W"]
+    map: Float[np.ndarray, "B *E"]
     z: Statistics
 
 
@@ -115,8 +122,8 @@ class Meter:
                     return Statistics(
                         log_density=log_density,
                         score_norm=ood.norm(gradient),
-                        gradient=jnp.linalg.norm(gradient, axis=-1),
-                        residual=jnp.linalg.norm(x_hat - x, axis=-1),
+                        gradient=over_channels(gradient),
+                        residual=over_channels(x_hat - x),
                     )
 
                 drawn = jax.lax.map(draw, jnp.arange(DRAWS))
@@ -196,7 +203,7 @@ class Detector:
         """Returns the score of each of one or more images."""
         return np.concatenate([found.score for found in self(images)])
 
-    def maps(self, images: Images) -> Float[np.ndarray, "n H W"]:
+    def maps(self, images: Images) -> Float[np.ndarray, "n *E"]:
         """Returns the map of each of one or more images."""
         return np.concatenate([found.map for found in self(images)])
 

@@ -1,6 +1,6 @@
 """Out-of-distribution detection with the energy of each level.
 
-An image x is diffused to level t and scaled as in training, y = a_{t+1} x_t. It then has two
+An image, or another example, x is diffused to level t and scaled as in training, y = a_{t+1} x_t. It then has two
 scores: the log-density F(y, t), and the norm |grad_y F(y, t)| of its gradient.
 
 In-distribution images are expected to have a high log-density and, being close to a maximum of
@@ -11,6 +11,7 @@ between images, fine details first.
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
@@ -52,10 +53,10 @@ def evaluate(
     F: LevelFn,
     key: Key[Array, ""],
     indices: Int[Array, "B"],
-    x: Float[Array, "B H W C"],
+    x: Float[Array, "B *D"],
     level: Int[Array, ""],
     schedule: NoiseSchedule,
-) -> tuple[Float[Array, "B H W C"], Float[Array, "B"], Float[Array, "B H W C"]]:
+) -> tuple[Float[Array, "B *D"], Float[Array, "B"], Float[Array, "B *D"]]:
     """Diffuses images to a level, and returns y, F(y, t) and grad_y F(y, t).
 
     The noise of an image depends on the key, the level and its index only.
@@ -66,7 +67,7 @@ def evaluate(
     return y, *value_and_gradient(lambda y: F(y, t), y)
 
 
-def norm(gradient: Float[Array, "B H W C"]) -> Float[Array, "B"]:
+def norm(gradient: Float[Array, "B *D"]) -> Float[Array, "B"]:
     """Returns the Euclidean norm of each example."""
     return jnp.sqrt(jnp.sum(jnp.square(gradient), axis=range(1, gradient.ndim)))
 
@@ -99,7 +100,7 @@ class Scorer:
         self._compiled = model.engine.compile(program)
 
     def __call__(
-        self, key: Key[Array, ""], images: Iterable[Float[np.ndarray, "H W C"]]
+        self, key: Key[Array, ""], images: Iterable[Float[np.ndarray, "*D"]]
     ) -> Scores:
         """Scores a stream of one or more images in [-1, 1], reading one batch at a time.
 
@@ -113,56 +114,66 @@ class Scorer:
         return Scores(*(np.concatenate(scores).T for scores in zip(*batches, strict=True)))
 
 
-def _shuffled(key: Key[Array, ""], x: Float[Array, "H W C"]) -> Float[Array, "H W C"]:
-    """Permutes the pixels, keeping the channels of each pixel together."""
-    return jax.random.permutation(key, x.reshape(-1, x.shape[-1])).reshape(x.shape)
+def _shuffled(key: Key[Array, ""], x: Float[Array, "*D"]) -> Float[Array, "*D"]:
+    """Permutes the pixels or steps, keeping their channels together; of vectors, the features."""
+    rows = x.reshape(-1, x.shape[-1]) if x.ndim > 1 else x
+    return jax.random.permutation(key, rows).reshape(x.shape)
 
 
-def _inverted(key: Key[Array, ""], x: Float[Array, "H W C"]) -> Float[Array, "H W C"]:
+def _inverted(key: Key[Array, ""], x: Float[Array, "*D"]) -> Float[Array, "*D"]:
     """Returns the negative."""
     del key
     return -x
 
 
-def _uniform(key: Key[Array, ""], x: Float[Array, "H W C"]) -> Float[Array, "H W C"]:
-    """Draws every pixel value uniformly from [-1, 1)."""
-    return jax.random.uniform(key, x.shape, x.dtype, minval=-1, maxval=1)
+def _uniform(key: Key[Array, ""], x: Float[Array, "*D"]) -> Float[Array, "*D"]:
+    """Draws every value uniformly, with a width that depends on the kind of x (`_half_width`)."""
+    half = _half_width(x)
+    return jax.random.uniform(key, x.shape, x.dtype, minval=-half, maxval=half)
 
 
-def _patch(key: Key[Array, ""], x: Float[Array, "H W C"]) -> Float[Array, "H W C"]:
-    """Replaces a square at a random place by uniform noise.
+def _half_width(x: Float[Array, "*D"]) -> float:
+    """Returns 1 for images, and otherwise sqrt(3), which gives uniform values variance 1."""
+    return 1.0 if x.ndim == 3 else math.sqrt(3)
 
-    Its height and width are a quarter of the image's, rounded up. Its mask are the pixels that
-    change.
+
+def _patch(key: Key[Array, ""], x: Float[Array, "*D"]) -> Float[Array, "*D"]:
+    """Replaces a square, or a cube, or a stretch of a signal or vector, by uniform noise.
+
+    Its place is random, and its sides are a quarter of x's, rounded up. Its mask are the values
+    that change.
     """
-    row_key, column_key, noise_key = jax.random.split(key, 3)
-    height, width, channels = x.shape
-    size = -(-height // 4), -(-width // 4), channels
-    row = jax.random.randint(row_key, (), 0, height - size[0] + 1)
-    column = jax.random.randint(column_key, (), 0, width - size[1] + 1)
-    patch = jax.random.uniform(noise_key, size, x.dtype, minval=-1, maxval=1)
-    return jax.lax.dynamic_update_slice(x, patch, (row, column, 0))
+    sides = x.shape[:-1] if x.ndim > 1 else x.shape
+    *place_keys, noise_key = jax.random.split(key, len(sides) + 1)
+    size = tuple(-(-side // 4) for side in sides)
+    place = [
+        jax.random.randint(place_key, (), 0, side - length + 1)
+        for place_key, side, length in zip(place_keys, sides, size, strict=True)
+    ]
+    patch = _uniform(noise_key, jnp.zeros((*size, *x.shape[len(sides) :]), x.dtype))
+    return jax.lax.dynamic_update_slice(x, patch, (*place, *[0] * (x.ndim - len(sides))))
 
 
-# Functions (key, image) -> out-of-distribution image, by name.
-SYNTHETIC: dict[str, Callable[[Key[Array, ""], Float[Array, "H W C"]], Float[Array, "H W C"]]]
+# Functions (key, example) -> out-of-distribution example, by name. Examples that are not images
+# are standardised.
+SYNTHETIC: dict[str, Callable[[Key[Array, ""], Float[Array, "*D"]], Float[Array, "*D"]]]
 SYNTHETIC = {"shuffled": _shuffled, "inverted": _inverted, "uniform": _uniform, "patch": _patch}
 
 
 @functools.partial(jax.jit, static_argnames="name")
 def _synthesise(
-    name: str, keys: Key[Array, "B"], x: Float[Array, "B H W C"]
-) -> Float[Array, "B H W C"]:
+    name: str, keys: Key[Array, "B"], x: Float[Array, "B *D"]
+) -> Float[Array, "B *D"]:
     return jax.vmap(SYNTHETIC[name])(keys, x)
 
 
 def synthetic_images(
     name: str,
     key: Key[Array, ""],
-    images: Iterable[Float[np.ndarray, "H W C"]],
+    images: Iterable[Float[np.ndarray, "*D"]],
     batch_size: int = 256,
-) -> Iterator[Float[np.ndarray, "H W C"]]:
-    """Yields one out-of-distribution image per image, of a kind named in `SYNTHETIC`.
+) -> Iterator[Float[np.ndarray, "*D"]]:
+    """Yields one out-of-distribution example per example, of a kind named in `SYNTHETIC`.
 
     The i-th image depends on the key, on i and on the i-th image of `images` only.
     """

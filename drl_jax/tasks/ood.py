@@ -1,6 +1,7 @@
 """The task `ood`: measures how well a model detects out-of-distribution images and pixels."""
 
 import logging
+import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -18,6 +19,7 @@ from drl_jax.metrics import anomaly, ood
 from drl_jax.metrics.anomaly import Detection
 from drl_jax.metrics.ood import Scores
 from drl_jax.model import Model
+from drl_jax.plots import arrays as arrays_lib
 from drl_jax.plots import figures
 from drl_jax.plots import images as images_lib
 from drl_jax.plots.figures import Histograms
@@ -31,7 +33,8 @@ log = logging.getLogger(__name__)
 
 TITLES = {"log_density": "log-density F", "score_norm": "score norm |∇F|"}
 MAX_PANELS = 6  # levels per row of histograms.png
-SHOWN = 10  # images per set in maps.png
+SHOWN = 10  # images per set in maps.png,
+LINES = 4  # or signals or vectors
 BRIGHTEST = 6.0  # value of a map that is shown in white; 0 and below is black
 MASKED_PIXELS = 2**22  # maximum number of pixels for the AUROC of pixels
 WHITE = 128  # pixel value at and above which a mask file marks an anomaly
@@ -65,7 +68,7 @@ def run(
       settings.json: everything on which the scores depend.
       histograms.png: histograms of both scores at several levels.
       maps.png: for each set, images, and below them their maps (white: anomalous) and, if there
-        are any, their masks.
+        are any, their masks. Signals and vectors are lines, and their maps (red) lie behind.
       ood.json, with the fields:
         step: training steps of the model.
         seed: the random seed.
@@ -107,7 +110,6 @@ def run(
     against = list(dict.fromkeys(against))
     if not against:
         raise UserError(f"--against is empty: give one or more of {', '.join(ood.SYNTHETIC)}")
-    common.require_images(run.model, "ood")
     source = common.of_label(sources.open_held_out(config), label)
     data_record.warn_if_changed(model or workdir, source)
     others = {name: open_other(config, name) for name in against if name not in ood.SYNTHETIC}
@@ -162,11 +164,14 @@ def run(
         other_scores = {}
         for name in against:
             if name in ood.SYNTHETIC:
-                images = np.stack(list(ood.synthetic_images(name, synthetic_key, x)))
+                there = run.model.standardisation
+                made = ood.synthetic_images(name, synthetic_key, there.apply(x))
+                images = there.invert(np.stack(list(made)))
                 other_scores[name] = score(name, images, len(x))
                 other_images[name] = images[parts[2]]
                 if name == "patch":
-                    masks[name] = np.any(other_images[name] != x[parts[2]], axis=-1)
+                    differs = other_images[name] != x[parts[2]]
+                    masks[name] = np.any(differs, axis=-1) if x.ndim > 2 else differs
             else:
                 other_scores[name] = score(name, other_images[name], len(other_images[name]))
         aurocs = {
@@ -239,7 +244,7 @@ def open_other(config: ConfigDict, name: str) -> Source:
         ) from error
 
 
-def read(config: ConfigDict, source: Source, limit: int) -> Float[np.ndarray, "n H W C"]:
+def read(config: ConfigDict, source: Source, limit: int) -> Float[np.ndarray, "n *D"]:
     """Reads the first images of a source, prepared as for training.
 
     Raises:
@@ -299,9 +304,9 @@ def load_masks(
 def detect(
     model: Model,
     key: Key[Array, ""],
-    parts: Sequence[Float[np.ndarray, "_ H W C"]],
-    others: Mapping[str, Float[np.ndarray, "_ H W C"]],
-    masks: Mapping[str, Bool[np.ndarray, "_ H W"]],
+    parts: Sequence[Float[np.ndarray, "_ *D"]],
+    others: Mapping[str, Float[np.ndarray, "_ *D"]],
+    masks: Mapping[str, Bool[np.ndarray, "_ *E"]],
     rate: float,
     figure: epath.Path,
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
@@ -325,10 +330,11 @@ def detect(
     """
     detector = anomaly.fit(model, key, parts[0], parts[1])
     threshold = detector.threshold(rate)
-    start, rows = time.perf_counter(), []
+    start, shown = time.perf_counter(), []
 
-    def apply(name: str, images: Float[np.ndarray, "n H W C"]) -> Detection:
-        keep = MASKED_PIXELS // images[0, ..., 0].size if name in masks else SHOWN
+    def apply(name: str, images: Float[np.ndarray, "n *D"]) -> Detection:
+        pixels = math.prod(images.shape[1:-1]) if images.ndim > 2 else images.shape[1]
+        keep = MASKED_PIXELS // pixels if name in masks else SHOWN
         found, n = [], 0
         for batch in detector(images):
             common.require_finite(batch.score, "scores", common.PARAMETERS_DIVERGED)
@@ -342,15 +348,13 @@ def detect(
             )
             n += len(batch.score)
         whole = jax.tree.map(lambda *leaves: np.concatenate(leaves), *found)
-        rows.extend([images, np.clip(whole.map[..., None] * 2 / BRIGHTEST - 1, -1, 1)])
-        if name in masks:
-            rows.append(np.where(masks[name], 1.0, -1.0)[..., None])
+        shown.append((name, images[:SHOWN], whole.map[:SHOWN], masks.get(name)))
         return whole
 
     inside = apply("", parts[2])
     found = {name: apply(name, images) for name, images in others.items()}
     seconds = time.perf_counter() - start
-    images_lib.write_png(figure, sheet(rows))
+    images_lib.write_png(figure, sheet(shown))
     n = len(parts[2]) + sum(map(len, others.values()))
     result = {
         "false_alarm_rate": rate,
@@ -382,7 +386,7 @@ def detect(
 
 
 def pixel_aurocs(
-    found: Detection, masks: Bool[np.ndarray, "n H W"]
+    found: Detection, masks: Bool[np.ndarray, "n *E"]
 ) -> dict[str, float | list[float]]:
     """Returns the AUROC with which masked pixels have higher values than the others.
 
@@ -396,7 +400,7 @@ def pixel_aurocs(
       the AUROC of `map`, and those of `gradient` and `residual` at each level.
     """
 
-    def auroc(values: Float[np.ndarray, "n H W"]) -> float:
+    def auroc(values: Float[np.ndarray, "n *E"]) -> float:
         return ood.auroc(-values[~masks], -values[masks])
 
     levels = {
@@ -417,8 +421,36 @@ def described(detected: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def sheet(rows: Sequence[Float[np.ndarray, "_ H W _"]]) -> UInt8[np.ndarray, "h w C"]:
-    """Returns a picture with the first `SHOWN` images of each row, filled up with grey."""
+def sheet(
+    sets: Sequence[tuple[str, np.ndarray, np.ndarray, np.ndarray | None]],
+) -> UInt8[np.ndarray, "h w C"]:
+    """Returns a picture of examples and their maps.
+
+    Args:
+      sets: name ('' for the data), examples, maps and, if there are any, masks of each set.
+    """
+    _, first, _, _ = sets[0]
+    if first.ndim < 4:
+        titles, lines, maps = [], [], []
+        for name, examples, found, _ in sets:
+            n = min(len(examples), LINES)
+            titles += [short_name(name) or "data"] * n
+            lines.append(examples[:n])
+            maps.append(np.clip(found[:n] / BRIGHTEST, 0, 1))
+        parts = {"observed": np.concatenate(lines)[:, None]}
+        background = np.concatenate(maps)[:, None]
+        parts["map"] = background[..., None] if first.ndim == 3 else background
+        return arrays_lib.panels(parts, titles)
+    rows: list[np.ndarray] = []
+    for _, examples, found, marked in sets:
+        brightness = np.clip(found[..., None] * 2 / BRIGHTEST - 1, -1, 1)
+        if examples.ndim == 5:  # of volumes, the middle slices
+            middle = examples.shape[1] // 2
+            examples, brightness = images_lib.slices(examples), brightness[:, middle]
+            marked = None if marked is None else marked[:, middle]
+        rows.extend([examples, brightness])
+        if marked is not None:
+            rows.append(np.where(marked, 1.0, -1.0)[..., None])
     height, width, _ = rows[0].shape[1:]
     channels = max(row.shape[-1] for row in rows)
     tiles = np.zeros((len(rows), SHOWN, height, width, channels), np.float32)

@@ -71,7 +71,6 @@ def run(
     """
     run = common.given(run, label, guidance)
     config, model = run.config, run.model
-    common.require_images(model, "long_run")
     default_levels = [group[0] for group in diffusion.level_groups(model.T)]
     sampled_levels = np.unique(list(levels) or default_levels)
     chains.require_levels(sampled_levels, model.T)
@@ -99,7 +98,9 @@ def run(
         train_features, _ = data.classifier(data.train)
         descend_key = jax.random.fold_in(key, model.T)
         to_images = functools.partial(model.descend, descend_key, bottom=0)
-        features = Features(data.classifier, fit(train_features), to_images)
+        features = Features(
+            data.classifier, fit(train_features), to_images, model.standardisation
+        )
         experiment = runner.with_features(experiment, features)
     if marginal:
         model = common.adapted(run._replace(model=run.model.marginals())).model

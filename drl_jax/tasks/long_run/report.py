@@ -122,8 +122,16 @@ def write(folder: epath.Path, state: State, experiment: Experiment, T: int) -> N
 
 
 def write_rows(path: epath.Path, rows: list[np.ndarray]) -> None:
-    """Writes rows of images in [-1, 1], each [n, H, W, C] with the same n, as one picture."""
-    images.write_png(path, images.grid(np.concatenate(rows), columns=len(rows[0])))
+    """Writes rows of n images in [-1, 1], or of n other examples, as one picture.
+
+    Signals and vectors are lines, with one panel per row.
+    """
+    if rows[0].ndim > 3:
+        tiles = np.concatenate(rows)
+        tiles = images.slices(tiles) if tiles.ndim == 5 else tiles
+        images.write_png(path, images.grid(tiles, columns=len(rows[0])))
+        return
+    images.write_png(path, images.rows({"samples": np.stack(rows)}))
 
 
 def panels(state: State, experiment: Experiment) -> list[Panel]:

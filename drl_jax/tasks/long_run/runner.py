@@ -40,6 +40,7 @@ from drl_jax.runtime.progress import Progress
 from drl_jax.sampling import chains as chains_lib
 from drl_jax.sampling import ladder
 from drl_jax.sampling.chains import Chains, Observation
+from drl_jax.standardisation import Standardisation
 from drl_jax.storage.snapshots import Autosave, Snapshot
 from drl_jax.tasks import common
 
@@ -76,15 +77,15 @@ class Experiment(NamedTuple):
 
     levels: Int[np.ndarray, "L"]
     t: Int[np.ndarray, "n"]
-    x_tilde: Float[np.ndarray, "n H W C"]
+    x_tilde: Float[np.ndarray, "n *D"]
     distribution: Int[np.ndarray, "n"]
-    condition_images: Float[np.ndarray, "L columns H W C"]
+    condition_images: Float[np.ndarray, "L columns *D"]
     reference: list[Normal]
     data: dict[str, list[float]]
     image_reference: Normal
     image_frechet: float
     resolution: list[float]
-    exact: Float[np.ndarray, "L chains H W C"]
+    exact: Float[np.ndarray, "L chains *D"]
     marginal: bool = False
     features: "Features | None" = None
 
@@ -96,19 +97,21 @@ class Features(NamedTuple):
       classifier: a classifier of the data.
       reference: a normal distribution fitted to the features of training images.
       to_images: (x_t, top=t) -> images: completes the generation from level t.
+      standardisation: turns these into data.
     """
 
     classifier: Classifier
     reference: Normal
-    to_images: Callable[..., Float[np.ndarray, "n H W C"]]
+    to_images: Callable[..., Float[np.ndarray, "n *D"]]
+    standardisation: Standardisation
 
-    def distance(self, x_t: Float[np.ndarray, "n H W C"], level: int) -> float:
+    def distance(self, x_t: Float[np.ndarray, "n *D"], level: int) -> float:
         """Returns the squared Fréchet distance from the training images.
 
         Raises:
           UserError: if a completed image is not finite.
         """
-        images = self.to_images(x_t, top=level)
+        images = self.standardisation.invert(self.to_images(x_t, top=level))
         common.require_finite(images, f"images completed from level {level}")
         features, _ = self.classifier(images)
         return frechet_distance(fit(features), self.reference)
@@ -126,7 +129,7 @@ class LadderProgress(NamedTuple):
 
     steps: int
     level: int
-    x_tilde: Float[np.ndarray, "n H W C"]
+    x_tilde: Float[np.ndarray, "n *D"]
     chains: Chains | None
 
 
@@ -155,7 +158,7 @@ class State:
 def prepare(
     model: Model,
     key: Key[Array, ""],
-    images: Float[np.ndarray, "N H W C"],
+    images: Float[np.ndarray, "N *D"],
     levels: Int[np.ndarray, "L"],
     num_chains: int,
     marginal: bool = False,
@@ -167,7 +170,7 @@ def prepare(
     Args:
       model: the model.
       key: random key of the split and of the noise.
-      images: data in [-1, 1].
+      images: data; images in [-1, 1].
       levels: levels whose conditionals are sampled.
       num_chains: number of chains per level.
       marginal: whether the chains sample the marginals.
@@ -513,7 +516,7 @@ def require_finite(x: ArrayLike, made_before: int, step: int) -> None:
     common.require_finite(np.asarray(x), f"chains after step {step}", advice)
 
 
-def distance(x: Float[np.ndarray, "n H W C"], reference: Normal) -> float:
+def distance(x: Float[np.ndarray, "n *D"], reference: Normal) -> float:
     """Returns the squared Fréchet distance on pixels.
 
     Args:
