@@ -115,8 +115,8 @@ def run(
         if in_plane and rule == "mixture":
             log_Z = [_log_Z(part.run.model) for part in parts]
             combined = _combined(parts, rule, given, log_Z)
-        sampled, warm_up = common.warmed_up(combined)
         key = common.task_key("compose", seed)
+        sampled, warm_up = common.warmed_up(combined)
         x = np.concatenate(list(common.draw(sampled.model, key, num_samples)))
         sample.write(folder, [x], num_samples, run.model.shape)
         metrics: dict[str, Any] = {"step": run.step}

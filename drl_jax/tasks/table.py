@@ -427,9 +427,9 @@ _TASKS = (
             ),
             Flag(
                 "rule",
-                "What to sample: the product of the densities, each to the power of its weight, "
-                "or their mixture, the weighted sum. Except for points in the plane, a mixture "
-                "lacks log Z of its models, so its shares are not the weights",
+                "What to sample: product (of the densities, to the power of their weights), or "
+                "mixture (their weighted sum; for lack of log Z, the shares of the models are "
+                "the weights only for points in the plane)",
                 default="product",
                 choices=("product", "mixture"),
                 metavar="NAME",
