@@ -58,9 +58,8 @@ def run(
         and `log_evidence`, log p(observed) of each image, with its standard error
         `log_evidence_std_error` [nats] (`smc.log_evidence`).
 
-    The evidence needs `RUNS` independent runs per image and `RUNS` without a likelihood, so that
-    particles take 4.5 times as long for eight images as the samples alone, which are from the
-    first run.
+    The samples are from the first run of an image. For the evidence, there are `RUNS` runs of
+    each image, and `RUNS` without a likelihood: 36 instead of 8, for eight images.
 
     Args:
       run: the trained model.

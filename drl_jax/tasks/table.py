@@ -387,9 +387,8 @@ _TASKS = (
             Flag(
                 "particles",
                 "Number of weighted particles per image from which samples are drawn, which "
-                "become exact as it grows, at least --samples; repeated "
-                "runs also yield the evidence, and take 4 to 8 times as long; 0: approximate "
-                "samples",
+                "become exact as it grows, at least --samples; 4 runs "
+                "per image, and 4 more, also yield the evidence; 0: approximate samples",
                 type=int,
                 default=0,
                 minimum=0,
