@@ -791,8 +791,7 @@ class Model:
     ) -> tuple[float, float]:
         """Estimates log p(observed), the log of the mean likelihood under the model [nats].
 
-        It is the logarithm of the ratio of two estimates of Z, with the likelihood and without
-        (`sampling.smc`), each the mean of several independent runs.
+        `smc.log_evidence` explains how.
 
         Args:
           key: random key.
@@ -810,14 +809,14 @@ class Model:
         require_at_least(2, runs=runs)
         tree = smc_lib.as_pytree(log_likelihood)
         repeated = jax.tree.map(lambda leaf: jnp.stack([leaf] * runs), tree)
-        log_Z, variance = [], 0.0
-        for strength in (1.0, 0.0):
-            one_key = jax.random.fold_in(key, int(strength))
-            result = self.smc(one_key, repeated, runs, particles, width, strength)
-            bound = annealing.bound(smc_lib.log_mean_weight(result))
-            log_Z.append(bound.log_Z)
-            variance += bound.std_error**2 * runs / (runs - 1)
-        return log_Z[0] - log_Z[1], math.sqrt(variance)
+        posterior, prior = (
+            self.smc(
+                jax.random.fold_in(key, i), repeated, runs, particles, width, strength=float(i)
+            )
+            for i in (1, 0)
+        )
+        log_evidence, error = smc_lib.log_evidence(posterior, prior, problems=1)
+        return float(log_evidence[0]), float(error[0])
 
     def _require_likelihood(self, log_likelihoods: LogLikelihood) -> None:
         """Checks the shape of what a likelihood returns.

@@ -45,6 +45,10 @@ TASKS = {
         ["--operator=blur:1", "--samples=8"],
         r"restorations/.*/metrics\.json",
     ),
+    "compose": (
+        ["--num_samples=8", "--weights=0.5", "--config.mcmc.warmup_steps=2"],
+        r"compositions/.*/metrics\.json",
+    ),
     "long_run": (
         ["--num_steps=2", "--num_chains=8", "--levels=0,3"],
         r"long_run/.*/long_run\.json",

@@ -18,6 +18,7 @@ VALUES = {
     "dtype": "float16",
     "find_largest_batch": "true",
     "guidance": "0.5",
+    "rule": "mixture",
     "images": "a.png,b.png",
     "label": "2",
     "marginal": "true",
@@ -104,6 +105,7 @@ def test_the_examples_in_the_help_are_valid(line):
         ([*SAMPLE, "--seed=4294967295"], "seed", 2**32 - 1),
         (["--mode", "long_run", "--workdir=x", "--levels=0, 3,5"], "levels", [0, 3, 5]),
         (["--mode=long_run", "--workdir=x", "--levels="], "levels", []),
+        (["--mode=compose", "--workdir=x", "--weights=-0.3"], "weights", [-0.3]),
         (
             ["--mode=inpaint", "--workdir=x", "--images=a.png,b.png"],
             "images",
@@ -130,7 +132,7 @@ def test_the_home_directory_is_expanded_in_every_flag_that_names_a_file_or_folde
     flags = (*table.COMMON, *task.flags)
     names = [flag.name for flag in flags if not other.fullmatch(flag.metavar)]
     assert names == [flag.name for flag in flags if flag.is_path]
-    lists = ("images", "observations")  # see below
+    lists = ("images", "observations", "others")  # see below
     names = [name for name in names if name not in lists]
     values = parse(*required(task), *(f"--{name}=~/a" for name in names)).values
     assert {values[name] for name in names} == {os.path.expanduser("~/a")}

@@ -19,6 +19,7 @@ from drl_jax.sampling.ladder import Adapted
 from drl_jax.storage.runs import Run
 from drl_jax.tasks import (
     common,
+    compose,
     evaluate,
     inpaint,
     interpolate,
@@ -76,6 +77,21 @@ def estimate_likelihood(workdir, sampler="langevin"):
         task(likelihood, model=None, seed=SEED)(workdir, sampler)
 
 
+def compose_models(workdir, sampler="langevin"):
+    compose.run(
+        run=gaussian_run(sampler),
+        workdir=workdir,
+        model=None,
+        others=(),
+        labels=(),
+        rule="mixture",  # which needs no adaptation, whose key is that of another purpose
+        weights=(),
+        temperature=1.0,
+        num_samples=1,
+        seed=SEED,
+    )
+
+
 def task(module, **flags):
     return lambda workdir, sampler="langevin": module.run(
         run=gaussian_run(sampler), workdir=workdir, label=None, guidance=0.0, **flags
@@ -100,6 +116,7 @@ PURPOSES = {
         particles=0,
         seed=SEED,
     ),
+    "compose": compose_models,
     "long_run": task(
         long_run, num_steps=1, num_chains=2, levels=[0], marginal=False, seed=SEED
     ),
@@ -262,6 +279,7 @@ def test_the_numbers_of_the_keys_never_change():
         "interpolate": 4,
         "inpaint": 5,
         "restore": 9,
+        "compose": 10,
         "long_run": 6,
         "likelihood": 7,
         "ood": 8,

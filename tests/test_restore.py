@@ -6,12 +6,17 @@ import re
 import jax
 import numpy as np
 import pytest
-from helpers import tiny
+from etils import epath
+from helpers import exact, tiny
 from PIL import Image
+from scipy import stats
 
+from drl_jax import config as config_lib
 from drl_jax import operators
-from drl_jax.data import pipeline, sources
+from drl_jax.data import mixtures, pipeline, sources
 from drl_jax.storage import npz, runs
+from drl_jax.storage.runs import Run
+from drl_jax.tasks import restore as restore_task
 
 pytestmark = pytest.mark.slow
 
@@ -63,8 +68,55 @@ def test_observations_of_the_user_are_restored_with_particles(workdir, tmp_path)
     arrays = npz.decode((folder / "restored.npz").read_bytes())
     np.testing.assert_allclose(arrays["observed"], [observed, np.ones_like(observed)])
     metrics = json.loads((folder / "metrics.json").read_text())
-    assert metrics.keys() == {"step", "acceptance", "smallest_effective_sample_size"}
+    assert metrics.keys() == {
+        "step",
+        "acceptance",
+        "smallest_effective_sample_size",
+        "log_evidence",
+        "log_evidence_std_error",
+    }
+    assert all(0 < error < np.inf for error in metrics["log_evidence_std_error"])
     assert 1 <= metrics["smallest_effective_sample_size"] <= 16
+
+
+def test_the_evidence_of_a_gaussian_is_that_of_the_closed_form(tmp_path):
+    """For an average of four pixels, with a standard error of 0.03 at most.
+
+    Student's distribution with three degrees of freedom: the false-alarm rate of each of four
+    images is 3e-4 at 15 standard errors. Fails if log Z of the model, 5, is not subtracted.
+    """
+    data = mixtures.gaussian(np.full(4, 0.2), 0.25 * np.eye(4))
+    model = exact.model(data, 6, log_Z=5.0, shape=(2, 2, 1))
+    config = config_lib.load("digits_t6")
+    config.data.image_size = 2
+    values = np.array([0.1, -0.3, 0.5, 0.0])
+    files = [str(tmp_path / f"{i}.npy") for i in range(4)]
+    for file, value in zip(files, values, strict=True):
+        np.save(file, np.full((1, 1, 1), value, np.float32))
+    restore_task.run(
+        run=Run(config, model, 5),
+        workdir=epath.Path(tmp_path),
+        model=None,
+        operator="downsample:2,noise:0.3",
+        images=[],
+        observations=files,
+        samples=8,
+        particles=256,
+        label=None,
+        guidance=0.0,
+        seed=0,
+    )
+    (folder,) = (tmp_path / "restorations").iterdir()
+    metrics = json.loads((folder / "metrics.json").read_text())
+    a, sigma = (
+        float(v[0]) for v in (model.method.schedule.a_bar, model.method.schedule.sigma_bar)
+    )
+    std = np.sqrt((a**2 * 0.25 + sigma**2) / 4 + 0.3**2)
+    expected = stats.norm.logpdf(values, a * 0.2, std)
+    error = np.array(metrics["log_evidence_std_error"])
+    assert np.all((error > 0.001) & (error < 0.03))
+    assert np.all(np.abs(metrics["log_evidence"] - expected) < 15 * error)
+    assert np.mean(np.abs(metrics["log_evidence"] - expected)) < 0.03
 
 
 @pytest.mark.parametrize(

@@ -168,6 +168,27 @@ def test_the_evidence_does_not_depend_on_the_constants_of_the_energies(log_Z):
 
 
 @pytest.mark.slow
+def test_the_standard_error_of_the_evidence_is_the_spread_about_its_closed_form():
+    """The mean square of the errors of P problems, against that of their standard errors.
+
+    Four runs per problem; log Z of the model itself is known. Both mean squares have a
+    relative standard error of about 0.1, so the false-alarm rate is below 10^-4.
+    """
+    model, runs = exact.model(DATA, 6), 4
+    _, observed = draw(model.method.schedule, P)
+    problems = likelihoods(np.tile(observed, runs))
+    posterior = model.smc(jax.random.key(5), problems, runs * P, 64, STD)
+    known = smc.Posterior(*5 * [np.zeros((1, 2))])
+    found, error = smc.log_evidence(posterior, known, P)
+    deviation = found - Exact(model.method.schedule, observed).log_evidence
+    ratio = np.mean(deviation**2) / np.mean(error**2)
+    assert 0.5 < ratio < 1.8, ratio
+    once, twice = (smc.log_evidence(posterior, prior, P) for prior in (known, posterior))
+    np.testing.assert_allclose(twice[0] - once[0], twice[0][0] - once[0][0], rtol=1e-4)
+    assert np.all(twice[1] > once[1])
+
+
+@pytest.mark.slow
 def test_a_product_of_models_is_sampled_exactly():
     """The product of two Gaussians is one; z-scores over 16 runs of 256 particles."""
     a, b = (

@@ -24,6 +24,8 @@ SIDE = 501  # nodes per side, 0.02 apart
 EDGE = 0.1  # width of the margin along the grid's edge, relative to the half width
 EDGE_MASS = 1e-3  # if the mass in this margin is larger, the grid may be too small
 BATCH = 2**14  # nodes per batch
+CELL = 8  # nodes along each side of a cell, in which samples are counted
+REPEATS = 100  # sets of exact samples whose divergence is averaged
 BANDWIDTHS = (0.05, 0.2, 0.8)  # of the two-sample test's Gaussian kernels, in units of the data
 
 
@@ -104,6 +106,39 @@ def kl_divergence(
 ) -> float:
     """Returns KL(q ‖ p) of two normalised densities [nats]."""
     return float(np.sum(np.exp(log_q) * (log_q - log_p)) * grid.area)
+
+
+def divergence_of_samples(
+    rng: np.random.Generator,
+    x: Float[np.ndarray, "n 2"],
+    log_p: Float[np.ndarray, "side side"],
+    grid: Grid,
+) -> tuple[float, float]:
+    """Returns KL(q ‖ p) over square cells, where q are the shares of n samples [nats].
+
+    Its second result is the mean of the same for n exact samples, which are also scattered over
+    the cells. A cell has CELL² nodes of the grid. Samples beyond all cells count for the next
+    cell.
+
+    Args:
+      rng: random number generator of the exact samples.
+      x: samples.
+      log_p: normalised density [nats].
+      grid: its grid.
+    """
+    cells = len(grid.axis) // CELL
+    first = (len(grid.axis) - cells * CELL) // 2  # the cells are in the middle
+    nodes = slice(first, first + cells * CELL)
+    mass = np.exp(log_p)[nodes, nodes].reshape(cells, CELL, cells, CELL).sum(axis=(1, 3))
+    p = np.maximum(mass / mass.sum(), np.finfo(float).tiny).ravel()
+    spacing = grid.axis[1] - grid.axis[0]
+    places = np.floor((x - grid.axis[first] + spacing / 2) / (CELL * spacing)).astype(int)
+    flat = np.ravel_multi_index(tuple(places.T), (cells, cells), mode="clip")
+    counts = np.bincount(flat, minlength=cells**2)
+    exact = rng.multinomial(len(x), p / p.sum(), size=REPEATS)
+    q = np.vstack([counts, exact]) / len(x)
+    found, *others = np.sum(q * np.log(np.where(q > 0, q / p, 1.0)), axis=1).tolist()
+    return found, float(np.mean(others))
 
 
 def edge_mass(log_p: Float[np.ndarray, "side side"], grid: Grid) -> float:

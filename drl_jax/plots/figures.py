@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from etils import epath
-from jaxtyping import ArrayLike, Float
+from jaxtyping import ArrayLike, Float, UInt8
 
 from drl_jax.metrics.density import Course
 from drl_jax.metrics.plane import Comparison, Grid
@@ -202,6 +202,62 @@ def write_levels(
         axes.plot(*points[:1].T, "o", markersize=7, color="none", markeredgecolor=colour)
         axes.plot(*points[-1:].T, "o", markersize=8, color=colour, markeredgecolor="white")
     axes.set_title("paths from white noise (circles) to samples (dots)", fontsize="medium")
+    _write(path, figure)
+
+
+def write_composition(
+    path: epath.Path,
+    densities: Mapping[str, Float[np.ndarray, "side side"]],
+    samples: Float[np.ndarray, "n 2"],
+    grid: Grid,
+) -> None:
+    """Writes a figure of densities in the plane, and of samples of the last one.
+
+    Args:
+      path: path of the PNG file.
+      densities: log-densities at the nodes, by title [nats].
+      samples: their positions.
+      grid: grid of the densities.
+
+    Raises:
+      UserError: if the file cannot be written.
+    """
+    from matplotlib.figure import Figure  # takes half a second, and most tasks draw no figure
+
+    side, columns = 1.5 * SIZE, 1 + len(densities)
+    figure = Figure(figsize=(side * columns, 1.1 * side), layout="constrained")
+    visible = np.abs(grid.axis) <= HALF_WIDTH
+    for column, (title, log_density) in enumerate(densities.items(), 1):
+        axes = figure.add_subplot(1, columns, column)
+        _show_density(axes, log_density[np.ix_(visible, visible)], largest=log_density.max())
+        axes.set_title(title, fontsize="medium")
+    axes = figure.add_subplot(1, columns, columns)
+    axes.plot(*samples.T, "o", color=SAMPLE_COLOUR, markersize=2, markeredgewidth=0, alpha=0.5)
+    _format_plane(axes)
+    axes.set_title(f"{len(samples):,} samples", fontsize="medium")
+    _write(path, figure)
+
+
+def write_rows(path: epath.Path, rows: Mapping[str, UInt8[np.ndarray, "h w C"]]) -> None:
+    """Writes a figure of pictures below each other, each with its title.
+
+    Args:
+      path: path of the PNG file.
+      rows: grey (C = 1) or RGB (C = 3) pictures of equal width, by title.
+
+    Raises:
+      UserError: if the file cannot be written.
+    """
+    from matplotlib.figure import Figure  # takes half a second, and most tasks draw no figure
+
+    heights = [len(picture) / picture.shape[1] for picture in rows.values()]
+    size = 2 * WIDTH, 2 * WIDTH * sum(heights) + 0.3 * len(rows)
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(len(rows), squeeze=False, height_ratios=heights)
+    for (title, picture), (axes,) in zip(rows.items(), grid, strict=True):
+        axes.imshow(picture, cmap="gray", vmin=0, vmax=255)
+        axes.set_title(title, fontsize="medium")
+        axes.set_axis_off()
     _write(path, figure)
 
 

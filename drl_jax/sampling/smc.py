@@ -159,6 +159,29 @@ def log_mean_weight(posterior: Posterior) -> Float[np.ndarray, "P"]:
     return np.logaddexp.reduce(posterior.log_weights) - math.log(len(posterior.log_weights))
 
 
+def log_evidence(
+    posterior: Posterior, prior: Posterior, problems: int
+) -> tuple[Float[np.ndarray, "P"], Float[np.ndarray, "P"]]:
+    """Returns log p(observed) of P problems, and its standard error [nats].
+
+    It is the logarithm of the ratio of two estimates of Z, with the likelihood and without,
+    each the mean of several runs. The error is that of their spread: the weights of a single
+    run do not tell how far off their mean is, as its particles have common ancestors.
+
+    Args:
+      posterior: R runs of each problem, R >= 2; that of number r P + p is run r of problem p.
+      prior: two or more runs without a likelihood, with a `strength` of 0.
+      problems: P.
+    """
+    log_Z = log_mean_weight(posterior).reshape(-1, problems).T
+    (*bounds, of_prior) = map(annealing.bound, [*log_Z, log_mean_weight(prior)])
+    variances = [b.std_error**2 * b.chains / (b.chains - 1) for b in (*bounds, of_prior)]
+    return (
+        np.array([b.log_Z - of_prior.log_Z for b in bounds]),
+        np.sqrt(np.array(variances[:-1]) + variances[-1]),
+    )
+
+
 def unweighted(n: int, devices: int) -> int:
     """Returns how many particles without weights yield n samples on a number of devices."""
     return -(-max(n, LEAST) // devices) * devices

@@ -19,6 +19,7 @@ from drl_jax.method import METROPOLIS
 from drl_jax.model import Model
 from drl_jax.plots import images
 from drl_jax.runtime.progress import Progress
+from drl_jax.sampling.ladder import Adapted
 from drl_jax.storage import results
 from drl_jax.storage.runs import Run
 
@@ -48,6 +49,7 @@ KEY_NUMBERS = {
     "likelihood": 7,
     "ood": 8,
     "restore": 9,
+    "compose": 10,
 }
 # Added to these numbers. Key i of `jax.random.split(key, n)` is `fold_in(key, i)`, so a task's
 # number must exceed the number of keys that are split off a seed elsewhere: three in training
@@ -96,6 +98,11 @@ def with_noise_of_level_0(
 
 
 def adapted(run: Run, guidance: float = 0.0) -> Run:
+    """Returns the first result of `warmed_up`."""
+    return warmed_up(run, guidance)[0]
+
+
+def warmed_up(run: Run, guidance: float = 0.0) -> tuple[Run, Adapted | None]:
     """Adapts the step sizes of MALA or HMC in a warm-up, and logs them.
 
     Logs the acceptance and the remaining correlation of each level, too (`ladder.Adapted`).
@@ -105,12 +112,12 @@ def adapted(run: Run, guidance: float = 0.0) -> Run:
       guidance: weight of guidance of samples of each class in turn.
 
     Returns:
-      a run whose model uses the adapted step sizes. For other samplers, whose step sizes are
-      not adapted, `run` itself.
+      a run whose model uses the adapted step sizes, and the result of the warm-up. For other
+      samplers, whose step sizes are not adapted, `run` itself and None.
     """
     mcmc = run.config.mcmc
     if mcmc.sampler not in METROPOLIS:
-        return run
+        return run, None
     model, warm_up = run.model.adapt(
         key=task_key("adapt", run.config.seed),
         num_steps=mcmc.warmup_steps,
@@ -127,7 +134,7 @@ def adapted(run: Run, guidance: float = 0.0) -> Run:
             warm_up.acceptance[t],
             warm_up.correlation[t],
         )
-    return run._replace(model=model)
+    return run._replace(model=model), warm_up
 
 
 def given(run: Run, label: str | None, guidance: float) -> Run:

@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 NUM_IMAGES = 8  # held-out images of the data, restored if no files are given
 SHOWN = 4  # samples per image in the grid
 LARGEST = 10.0  # absolute value of an observed pixel
+RUNS = 4  # of sequential Monte Carlo per image, and of the model alone, for the evidence
 
 
 def run(
@@ -53,7 +54,12 @@ def run(
         deviation (white: 1 or more), and the original, if it is known.
       restored.npz: `observed` [n, h, w, c], `samples` [n, k, H, W, C].
       metrics.json: step; `restoration.report`, if the originals are known; the mean acceptance
-        probability; with particles, the smallest effective sample size of any level and image.
+        probability; with particles, the smallest effective sample size of any level and image,
+        and `log_evidence`, log p(observed) of each image, with its standard error
+        `log_evidence_std_error` [nats] (`smc.log_evidence`).
+
+    The samples are from the first run of an image. For the evidence, there are `RUNS` runs of
+    each image, and `RUNS` without a likelihood: 36 instead of 8, for eight images.
 
     Args:
       run: the trained model.
@@ -82,7 +88,7 @@ def run(
             f"--particles is {particles}, but --samples is {samples}: give at least as many "
             "particles, or 0"
         )
-    key, mask_key, noise_key = jax.random.split(common.task_key("restore", seed), 3)
+    key, mask_key, noise_key, prior_key = jax.random.split(common.task_key("restore", seed), 4)
     size = config.data.image_size
     observe, std = operators.parse(
         operator, shape, lambda name: load_mask(name, size, mask_key)[0]
@@ -107,11 +113,18 @@ def run(
     name = re.sub("[^\\w.-]+", "_", operator.strip())
     path = workdir / "restorations" / f"step_{run.step}_seed_{seed}_{name}"
     with results.folder(path, settings) as folder:
-        problems = operators.stack([operators.likelihood(observe, o, std) for o in observed])
+        problems = [operators.likelihood(observe, o, std) for o in observed]
         number = particles or smc.unweighted(samples, run.model.mesh.size)
-        result = run.model.smc(
-            key, problems, len(observed), number, width=std, corrected=bool(particles)
+        n, repeated = len(problems), problems * (RUNS if particles else 1)
+        every = run.model.smc(
+            key,
+            operators.stack(repeated),
+            len(repeated),
+            number,
+            width=std,
+            corrected=bool(particles),
         )
+        result = jax.tree.map(lambda values: values[:, :n], every)
         if particles:
             u = np.random.default_rng(seed).random(len(observed))
             drawn = smc.draws(result, samples, u)
@@ -126,6 +139,11 @@ def run(
         if particles:
             smallest = float(result.effective_sample_size.min())
             metrics["smallest_effective_sample_size"] = smallest
+            alone = operators.stack(problems[:1] * RUNS)
+            prior = run.model.smc(prior_key, alone, RUNS, number, width=std, strength=0.0)
+            log_evidence, error = smc.log_evidence(every, prior, n)
+            metrics["log_evidence"] = log_evidence.tolist()
+            metrics["log_evidence_std_error"] = error.tolist()
         if truth is not None:
             metrics |= restoration.report(restored, truth)
         images_lib.write_png(folder / "grid.png", _grid(observed, restored, truth))

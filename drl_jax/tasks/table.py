@@ -19,8 +19,8 @@ class Flag:
     Attributes:
       name: the name, without dashes.
       help: what the value means, without a full stop: --help appends the default.
-      type: type of the value: `str`, `int`, `float` or `bool`; or `list[str]` or `list[int]`,
-        whose elements are separated by commas.
+      type: type of the value: `str`, `int`, `float` or `bool`; or `list[str]`, `list[int]` or
+        `list[float]`, whose elements are separated by commas.
       default: the value if the flag is not given; None if the program chooses one.
       default_help: description of the default in --help, if its value does not describe
         itself; a mapping from names of tasks to descriptions if tasks differ.
@@ -153,6 +153,7 @@ GUIDANCE = Flag(
     metavar="N",
 )
 CONDITION = (LABEL, GUIDANCE)
+NUM_SAMPLES = Flag("num_samples", "Number of samples", type=int, default=100, minimum=1)
 SEED = Flag("seed", "Random seed", type=int, default=0, minimum=0, maximum=2**32 - 1)
 
 # Fields that may change after training: how the model is sampled and evaluated, on which data.
@@ -222,6 +223,21 @@ def _check_interpolate(values: Mapping[str, Any], given: Collection[str]) -> str
     return _check_one_label(values, given)
 
 
+def _check_compose(values: Mapping[str, Any], given: Collection[str]) -> str | None:
+    """Returns an error message if the values of `compose` cannot be used, or None."""
+    parts = 1 + len(values["others"]) if values["others"] else max(1, len(values["labels"]))
+    for name in ("labels", "weights"):
+        number = len(values[name])
+        if number not in (0, parts):
+            return f"--{name} has {number} elements for {parts} models: give one per model"
+    temperature = values["temperature"]
+    if temperature <= 0:
+        return f"--temperature={temperature:g}: give a positive number"
+    if values["rule"] == "mixture" and temperature != 1:
+        return "--temperature is for --rule=product: omit it"
+    return None
+
+
 def _check_restore(values: Mapping[str, Any], given: Collection[str]) -> str | None:
     """Returns an error message if the values of `restore` cannot be used, or None."""
     if values["images"] and values["observations"]:
@@ -260,7 +276,7 @@ _TASKS = (
         "sample",
         "Draws samples.",
         flags=(
-            Flag("num_samples", "Number of samples", type=int, default=100, minimum=1),
+            NUM_SAMPLES,
             *CONDITION,
             SEED,
         ),
@@ -371,7 +387,8 @@ _TASKS = (
             Flag(
                 "particles",
                 "Number of weighted particles per image from which samples are drawn, which "
-                "become exact as it grows, at least --samples; 0: approximate samples",
+                "become exact as it grows, at least --samples; 4 runs "
+                "per image, and 4 more, also yield the evidence; 0: approximate samples",
                 type=int,
                 default=0,
                 minimum=0,
@@ -382,6 +399,60 @@ _TASKS = (
         required=("workdir", "operator"),
         changeable=MEASURED_ON_HELD_OUT,
         check=_check_restore,
+    ),
+    Task(
+        "compose",
+        "Samples a product or a mixture of models, or of classes of a model.",
+        flags=(
+            MODEL,
+            Flag(
+                "others",
+                "Further models to combine with --model, named in the same ways",
+                type=list[str],
+                default=(),
+                default_help="none",
+                metavar="MODEL,...",
+                is_path=True,
+            ),
+            Flag(
+                "labels",
+                "Class of each model, from 1; 0: none. Without --others, --model is combined "
+                "with itself, once per label",
+                type=list[int],
+                default=(),
+                default_help="none",
+                minimum=0,
+                metavar="N,...",
+            ),
+            Flag(
+                "rule",
+                "What to sample: product (of the densities, to the power of their weights), or "
+                "mixture (their weighted sum; for lack of log Z, the shares of the models are "
+                "the weights only for points in the plane)",
+                default="product",
+                choices=("product", "mixture"),
+                metavar="NAME",
+            ),
+            Flag(
+                "weights",
+                "Weight of each model; in a product, it may be negative",
+                type=list[float],
+                default=(),
+                default_help="ones",
+                metavar="N,...",
+            ),
+            Flag(
+                "temperature",
+                "Number by which all weights of a product are divided",
+                type=float,
+                default=1.0,
+                metavar="N",
+            ),
+            NUM_SAMPLES,
+            SEED,
+        ),
+        changeable=AFTER_TRAINING,
+        check=_check_compose,
     ),
     Task(
         "long_run",
