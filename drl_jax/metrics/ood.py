@@ -1,7 +1,8 @@
 """Out-of-distribution detection with the energy of each level.
 
-An image, or another example, x is diffused to level t and scaled as in training, y = a_{t+1} x_t. It then has two
-scores: the log-density F(y, t), and the norm |grad_y F(y, t)| of its gradient.
+An image, or another example, x is diffused to level t and scaled as in training,
+y = a_{t+1} x_t. It then has two scores: the log-density F(y, t), and the norm |grad_y F(y, t)|
+of its gradient.
 
 In-distribution images are expected to have a high log-density and, being close to a maximum of
 it, a small gradient norm. Neither is guaranteed: if another set of images has higher
@@ -115,7 +116,7 @@ class Scorer:
 
 
 def _shuffled(key: Key[Array, ""], x: Float[Array, "*D"]) -> Float[Array, "*D"]:
-    """Permutes the pixels or steps, keeping their channels together; of vectors, the features."""
+    """Permutes pixels or steps, keeping their channels together; of vectors, the features."""
     rows = x.reshape(-1, x.shape[-1]) if x.ndim > 1 else x
     return jax.random.permutation(key, rows).reshape(x.shape)
 
@@ -127,7 +128,7 @@ def _inverted(key: Key[Array, ""], x: Float[Array, "*D"]) -> Float[Array, "*D"]:
 
 
 def _uniform(key: Key[Array, ""], x: Float[Array, "*D"]) -> Float[Array, "*D"]:
-    """Draws every value uniformly, with a width that depends on the kind of x (`_half_width`)."""
+    """Draws every value uniformly, with a width that depends on x (`_half_width`)."""
     half = _half_width(x)
     return jax.random.uniform(key, x.shape, x.dtype, minval=-half, maxval=half)
 

@@ -230,7 +230,7 @@ def _log_density(model: Model, x: Float[np.ndarray, "n *D"]) -> Float[np.ndarray
 
 def _shown(model: Model) -> int:
     """Returns the number of samples of each model in the figure: images of two rows."""
-    return 2000 if images.are_points(model.shape) else 2 * common.COLUMNS
+    return 2 * common.COLUMNS if images.are_images(model.shape) else 2000
 
 
 def _samples(part: Run, seed: int, n: int) -> Float[np.ndarray, "n *D"]:

@@ -242,6 +242,9 @@ def _check_restore(values: Mapping[str, Any], given: Collection[str]) -> str | N
     """Returns an error message if the values of `restore` cannot be used, or None."""
     if values["images"] and values["observations"]:
         return "--images and --observations exclude each other: omit one"
+    runs = values["evidence_runs"]
+    if runs and (runs == 1 or not values["particles"]):
+        return f"--evidence_runs={runs}: give 2 or more, with --particles"
     return _check_one_label(values, given)
 
 
@@ -389,6 +392,14 @@ _TASKS = (
                 "Number of weighted particles per image from which samples are drawn, which "
                 "become exact as it grows, at least --samples; 4 runs "
                 "per image, and 4 more, also yield the evidence; 0: approximate samples",
+                type=int,
+                default=0,
+                minimum=0,
+            ),
+            Flag(
+                "evidence_runs",
+                "Runs per image and of the model alone, 2 or more, whose spread is the error of "
+                "the evidence p(observed), with --particles; 0: no evidence",
                 type=int,
                 default=0,
                 minimum=0,
