@@ -390,16 +390,15 @@ _TASKS = (
             Flag(
                 "particles",
                 "Number of weighted particles per image from which samples are drawn, which "
-                "become exact as it grows, at least --samples; 4 runs "
-                "per image, and 4 more, also yield the evidence; 0: approximate samples",
+                "become exact as it grows, at least --samples; 0: approximate samples",
                 type=int,
                 default=0,
                 minimum=0,
             ),
             Flag(
                 "evidence_runs",
-                "Runs per image and of the model alone, 2 or more, whose spread is the error of "
-                "the evidence p(observed), with --particles; 0: no evidence",
+                "Runs per image and of the model alone, 2 or more, whose spread is the error "
+                "of the evidence p(observed), with --particles; 0: no evidence",
                 type=int,
                 default=0,
                 minimum=0,
