@@ -407,7 +407,7 @@ def test_levels_are_drawn_with_their_probabilities(name):
     ("axes", "energy", "objective", "classes"),
     [
         (1, {"network": "resnet", "mult": (1, 2), "N": 1}, "recovery", 0),
-        (3, {"network": "unet", "mult": (1,), "N": 0, "patch": 2}, "denoising", 3),
+        (3, {"network": "unet", "mult": (1,), "N": 1, "patch": 2}, "denoising", 3),
         (0, {"network": "mlp", "N": 1, "parameterisation": "unit"}, "recovery", 3),
     ],
     ids=["signals", "volumes", "labelled vectors"],
@@ -419,7 +419,7 @@ def test_networks_train_on_signals_volumes_and_labelled_vectors(
     config = config_lib.default()
     config.data.update(axes=axes, image_size=4, channels=2, classes=classes, flip=False)
     config.energy.update(ch=4, **energy)
-    config.mcmc.update(start="posterior", K=0)
+    config.mcmc.K = 1
     config.optim.update(learning_rate=1e-2, warmup_steps=0, adam="optax")
     config.train.objective = objective
     config_lib.validate(config)
