@@ -189,22 +189,31 @@ def mixture(
 
 
 def fit(x: Float[np.ndarray, "N *D"], K: int) -> Mixture:
-    """Returns the mixture of K Gaussians with equal covariances that EM fits to data.
+    """Returns the mixture of K Gaussians that EM fits to data.
 
     The components share one covariance, so that the mixture fits new data nearly as well, even
-    if there are few examples. `SMALLEST_VARIANCE` is added to every variance.
+    if there are few examples. Those of vectors have covariances of their own, if new data have
+    a higher likelihood then, by five-fold cross-validation. `SMALLEST_VARIANCE` is added to
+    every variance.
 
     Args:
       x: data, seen as vectors.
       K: number of components, at most N.
     """
     from sklearn.mixture import GaussianMixture  # slow to import
+    from sklearn.model_selection import cross_val_score
 
-    found = GaussianMixture(
-        K, covariance_type="tied", reg_covar=SMALLEST_VARIANCE, random_state=0
+    rows = x.reshape(len(x), -1).astype(np.float64)
+    shared, own = (
+        GaussianMixture(K, covariance_type=kind, reg_covar=SMALLEST_VARIANCE, random_state=0)
+        for kind in ("tied", "full")
     )
-    found.fit(x.reshape(len(x), -1).astype(np.float64))
-    covariances = np.tile(found.covariances_, (K, 1, 1))
+    found, few = shared, len(rows) < 5 * K
+    if x.ndim == 2 and K > 1 and not few:
+        scores = [cross_val_score(fitted, rows).mean() for fitted in (shared, own)]
+        found = own if scores[1] > scores[0] else shared
+    found.fit(rows)
+    covariances = np.broadcast_to(found.covariances_, (K, *found.covariances_.shape[-2:]))
     return mixture(found.weights_, found.means_, covariances)
 
 

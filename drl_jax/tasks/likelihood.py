@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Array, Float, Key
 
-from drl_jax.data import arrays, pipeline, sources
+from drl_jax.data import mixtures, pipeline, sources
 from drl_jax.data.sources import Source
 from drl_jax.errors import UserError
 from drl_jax.metrics import baselines, density, levels
@@ -91,7 +91,7 @@ def run(
         log_density: mean log-density of level 0 at the examples with noise sigma_bar_0, as
           from (with `Partition.upper` as log Z), to (with `Partition.lower`), and std_error
           over the examples [nats]. If the gap is negative, from exceeds to.
-        baselines: for vectors and signals in a file, if held_out: the mean log-density of the
+        baselines: for vectors and signals, if held_out: the mean log-density of the
           same examples, also with noise sigma_bar_0, under simple densities that are fitted
           to training examples with this noise (`baselines.log_densities`), and num_train, the
           number of the latter.
@@ -214,8 +214,8 @@ def write(
         "log Z hold; standard error over the examples %(std_error).3f nats",
         results["log_density"] | {"n": len(x), "noise": schedule.sigma_bar[0], "where": where},
     )
-    in_file = arrays.is_name(run.config.data.name)
-    if in_file and source.held_out and not images.are_images(run.model.shape):
+    own_test = source.held_out and run.config.data.name not in mixtures.PLANAR_SHAPES
+    if own_test and not images.are_images(run.model.shape):
         results["baselines"] = baseline_densities(run, key, x, label)
     if log_P is not None:
         unit = -1 / (x[0].size * math.log(2))
