@@ -134,7 +134,7 @@ def test_the_evidence_of_a_gaussian_is_that_of_the_closed_form(tmp_path):
         (["--observations={}/complex.npy"], "blur:1", "observation .* from dtype..complex128"),
         (["--observations=b.npy", "--images=a.png"], "blur:1", "exclude each other"),
         (["--particles=4"], "blur:1", "--particles is 4, but --samples is 8"),
-        (["--evidence_runs=4"], "blur:1", "--evidence_runs=4: give 2 or more, with --particles"),
+        (["--evidence_runs=4"], "blur:1", "--evidence_runs=4: give 2 or more, with"),
         (["--particles=8", "--evidence_runs=1"], "blur:1", "--evidence_runs=1: give 2 or more"),
     ],
 )
