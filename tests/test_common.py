@@ -114,6 +114,7 @@ PURPOSES = {
         observations=(),
         samples=2,
         particles=0,
+        evidence_runs=0,
         seed=SEED,
     ),
     "compose": compose_models,

