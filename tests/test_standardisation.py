@@ -18,7 +18,7 @@ import drl_jax
 from drl_jax import standardisation
 from drl_jax.data import mixtures
 from drl_jax.errors import UserError
-from drl_jax.metrics import density
+from drl_jax.metrics import anomaly, density, levels, ood
 from drl_jax.model import Model
 from drl_jax.standardisation import Standardisation, with_standardisation
 from drl_jax.storage import exported
@@ -177,6 +177,27 @@ def test_combinations_keep_the_standardisation_and_refuse_another_one():
     with pytest.raises(UserError) as error:
         Model.product([model(), other])
     assert "different standardisations" in one_line(error)
+
+
+def test_scores_at_data_are_those_of_the_plain_model_at_standardised_data():
+    """Fails if one of the programs gets data that are not standardised, or twice."""
+    z = np.random.default_rng(0).normal(size=(16, 2)).astype(np.float32)
+    x = MEAN + STD * z
+    plain = model().with_params({})
+    for found, expected in zip(
+        ood.Scorer(model())(KEY, x), ood.Scorer(plain)(KEY, z), strict=True
+    ):
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
+    found, expected = (
+        next(anomaly.Meter(m, 16)(KEY, examples)) for m, examples in ((model(), x), (plain, z))
+    )
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-3)
+    found, expected = (
+        levels.level_statistics(m, KEY, examples) for m, examples in ((model(), x), (plain, z))
+    )
+    for name in ("f_data", "displacement", "acceptance"):
+        np.testing.assert_allclose(found[name], expected[name], rtol=2e-2, atol=1e-3)
 
 
 @pytest.mark.parametrize(
