@@ -100,7 +100,7 @@ def run(
     if observations:
         truth, observed = None, _load(observations, observe, shape)
     else:
-        truth = _truth(run, model or workdir, images)
+        truth = _truth(run, model or workdir, images, label)
         keys = noise.example_keys(noise_key, jnp.arange(len(truth)))
         observed = np.asarray(operators.observe(observe, jnp.asarray(truth), std, keys))
     settings = common.result_settings(
@@ -181,15 +181,15 @@ def run(
 
 
 def _truth(
-    run: Run, trained: epath.Path | str, images: Sequence[str]
+    run: Run, trained: epath.Path | str, images: Sequence[str], label: str | None
 ) -> Float[np.ndarray, "n *D"]:
-    """Returns the images of which observations are simulated."""
+    """Returns the images of which observations are simulated, those of a class if it is given."""
     if images:
         return pipeline.prepared_files(run.config, images)
     source = sources.open_held_out(run.config)
     data_record.warn_if_changed(trained, source)
     limit = NUM_IMAGES if images_lib.are_images(run.model.shape) else NUM_OTHERS
-    return pipeline.load_examples(run.config, source, limit)
+    return pipeline.load_examples(run.config, common.of_label(source, label), limit)
 
 
 def _load(
