@@ -183,7 +183,7 @@ def run(
 def _truth(
     run: Run, trained: epath.Path | str, images: Sequence[str], label: str | None
 ) -> Float[np.ndarray, "n *D"]:
-    """Returns the images of which observations are simulated, those of a class if it is given."""
+    """Returns the images, or those of a class, of which observations are simulated."""
     if images:
         return pipeline.prepared_files(run.config, images)
     source = sources.open_held_out(run.config)
