@@ -186,7 +186,11 @@ def test_chains_and_ladders_are_compared_in_the_features_of_a_classifier(workdir
 
 def test_feature_distances_are_those_of_completed_and_clipped_images(monkeypatch):
     """Fails if x_t is compared itself, and if pixels outside [-1, 1] are not clipped."""
-    monkeypatch.setattr(classifier, "_apply", lambda _, x: (x.reshape(len(x), -1), x))
+    monkeypatch.setattr(
+        classifier.Classifier,
+        "__call__",
+        lambda self, x: (self._prepared(x).reshape(len(x), -1), None),
+    )
     rng = np.random.default_rng(0)
     x, data = rng.normal(size=(20, 2, 2, 1)), rng.normal(size=(30, 4))
     features = runner.Features(
