@@ -2,10 +2,12 @@
 
 import json
 import math
+import shutil
 
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from helpers import tiny
 from PIL import Image
 
@@ -73,15 +75,15 @@ def kind(request):
 
 
 @pytest.fixture
-def workdir(kind):
-    return tiny.trained_once(kind, lambda workdir: arguments(kind, workdir))
+def workdir(kind, tmp_path):
+    trained = tiny.trained_once(kind, lambda workdir: arguments(kind, workdir))
+    return epath.Path(shutil.copytree(trained, tmp_path / "run"))
 
 
 def results(workdir, mode, folder, *flags):
     """Runs a task and returns the folder of its results, whose pictures are checked."""
-    before = set((workdir / folder).glob("*"))
     assert tiny.main(f"--mode={mode}", f"--workdir={workdir}", *flags) == 0
-    (found,) = set((workdir / folder).glob("*")) - before
+    (found,) = (workdir / folder).iterdir()
     assert (found / "settings.json").exists()
     for picture in found.glob("*.png"):
         assert np.ptp(np.asarray(Image.open(picture))) > 100  # not blank
