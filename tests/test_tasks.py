@@ -429,9 +429,7 @@ def test_each_kind_of_result_that_is_not_finite_is_refused_and_leaves_nothing(
         Image.new("L", (2, 2)).save(file)
     exact_run.config.data.update(image_size=2, channels=1)
     args = {"images": files, "seed": 0} | given
-    with pytest.raises(
-        UserError, match=r"of \d (completions|samples|strips) .* not finite: "
-    ):
+    with pytest.raises(UserError, match=r"of \d (completions|samples|strips) .* not finite: "):
         task.run(run=exact_run, workdir=epath.Path(tmp_path / "run"), **args, **NO_LABEL)
     assert not list(tmp_path.glob("run/*/*"))
 
