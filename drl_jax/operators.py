@@ -119,11 +119,11 @@ def observe(
     """
     clean = operator(x)
     eps = jax.vmap(lambda key: jax.random.normal(key, clean.shape[1:], clean.dtype))(keys)
-    return jnp.where(_known(operator, x[:1]), clean + std * eps, 0.0)
+    return jnp.where(visible(operator, x[:1]), clean + std * eps, 0.0)
 
 
-def _known(operator: Partial, x: Float[Array, "1 *D"]) -> Bool[Array, "1 *E"]:
-    """Returns which pixels of an observation depend on the image.
+def visible(operator: Partial, x: Float[Array, "1 *D"]) -> Bool[Array, "1 *E"]:
+    """Returns which pixels of an observation depend on the image, which can have any values.
 
     All operators preserve constant images, except where pixels are hidden.
     """
@@ -151,8 +151,7 @@ def _log_likelihood(operator, observed, std, x):
             f"{expected.shape[1:]}"
         )
     log_normal = -(jnp.square((observed - expected) / std) + math.log(2 * math.pi)) / 2
-    known = _known(operator, x[:1])
-    each = jnp.where(known, log_normal - jnp.log(std), 0.0)
+    each = jnp.where(visible(operator, x[:1]), log_normal - jnp.log(std), 0.0)
     return jnp.sum(each, axis=range(1, each.ndim))
 
 
@@ -188,9 +187,10 @@ def parse(
             raise UserError(f"operator {text!r}: noise must be the last part")
         if kind == "mask" and value:
             known = load_mask(value)
+            axes = sides or shape
             if known.shape != ((*sides, 1) if sides else shape):
                 found, wanted = (
-                    "x".join(map(str, size)) for size in (known.shape[: len(sides)], sides)
+                    "x".join(map(str, size)) for size in (known.shape[: len(axes)], axes)
                 )
                 raise UserError(f"operator {part!r}: the mask is {found}, the example {wanted}")
             operators.append(mask(known))

@@ -85,6 +85,15 @@ def test_statistics_are_those_of_the_closed_form():
             np.testing.assert_allclose(found[1], expected, rtol=1e-2, atol=1e-6)
 
 
+def test_pixels_have_the_norm_over_channels_and_features_their_absolute_value():
+    v = jnp.array([[3.0, -4.0], [0.0, -1.0]])
+    np.testing.assert_array_equal(anomaly.over_channels(v), [[3, 4], [0, 1]])
+    for axes in (1, 2, 3):
+        shape = (2, *[1] * axes)
+        found = anomaly.over_channels(v.reshape(*shape, 2))
+        np.testing.assert_allclose(found, np.reshape([5, 1], shape), rtol=1e-6)
+
+
 def test_new_inliers_are_about_standard_normal_and_z_scores_are_standardised():
     """With 300 and 400 images for the fit, and 1000 new ones.
 

@@ -163,3 +163,38 @@ def test_another_version_number_of_images_or_data_has_another_file(load, monkeyp
     other = {"version": {}, "n": {"n": 59}, "data": {"test_fraction": 0.5}}[change]
     assert load(**other)[1]
     assert not load(**other)[1]
+
+
+@pytest.mark.parametrize("shape", [(24, 2), (4, 4, 4, 1), (2, 1)])
+def test_signals_and_volumes_are_standardised_and_classified(shape):
+    """Fails if other units give another classifier."""
+    rng = np.random.default_rng(0)
+    labels = np.arange(200) % 2
+    x = rng.normal(size=(200, *shape)).astype(np.float32)
+    x[:, 0] += 4 * (2 * labels - 1).reshape(-1, *[1] * (x.ndim - 2))
+    small = classifier.train(x, labels, steps=60)
+    assert small.accuracy(x, labels) == 1
+    large = classifier.train(1000 * x + 500, labels, steps=60)
+    np.testing.assert_allclose(large(1000 * x + 500)[1], small(x)[1], atol=1e-2)
+    found = jax.jit(large.label)(1000 * x + 500)
+    np.testing.assert_array_equal(found, labels)
+    metrics = large.metrics(1000 * x[:60] + 500, 1000 * x + 500, 1000 * x[60:] + 500)
+    assert metrics["nearest"]["median"] == 0
+    assert metrics["nearest"]["median_of_test"] == 0
+
+
+def test_the_standardisation_of_signals_is_read_from_the_file_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(classifier, "train", functools.partial(classifier.train, steps=2))
+    x, labels = 7 + np.random.default_rng(0).normal(size=(60, 8, 2)), np.arange(60) % 2
+    np.savez(tmp_path / "a.npz", x=x, y=labels)
+    config = config_lib.default()
+    config.data.update(
+        name=f"npz:{tmp_path / 'a.npz'}", image_size=8, channels=2, axes=1, flip=False
+    )
+    source = sources.open_source(config)
+    x = x.astype(np.float32)
+    first, again = (
+        classifier.of_data(config, source, x, labels, epath.Path(tmp_path)) for _ in range(2)
+    )
+    np.testing.assert_allclose(again.standardisation.mean, x.mean(axis=(0, 1)), rtol=1e-5)
+    np.testing.assert_array_equal(first(x)[1], again(x)[1])

@@ -38,6 +38,36 @@ def test_each_kind_of_example_has_its_own_picture(shape, size):
     np.testing.assert_array_equal(images.picture(x, columns=3), expected)
 
 
+@pytest.mark.parametrize("shape", [(5,), (9, 2), (8, 8, 1), (4, 4, 4, 2)])
+def test_versions_of_examples_of_any_kind_are_compared_in_one_picture(shape):
+    rng = np.random.default_rng(0)
+    parts = {"known": 1, "completions": 3, "original": 1}
+    parts = {k: rng.uniform(-1, 1, (2, n, *shape)).astype(np.float32) for k, n in parts.items()}
+    if len(shape) != 3:
+        parts["known"][..., 0] = np.nan
+    picture = images.rows(parts)
+    assert (picture.dtype, picture.ndim) == (np.uint8, 3)
+    if len(shape) > 2:
+        scale, side = 64 // shape[0], shape[0] + 1
+        assert picture.shape == ((2 * side + 1) * scale, (5 * side + 1) * scale, 1)
+        assert np.ptp(picture) > 200
+    else:
+        assert picture.shape[2] == 3
+    if len(shape) == 4:  # unknown voxels are grey
+        assert np.all(picture[scale : side * scale, scale : side * scale] == images.GREY)
+
+
+def test_slices_are_the_middle_ones_and_their_range_is_that_of_all_of_them():
+    """Fails if another axis or channel is shown, or each slice has its own range."""
+    x = np.full((2, 5, 3, 3, 2), 1e6)
+    x[:, 2, ..., 0] = np.arange(18).reshape(2, 3, 3)
+    low, high = np.percentile(np.arange(18), [1, 99])
+    expected = np.clip(2 * (np.arange(18) - low) / (high - low) - 1, -1, 1)
+    found = images.slices(x)
+    assert found.shape == (2, 3, 3, 1)
+    np.testing.assert_allclose(found.ravel(), expected)
+
+
 def test_a_png_file_contains_the_pixels(tmp_path):
     for channels in (1, 3):
         pixels = np.random.default_rng(0).integers(0, 256, (5, 4, channels), np.uint8)

@@ -11,6 +11,7 @@ from helpers import tiny
 from PIL import Image
 
 from drl_jax.data import pipeline, sources
+from drl_jax.errors import UserError
 from drl_jax.storage import runs
 from drl_jax.tasks import inpaint
 
@@ -25,6 +26,7 @@ def test_the_grid_shows_known_pixels_mask_completions_and_original(tmp_path):
     assert tiny.main(*command, f"--mask={tmp_path / 'patch.PNG'}", "--seed=3") == 0
     folder = workdir / "inpaintings" / f"step_{tiny.STEPS}_seed_3_patch"
     assert sorted(path.name for path in folder.iterdir()) == [
+        "completed.npz",
         "grid.png",
         "metrics.json",
         "settings.json",
@@ -35,6 +37,7 @@ def test_the_grid_shows_known_pixels_mask_completions_and_original(tmp_path):
         "completion_to_truth",
         "between_completions",
         "sample_to_truth",
+        "coverage",
     }
     grid = np.asarray(Image.open(folder / "grid.png"))
     tiles = grid[8:, 8:].reshape(8, 72, 5, 72).swapaxes(1, 2)[..., :64:8, :64:8]
@@ -76,9 +79,12 @@ def test_changed_data_are_reported_if_their_images_are_completed(tmp_path, caplo
 
 def test_a_mask_file_hides_pixels_that_are_at_least_half_white(tmp_path):
     Image.fromarray(np.array([[0, 127], [128, 255]], np.uint8)).save(tmp_path / "mask.png")
-    known, name = inpaint.load_mask(str(tmp_path / "mask.png"), 2, jax.random.key(0))
+    known, name = inpaint.load_mask(str(tmp_path / "mask.png"), (2, 2, 1), jax.random.key(0))
     np.testing.assert_array_equal(known[..., 0], [[True, True], [False, False]])
     assert name == "mask"
+    for shape in ((4,), (4, 2), (2, 2, 2, 1)):
+        with pytest.raises(UserError, match=r"mask\.png is an image, but .* are not"):
+            inpaint.load_mask(str(tmp_path / "mask.png"), shape, jax.random.key(0))
 
 
 @pytest.mark.parametrize(
@@ -86,10 +92,10 @@ def test_a_mask_file_hides_pixels_that_are_at_least_half_white(tmp_path):
     [
         (["--mask=center"], "'center'.*'centre'"),
         (["--mask=random:1"], r"'random:1'.*in \(0, 1\)"),
-        (["--mask=random:0.001"], "hides no pixel"),
+        (["--mask=random:0.001"], "hides nothing"),
         (["--mask=small.png"], "4x8x1.*8x8"),
-        (["--mask=black.png"], "hides no pixel"),
-        (["--mask=white.png"], "hides every pixel"),
+        (["--mask=black.png"], "hides nothing"),
+        (["--mask=white.png"], "hides everything"),
         (["--mask=nonesuch.png"], "nonesuch.png"),
         (["--images=nonesuch.png"], "nonesuch.png"),
         (["--completions=1"], "completions.*1"),

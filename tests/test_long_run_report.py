@@ -11,6 +11,7 @@ from drl_jax.metrics.classifier import Classifier
 from drl_jax.metrics.diagnostics import Convergence
 from drl_jax.metrics.frechet import fit
 from drl_jax.sampling.chains import Chains, Observation
+from drl_jax.standardisation import IDENTITY
 from drl_jax.tasks.long_run import report, runner
 from drl_jax.tasks.long_run.runner import Experiment, Features, State
 
@@ -121,7 +122,8 @@ def test_labels_have_an_r_hat_of_their_own_and_do_not_count_as_positions(
     without = chains._replace(trace=trace[..., :5])
     observation = Observation(rng.normal(size=(2 * C, 8, 8, 1)), *np.zeros((2, 2 * C)))
     unlabelled = experiment._replace(distribution=np.repeat([0, 4], C))
-    features = Features(Classifier({}, 1.0), fit(rng.normal(size=(9, 4))), lambda x, top: x)
+    reference = fit(rng.normal(size=(9, 4)))
+    features = Features(Classifier({}, 1.0), reference, lambda x, top: x, IDENTITY)
     data = experiment.data | {"feature_frechet": [1.0, 1.0]}
     labelled = unlabelled._replace(features=features, data=data)
     found = runner.chain_statistics(chains, observation, labelled, 8)

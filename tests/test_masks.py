@@ -1,3 +1,5 @@
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -24,6 +26,57 @@ def test_a_mask_hides_the_region_that_it_is_named_after(name, hidden):
     assert known.shape == (4, 4, 1)
     assert known.dtype == np.bool_
     assert ["".join(".#"[int(not k)] for k in row) for row in known[..., 0]] == hidden
+
+
+@pytest.mark.parametrize(
+    ("name", "hidden"),
+    [
+        ("centre", "..####.."),
+        ("left", "####...."),
+        ("right", "....####"),
+        ("checkerboard", "#.#.#.#."),
+    ],
+)
+def test_a_mask_hides_part_of_the_features_or_of_the_steps(name, hidden):
+    for shape, mask_shape in (((8,), (8,)), ((8, 3), (8, 1))):
+        known = masks.named(name, shape, KEY)
+        assert (known.shape, known.dtype) == (mask_shape, np.bool_)
+        assert "".join(".#"[int(not k)] for k in known.ravel()) == hidden
+
+
+@pytest.mark.parametrize(
+    ("name", "hidden"),
+    [
+        ("centre", lambda i, j, k: all(1 <= n <= 2 for n in (i, j, k))),
+        ("left", lambda i, j, k: k < 2),
+        ("right", lambda i, j, k: k >= 2),
+        ("top", lambda i, j, k: j < 2),
+        ("bottom", lambda i, j, k: j >= 2),
+        ("checkerboard", lambda i, j, k: (i + j + k) % 2 == 0),
+    ],
+)
+def test_a_mask_hides_part_of_a_volume_along_the_axes_of_its_slices(name, hidden):
+    """Fails if 'left' is along another axis than the last."""
+    known = masks.named(name, (4, 4, 4, 2), KEY)
+    assert known.shape == (4, 4, 4, 1)
+    for index in np.ndindex(4, 4, 4):
+        assert known[index] == (not hidden(*index))
+
+
+@pytest.mark.parametrize("shape", [(10,), (10, 3), (10, 10, 10, 1)])
+def test_a_random_mask_hides_its_fraction_of_any_kind_of_example(shape):
+    known = masks.named("random:0.3", shape, KEY)
+    assert known.shape == (shape if len(shape) == 1 else (*shape[:-1], 1))
+    assert np.mean(~known) == pytest.approx(0.3)
+    masks.require_mask(known, shape)
+
+
+@pytest.mark.parametrize("name", ["top", "bottom", "up"])
+@pytest.mark.parametrize("shape", [(8,), (8, 3)])
+def test_vectors_and_signals_have_no_top_and_no_png_files(name, shape):
+    with pytest.raises(UserError, match=f"^mask '{name}' is unknown[^\n]*$") as error:
+        masks.named(name, shape, KEY)
+    assert re.search("use centre, left, right, checkerboard or random:0.5$", str(error.value))
 
 
 def test_a_raw_key_hides_the_same_pixels_as_a_typed_one():
@@ -94,3 +147,16 @@ def test_unknown_names_and_fractions_are_errors_of_one_line(name, words):
 def test_masks_that_do_not_fit_the_images_are_errors_of_one_line(known, words):
     with pytest.raises(UserError, match=f"^[^\n]*{words}[^\n]*$"):
         masks.require_mask(known, (8, 8, 3))
+
+
+@pytest.mark.parametrize(
+    ("known", "shape", "words"),
+    [
+        (np.zeros((8, 1), bool), (8,), "mask is 8x1, the examples are 8: give a mask of 8"),
+        (np.zeros(8, bool), (8, 2), "mask is 8, the examples are 8x2: give a mask of 8x1"),
+        (np.ones(8, bool), (8,), "hides nothing"),
+    ],
+)
+def test_masks_that_do_not_fit_other_examples_are_errors_of_one_line(known, shape, words):
+    with pytest.raises(UserError, match=f"^[^\n]*{words}[^\n]*$"):
+        masks.require_mask(known, shape)

@@ -252,3 +252,43 @@ def test_a_patch_is_a_square_of_uniform_noise_at_a_random_place():
     assert len({*zip(*first, strict=True)}) == 10 * 7
     assert np.all(rows[np.arange(n), first[0] + 2] & columns[np.arange(n), first[1] + 1])
     assert_mean(changed[masks].reshape(n, -1), 0, 1 / 3)
+
+
+OTHERS = [(10,), (10, 2), (5, 5, 5, 2)]  # vectors, signals and volumes
+
+
+@pytest.mark.parametrize("shape", OTHERS)
+def test_shuffled_examples_keep_their_values_and_the_channels_of_a_step_together(shape):
+    x = np.random.default_rng(0).normal(size=(4, *shape)).astype(np.float32)
+    found = synthetic("shuffled", x)
+    channels = shape[-1] if len(shape) > 1 else 1
+    for before, after in zip(x, found, strict=True):
+        rows = (sorted(map(tuple, y.reshape(-1, channels))) for y in (before, after))
+        np.testing.assert_array_equal(*map(np.array, rows))
+        assert np.any(before != after)
+
+
+@pytest.mark.parametrize("shape", OTHERS)
+def test_uniform_examples_that_are_not_images_have_variance_1(shape):
+    """Fails with the width of images. 4e-8 false alarms per compared number."""
+    x = synthetic("uniform", np.zeros((4000, *shape), np.float32)).reshape(4000, -1)
+    assert_mean(x, 0, 1)
+    assert_mean(x**2, 1, 9 / 5 - 1)
+
+
+@pytest.mark.parametrize("shape", OTHERS)
+def test_a_patch_replaces_a_quarter_of_each_axis_rounded_up_with_all_channels(shape):
+    zeros = np.zeros((300, *shape), np.float32)
+    changed = synthetic("patch", zeros) != 0
+    sides = shape[:-1] or shape
+    lengths = [-(-side // 4) for side in sides]
+    assert np.all(
+        changed.reshape(300, -1).sum(axis=1) == np.prod(lengths + [*shape][len(sides) :])
+    )
+    for axis, (side, length) in enumerate(zip(sides, lengths, strict=True), start=1):
+        others = tuple(i for i in range(1, changed.ndim) if i != axis)
+        along = changed.any(axis=others)
+        first = along.argmax(axis=1)
+        assert {*first.tolist()} == {*range(side - length + 1)}  # at every place
+        np.testing.assert_array_equal(along.sum(axis=1), length)
+        assert np.all(along[np.arange(300), first + length - 1])  # without gaps

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from scipy import stats
+from scipy import ndimage, stats
 
 from drl_jax import operators
 from drl_jax.errors import UserError
@@ -45,6 +45,66 @@ def test_grey_is_luma_or_the_mean_of_the_channels():
     two = X[..., :2]
     found = parse("grayscale", (6, 8, 2))[0](two)
     np.testing.assert_allclose(found[..., 0], two.mean(-1), atol=1e-6)
+
+
+SIGNALS = np.random.default_rng(2).normal(size=(2, 60, 3)).astype(np.float32)
+VOLUMES = np.random.default_rng(3).normal(size=(1, 24, 24, 24, 2)).astype(np.float32)
+
+
+def test_steps_and_voxels_are_averaged_in_blocks():
+    found = parse("downsample:4,noise:1", SIGNALS.shape[1:])[0](SIGNALS)
+    wanted = [SIGNALS[:, i : i + 4].mean(axis=1) for i in range(0, 60, 4)]
+    np.testing.assert_allclose(found, np.stack(wanted, axis=1), atol=1e-6)
+    found = parse("downsample:12,noise:1", VOLUMES.shape[1:])[0](VOLUMES)
+    assert found.shape == (1, 2, 2, 2, 2)
+    wanted = VOLUMES[:, :12, 12:, :12].mean(axis=(1, 2, 3))
+    np.testing.assert_allclose(found[:, 0, 1, 0], wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("x", [SIGNALS, VOLUMES])
+def test_blurring_is_a_gaussian_filter_along_each_axis_but_that_of_the_channels(x):
+    """Compared away from the edges, where SciPy repeats the values inside."""
+    wanted = np.float64(x)
+    for axis in range(1, x.ndim - 1):
+        wanted = ndimage.gaussian_filter1d(wanted, 1.3, axis, truncate=7)
+    found = np.asarray(parse("blur:1.3,noise:1", x.shape[1:])[0](x))
+    inside = (slice(None), *[slice(10, -10)] * (x.ndim - 2))
+    np.testing.assert_allclose(found[inside], wanted[inside], atol=1e-5)
+    constant = parse("blur:1.3,noise:1", x.shape[1:])[0](np.ones_like(x))
+    np.testing.assert_allclose(constant, 1, atol=1e-5)  # also at the edges
+
+
+@pytest.mark.parametrize("x", [SIGNALS[:, :, 0], SIGNALS, VOLUMES])
+def test_hidden_features_steps_and_voxels_are_zero_and_channels_are_averaged(x):
+    shape = x.shape[1:] if x.ndim == 2 else (*x.shape[1:-1], 1)
+    known = np.random.default_rng(4).random(shape) < 0.5
+    operator, std = parse("mask:a,noise:0.2", x.shape[1:], known)
+    np.testing.assert_array_equal(operator(x), np.where(known, x, 0))
+    assert std == 0.2
+    if x.ndim > 2:
+        grey = parse("grayscale,noise:1", x.shape[1:])[0](x)
+        np.testing.assert_allclose(grey[..., 0], x.mean(-1), atol=1e-6)  # no weights of luma
+
+
+@pytest.mark.parametrize(
+    ("text", "shape", "message"),
+    [
+        ("blur:1,noise:1", (6,), "'blur:1': vectors have no axes; use mask:NAME"),
+        ("downsample:2,noise:1", (6,), "'downsample:2': vectors have no axes"),
+        ("grayscale,noise:1", (6,), "'grayscale': vectors have no axes"),
+        ("mask:a", (6,), "'mask:a': add noise:S"),
+        ("blur:1", (6, 2), "'blur:1': add noise:S, its standard deviation in the units"),
+        ("blur:1", (6, 6, 6, 1), "'blur:1': add noise:S"),
+        ("downsample:4,noise:1", (6, 2), "an example of 6 does not divide into blocks of 4"),
+        ("downsample:4,noise:1", (6, 6, 6, 1), "of 6x6x6 does not divide .* 4x4x4"),
+        ("downsample:2,mask:a,noise:1", (6, 2), "the mask is 6, the example 3"),
+        ("mask:a,noise:1", (7,), "the mask is 6, the example 7"),
+    ],
+)
+def test_operators_that_do_not_suit_the_kind_of_example_are_refused(text, shape, message):
+    known = np.ones((6,) if len(shape) == 1 else (6, 1), bool)
+    with pytest.raises(UserError, match=message):
+        parse(text, shape, known)
 
 
 def test_parts_act_from_left_to_right():

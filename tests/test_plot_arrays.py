@@ -5,6 +5,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from drl_jax.plots import arrays
+from drl_jax.standardisation import Standardisation
 
 
 @pytest.fixture
@@ -87,3 +88,31 @@ def test_each_of_the_first_channels_has_a_row(figures):
     assert {"channel 0", "channel 2", "samples: 4 of 4"} <= texts(figures[0])
     assert "channel 3" not in texts(figures[0])
     assert np.ptp(pixels) == 255
+
+
+def test_a_panel_shows_all_of_the_lines_before_their_map(figures):
+    """Fails if the map changes the limits, or lies elsewhere than at its features."""
+    x = 100 + 50 * normal(5, 1, 7, 2)
+    background = np.linspace(0, 1, 7)[:, None] * np.ones((5, 1, 1, 1))
+    pixels = arrays.panels({"examples": x, "map": background}, [f"set {i}" for i in range(5)])
+    assert (pixels.dtype, pixels.ndim, np.ptp(pixels)) == (np.uint8, 3, 255)
+    assert {"set 0", "set 4", "examples", "step"} <= texts(figures[0])
+    for axes, example in zip(figures[0].axes, x, strict=False):
+        (line,), (image,) = axes.lines, axes.images
+        np.testing.assert_array_equal(line.get_ydata(), example[0, :, 0])  # the first channel
+        low, high = axes.get_ylim()
+        assert low < example[..., 0].min() < example[..., 0].max() < high
+        assert image.get_extent() == [-0.5, 6.5, low, high]
+
+
+def test_vectors_are_shown_standardised_and_kinds_have_one_entry_each_in_the_legend(figures):
+    mean, std = np.float32([1000, 1]), np.float32([100, 0.1])
+    x = mean + std * normal(2, 3, 2)
+    parts = {"known": np.where([True, False], x[:, :1], np.nan), "completions": x}
+    arrays.panels(parts, standardisation=Standardisation(mean, std))
+    lines = [line.get_ydata() for line in figures[0].axes[1].lines]
+    np.testing.assert_allclose(lines[1:], normal(2, 3, 2)[1], rtol=1e-4)
+    np.testing.assert_allclose(lines[0], [normal(2, 3, 2)[1, 0, 0], np.nan], rtol=1e-4)
+    (legend,) = figures[0].legends
+    assert [text.get_text() for text in legend.get_texts()] == ["known", "completions"]
+    assert {"feature", "standard deviations from the mean"} <= texts(figures[0])

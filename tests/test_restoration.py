@@ -59,3 +59,15 @@ def test_the_report_compares_mean_and_samples():
     assert report["psnr_of_mean"] == pytest.approx(-20 * np.log10(0.01 / 2))
     assert report["psnr_of_samples"] == pytest.approx((20 - 20 * np.log10(0.18 / 2)) / 2)
     assert 1 > report["ssim_of_mean"] > report["ssim_of_samples"]
+
+
+@pytest.mark.parametrize("shape", [(5,), (6, 2), (2, 2, 2, 1)])
+def test_the_report_of_other_examples_has_root_mean_square_errors(shape):
+    truth = np.random.default_rng(0).normal(size=(3, *shape))
+    report = restoration.report(np.stack([truth + 0.2, truth - 0.18], axis=1), truth)
+    assert set(report) == {"rmse_of_mean", "rmse_of_samples", "coverage"}
+    assert report["rmse_of_mean"] == pytest.approx(0.01)
+    assert report["rmse_of_samples"] == pytest.approx(np.sqrt((0.2**2 + 0.18**2) / 2))
+    assert report["coverage"] == restoration.coverage(
+        np.stack([truth + 1, truth - 1], axis=1), truth
+    )

@@ -18,6 +18,7 @@ from drl_jax.errors import UserError
 from drl_jax.metrics import classifier
 from drl_jax.metrics.frechet import fit, frechet_distance
 from drl_jax.sampling import ladder
+from drl_jax.standardisation import IDENTITY, Standardisation
 from drl_jax.storage import runs
 from drl_jax.tasks.long_run import runner
 
@@ -186,16 +187,22 @@ def test_chains_and_ladders_are_compared_in_the_features_of_a_classifier(workdir
 def test_feature_distances_are_those_of_completed_and_clipped_images(monkeypatch):
     """Fails if x_t is compared itself, and if pixels outside [-1, 1] are not clipped."""
     monkeypatch.setattr(
-        classifier.Classifier, "__call__", lambda _, x: (x.reshape(len(x), -1), None)
+        classifier.Classifier,
+        "__call__",
+        lambda self, x: (self._prepared(x).reshape(len(x), -1), None),
     )
     rng = np.random.default_rng(0)
     x, data = rng.normal(size=(20, 2, 2, 1)), rng.normal(size=(30, 4))
     features = runner.Features(
-        classifier.Classifier({}, 1.0), fit(data), lambda x_t, top: x_t / top
+        classifier.Classifier({}, 1.0), fit(data), lambda x_t, top: x_t / top, IDENTITY
     )
     images = np.clip(x / 3, -1, 1).reshape(20, 4)
     wanted = frechet_distance(fit(images), fit(data))
     assert features.distance(x, 3) == pytest.approx(wanted)
+    there = Standardisation(np.float32([0.5]), np.float32([0.1]))
+    wanted = frechet_distance(fit(0.5 + 0.1 * x.reshape(20, 4) / 3), fit(data))
+    in_units_of_levels = features._replace(standardisation=there)
+    assert in_units_of_levels.distance(x, 3) == pytest.approx(wanted)
     x[0, 0] = np.inf
     with pytest.raises(UserError, match="1 of 20 images completed from level 3 is not finite"):
         features.distance(x, 3)

@@ -18,7 +18,7 @@ import drl_jax
 from drl_jax import standardisation
 from drl_jax.data import mixtures
 from drl_jax.errors import UserError
-from drl_jax.metrics import density
+from drl_jax.metrics import anomaly, density, levels, ood
 from drl_jax.model import Model
 from drl_jax.standardisation import Standardisation, with_standardisation
 from drl_jax.storage import exported
@@ -179,6 +179,27 @@ def test_combinations_keep_the_standardisation_and_refuse_another_one():
     assert "different standardisations" in one_line(error)
 
 
+def test_scores_at_data_are_those_of_the_plain_model_at_standardised_data():
+    """Fails if one of the programs gets data that are not standardised, or twice."""
+    z = np.random.default_rng(0).normal(size=(16, 2)).astype(np.float32)
+    x = MEAN + STD * z
+    plain = model().with_params({})
+    for found, expected in zip(
+        ood.Scorer(model())(KEY, x), ood.Scorer(plain)(KEY, z), strict=True
+    ):
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
+    found, expected = (
+        next(anomaly.Meter(m, 16)(KEY, examples)) for m, examples in ((model(), x), (plain, z))
+    )
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-3)
+    found, expected = (
+        levels.level_statistics(m, KEY, examples) for m, examples in ((model(), x), (plain, z))
+    )
+    for name in ("f_data", "displacement", "acceptance"):
+        np.testing.assert_allclose(found[name], expected[name], rtol=2e-2, atol=1e-3)
+
+
 @pytest.mark.parametrize(
     ("x", "words"),
     [
@@ -224,7 +245,8 @@ def test_a_run_standardises_by_its_training_examples_and_keeps_the_numbers(tmp_p
         np.testing.assert_array_equal(found, value)
     samples = loaded.sample(KEY, 200)
     assert np.all(np.abs(samples.mean(axis=0) - MEAN) < STD)
-    assert json.loads((workdir / "metrics.json").read_text())["mean_of_data"][0] > 900
+    error = json.loads((workdir / "metrics.json").read_text())["error_of_mean"]
+    assert error[0] < -900 / (1.5 * STD[0])  # the samples are compared with the test data
     assert tiny.main("--mode=export", f"--workdir={workdir}", "--dtype=float16") == 0
     (file,) = workdir.glob("*.npz")
     np.testing.assert_array_equal(

@@ -429,7 +429,7 @@ def test_each_kind_of_result_that_is_not_finite_is_refused_and_leaves_nothing(
         Image.new("L", (2, 2)).save(file)
     exact_run.config.data.update(image_size=2, channels=1)
     args = {"images": files, "seed": 0} | given
-    with pytest.raises(UserError, match=r"of \d (images|strips) (is|are) not finite: "):
+    with pytest.raises(UserError, match=r"of \d (completions|samples|strips) .* not finite: "):
         task.run(run=exact_run, workdir=epath.Path(tmp_path / "run"), **args, **NO_LABEL)
     assert not list(tmp_path.glob("run/*/*"))
 
@@ -538,6 +538,7 @@ def test_results_depend_on_sampler_seed_number_precision_and_parameters(exact_ru
                 "observations": ["a/1.png"],
                 "samples": 2,
                 "particles": 0,
+                "evidence_runs": 0,
             },
             [
                 {"value": 200},
@@ -547,6 +548,7 @@ def test_results_depend_on_sampler_seed_number_precision_and_parameters(exact_ru
                 {"images": ["a/1.png"], "observations": []},
                 {"samples": 3},
                 {"particles": 8},
+                {"evidence_runs": 2},
             ],
         ),
         (
@@ -667,8 +669,8 @@ def test_the_warm_up_leaves_the_original_run_unchanged(caplog):
 
 def test_a_task_for_images_rejects_a_model_of_points():
     points = exact.model(mixtures.PLANAR_SHAPES["ellipse"](), 6)
-    with pytest.raises(UserError, match=r"--mode=paint .*points"):
-        common.require_images(points, "paint")
+    with pytest.raises(UserError, match=r"^--images is for models of images, .* \(2,\): omit"):
+        common.require_images(points, "--images")
 
 
 def test_resume_settings_are_the_fields_under_the_prefixes():

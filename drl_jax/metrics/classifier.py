@@ -56,11 +56,16 @@ class Network(nn.Module):
         axes = x.ndim - 2
         stride = max(1, x.shape[1] // (16 if axes > 1 else 64))  # at most 31 pixels per side
         h = nn.swish(nn.Conv(32, (5,) * axes, stride, name="conv1")(x))
-        h = nn.avg_pool(h, (2,) * axes, (2,) * axes)
-        h = nn.swish(nn.Conv(64, (3,) * axes, name="conv2")(h))
-        h = nn.avg_pool(h, (2,) * axes, (2,) * axes)
+        h = _pooled(h)
+        h = _pooled(nn.swish(nn.Conv(64, (3,) * axes, name="conv2")(h)))
         features = nn.swish(nn.Dense(64, name="features")(h.reshape(len(h), -1)))
         return features, nn.Dense(self.classes, name="logits")(features)
+
+
+def _pooled(h: Float[Array, "B *D"]) -> Float[Array, "B *E"]:
+    """Returns the averages of blocks of two along each axis, unless these have one element."""
+    axes = h.ndim - 2
+    return nn.avg_pool(h, (2,) * axes, (2,) * axes) if h.shape[1] > 1 else h
 
 
 class Classifier(NamedTuple):

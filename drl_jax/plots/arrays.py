@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float, UInt8
 
+from drl_jax.standardisation import IDENTITY, Standardisation
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -25,6 +27,7 @@ PANELS = 4  # panels per row of `panels`
 STYLES: dict[str, dict[str, Any]] = {
     "known": {"color": "black", "marker": ".", "linewidth": 1.2},
     "observed": {"color": "black", "marker": ".", "linewidth": 0.8},
+    "examples": {"color": "black", "marker": ".", "linewidth": 0.8},
     "completions": {"color": "tab:orange", "linewidth": 0.8, "alpha": 0.6},
     "samples": {"color": "tab:orange", "linewidth": 0.8, "alpha": 0.6},
     "mean": {"color": "tab:red", "linewidth": 1.4},
@@ -133,20 +136,26 @@ def signals(
 
 
 def panels(
-    parts: Mapping[str, Float[np.ndarray, "n _ *D"]], titles: Sequence[str] = ()
+    parts: Mapping[str, Float[np.ndarray, "n _ *D"]],
+    titles: Sequence[str] = (),
+    standardisation: Standardisation = IDENTITY,
 ) -> UInt8[np.ndarray, "h w 3"]:
     """Returns one panel per example, with lines along time or, for vectors, along the features.
 
     Args:
       parts: lines of each kind of `STYLES`, several per example: vectors [n, k, D], or signals
         [n, k, L, C], of which the first channel is shown. Values that are not finite are
-        left out.
+        left out. A map is the last one.
       titles: of the panels, if any.
+      standardisation: of vectors, which are shown standardised: the scales of their features
+        can differ.
     """
     from matplotlib import colormaps  # takes half a second, and most tasks draw no figure
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
-    n = len(next(iter(parts.values())))
+    first = next(iter(parts.values()))
+    n, are_vectors = len(first), first.ndim == 3
     columns = min(n, PANELS)
     rows = -(-n // columns)
     figure = Figure(figsize=(WIDTH * columns, HEIGHT * rows + 0.3), layout="constrained")
@@ -155,15 +164,16 @@ def panels(
         axes.set_axis_off()
     for i, axes in enumerate(grid[:n]):
         for name, lines in parts.items():
-            values = lines[i] if lines.ndim == 3 else lines[i, ..., 0]
+            values = lines[i] if are_vectors else lines[i, ..., 0]
             style = STYLES[name]
             if name == "map":
-                extent = (-0.5, values.shape[1] - 0.5, 0, 1)
+                extent = (-0.5, values.shape[1] - 0.5, *axes.get_ylim())  # behind the lines
                 axes.imshow(
                     values, aspect="auto", extent=extent, cmap="Reds", vmin=0, vmax=1,
-                    transform=axes.get_xaxis_transform(), alpha=0.6, zorder=0,
+                    alpha=0.6, zorder=0,
                 )  # fmt: skip
                 continue
+            values = standardisation.apply(values) if are_vectors else values
             for j, line in enumerate(values):
                 colour = {} if "color" in style else {
                     "color": colormaps["viridis"](j / max(len(values) - 1, 1))
@@ -172,8 +182,12 @@ def panels(
                 axes.plot(line, **style, **colour, **label)
         if titles:
             axes.set_title(titles[i], fontsize="medium")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.tick_params(labelbottom=i + columns >= n)
     figure.legend(loc="outside upper right", ncols=len(parts), fontsize="small")
-    figure.supxlabel("step" if lines.ndim == 4 else "feature", fontsize="medium")
+    figure.supxlabel("feature" if are_vectors else "step", fontsize="medium")
+    if are_vectors and not standardisation.is_identity:
+        figure.supylabel("standard deviations from the mean", fontsize="medium")
     return _pixels(figure)
 
 

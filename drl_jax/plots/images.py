@@ -10,6 +10,7 @@ from PIL import Image
 
 from drl_jax.data.pipeline import to_uint8
 from drl_jax.plots import arrays
+from drl_jax.standardisation import IDENTITY, Standardisation
 from drl_jax.storage.atomic import write_atomically
 
 GAP = 1  # width of the gap between images, before they are enlarged [pixels]
@@ -105,7 +106,11 @@ def slices(x: Float[np.ndarray, "B D H W C"]) -> Float[np.ndarray, "B H W 1"]:
     return np.clip(2 * (x - low) / max(high - low, 1e-9) - 1, -1, 1)
 
 
-def rows(parts: Mapping[str, Float[np.ndarray, "n _ *D"]]) -> UInt8[np.ndarray, "h w C"]:
+def rows(
+    parts: Mapping[str, Float[np.ndarray, "n _ *D"]],
+    titles: Sequence[str] = (),
+    standardisation: Standardisation = IDENTITY,
+) -> UInt8[np.ndarray, "h w C"]:
     """Returns a picture that compares several versions of each of n examples.
 
     Images, and slices of volumes, are tiles, with one row per example. Vectors and signals are
@@ -114,10 +119,12 @@ def rows(parts: Mapping[str, Float[np.ndarray, "n _ *D"]]) -> UInt8[np.ndarray, 
     Args:
       parts: versions of each kind, in the order of the tiles; the names are those of
         `arrays.STYLES`.
+      titles: of the panels, if any.
+      standardisation: of the data; vectors are shown standardised.
     """
     first = next(iter(parts.values()))
     if first.ndim < 5:
-        return arrays.panels(parts)
+        return arrays.panels(parts, titles, standardisation)
     tiles = np.concatenate(list(parts.values()), axis=1)
     columns, flat = tiles.shape[1], tiles.reshape(-1, *tiles.shape[2:])
     return grid(flat if flat.ndim == 4 else np.nan_to_num(slices(flat)), columns)

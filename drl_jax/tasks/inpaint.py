@@ -45,7 +45,8 @@ def run(
     this name if there are results with other settings (`storage.results.folder`):
       settings.json: everything on which the completions depend.
       grid.png: one row per image: the known pixels (the others are a checkerboard), the mask
-        (white: hidden), the completions, and the original. Of vectors and signals, lines.
+        (white: hidden), the completions, and the original. Of signals and (standardised)
+        vectors, lines.
       completed.npz: `known` (the mask), `original` [n, ...] and `completions` [n, k, ...].
       metrics.json: step, and of the hidden values, in the units of the data, the mean squared
         distances of `inpainting.errors` and `restoration.coverage` of the completions.
@@ -104,7 +105,10 @@ def run(
         if are_images:
             parts["mask"] = np.broadcast_to(np.where(known, -1.0, 1.0), x.shape)[:, None]
         parts |= {"completions": completed, "original": x[:, None]}
-        picture = images_lib.rows({name: part[:SHOWN] for name, part in parts.items()})
+        picture = images_lib.rows(
+            {name: part[:SHOWN] for name, part in parts.items()},
+            standardisation=model.standardisation,
+        )
         images_lib.write_png(folder / "grid.png", picture)
         arrays = {"known": known, "original": x, "completions": completed}
         write_atomically(folder / "completed.npz", npz.encode(arrays, compress=True))

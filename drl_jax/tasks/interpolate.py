@@ -99,7 +99,8 @@ def run(
             for i, strip in enumerate(shown):
                 row = images_lib.grid(strip, columns=len(strip))
                 images_lib.write_png(folder / f"{i:03d}.png", row)
-        images_lib.write_png(folder / "grid.png", images_lib.rows({"frames": shown}))
+        picture = images_lib.rows({"frames": shown}, standardisation=model.standardisation)
+        images_lib.write_png(folder / "grid.png", picture)
         content = npz.encode({"frames": strips}, compress=True)
         write_atomically(folder / "strips.npz", content)
         strips = model.standardisation.apply(strips)

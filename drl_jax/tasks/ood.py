@@ -24,6 +24,7 @@ from drl_jax.plots import figures
 from drl_jax.plots import images as images_lib
 from drl_jax.plots.figures import Histograms
 from drl_jax.runtime.progress import bar
+from drl_jax.standardisation import IDENTITY, Standardisation
 from drl_jax.storage import data_record, results
 from drl_jax.storage.atomic import write_json
 from drl_jax.storage.runs import Run
@@ -68,7 +69,8 @@ def run(
       settings.json: everything on which the scores depend.
       histograms.png: histograms of both scores at several levels.
       maps.png: for each set, images, and below them their maps (white: anomalous) and, if there
-        are any, their masks. Signals and vectors are lines, and their maps (red) lie behind.
+        are any, their masks. Signals and (standardised) vectors are lines, and their maps
+        (red) lie behind.
       ood.json, with the fields:
         step: training steps of the model.
         seed: the random seed.
@@ -153,7 +155,7 @@ def run(
         scorer = ood.Scorer(run.model)
         key, synthetic_key, detector_key = jax.random.split(common.task_key("ood", seed), 3)
 
-        def score(name: str, images: Iterable[Float[np.ndarray, "H W C"]], n: int) -> Scores:
+        def score(name: str, images: Iterable[Float[np.ndarray, "*D"]], n: int) -> Scores:
             log.info("images to score: %d (%s)", n, name)
             shown = bar(iterable=images, desc=name, total=n, unit="image", leave=False)
             scores = scorer(key, iter(shown))  # a bar has a length, but can be read only once
@@ -354,7 +356,7 @@ def detect(
     inside = apply("", parts[2])
     found = {name: apply(name, images) for name, images in others.items()}
     seconds = time.perf_counter() - start
-    images_lib.write_png(figure, sheet(shown))
+    images_lib.write_png(figure, sheet(shown, model.standardisation))
     n = len(parts[2]) + sum(map(len, others.values()))
     result = {
         "false_alarm_rate": rate,
@@ -423,11 +425,13 @@ def described(detected: Mapping[str, Any]) -> str:
 
 def sheet(
     sets: Sequence[tuple[str, np.ndarray, np.ndarray, np.ndarray | None]],
+    standardisation: Standardisation = IDENTITY,
 ) -> UInt8[np.ndarray, "h w C"]:
     """Returns a picture of examples and their maps.
 
     Args:
       sets: name ('' for the data), examples, maps and, if there are any, masks of each set.
+      standardisation: of the data; vectors are shown standardised.
     """
     _, first, _, _ = sets[0]
     if first.ndim < 4:
@@ -437,10 +441,10 @@ def sheet(
             titles += [short_name(name) or "data"] * n
             lines.append(examples[:n])
             maps.append(np.clip(found[:n] / BRIGHTEST, 0, 1))
-        parts = {"observed": np.concatenate(lines)[:, None]}
+        parts = {"examples": np.concatenate(lines)[:, None]}
         background = np.concatenate(maps)[:, None]
         parts["map"] = background[..., None] if first.ndim == 3 else background
-        return arrays_lib.panels(parts, titles)
+        return arrays_lib.panels(parts, titles, standardisation)
     rows: list[np.ndarray] = []
     for _, examples, found, marked in sets:
         brightness = np.clip(found[..., None] * 2 / BRIGHTEST - 1, -1, 1)

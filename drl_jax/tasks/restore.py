@@ -53,8 +53,8 @@ def run(
     after this name if there are results with other settings (`storage.results.folder`):
       settings.json: everything on which the results depend.
       grid.png: one row per image: the observation, samples, their mean, their standard
-        deviation (white: 1 or more), and the original, if it is known. Of vectors and signals,
-        lines.
+        deviation (white: 1 or more), and the original, if it is known. Of signals and
+        (standardised) vectors, lines.
       restored.npz: `observed` [n, ...], `samples` [n, k, ...].
       metrics.json: step; `restoration.report`, if the originals are known (of examples that are
         standardised, its errors are in standard deviations); the mean acceptance probability;
@@ -100,7 +100,7 @@ def run(
     if observations:
         truth, observed = None, _load(observations, observe, shape)
     else:
-        truth = _truth(run, model or workdir, images)
+        truth = _truth(run, model or workdir, images, label)
         keys = noise.example_keys(noise_key, jnp.arange(len(truth)))
         observed = np.asarray(operators.observe(observe, jnp.asarray(truth), std, keys))
     settings = common.result_settings(
@@ -157,7 +157,9 @@ def run(
             metrics["log_evidence_std_error"] = error.tolist()
         if truth is not None:
             metrics |= restoration.report(there.apply(restored), there.apply(truth))
-        images_lib.write_png(folder / "grid.png", _picture(observed, restored, truth))
+        seen = np.asarray(operators.visible(observe, jnp.zeros((1, *shape))))
+        picture = _picture(observed, seen, restored, truth, there)
+        images_lib.write_png(folder / "grid.png", picture)
         arrays = {"observed": observed, "samples": restored}
         write_atomically(folder / "restored.npz", npz.encode(arrays, compress=True))
         write_json(folder / "metrics.json", metrics)
@@ -179,15 +181,15 @@ def run(
 
 
 def _truth(
-    run: Run, trained: epath.Path | str, images: Sequence[str]
+    run: Run, trained: epath.Path | str, images: Sequence[str], label: str | None
 ) -> Float[np.ndarray, "n *D"]:
-    """Returns the images of which observations are simulated."""
+    """Returns the images, or those of a class, of which observations are simulated."""
     if images:
         return pipeline.prepared_files(run.config, images)
     source = sources.open_held_out(run.config)
     data_record.warn_if_changed(trained, source)
     limit = NUM_IMAGES if images_lib.are_images(run.model.shape) else NUM_OTHERS
-    return pipeline.load_examples(run.config, source, limit)
+    return pipeline.load_examples(run.config, common.of_label(source, label), limit)
 
 
 def _load(
@@ -225,9 +227,13 @@ def _load(
     return np.stack(observed)
 
 
-def _picture(observed, restored, truth):
-    """Returns the picture of observations, samples, their mean and deviation, and originals."""
+def _picture(observed, seen, restored, truth, standardisation):
+    """Returns the picture of observations, samples, their mean and deviation, and originals.
+
+    Values of signals, vectors and volumes that are not `seen` are left out.
+    """
     n, _, *shape = restored.shape
+    observed = observed if len(shape) == 3 else np.where(seen, observed, np.nan)
     for axis, side in enumerate(shape[:-1], start=1):  # enlarged by repeating
         positions = np.arange(side) * observed.shape[axis] // side
         observed = np.take(observed, positions, axis)
@@ -242,4 +248,5 @@ def _picture(observed, restored, truth):
         parts["original"] = truth[:, None]
     if len(shape) == 3:
         parts = {name: np.clip(part, -1, 1) for name, part in parts.items()}
-    return images_lib.rows({name: part[:n] for name, part in parts.items()})
+    parts = {name: part[:n] for name, part in parts.items()}
+    return images_lib.rows(parts, standardisation=standardisation)

@@ -92,14 +92,22 @@ def environment():
     return variables
 
 
-@functools.cache
-def _trained():
-    workdir = epath.Path(_SESSION / "trained")
-    with (_SESSION / "lock").open("w") as lock:
+def trained_once(name, arguments):
+    """Returns a work directory of this name, which one process of the session trains.
+
+    `arguments(workdir)` returns the arguments of the program.
+    """
+    workdir = epath.Path(_SESSION / name)
+    with (_SESSION / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # another process of the session may be training it
         if not (workdir / "metrics.json").exists():
-            assert main(*training(workdir)) == 0
+            assert main(*arguments(workdir)) == 0
     return workdir
+
+
+@functools.cache
+def _trained():
+    return trained_once("trained", training)
 
 
 def trained(copy=None):

@@ -52,9 +52,11 @@ def write(folder: epath.Path, state: State, experiment: Experiment, T: int) -> N
     """
     for i, level in enumerate(experiment.levels):
         rows = [experiment.condition_images[i], *(p[i] for p in state.pictures)]
-        write_rows(folder / f"level_{level}.png", rows)
+        titles = ["data", *(f"step {record['step']}" for record in state.records)]
+        write_rows(folder / f"level_{level}.png", rows, titles)
     if state.ladder_pictures:
-        write_rows(folder / "ladder.png", state.ladder_pictures)
+        titles = [f"{ladder['steps']} steps" for ladder in state.ladders]
+        write_rows(folder / "ladder.png", state.ladder_pictures, titles)
     elif not experiment.marginal:
         log.info("no samples were generated: use --num_steps=%d or more, one step per level", T)
     figures.write_curves(folder / "curves.png", panels(state, experiment))
@@ -121,17 +123,18 @@ def write(folder: epath.Path, state: State, experiment: Experiment, T: int) -> N
     )
 
 
-def write_rows(path: epath.Path, rows: list[np.ndarray]) -> None:
+def write_rows(path: epath.Path, rows: list[np.ndarray], titles: list[str]) -> None:
     """Writes rows of n images in [-1, 1], or of n other examples, as one picture.
 
-    Signals and vectors are lines, with one panel per row.
+    Signals and vectors are lines, with one panel per row, which has a title. Those that are
+    standardised stay so.
     """
     if rows[0].ndim > 3:
         tiles = np.concatenate(rows)
         tiles = images.slices(tiles) if tiles.ndim == 5 else tiles
         images.write_png(path, images.grid(tiles, columns=len(rows[0])))
         return
-    images.write_png(path, images.rows({"samples": np.stack(rows)}))
+    images.write_png(path, images.rows({"samples": np.stack(rows)}, titles))
 
 
 def panels(state: State, experiment: Experiment) -> list[Panel]:
