@@ -1,8 +1,8 @@
 """The breast cancer table of scikit-learn: vectors of 30 features, and their density.
 
-Reproduces: nothing in the paper. BREAST_RESULT
+Reproduces: nothing in the paper. Held-out log-density 26.61 to 26.68 nats.
 Hardware:   1 core of an AMD EPYC server.
-Time:       1 min; BREAST_TIME for the density (28 November 2026).
+Time:       1 min, and 3 min of CPU time for the density (28 November 2026).
 Steps:      300, our choice.
 Command:
 

@@ -16,14 +16,16 @@ BLURS = {0.5: "-", 1.0: "3", 2.0: "-"}
         ("colab_sampling", 6, ["100% of the digits"]),
         ("colab_restoration", 4, [f"blur {b}: log evidence {v}" for b, v in BLURS.items()]),
         ("colab_composition", 7, ["as 4: 100%, as 9: 0%", "largest difference 0.000"]),
+        ("colab_your_arrays", 2, ["(4000, 64, 1)", "detected 100% of the premature beats"]),
     ],
 )
-def test_the_notebook_runs_and_shows_its_pictures(name, num_pictures, words, monkeypatch):
+def test_the_notebook_runs_and_shows_its_pictures(name, num_pictures, words, monkeypatch, tmp_path):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tiny.COMPILED))
     monkeypatch.setenv("PYTHONPATH", str(tiny.ROOT))
     notebook = nbformat.read(tiny.ROOT / "launch" / f"{name}.ipynb", as_version=4)
     assert all(not cell.get("outputs") for cell in notebook.cells)  # committed without outputs
-    nbclient.NotebookClient(notebook, timeout=600).execute()
+    resources = {"metadata": {"path": str(tmp_path)}}  # where it writes files
+    nbclient.NotebookClient(notebook, timeout=600, resources=resources).execute()
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
     pictures = [output for output in outputs if "image/png" in output.get("data", {})]
     assert len(pictures) == num_pictures

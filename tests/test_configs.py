@@ -188,13 +188,15 @@ def test_the_settings_of_cdrl():
     ("x", "network", "channels", "size", "dequantise"),
     [
         (np.zeros((5, 7), np.float32), "mlp", 7, 16, 0),
-        (np.zeros((5, 40, 1)), "unet", 1, 40, 0),
-        (np.zeros((5, 41, 2), np.uint8), "unet", 2, 41, 0),
+        (np.zeros((5, 40, 1)), "image_mlp", 1, 40, 0),
+        (np.zeros((5, 2001, 2), np.uint8), "unet", 2, 2001, 0),
+        (np.zeros((5, 4096, 1)), "unet", 1, 4096, 0),
         (np.zeros((5, 8, 8, 1), np.uint8), "image_mlp", 1, 8, 2 / 255),
         (np.zeros((5, 8, 8, 3), np.float32), "image_mlp", 3, 8, 0),
         (np.zeros((5, 30, 30, 3), np.uint8), "unet", 3, 30, 2 / 255),
         (np.zeros((5, 17, 17, 1)), "unet", 1, 17, 0),
-        (np.zeros((5, 8, 8, 8, 2)), "unet", 2, 8, 0),
+        (np.zeros((5, 8, 8, 8, 2)), "image_mlp", 2, 8, 0),
+        (np.zeros((5, 12, 12, 12, 1)), "unet", 1, 12, 0),
     ],
 )
 def test_the_config_of_arrays_follows_the_file(
