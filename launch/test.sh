@@ -7,7 +7,8 @@
 # buckets). All other options are passed to pytest.
 set -euo pipefail
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-options=(--numprocesses=2 --dist=loadfile)
+# In alphabetical order, so that the few long tests of the notebooks do not come last.
+options=(--numprocesses=2 --dist=loadfile --no-loadscope-reorder)
 for option in "$@"; do
   case $option in
     -h | --help) usage "${BASH_SOURCE[0]}" ;;

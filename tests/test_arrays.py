@@ -1,10 +1,8 @@
-import json
 import logging
 import re
 
 import numpy as np
 import pytest
-from helpers import tiny
 from helpers.examples import make_config, one_line, scaled
 
 from drl_jax.data import arrays, pipeline, sources
@@ -355,43 +353,3 @@ def test_settings_that_do_not_suit_the_file_are_one_line(tmp_path, x, fields, wo
     with pytest.raises(UserError, match=words) as error:
         sources.open_source(config)
     one_line(error)
-
-
-# Whole runs
-
-
-@pytest.mark.slow
-def test_vectors_can_be_learned_sampled_measured_and_their_density_bounded(tmp_path):
-    name, workdir = npz(tmp_path, x=RNG.normal(size=(200, 3))), tmp_path / "run"
-    changes = {
-        "data.name": name,
-        "data.test_fraction": 0.5,
-        "energy.ch": 8,
-        "energy.N": 1,
-        "diffusion.T": 5,
-        "train.batch_size": 16,
-        "train.num_steps": 20,
-        "log.sample_every_steps": 20,
-        "evaluation.num_samples": 100,
-        "evaluation.batch_size": 100,
-    }
-    flags = [f"--config.{field}={value}" for field, value in changes.items()]
-    config = tiny.ROOT / "configs" / "arrays.py"
-    assert tiny.main(f"--config={config}", f"--workdir={workdir}", *flags) == 0
-    metrics = json.loads((workdir / "metrics.json").read_text())
-    assert (metrics["num_samples"], metrics["held_out"]) == (100, True)
-    assert 0 < metrics["two_sample_p_value"] <= 1
-    assert all(len(metrics[key]) == 3 for key in ("error_of_mean", "error_of_std"))
-    assert metrics["sliced_wasserstein"] > 0
-    assert tiny.main("--mode=sample", f"--workdir={workdir}", "--num_samples=7") == 0
-    x = np.load(workdir / "samples" / "step_20_seed_0" / "samples.npy")
-    assert x.shape == (7, 3)
-    budget = {"chains": 8, "distributions": 10, "transitions": 1, "burn_in": 2, "max_gap": 100}
-    flags = [f"--config.likelihood.{field}={value}" for field, value in budget.items()]
-    assert tiny.main("--mode=likelihood", f"--workdir={workdir}", *flags) == 0
-    (folder,) = (workdir / "likelihood").iterdir()
-    results = json.loads((folder / "likelihood.json").read_text())
-    assert "bits_per_dim" not in results
-    assert results["baselines"]["num_train"] == 100
-    # Of a standard normal distribution: minus 3 (1 + log(2 pi)) / 2 nats.
-    assert results["baselines"]["gaussian"]["log_density"] == pytest.approx(-4.26, abs=0.5)

@@ -19,7 +19,9 @@ BLURS = {0.5: "-", 1.0: "3", 2.0: "-"}
         ("colab_your_arrays", 2, ["(4000, 64, 1)", "detected 9"]),
     ],
 )
-def test_the_notebook_runs_and_shows_its_pictures(name, num_pictures, words, monkeypatch, tmp_path):
+def test_the_notebook_runs_and_shows_its_pictures(
+    name, num_pictures, words, monkeypatch, tmp_path
+):
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tiny.COMPILED))
     monkeypatch.setenv("PYTHONPATH", str(tiny.ROOT))
     notebook = nbformat.read(tiny.ROOT / "launch" / f"{name}.ipynb", as_version=4)

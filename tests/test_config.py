@@ -173,8 +173,8 @@ def test_the_tables_of_checks_name_fields(names):
             "form is 'mixture': .*network 'unet' or 'image_mlp'",
         ),
         (
-            {"energy__network": "mlp", "energy__parameterisation": "gaussians"},
-            "parameterisation is 'gaussians': .*use 'unit'",
+            {"energy__network": "mlp", "energy__parameterisation": "bounded_gaussians"},
+            "parameterisation is 'bounded_gaussians': .*use 'unit'",
         ),
         (
             {"energy__parameterisation": "gaussians"},

@@ -85,7 +85,7 @@ def test_all_t1k_configs_have_the_objective_that_works_on_digits():
 def test_the_learning_rate_is_constant_or_decays_until_the_end_of_the_run(path, changes):
     """Fails if the decay has a length of its own, which longer runs would not change."""
     config = command_line.changed(config_lib.load(str(path)), changes)
-    paper = not path.stem.startswith(("mnist", "toy2d", "digits", "arrays"))
+    paper = not path.stem.startswith(("mnist", "toy2d", "digits", "arrays", "breast", "heart"))
     assert config.optim.decay_steps == (0 if paper else config.train.num_steps)
 
 
@@ -138,9 +138,7 @@ def test_a_training_step_of_each_config_keeps_the_shapes_of_its_state(path):
     config = config_lib.load(str(path))
     config_lib.validate(config)
     learned = method.from_config(config)
-    size, channels = config.data.image_size, config.data.channels
-    points = config.energy.network == "mlp"
-    assert learned.energy.shape == ((channels,) if points else (size, size, channels))
+    assert learned.energy.shape == config_lib.example_shape(config)
     training = step.from_config(config)
     old = state.abstract(learned.energy, training.optimiser)
     train_step = functools.partial(

@@ -240,16 +240,23 @@ def test_a_fitted_gaussian_has_the_mean_and_the_enlarged_covariance_of_the_data(
     np.testing.assert_allclose(covariance, wanted, atol=1e-5)
 
 
-def test_a_fitted_mixture_finds_separate_clusters_and_their_mean_covariance():
-    """Closed form, as every point belongs to its own cluster with probability 1."""
+@pytest.mark.parametrize("shape", [(2,), (1, 2, 1)])
+def test_a_fitted_mixture_finds_separate_clusters_and_their_covariances(shape):
+    """Closed form, as every point belongs to its own cluster with probability 1.
+
+    Clusters of vectors have covariances of their own, those of images the mean covariance.
+    """
     rng = np.random.default_rng(0)
     clusters = [rng.normal((-5, 0), (0.1, 0.3), (30, 2)), rng.normal((5, 1), 0.2, (90, 2))]
-    fitted = mixtures.fit(np.concatenate(clusters).astype(np.float32), 2)
+    x = np.concatenate(clusters).astype(np.float32)
+    fitted = mixtures.fit(x.reshape(-1, *shape), 2)
     of = [np.cov(c.T, bias=True) for c in clusters]
-    wanted = (of[0] + 3 * of[1]) / 4 + mixtures.SMALLEST_VARIANCE * np.eye(2)
+    mean = (of[0] + 3 * of[1]) / 4
     order = np.argsort(fitted.means[:, 0])
     np.testing.assert_allclose(np.exp(fitted.log_weights[order]), [0.25, 0.75], atol=1e-5)
-    for k, cluster in zip(order, clusters, strict=True):
+    for k, cluster, own in zip(order, clusters, of, strict=True):
+        wanted = own if len(shape) == 1 else mean
         np.testing.assert_allclose(fitted.means[k], cluster.mean(axis=0), atol=1e-4)
         found = fitted.axes[k] @ np.diag(fitted.variances[k]) @ fitted.axes[k].T
-        np.testing.assert_allclose(found, wanted, atol=1e-4)
+        smallest = mixtures.SMALLEST_VARIANCE * np.eye(2)
+        np.testing.assert_allclose(found, wanted + smallest, atol=1e-4)

@@ -215,7 +215,9 @@ def test_long_chains_are_measured_and_shown(workdir, kind):
 @pytest.mark.parametrize("kind", ["signals"], indirect=True)
 def test_the_likelihood_is_that_of_the_units_of_the_data(workdir, kind):
     folder = results(workdir, "likelihood", "likelihood", *labels(kind))
-    read_json(folder / "likelihood.json")
+    found = read_json(folder / "likelihood.json")
+    assert "bits_per_dim" not in found
+    assert found["baselines"].keys() >= {"num_train", "gaussian", "mixture", "kernel"}
 
 
 def test_shuffled_and_damaged_examples_are_detected(workdir, kind):

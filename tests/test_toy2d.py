@@ -88,21 +88,6 @@ def test_a_grid_that_is_too_small_gives_a_warning(trained_toy, monkeypatch, tmp_
     assert "edge of the grid" in caplog.text
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "args",
-    [("interpolate",), ("inpaint",), ("long_run", "--num_steps=2"), ("ood",)],
-    ids=lambda args: args[0],
-)
-def test_a_task_for_images_rejects_points(trained_toy, capsys, args):
-    task, *flags = args
-    before = set(trained_toy.iterdir())
-    assert tiny.main(f"--mode={task}", f"--workdir={trained_toy}", *flags) == 1
-    error = capsys.readouterr().err
-    assert re.fullmatch(rf"error: .*--mode={task}.* points.*\n", error)
-    assert set(trained_toy.iterdir()) == before
-
-
 @pytest.mark.parametrize(
     ("changes", "pattern"),
     [
