@@ -710,7 +710,7 @@ class Model:
           problems: number of problems.
           particles: number of particles of each problem, a multiple of the number of devices.
           width: standard deviation that the likelihood leaves to pixels: std of the noise, if
-            it is Gaussian. A wrong one makes results less precise.
+            it is Gaussian, in the units of the levels. A wrong one makes results less precise.
           strength: factor of the log-likelihood; with 0, weights estimate Z of the model.
           corrected: whether particles have weights and are resampled. Otherwise they are
             samples of an approximation (`posterior`).

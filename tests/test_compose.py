@@ -176,15 +176,7 @@ def test_samples_of_shapes_have_the_density_that_quadrature_finds(combine, steps
     data = [mixtures.PLANAR_SHAPES[name]() for name in ("moons", "rings")]
     model = combine(exact.model(data[0], 50, np.log(2.0)), exact.model(data[1], 50))
     grid, key = plane.square_grid(), jax.random.key(0)
-    a = float(model.method.schedule.y_scale(jnp.array(0)))
-    (log_p,) = plane.evaluate(
-        lambda params: lambda x, t: model.method.F(params)(a * x, t),
-        model.params,
-        [0],
-        grid,
-        model.mesh,
-    )
-    log_p -= plane.log_integral(log_p, grid)
+    log_p = plane.log_density_of_level_0(model, grid)
 
     def excess(model):
         x, rng = model.sample(key, 1000), np.random.default_rng(0)

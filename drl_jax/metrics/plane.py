@@ -101,6 +101,19 @@ def log_integral(log_density: Float[np.ndarray, "side side"], grid: Grid) -> flo
     return float(largest + np.log(np.sum(np.exp(log_density - largest)) * grid.area))
 
 
+def log_density_of_level_0(model: Model, grid: Grid) -> Float[np.ndarray, "side side"]:
+    """Returns the normalised log-density of points x_0 of level 0, at the nodes [nats]."""
+    a = float(model.method.schedule.y_scale(jnp.array(0)))
+    (log_p,) = evaluate(
+        lambda params: lambda x, t: model.method.F(params)(a * x, t),
+        model.params,
+        [0],
+        grid,
+        model.mesh,
+    )
+    return log_p - log_integral(log_p, grid)
+
+
 def kl_divergence(
     log_q: Float[np.ndarray, "side side"], log_p: Float[np.ndarray, "side side"], grid: Grid
 ) -> float:

@@ -129,7 +129,10 @@ def run(
         if in_plane:
             models = {part.name: part.run.model for part in parts} | {title: combined.model}
             grid = plane.square_grid()
-            densities = {name: _density(model, grid) for name, model in models.items()}
+            densities = {
+                name: plane.log_density_of_level_0(model, grid)
+                for name, model in models.items()
+            }
             figures.write_composition(folder / "compose.png", densities, x, grid)
             metrics["kl_of_samples"], metrics["kl_of_exact_samples"] = (
                 plane.divergence_of_samples(
@@ -206,19 +209,6 @@ def _log_Z(model: Model) -> Float[np.ndarray, "T"]:
     grid = plane.square_grid(side=LOG_Z_SIDE)
     values = plane.evaluate(model.method.F, model.params, range(model.T), grid, model.mesh)
     return np.array([plane.log_integral(log_p, grid) for log_p in values])
-
-
-def _density(model: Model, grid: plane.Grid) -> Float[np.ndarray, "side side"]:
-    """Returns the normalised log-density of points x_0 of level 0, at the nodes [nats]."""
-    a = float(model.method.schedule.y_scale(jnp.array(0)))
-    (log_p,) = plane.evaluate(
-        lambda params: lambda x, t: model.method.F(params)(a * x, t),
-        model.params,
-        [0],
-        grid,
-        model.mesh,
-    )
-    return log_p - plane.log_integral(log_p, grid)
 
 
 def _log_density(model: Model, x: Float[np.ndarray, "n *D"]) -> Float[np.ndarray, "n"]:
